@@ -1,0 +1,16 @@
+"""The base of every configuration section: frozen, unknown keys refused, field docstrings shown by `--help`."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen group of settings. The docstring under a field is its description, with the unit where it has one."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+    def differs(self, name: str) -> bool:
+        """Whether a field has another value than its default; a resolved configuration names every field, so that
+        "was given" cannot tell a user's wish from a default."""
+        return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)

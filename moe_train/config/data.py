@@ -1,0 +1,106 @@
+"""Settings of the data: sources, mixture, tokenizer, cache and the held-out split."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from moe_train.config.base import Section
+
+SourceKind = Literal["python_stdlib", "text", "jsonl", "parquet", "huggingface"]
+FILE_KINDS = ("text", "jsonl", "parquet")
+COLUMN_KINDS = ("jsonl", "parquet", "huggingface")
+
+
+class SourceConfig(Section):
+    """One source of documents."""
+
+    source: SourceKind = "python_stdlib"
+    """python_stdlib: the running interpreter's standard library; text: a document a file; jsonl, parquet: a document a row;
+    huggingface: a data set by hub name or local folder."""
+    paths: tuple[str, ...] = ()
+    """Files, folders or glob patterns of a text, jsonl or parquet source."""
+    validation_paths: tuple[str, ...] = ()
+    """Files, folders or glob patterns to hold out; empty: a fixed split of the documents by a hash of their name."""
+    name: str | None = None
+    """Hub name or local folder of a huggingface source."""
+    subset: str | None = None
+    """Configuration of a huggingface source."""
+    split: str = "train"
+    """Split of a huggingface source to train on."""
+    validation_split: str | None = None
+    """Split of a huggingface source to hold out; None: a fixed split of the documents."""
+    text_column: str = "text"
+    """Column that holds the text, in a jsonl, parquet or huggingface source."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.source in FILE_KINDS and not self.paths:
+            raise ValueError(f"source {self.source!r} needs paths: name at least one file, folder or pattern")
+        if self.source == "huggingface" and not self.name:
+            raise ValueError("source 'huggingface' needs name: a hub name or a local folder")
+        allowed = {
+            "paths": FILE_KINDS,
+            "validation_paths": FILE_KINDS,
+            "name": ("huggingface",),
+            "subset": ("huggingface",),
+            "split": ("huggingface",),
+            "validation_split": ("huggingface",),
+            "text_column": COLUMN_KINDS,
+        }
+        for field, kinds in allowed.items():
+            if self.differs(field) and self.source not in kinds:
+                raise ValueError(
+                    f"{field} ({getattr(self, field)!r}) has no effect with source {self.source!r}: it is for {', '.join(kinds)}"
+                )
+        return self
+
+
+class MixtureEntry(SourceConfig):
+    """One source of a mixture."""
+
+    weight: PositiveFloat = 1.0
+    """Share of the training sequences drawn from this source, relative to the other entries' weights."""
+
+
+class DataConfig(SourceConfig):
+    """Documents, tokens and their order."""
+
+    mixture: tuple[MixtureEntry, ...] = ()
+    """Several sources with weights, in place of data.source (in YAML, or as JSON on the command line)."""
+    tokenizer: str = "bytes"
+    """bytes (256 values and an end-of-document mark), bpe (trained on the data), or the path of a `tokenizers` JSON file."""
+    bpe_vocab_size: int = Field(4096, ge=257)
+    """Entries of the trained BPE, its end-of-document mark included; only for tokenizer bpe."""
+    end_of_document: str | None = None
+    """The token of a tokenizer file that marks the end of a document; None looks for the usual names."""
+    validation_fraction: float = Field(0.02, ge=0.0, lt=1.0)
+    """Share of the documents held out where no validation files or split are named."""
+    validation_max_bytes: PositiveInt = 4 * 2**20
+    """Bound of the held-out text, in bytes; documents that the split would hold out beyond it are trained on."""
+    cache_dir: str | None = None
+    """Folder of tokenized data; None takes $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        named = {"source", "paths", "validation_paths", "name", "subset", "split", "validation_split", "text_column"}
+        both = sorted(name for name in named if self.differs(name))
+        if self.mixture and both:
+            raise ValueError(f"mixture and {both[0]} ({getattr(self, both[0])!r}) both name the data: give one of them")
+        if self.differs("bpe_vocab_size") and self.tokenizer != "bpe":
+            raise ValueError(
+                f"bpe_vocab_size ({self.bpe_vocab_size}) has no effect with tokenizer {self.tokenizer!r}: it is for bpe"
+            )
+        if self.end_of_document is not None and self.tokenizer in ("bytes", "bpe"):
+            raise ValueError(
+                f"end_of_document ({self.end_of_document!r}) has no effect with tokenizer {self.tokenizer!r}: it is for "
+                "a tokenizer file"
+            )
+        return self
+
+    @property
+    def sources(self) -> tuple[MixtureEntry, ...]:
+        """The sources with their weights; one of weight 1 where no mixture is given."""
+        if self.mixture:
+            return self.mixture
+        fields = {name: getattr(self, name) for name in SourceConfig.model_fields}
+        return (MixtureEntry(**fields),)

@@ -1,0 +1,10 @@
+"""What a user can put right: a bad option, configuration or input."""
+
+EXIT_USAGE = 2  # exit code of bad usage, configuration or input
+
+
+class UsageError(ValueError):
+    """A bad option, configuration or input; its message names the field or file, the value and what would be right.
+
+    The command line prints the message alone, without a traceback, and ends with exit code 2.
+    """

@@ -1,0 +1,146 @@
+"""Loading: a YAML file, dotted command-line overrides above it, and errors said in one message."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+from moe_train.config.errors import UsageError
+from moe_train.config.root import Config
+
+
+class _CommandLine(BaseSettings, Config):
+    """The configuration as command-line options; the environment is never read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that raises UsageError, with the nearest known option, in place of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        known = [option for action in self._actions for option in action.option_strings]
+        if unknown:
+            option, _, value = unknown[0].partition("=")
+            value = value or (unknown[1] if len(unknown) > 1 and not unknown[1].startswith("--") else "")
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists every option"
+            raise UsageError(f"unknown option {option}" + (f" (value {value!r})" if value else "") + hint)
+        raise UsageError(message)
+
+
+def load_config(arguments: Sequence[str], *, program: str, description: str = "") -> Config:
+    """The configuration of `--config FILE` with the dotted overrides of the command line above it.
+
+    Args:
+        arguments: The command line without the program's name; "--help" prints every field and exits.
+        program: Name shown in the help text.
+        description: What the program does, for the help text.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        UsageError: With one message that names every bad field and its value.
+    """
+    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections below; options override it")
+    # DeepSpeed's launcher hands this to every script; the rank is read from the environment instead.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    overrides = _parse_overrides(parser, arguments)
+    path = overrides.pop("config", None)
+    overrides.pop("local_rank", None)
+    values = _merge(read_yaml(Path(path)) if path else {}, overrides)
+    return validate_config(values, origin=path)
+
+
+def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    source = CliSettingsSource(
+        _CommandLine,
+        cli_parse_args=list(arguments),
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="None",
+        root_parser=parser,
+    )
+    options = parser.parse_args(list(arguments))
+    values = dict(source())
+    values["config"], values["local_rank"] = options.config, options.local_rank
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UsageError: If the file cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must be a mapping of sections, not {type(values).__name__}")
+    return values
+
+
+def validate_config(values: dict[str, Any], *, origin: str | None = None) -> Config:
+    """Config from plain values; a bad one is a UsageError that names field and value.
+
+    Args:
+        values: Sections by name.
+        origin: File the values come from, named in the message.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(item) for item in error.errors()]
+        where = f"{origin}: " if origin else ""
+        raise UsageError(where + "; ".join(lines)) from error
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text that loads again to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=False), sort_keys=False)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _describe(error: Any) -> str:
+    # Parts of a union's branch names ("int", "literal['auto']") are not field names.
+    path = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
+    path = [part for part in path if part not in ("int", "float", "bool", "str", "constrained")]
+    name = ".".join(str(part) for part in path)
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {name} (value {error['input']!r}); {hint}"
+    if error["type"] == "missing":
+        return f"{name} is missing: give it as --{name}=... or in the configuration file"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name} ({error['input']!r}): {message}"
+
+
+def _fields_at(path: list[Any]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,168 @@
+"""Settings of the model: the decoder, its mixer and its Mixture-of-Experts layers."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from moe_train.config.base import Section
+
+
+
+class MoEConfig(Section):
+    """The Mixture-of-Experts layers: experts, router and balance terms."""
+
+    num_experts: PositiveInt = 8
+    """Experts of one MoE layer, over all ranks."""
+    top_k: PositiveInt = 2
+    """Experts that every token is sent to."""
+    intermediate_size: PositiveInt | None = None
+    """Inner width of one expert's SwiGLU; None takes model.intermediate_size."""
+    router: Literal["noisy_topk", "softmax_topk"] = "noisy_topk"
+    """noisy_topk: logits with learned noise, zero at the start (Shazeer et al. 2017); softmax_topk: plain (Mixtral)."""
+    noise_epsilon: float = Field(1e-2, ge=0.0)
+    """Smallest standard deviation of the router's noise, in logits; only for router noisy_topk."""
+    renormalize_gates: bool = True
+    """True: the gates of the chosen experts sum to one; False: they keep their probability among all experts (Switch)."""
+    importance_cv2_coef: float = Field(0.1, ge=0.0)
+    """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens."""
+    load_cv2_coef: float = Field(0.1, ge=0.0)
+    """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. Needs noisy_topk."""
+    balance_scope: Literal["global", "local"] = "global"
+    """Tokens that importance and load are summed over before CV^2: those of all ranks in one micro-step, or this rank's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) must not exceed num_experts ({self.num_experts})")
+        if self.top_k == 1 and self.renormalize_gates:
+            raise ValueError(
+                "top_k (1) with renormalize_gates (True) makes every gate 1, so that the router learns nothing "
+                "from the task: set renormalize_gates to False, or top_k to 2 or more"
+            )
+        if self.load_cv2_coef > 0 and self.router != "noisy_topk":
+            raise ValueError(
+                f"load_cv2_coef ({self.load_cv2_coef}) has no effect with router {self.router!r}: its counts have no "
+                "gradient; set load_cv2_coef to 0, or router to noisy_topk"
+            )
+        if self.load_cv2_coef > 0 and self.top_k == self.num_experts:
+            raise ValueError(
+                f"load_cv2_coef ({self.load_cv2_coef}) has no effect with top_k ({self.top_k}) = num_experts "
+                f"({self.num_experts}): every expert gets every token; set load_cv2_coef to 0"
+            )
+        if self.router != "noisy_topk" and self.differs("noise_epsilon"):
+            raise ValueError(
+                f"noise_epsilon ({self.noise_epsilon}) has no effect with router {self.router!r}: leave it out, or set "
+                "router to noisy_topk"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """The decoder: embedding, num_layers x (norm, mixer, norm, SwiGLU or MoE), final norm, head."""
+
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding; None takes the tokenizer's size. A larger value than the tokenizer's is padding."""
+    hidden_size: PositiveInt = 256
+    """Width of the residual stream."""
+    num_layers: PositiveInt = 4
+    """Blocks of the decoder."""
+    num_heads: PositiveInt = 8
+    """Query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads of one owner layer: num_heads is MHA, fewer GQA, 1 MQA; None takes num_heads."""
+    kv_layers: PositiveInt | tuple[int, ...] | None = None
+    """Layers that own keys and values (MLKV): their number, or the list of them, the first being 0; None: all layers."""
+    head_dim: PositiveInt | None = None
+    """Width of one head, even; None takes hidden_size / num_heads."""
+    intermediate_size: PositiveInt = 1024
+    """Inner width of the dense SwiGLU."""
+    moe_every: int = Field(2, ge=0)
+    """Every moe_every-th layer is an MoE layer (1: all, 2: layers 1, 3, 5, ... counted from 0); 0: none."""
+    moe_layers: tuple[int, ...] | None = None
+    """The MoE layers, counted from 0, in place of moe_every."""
+    moe: MoEConfig = MoEConfig()
+    """The Mixture-of-Experts layers."""
+    mixer: Literal["attention"] = "attention"
+    """What mixes tokens along the sequence."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation of the residual stream."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """pre: x + F(N(x)) with a final norm; post: N(x + F(x)) without one."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance in every norm."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary embedding's wave lengths, in positions."""
+    tie_embeddings: bool = False
+    """True: the head's weight is the embedding's."""
+    isolate_documents: bool = False
+    """True: no attention from one packed document to another."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of initial weights; those that write to the residual stream have init_std / sqrt(2 num_layers)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be divisible by num_heads ({self.num_heads})")
+        if self.attention_head_dim % 2:
+            raise ValueError(f"head_dim ({self.attention_head_dim}) must be even, for the rotary embedding")
+        if self.num_heads % self.attention_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})")
+        self._check_layers("moe_layers", self.moe_layers)
+        if self.moe_layers is not None and self.differs("moe_every"):
+            raise ValueError(
+                f"moe_every ({self.moe_every}) and moe_layers ({list(self.moe_layers)}) both say which layers are MoE "
+                "layers: give one of them"
+            )
+        if isinstance(self.kv_layers, int) and self.kv_layers > self.num_layers:
+            raise ValueError(f"kv_layers ({self.kv_layers}) must not exceed num_layers ({self.num_layers})")
+        if isinstance(self.kv_layers, tuple):
+            self._check_layers("kv_layers", self.kv_layers)
+            if not self.kv_layers or self.kv_layers[0] != 0:
+                raise ValueError(f"kv_layers ({list(self.kv_layers)}) must begin with layer 0, which has no owner below it")
+        if not self.moe_layer_indices and self.differs("moe"):
+            raise ValueError(
+                f"model.moe has no effect: no layer of {self.num_layers} is an MoE layer with moe_every "
+                f"({self.moe_every}) and moe_layers ({self.moe_layers})"
+            )
+        return self
+
+    def _check_layers(self, name: str, layers: tuple[int, ...] | None) -> None:
+        if layers is None:
+            return
+        if list(layers) != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < self.num_layers):
+            raise ValueError(
+                f"{name} ({list(layers)}) must be increasing layer numbers from 0 to {self.num_layers - 1} "
+                f"(num_layers is {self.num_layers})"
+            )
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Width of one head."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+    @property
+    def attention_kv_heads(self) -> int:
+        """Key and value heads of one owner layer."""
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+    @property
+    def moe_layer_indices(self) -> tuple[int, ...]:
+        """The MoE layers, counted from 0."""
+        if self.moe_layers is not None:
+            return self.moe_layers
+        if self.moe_every == 0:
+            return ()
+        return tuple(i for i in range(self.num_layers) if (i + 1) % self.moe_every == 0)
+
+    @property
+    def kv_owner_layers(self) -> tuple[int, ...]:
+        """The layers that own keys and values (spec: layer 0, then int((i + 1) L / M) for i = 0 .. M - 2)."""
+        if isinstance(self.kv_layers, tuple):
+            return self.kv_layers
+        num_owners = self.kv_layers if self.kv_layers is not None else self.num_layers
+        return (0, *((i + 1) * self.num_layers // num_owners for i in range(num_owners - 1)))
+
+    @property
+    def expert_intermediate_size(self) -> int:
+        """Inner width of one expert's SwiGLU."""
+        return self.moe.intermediate_size if self.moe.intermediate_size is not None else self.intermediate_size

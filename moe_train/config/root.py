@@ -1,0 +1,87 @@
+"""The whole configuration, and the checks that need more than one section or the size of the world."""
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from moe_train.config.base import Section
+from moe_train.config.data import DataConfig
+from moe_train.config.errors import UsageError
+from moe_train.config.model import ModelConfig
+from moe_train.config.run import CheckpointConfig, OptimConfig, ParallelConfig, TelemetryConfig, TrainConfig
+
+
+class Config(Section):
+    """Everything a run is made of."""
+
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    data: DataConfig = DataConfig()
+    """Documents, tokens and their order."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is spread over ranks."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule."""
+    train: TrainConfig
+    """The loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """What is written of a run."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Raw additions to DeepSpeed's configuration (as JSON on the command line); they may not contradict a field above."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size, experts = self.parallel.expert_parallel_size, self.model.moe.num_experts
+        if isinstance(size, int):
+            if size > 1 and not self.model.moe_layer_indices:
+                raise ValueError(f"expert_parallel_size ({size}) has no effect: the model has no MoE layer")
+            if experts % size:
+                raise ValueError(f"num_experts ({experts}) must be divisible by expert_parallel_size ({size})")
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(f"warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.train.steps})")
+        return self
+
+
+def check_world(config: Config, world_size: int, local_world_size: int) -> Config:
+    """The configuration with every size that depends on the world filled in.
+
+    Args:
+        config: As loaded.
+        world_size: Ranks of the run.
+        local_world_size: Ranks of this node.
+
+    Returns:
+        A copy in which expert_parallel_size and global_batch_size are numbers.
+
+    Raises:
+        UsageError: If the sizes do not divide.
+    """
+    size = config.parallel.expert_parallel_size
+    if size == "auto":
+        size = _largest_expert_parallel_size(config, world_size, local_world_size)
+    if world_size % size:
+        raise UsageError(f"world size ({world_size}) must be divisible by parallel.expert_parallel_size ({size})")
+    micro = config.train.micro_batch_size * world_size
+    batch = config.train.global_batch_size if config.train.global_batch_size is not None else micro
+    if batch % micro:
+        raise UsageError(
+            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size x ranks "
+            f"({config.train.micro_batch_size} x {world_size} = {micro})"
+        )
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={"expert_parallel_size": size}),
+            "train": config.train.model_copy(update={"global_batch_size": batch}),
+        }
+    )
+
+
+def _largest_expert_parallel_size(config: Config, world_size: int, local_world_size: int) -> int:
+    if not config.model.moe_layer_indices:
+        return 1
+    experts = config.model.moe.num_experts
+    return max(
+        size for size in range(1, local_world_size + 1) if experts % size == 0 and world_size % size == 0 and local_world_size % size == 0
+    )

@@ -1,0 +1,110 @@
+"""Settings of a run: parallelism, optimizer, loop, checkpoints, telemetry."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from moe_train.config.base import Section
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks."""
+
+    expert_parallel_size: PositiveInt | Literal["auto"] = "auto"
+    """Ranks that share the experts of a layer; auto: the largest that divides experts and ranks and stays in a node."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too; experts over ranks of the same experts."""
+    dispatch: Literal["flat"] = "flat"
+    """How tokens travel to experts; flat: one row an assignment, in one uneven all-to-all."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cpu (gloo) or cuda (NCCL); auto takes cuda where a device is visible."""
+    threads_per_rank: PositiveInt | Literal["auto"] = "auto"
+    """CPU threads of one rank; auto: the cores of the node shared among its ranks."""
+    timeout_seconds: PositiveInt = 600
+    """Seconds after which a collective operation that does not complete is an error."""
+
+
+class OptimConfig(Section):
+    """AdamW with decoupled weight decay, and its schedule."""
+
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    min_learning_rate_ratio: float = Field(0.1, ge=0.0, le=1.0)
+    """Learning rate at the end, as a share of the peak; not for schedule constant."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to the end; wsd: constant, then linear over the last steps; constant."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps of linear warm-up from zero."""
+    decay_fraction: float = Field(0.2, gt=0.0, le=1.0)
+    """Share of all steps in which wsd decays; only for schedule wsd."""
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay rate of Adam's first moment."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """Decay rate of Adam's second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to Adam's denominator."""
+    weight_decay: float = Field(0.1, ge=0.0)
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    """Bound of the global gradient norm over all ranks and experts; 0: no clipping."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.differs("decay_fraction") and self.schedule != "wsd":
+            raise ValueError(
+                f"decay_fraction ({self.decay_fraction}) has no effect with schedule {self.schedule!r}: it is for wsd"
+            )
+        if self.differs("min_learning_rate_ratio") and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate_ratio ({self.min_learning_rate_ratio}) has no effect with schedule 'constant'"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    run_dir: str
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
+    steps: PositiveInt = 1000
+    """Optimizer steps of the whole run."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences of one rank in one forward and backward pass."""
+    global_batch_size: PositiveInt | None = None
+    """Sequences of one optimizer step over all ranks; None: micro_batch_size x ranks, no gradient accumulation."""
+    sequence_length: PositiveInt = 256
+    """Tokens of one sequence."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the model; auto: bf16 where the hardware has it, else fp32. Master weights are fp32."""
+    recompute_activations: bool = False
+    """True: a block's activations are computed again in the backward pass, in place of being kept."""
+    seed: int = 0
+    """Seed of initial weights, sample order and router noise."""
+    log_every: PositiveInt = 10
+    """Steps between lines on the screen."""
+    validate_every: int = Field(0, ge=0)
+    """Steps between validations; 0: only at the end."""
+    validation_sequences: PositiveInt | None = None
+    """Held-out sequences of a periodic validation, spread over the held-out text; None: all, as at the end."""
+    sample_tokens: int = Field(64, ge=0)
+    """Tokens of the text sampled at the end; 0: none."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept; older ones are removed after a newer one is complete."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of the run folder; never: refuse a run folder that has one; or a checkpoint's path."""
+
+
+class TelemetryConfig(Section):
+    """What is written to TensorBoard and metrics.jsonl."""
+
+    every: PositiveInt = 1
+    """Steps between written records."""
+    tensorboard: bool = True
+    """True: the records are written for TensorBoard too."""

@@ -1,0 +1,94 @@
+"""Putting a model together from its configuration."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_train.config.model import ModelConfig
+from moe_train.model.block import Block
+from moe_train.model.layers import Embedding, Linear, SwiGLU, make_norm
+from moe_train.model.mixers import MIXERS
+from moe_train.model.moe.dispatch import DISPATCHERS
+from moe_train.model.moe.experts import GroupedExperts
+from moe_train.model.moe.layer import MoELayer
+from moe_train.model.moe.routers import ROUTERS
+from moe_train.model.transformer import Transformer
+from moe_train.parallel.collectives import Group
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """Which experts are here: those of rank `rank` of `size`, in consecutive ranges.
+
+    Attributes:
+        rank: This process in its expert-parallel group.
+        size: Ranks that share the experts.
+        group: Their process group; None for one process.
+        dispatch: Name of the dispatcher.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Group | None = None
+    dispatch: str = "flat"
+
+
+def build_model(
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    seed: int = 0,
+    placement: ExpertPlacement | None = None,
+    recompute_activations: bool = False,
+) -> Transformer:
+    """A model on the meta device: shapes without memory, holding only this rank's experts.
+
+    Args:
+        config: The model section.
+        vocab_size: Rows of the embedding.
+        seed: Of the run; it keys the router noise.
+        placement: Which experts are here; None: all.
+        recompute_activations: Whether blocks are computed again in the backward pass.
+
+    Returns:
+        The model; `materialize` gives it memory and values.
+    """
+    place = placement or ExpertPlacement()
+    output_std = config.init_std / math.sqrt(2 * config.num_layers)
+    with torch.device("meta"):
+        embedding = Embedding(vocab_size, config.hidden_size, config.init_std)
+        blocks = [_build_block(config, layer, seed, place, output_std) for layer in range(config.num_layers)]
+        final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon) if config.norm_position == "pre" else None
+        head = Linear(config.hidden_size, vocab_size, config.init_std)
+        if config.tie_embeddings:
+            head.weight = embedding.weight
+        return Transformer(embedding, blocks, final_norm, head, seed, recompute_activations)
+
+
+def _build_block(config: ModelConfig, layer: int, seed: int, place: ExpertPlacement, output_std: float) -> Block:
+    feed_forward: nn.Module
+    if layer in config.moe_layer_indices:
+        feed_forward = _build_moe(config, layer, seed, place, output_std)
+    else:
+        feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, config.init_std, output_std)
+    norms = [make_norm(config.norm, config.hidden_size, config.norm_epsilon) for _ in range(2)]
+    mixer = MIXERS[config.mixer](config, layer, output_std)
+    return Block(mixer, feed_forward, norms[0], norms[1], config.norm_position)
+
+
+def _build_moe(config: ModelConfig, layer: int, seed: int, place: ExpertPlacement, output_std: float) -> MoELayer:
+    num_experts = config.moe.num_experts
+    num_local = num_experts // place.size
+    experts = GroupedExperts(
+        config.hidden_size,
+        config.expert_intermediate_size,
+        num_experts,
+        num_local,
+        first_expert=place.rank * num_local,
+        init_std=config.init_std,
+        output_std=output_std,
+    )
+    router = ROUTERS[config.moe.router](config, layer, seed)
+    return MoELayer(router, DISPATCHERS[place.dispatch], experts, num_experts, place.group)

@@ -1,0 +1,92 @@
+"""The small modules every part of the model is made of: linear maps, embedding, norms, the dense SwiGLU.
+
+Each says how its parameters begin and is called through `__call__`, so that ZeRO-3 can gather its weights around the call.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_train.model.parameters import Constant, InitialValue, Normal
+from moe_train.ops.grouped_mlp import swiglu
+from moe_train.ops.norms import layer_norm, rms_norm
+
+
+class Linear(nn.Linear):
+    """A linear map without bias."""
+
+    def __init__(self, in_features: int, out_features: int, init_std: float) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.init_std = init_std
+
+    def initial_values(self) -> dict[str, InitialValue]:
+        return {"weight": Normal(self.init_std) if self.init_std else Constant(0.0)}
+
+
+class WideLinear(Linear):
+    """A linear map computed and returned in at least fp32, whatever the weights are: for routers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
+
+
+class Embedding(nn.Embedding):
+    """Token ids to rows."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, init_std: float) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.init_std = init_std
+
+    def initial_values(self) -> dict[str, InitialValue]:
+        return {"weight": Normal(self.init_std)}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain."""
+
+    def __init__(self, hidden_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.epsilon = epsilon
+
+    def initial_values(self) -> dict[str, InitialValue]:
+        return {"weight": Constant(1.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with gain and bias, biased variance."""
+
+    def __init__(self, hidden_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.epsilon = epsilon
+
+    def initial_values(self) -> dict[str, InitialValue]:
+        return {"weight": Constant(1.0), "bias": Constant(0.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.epsilon)
+
+
+def make_norm(kind: Literal["rmsnorm", "layernorm"], hidden_size: int, epsilon: float) -> nn.Module:
+    """A norm by its name in the configuration."""
+    return {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[kind](hidden_size, epsilon)
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer, w_down(silu(x w_gate) * (x w_up)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, init_std: float, output_std: float) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, init_std)
+        self.down = Linear(intermediate_size, hidden_size, output_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))

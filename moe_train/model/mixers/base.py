@@ -1,0 +1,57 @@
+"""The interface of everything that mixes tokens along the sequence.
+
+Legend: B batch, S sequence, D hidden_size.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torch import Tensor, nn
+
+from moe_train.model.cache import KeyValue, LayerState
+
+
+@dataclass(frozen=True)
+class MixerContext:
+    """What a block's mixer and MoE layer may know of their surroundings.
+
+    Attributes:
+        layer: Index of the block, from 0.
+        positions_BS: int64 positions in the sequence; B may be 1 where all rows have the same.
+        documents_BS: int64 ids of the packed documents, or None: no isolation.
+        token_keys_BS: int64 random key of every token, the same on any layout (step, sequence and position hashed).
+        key_value: Keys and values of the nearest owner layer at or below this one, or None below the first.
+        state: This layer's state when decoding, else None.
+    """
+
+    layer: int
+    positions_BS: Tensor
+    documents_BS: Tensor | None
+    token_keys_BS: Tensor
+    key_value: KeyValue | None = None
+    state: LayerState | None = None
+
+    def with_key_value(self, key_value: KeyValue | None) -> Self:
+        """A copy that carries newly published keys and values."""
+        return replace(self, key_value=key_value)
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes along the sequence: causal, and in decoding equal to the full forward for any split of the sequence."""
+
+    def publish(self, x_BSD: Tensor, context: MixerContext) -> KeyValue | None:
+        """Keys and values for this layer and those above, or None: those of an owner below are handed on.
+
+        The block hands them on as explicit tensors, so that activation recomputation and ZeRO's hooks see them.
+        """
+        del x_BSD
+        return context.key_value
+
+    def new_state(self) -> LayerState | None:
+        """An empty state for decoding, or None where this layer keeps nothing of its own."""
+        return None
+
+    @abstractmethod
+    def forward(self, x_BSD: Tensor, context: MixerContext) -> Tensor:
+        """The mixed sequence, [B, S, D]; `context.key_value` holds what `publish` returned."""

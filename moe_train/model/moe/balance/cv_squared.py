@@ -1,0 +1,56 @@
+"""The squared-coefficient-of-variation balance terms.
+
+Source: Shazeer et al. 2017, arXiv 1701.06538, equations 6-11.
+Legend: L MoE layers, E experts.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_train.model.moe.steps import RoutingSums
+from moe_train.parallel.collectives import Group, all_reduce_sum
+
+
+def cv_squared(values: Tensor) -> Tensor:
+    """Population variance over squared mean of the last dimension: CV^2 = var(v) / (mean(v)^2 + 1e-10).
+
+    Args:
+        values: [..., E], non-negative; 0 for E = 1.
+
+    Returns:
+        [...].
+    """
+    return values.var(dim=-1, correction=0) / (values.mean(dim=-1) ** 2 + 1e-10)
+
+
+@dataclass(frozen=True)
+class ImportanceCV2:
+    """coef * CV^2(importance), importance_i = sum over tokens of the gates of expert i (equations 6-7)."""
+
+    coef: float
+
+    def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
+        """The term, added up over layers.
+
+        Args:
+            sums: [L, E] sums of this rank's micro-batch.
+            group: Ranks whose sums are added before CV^2, which is not linear; None: this rank alone.
+
+        Returns:
+            Scalar, the same on all ranks of the group.
+
+        Collective: All ranks of the group.
+        """
+        return self.coef * cv_squared(all_reduce_sum(sums.importance, group)).sum()
+
+
+@dataclass(frozen=True)
+class LoadCV2:
+    """coef * CV^2(load), load_i = sum over tokens of the probability that expert i is chosen (equations 8-11)."""
+
+    coef: float
+
+    def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
+        """As `ImportanceCV2.loss`."""
+        return self.coef * cv_squared(all_reduce_sum(sums.load, group)).sum()

@@ -1,0 +1,68 @@
+"""Noisy top-k gating with the smooth load estimate.
+
+Source: Shazeer et al. 2017, arXiv 1701.06538, equations 3-5 and appendix A.
+Legend: T tokens, D hidden_size, E experts, K top_k.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_train.model.layers import WideLinear
+from moe_train.model.moe.routers.base import Router, choose_experts, expert_keys, gates_of, sum_over_tokens
+from moe_train.model.moe.steps import Routing
+from moe_train.ops.keyed_random import normal
+
+
+class NoisyTopKRouter(Router):
+    """Logits with noise of a learned standard deviation in training, without in evaluation; both maps start at zero."""
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, noise_epsilon: float, renormalize: bool, layer_key: int
+    ) -> None:
+        super().__init__()
+        self.gate = WideLinear(hidden_size, num_experts, init_std=0.0)
+        self.noise = WideLinear(hidden_size, num_experts, init_std=0.0)
+        self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
+        self.noise_epsilon, self.layer_key = noise_epsilon, layer_key
+
+    def forward(self, x_TD: Tensor, token_keys_T: Tensor) -> Routing:
+        clean_TE = self.gate(x_TD)
+        if not self.training:
+            experts_TK = choose_experts(clean_TE, token_keys_T, self.top_k)
+            gates_TK = gates_of(clean_TE, experts_TK, self.renormalize)
+            return Routing(gates_TK, experts_TK, clean_TE, sum_over_tokens(gates_TK, experts_TK, None, self.num_experts))
+        sigma_TE = F.softplus(self.noise(x_TD)) + self.noise_epsilon
+        draw_TE = normal(expert_keys(token_keys_T, self.layer_key, self.num_experts)).to(clean_TE.dtype)
+        noisy_TE = clean_TE + draw_TE * sigma_TE
+        experts_TK = noisy_TE.topk(self.top_k, dim=1).indices
+        gates_TK = gates_of(noisy_TE, experts_TK, self.renormalize)
+        load_E = probability_in_top_k(clean_TE, noisy_TE, sigma_TE, self.top_k).sum(0)
+        return Routing(gates_TK, experts_TK, clean_TE, sum_over_tokens(gates_TK, experts_TK, load_E, self.num_experts))
+
+
+def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, sigma_TE: Tensor, top_k: int) -> Tensor:
+    """The probability that an expert is among the K best if only its own noise is drawn again (equations 8-9).
+
+    P = Phi((clean - kth_excluding) / sigma), where kth_excluding is the K-th largest of the other experts' noisy logits:
+    the (K+1)-th largest of all for an expert among the K best, else the K-th largest.
+
+    Args:
+        clean_TE: Logits without noise.
+        noisy_TE: Logits with noise.
+        sigma_TE: Standard deviation of the noise, positive.
+        top_k: K.
+
+    Returns:
+        [T, E]; 1 everywhere when K = E, where there is no boundary.
+    """
+    if top_k == clean_TE.shape[1]:
+        return torch.ones_like(clean_TE)
+    best = noisy_TE.topk(top_k + 1, dim=1)
+    boundary_in_T1 = best.values[:, top_k : top_k + 1]  # for an expert that is in: the first that is out
+    boundary_out_T1 = best.values[:, top_k - 1 : top_k]  # for an expert that is out: the last that is in
+    is_in_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, best.indices[:, :top_k], True)
+    boundary_TE = torch.where(is_in_TE, boundary_in_T1, boundary_out_T1)
+    return 0.5 * torch.erfc((boundary_TE - clean_TE) / (sigma_TE * math.sqrt(2.0)))

@@ -1,0 +1,130 @@
+"""Parameters as logical tensors: a name, a global shape, and the flat range that this rank holds; and their initial values.
+
+Modules that own parameters say how they begin through `initial_values`, so that nothing outside knows their names.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.ops.keyed_random import fill_normal_, make_key
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Initial values drawn from a normal distribution with mean 0."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Initial values that are all the same."""
+
+    value: float
+
+
+InitialValue = Normal | Constant
+
+
+@runtime_checkable
+class OwnsParameters(Protocol):
+    """A module with parameters of its own."""
+
+    def initial_values(self) -> dict[str, InitialValue]:
+        """How each of its own parameters begins, by attribute name."""
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """A parameter as all ranks together see it.
+
+    Attributes:
+        name: The parameter's name in the model, the same on every rank.
+        shape: Its global shape; [E, ...] for experts.
+        start: Place of this rank's first element in the flattened global tensor.
+        numel: Elements that this rank's module holds, from start on; less than the product of shape for experts.
+        is_expert: Whether the tensor is sharded over the expert-parallel group.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    is_expert: bool
+
+    @property
+    def global_numel(self) -> int:
+        """Elements of the whole tensor."""
+        return torch.Size(self.shape).numel()
+
+
+class ExpertParameter(nn.Parameter):
+    """Marks a parameter whose first dimension is this rank's experts, out of num_experts, from first_expert on."""
+
+    num_experts: int
+    first_expert: int
+
+    @staticmethod
+    def create(data: Tensor, num_experts: int, first_expert: int) -> "ExpertParameter":
+        """A parameter [e, ...] holding experts first_expert .. first_expert + e - 1 of num_experts."""
+        parameter = ExpertParameter(data)
+        parameter.num_experts, parameter.first_expert = num_experts, first_expert
+        return parameter
+
+
+def logical_tensor(name: str, parameter: nn.Parameter) -> LogicalTensor:
+    """The logical tensor of a parameter, before an engine shards it further."""
+    shape = tuple(parameter.shape)
+    if not isinstance(parameter, ExpertParameter):
+        return LogicalTensor(name, shape, 0, parameter.numel(), is_expert=False)
+    per_expert = torch.Size(shape[1:]).numel()
+    start = parameter.first_expert * per_expert
+    return LogicalTensor(name, (parameter.num_experts, *shape[1:]), start, parameter.numel(), is_expert=True)
+
+
+def logical_tensors(model: nn.Module) -> dict[str, LogicalTensor]:
+    """Every logical tensor of a model by name; a tensor that two modules share is listed once."""
+    return {name: logical_tensor(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def materialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a model built on the meta device its memory and initial values, one parameter at a time.
+
+    An element's value depends on the seed, its tensor's name and its place in the logical tensor, so that every layout
+    begins with the same weights and no rank ever holds more than its own.
+
+    Args:
+        model: All parameters on the meta device.
+        seed: Of the run.
+        dtype: Of the parameters.
+        device: Where they are to be.
+    """
+    shared: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in shared:
+                name = f"{module_name}.{attribute}" if module_name else attribute
+                shared[id(parameter)] = _initial_parameter(module, attribute, name, seed, dtype, device)
+            setattr(module, attribute, shared[id(parameter)])
+    for name, buffer in model.named_buffers():
+        assert not buffer.is_meta, f"buffer {name} has no initial value"
+
+
+def _initial_parameter(
+    module: nn.Module, attribute: str, name: str, seed: int, dtype: torch.dtype, device: torch.device
+) -> nn.Parameter:
+    assert isinstance(module, OwnsParameters), f"{type(module).__name__} owns {attribute} but has no initial_values"
+    old = module.get_parameter(attribute)
+    place = logical_tensor(name, old)
+    data = torch.empty(old.shape, dtype=dtype, device=device)
+    match module.initial_values()[attribute]:
+        case Constant(value):
+            data.fill_(value)
+        case Normal(std):
+            fill_normal_(data, make_key(seed, "parameter", name), place.start, std)
+    if isinstance(old, ExpertParameter):
+        return ExpertParameter.create(data, old.num_experts, old.first_expert)
+    return nn.Parameter(data)

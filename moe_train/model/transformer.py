@@ -1,0 +1,186 @@
+"""The decoder: embedding, blocks, final norm, head; and the losses of a micro-batch.
+
+Legend: B batch, S sequence, D hidden_size, V vocab_size, L MoE layers, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from moe_train.model.block import Block, BlockOutput
+from moe_train.model.cache import LayerState
+from moe_train.model.layers import Embedding, Linear
+from moe_train.model.mixers.base import MixerContext
+from moe_train.model.moe.balance import BalanceTerm
+from moe_train.model.moe.steps import RoutingSums
+from moe_train.ops.keyed_random import combine, make_key
+from moe_train.parallel.collectives import Group
+
+IGNORED_TARGET = -100  # targets of padding: they are in no sum
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A micro-batch of one rank.
+
+    Attributes:
+        ids_BS: int64 token ids.
+        sequences_B: int64 global index of each sequence: with the position it keys every random draw.
+        step: Optimizer step, from 0; it keys random draws too.
+        positions_BS: int64 positions, or None for 0 .. S-1; B may be 1.
+        documents_BS: int64 ids of the packed documents, or None: no isolation.
+    """
+
+    ids_BS: Tensor
+    sequences_B: Tensor
+    step: int = 0
+    positions_BS: Tensor | None = None
+    documents_BS: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        logits_BSV: Of the model's dtype.
+        sums: [L, E] routing sums of this rank's micro-batch, or None without MoE layers.
+    """
+
+    logits_BSV: Tensor
+    sums: RoutingSums | None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of one micro-batch, fp32 scalars.
+
+    Attributes:
+        total: What is differentiated: cross-entropy and balance terms.
+        cross_entropy: Mean over this rank's targets, nats a token.
+        sums: As ModelOutput.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    sums: RoutingSums | None
+
+
+class StreamHook(Protocol):
+    """Expands the token stream below the blocks and contracts it above them."""
+
+    def expand(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, MixerContext]:
+        """The stream the blocks see, and its positions, documents and keys."""
+
+    def contract(self, x_BSD: Tensor, context: MixerContext) -> Tensor:
+        """The stream the head sees."""
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model with MoE layers."""
+
+    def __init__(
+        self,
+        embedding: Embedding,
+        blocks: Sequence[Block],
+        final_norm: nn.Module | None,
+        head: Linear,
+        seed: int,
+        recompute_activations: bool = False,
+        stream_hook: StreamHook | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = final_norm
+        self.head = head
+        self.token_key = make_key(seed, "tokens")
+        self.recompute_activations = recompute_activations
+        self.stream_hook = stream_hook
+
+    def forward(self, tokens: Tokens, states: Sequence[LayerState | None] | None = None) -> ModelOutput:
+        """Logits of every next token.
+
+        Args:
+            tokens: The micro-batch; with states, only its new tokens, positions given.
+            states: One a block when decoding, from `new_states`.
+
+        Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
+        """
+        context = self._first_context(tokens)
+        x_BSD = self.embedding(tokens.ids_BS)
+        if self.stream_hook is not None:
+            x_BSD, context = self.stream_hook.expand(x_BSD, context)
+        key_value, sums = None, []
+        for layer, block in enumerate(self.blocks):
+            state = states[layer] if states is not None else None
+            here = MixerContext(
+                layer, context.positions_BS, context.documents_BS, context.token_keys_BS, key_value, state
+            )
+            output = self._run_block(block, x_BSD, here)
+            x_BSD, key_value = output.x_BSD, output.key_value
+            if output.stats is not None:
+                sums.append(output.stats.sums)
+        if self.stream_hook is not None:
+            x_BSD = self.stream_hook.contract(x_BSD, context)
+        if self.final_norm is not None:
+            x_BSD = self.final_norm(x_BSD)
+        return ModelOutput(self.head(x_BSD), RoutingSums.stack(sums) if sums else None)
+
+    def new_states(self) -> list[LayerState | None]:
+        """Empty decoding states, one a block."""
+        return [block.mixer.new_state() for block in self.blocks]
+
+    def _first_context(self, tokens: Tokens) -> MixerContext:
+        positions_BS = tokens.positions_BS
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens.ids_BS.shape[1], device=tokens.ids_BS.device).unsqueeze(0)
+        sequence_keys_B = combine(combine(tokens.sequences_B, self.token_key), tokens.step)
+        token_keys_BS = combine(sequence_keys_B.unsqueeze(1), positions_BS)
+        return MixerContext(0, positions_BS, tokens.documents_BS, token_keys_BS)
+
+    def _run_block(self, block: Block, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
+        if not (self.recompute_activations and self.training and torch.is_grad_enabled()):
+            return block(x_BSD, context)
+        # Every draw is keyed, so no generator's state has to be kept. The recomputation runs to its end, because ZeRO-3
+        # releases a module's weights after its forward and every collective must be entered by all ranks.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
+
+
+class TrainingObjective(nn.Module):
+    """The model with its losses: what the engine drives."""
+
+    def __init__(self, model: Transformer, balance_terms: Sequence[BalanceTerm], balance_group: Group | None) -> None:
+        super().__init__()
+        self.model = model
+        self.balance_terms = tuple(balance_terms)
+        self.balance_group = balance_group
+
+    def forward(self, tokens: Tokens, targets_BS: Tensor) -> Losses:
+        """The losses of a micro-batch.
+
+        Args:
+            tokens: The micro-batch.
+            targets_BS: int64 next tokens; IGNORED_TARGET is left out.
+
+        Collective: All ranks.
+        """
+        output = self.model(tokens)
+        cross_entropy = mean_cross_entropy(output.logits_BSV, targets_BS)
+        total = cross_entropy
+        if output.sums is not None:
+            for term in self.balance_terms:
+                total = total + term.loss(output.sums, self.balance_group)
+        return Losses(total, cross_entropy, output.sums)
+
+
+def mean_cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Mean cross-entropy over the targets, in nats a token, computed in at least fp32. Scalar."""
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    return F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), targets_BS.flatten(), ignore_index=IGNORED_TARGET)

@@ -1,0 +1,97 @@
+"""Counter-based random numbers: a hash of a key and counters gives the bits, so that a draw depends on what it is for and
+never on who draws it. The same integers on CPU and CUDA.
+
+The mixing function is splitmix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_CHUNK = 1 << 22  # elements hashed at once: bounds the int64 and fp64 temporaries to some 100 MB
+
+
+def make_key(*parts: int | str) -> int:
+    """A 64-bit key of any parts, the same in every process and version of Python.
+
+    Args:
+        parts: What the draw is for, such as (seed, "router_noise", layer).
+
+    Returns:
+        A signed 64-bit integer.
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def combine(key: int | Tensor, counter: int | Tensor) -> Tensor:
+    """A key for every counter: the hash of both, broadcast.
+
+    Args:
+        key: 64-bit integer or int64 tensor.
+        counter: 64-bit integer or int64 tensor; at least one of the two is a tensor.
+
+    Returns:
+        int64 tensor of the broadcast shape; its bits are uniform.
+    """
+    if not isinstance(counter, Tensor):
+        counter = torch.as_tensor(counter, dtype=torch.int64, device=key.device if isinstance(key, Tensor) else None)
+    # Integer overflow wraps in torch on every device, which is what the hash wants.
+    bits = key + counter * _signed(_GOLDEN)
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(_FACTORS[0])
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(_FACTORS[1])
+    return bits ^ _shift_right(bits, 31)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Uniform numbers in the open interval (0, 1).
+
+    Args:
+        bits: int64, from `combine`.
+
+    Returns:
+        fp64 of the same shape. 52 bits are used: with 53 the largest value would round to 1.
+    """
+    return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
+
+
+def normal(bits: Tensor) -> Tensor:
+    """Standard normal numbers by the inverse of the distribution function.
+
+    Args:
+        bits: int64, from `combine`.
+
+    Returns:
+        fp64 of the same shape, always finite.
+    """
+    return torch.erfinv(2.0 * uniform(bits) - 1.0) * math.sqrt(2.0)
+
+
+@torch.no_grad()
+def fill_normal_(out: Tensor, key: int, start: int, std: float) -> None:
+    """Fill a tensor with its part of an endless keyed sequence of normal numbers.
+
+    Args:
+        out: Contiguous, any floating dtype and shape; element i becomes number start + i of the sequence.
+        key: From `make_key`.
+        start: Place of the first element in the sequence.
+        std: Standard deviation.
+    """
+    flat = out.view(-1)
+    for begin in range(0, flat.numel(), _CHUNK):
+        end = min(begin + _CHUNK, flat.numel())
+        counter = torch.arange(start + begin, start + end, dtype=torch.int64, device=out.device)
+        flat[begin:end] = (normal(combine(key, counter)) * std).to(out.dtype)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(bits: Tensor, places: int) -> Tensor:
+    # torch shifts int64 arithmetically; the mask makes it logical.
+    return (bits >> places) & ((1 << (64 - places)) - 1)

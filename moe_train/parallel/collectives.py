@@ -1,0 +1,126 @@
+"""Collective operations, with gradients where the model needs them. A group of None is one process: no communication.
+
+Legend: R rows sent, Q rows received, D hidden_size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+def group_size(group: Group | None) -> int:
+    """Ranks of the group; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def world_group() -> Group | None:
+    """All ranks, or None for one process."""
+    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+class _AllToAllRows(torch.autograd.Function):
+    """Rows to other ranks; their gradients travel the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange_rows(rows_RD, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange_rows(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """The sum over ranks; every rank's loss depends on it, so the gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def all_to_all_rows(rows_RD: Tensor, send: Sequence[int], receive: Sequence[int], group: Group | None) -> Tensor:
+    """Send consecutive blocks of rows, block i to rank i of the group; differentiable.
+
+    Args:
+        rows_RD: Rows in order of their destination.
+        send: Rows for each rank; their sum is R. Zero is allowed.
+        receive: Rows from each rank; their sum is Q.
+        group: Process group, or None.
+
+    Returns:
+        [Q, D], in order of their source.
+
+    Collective: All ranks of the group, also those that send or receive nothing; likewise in the backward pass.
+    """
+    if group is None:
+        return rows_RD
+    return _AllToAllRows.apply(rows_RD, list(send), list(receive), group)
+
+
+def all_to_all_counts(counts: Tensor, group: Group | None) -> Tensor:
+    """Send row i of counts to rank i; returns what the ranks sent here, in their order.
+
+    Args:
+        counts: int64 [ranks, n].
+        group: Process group, or None.
+
+    Collective: All ranks of the group.
+    """
+    if group is None:
+        return counts
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts.contiguous(), group=group)
+    return received
+
+
+def all_reduce_sum(x: Tensor, group: Group | None) -> Tensor:
+    """The sum over the ranks of the group; differentiable (its adjoint is the same sum of the gradients).
+
+    Collective: All ranks of the group, in the backward pass too.
+    """
+    return x if group is None else _AllReduceSum.apply(x, group)
+
+
+def all_reduce_max(x: Tensor, group: Group | None) -> Tensor:
+    """The element-wise maximum over the ranks of the group, without gradient. Collective: all ranks of the group."""
+    if group is None:
+        return x
+    largest = x.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in order of rank, on every rank. Collective: all ranks."""
+    if world_group() is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here. Collective: all ranks."""
+    if world_group() is not None:
+        dist.barrier()
+
+
+def _exchange_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    received = rows_RD.new_empty((sum(receive), rows_RD.shape[1]))
+    dist.all_to_all_single(received, rows_RD.contiguous(), receive, send, group=group)
+    return received
