@@ -1,5 +1,7 @@
 """The base of every configuration section: frozen, unknown keys refused, field docstrings shown by `--help`."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -14,3 +16,12 @@ class Section(BaseModel):
         """Whether a field has another value than its default; a resolved configuration names every field, so that
         "was given" cannot tell a user's wish from a default."""
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings in one, nested ones merged; where both have a value, the one above counts."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource
 
+from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
 from moe_train.config.root import Config
 
@@ -54,7 +55,7 @@ def load_config(arguments: Sequence[str], *, program: str, description: str = ""
     overrides = _parse_overrides(parser, arguments)
     path = overrides.pop("config", None)
     overrides.pop("local_rank", None)
-    values = _merge(read_yaml(Path(path)) if path else {}, overrides)
+    values = merge(read_yaml(Path(path)) if path else {}, overrides)
     return validate_config(values, origin=path)
 
 
@@ -108,14 +109,6 @@ def validate_config(values: dict[str, Any], *, origin: str | None = None) -> Con
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML text that loads again to an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=False), sort_keys=False)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _describe(error: Any) -> str:

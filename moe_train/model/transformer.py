@@ -4,19 +4,20 @@ Legend: B batch, S sequence, D hidden_size, V vocab_size, L MoE layers, E expert
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from moe_train.model.block import Block, BlockOutput
-from moe_train.model.cache import LayerState
+from moe_train.model.cache import KeyValue, LayerState
 from moe_train.model.layers import Embedding, Linear
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.moe.balance import BalanceTerm
+from moe_train.model.moe.layer import MoEStats
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key
 from moe_train.parallel.collectives import Group
@@ -145,12 +146,36 @@ class Transformer(nn.Module):
         return MixerContext(0, positions_BS, tokens.documents_BS, token_keys_BS)
 
     def _run_block(self, block: Block, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
-        if not (self.recompute_activations and self.training and torch.is_grad_enabled()):
-            return block(x_BSD, context)
-        # Every draw is keyed, so no generator's state has to be kept. The recomputation runs to its end, because ZeRO-3
-        # releases a module's weights after its forward and every collective must be entered by all ranks.
-        with set_checkpoint_early_stop(False):
-            return checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
+        if self.recompute_activations and self.training and torch.is_grad_enabled():
+            return run_recomputed(block, x_BSD, context)
+        return block(x_BSD, context)
+
+
+def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
+    """A block's output, keeping only its inputs: the rest is computed again in the backward pass.
+
+    Everything that carries a gradient goes in and out as a plain tensor, which is what the reentrant form needs; the other
+    form is not possible under ZeRO-3, which lets go of a module's weights after the second forward (deepspeed 0.19.8).
+    Every draw is keyed, so no generator's state is kept.
+    """
+
+    def run(x_BSD: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+        held = replace(context.key_value, k_BGCd=shared[0], v_BGCd=shared[1]) if context.key_value else None
+        output = block(x_BSD, context.with_key_value(held))
+        published = (output.key_value.k_BGCd, output.key_value.v_BGCd) if output.key_value else ()
+        sums = (output.stats.sums.importance, output.stats.sums.load, output.stats.sums.counts) if output.stats else ()
+        layout.append((len(published), output.stats is not None))
+        return output.x_BSD, *published, *sums
+
+    layout: list[tuple[int, bool]] = []
+    held = context.key_value
+    tensors = checkpoint(
+        run, x_BSD, *((held.k_BGCd, held.v_BGCd) if held else ()), use_reentrant=True, preserve_rng_state=False
+    )
+    num_published, has_stats = layout[0]
+    key_value = KeyValue(*tensors[1:3], context.positions_BS, context.documents_BS) if num_published else None
+    stats = MoEStats(RoutingSums(*tensors[1 + num_published :])) if has_stats else None
+    return BlockOutput(tensors[0], key_value, stats)
 
 
 class TrainingObjective(nn.Module):

@@ -18,6 +18,11 @@ def group_size(group: Group | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def group_rank(group: Group | None) -> int:
+    """This process in the group; 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
 def world_group() -> Group | None:
     """All ranks, or None for one process."""
     return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None

@@ -1,0 +1,89 @@
+"""DeepSpeed's configuration, made from the fields, with the raw additions of the deepspeed section merged in."""
+
+from typing import Any
+
+from moe_train.config.base import merge
+from moe_train.config.errors import UsageError
+from moe_train.config.root import Config
+
+# DeepSpeed's keys that fields of ours decide; ours are the only door to them.
+_FIELD_OF_KEY = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "optim.max_grad_norm",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+}
+_REFUSED_SECTIONS = {
+    "optimizer": "the optim section",
+    "scheduler": "the optim section",
+    "tensorboard": "the telemetry section",
+    "activation_checkpointing": "train.recompute_activations",
+    "expert_parallel": "parallel.expert_parallel_size",
+    "checkpoint": "the checkpoint section",
+}
+
+
+def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[str, Any]:
+    """What DeepSpeed is told.
+
+    Args:
+        config: Checked against the world: global_batch_size is a number.
+        world_size: Ranks of the run.
+        precision: bf16, fp16 or fp32 (auto resolved).
+
+    Returns:
+        DeepSpeed's configuration.
+
+    Raises:
+        UsageError: If an addition contradicts a field.
+    """
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    assert batch is not None
+    accumulation = batch // (micro * world_size)
+    ours: dict[str, Any] = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": False},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if precision != "fp32" and accumulation > 1:
+        # Micro-batches are added up in fp32: bf16 has 8 bits, and the sum would lose the smaller gradients.
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    check_additions(config, ours)
+    return merge(ours, config.deepspeed)
+
+
+def check_additions(config: Config, ours: dict[str, Any] | None = None) -> None:
+    """Refuse raw additions that contradict a field.
+
+    Args:
+        config: The configuration.
+        ours: What the fields give; None before the world is known: then only what needs no world is compared.
+
+    Raises:
+        UsageError: Naming DeepSpeed's key, both values and the field to use.
+    """
+    for section, home in _REFUSED_SECTIONS.items():
+        if section in config.deepspeed:
+            raise UsageError(f"deepspeed.{section} ({config.deepspeed[section]!r}) has its home in {home}: set it there")
+    known = ours if ours is not None else {"zero_optimization": {"stage": config.parallel.zero_stage}}
+    for key, field in _FIELD_OF_KEY.items():
+        added, decided = _lookup(config.deepspeed, key), _lookup(known, key)
+        if added is not None and decided is not None and added != decided:
+            raise UsageError(f"deepspeed.{key} ({added!r}) contradicts {field}, which makes it {decided!r}: set {field}")
+
+
+def _lookup(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return None
+        values = values[part]
+    return values

@@ -1,0 +1,67 @@
+"""Which ranks share the experts of a layer, and which ranks hold the same experts."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from moe_train.parallel.collectives import Group
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """The groups of this rank.
+
+    Attributes:
+        ep_group: Ranks that share the experts of a layer: consecutive, so that they stay in a node where they fit.
+        ep_ranks: Their global ranks.
+        ep_rank: This process among them.
+        edp_group: Ranks that hold the same experts: strided.
+        edp_ranks: Their global ranks.
+    """
+
+    ep_group: Group
+    ep_ranks: tuple[int, ...]
+    ep_rank: int
+    edp_group: Group
+    edp_ranks: tuple[int, ...]
+
+    @property
+    def ep_size(self) -> int:
+        """Ranks that share the experts of a layer."""
+        return len(self.ep_ranks)
+
+
+def expert_parallel_ranks(world_size: int, ep_size: int) -> list[tuple[int, ...]]:
+    """Every expert-parallel group: consecutive ranks."""
+    return [tuple(range(first, first + ep_size)) for first in range(0, world_size, ep_size)]
+
+
+def expert_data_parallel_ranks(world_size: int, ep_size: int) -> list[tuple[int, ...]]:
+    """Every group of ranks that hold the same experts: strided ranks."""
+    return [tuple(range(first, world_size, ep_size)) for first in range(ep_size)]
+
+
+def create_expert_groups(ep_size: int, timeout_seconds: int) -> ExpertGroups:
+    """Create the process groups of every rank and return this rank's.
+
+    Args:
+        ep_size: Ranks that share the experts of a layer; divides the world size.
+        timeout_seconds: Bound of a collective operation.
+
+    Collective: All ranks.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    ep_group, ep_ranks = _create(expert_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
+    edp_group, edp_ranks = _create(expert_data_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
+    return ExpertGroups(ep_group, ep_ranks, ep_ranks.index(rank), edp_group, edp_ranks)
+
+
+def _create(layout: list[tuple[int, ...]], rank: int, timeout_seconds: int) -> tuple[Group, tuple[int, ...]]:
+    mine: tuple[Group, tuple[int, ...]] | None = None
+    for ranks in layout:  # every rank takes part in creating every group, in the same order
+        group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_seconds))
+        if rank in ranks:
+            mine = group, ranks
+    assert mine is not None, "every rank is in one group of a layout"
+    return mine

@@ -1,0 +1,294 @@
+"""The one door to DeepSpeed: ZeRO over dense and expert parameters, steps, and access to flat ranges of the state.
+
+DeepSpeed believes in experts only where it finds its own layer classes. `_ExpertEngine` tells it instead; the contract is
+that an expert parameter carries allreduce = False and the name of its group (deepspeed 0.19.8).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from moe_train.config.run import OptimConfig
+from moe_train.model.moe.steps import RoutingSums
+from moe_train.model.parameters import ExpertParameter, LogicalTensor, logical_tensor
+from moe_train.model.transformer import Losses, Tokens, Transformer, TrainingObjective
+from moe_train.parallel.collectives import group_rank
+from moe_train.parallel.groups import ExpertGroups
+
+STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weight and Adam's moments
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave on this rank.
+
+    Attributes:
+        loss: Mean over micro-batches of the total loss; fp32 scalar on the device.
+        cross_entropy: Mean over micro-batches of the cross-entropy, nats a token; fp32 scalar on the device.
+        sums: Routing sums over the micro-batches, [L, E], or None without MoE layers.
+        grad_norm: Global norm of the averaged gradient before clipping; the same on all ranks.
+        skipped: Whether fp16's loss scaler skipped the update.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    sums: RoutingSums | None
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A flat range of a logical tensor that this rank alone owns, with its optimizer state: views, not copies.
+
+    Attributes:
+        tensor: The logical tensor.
+        start: First element of the range in the flattened global tensor.
+        numel: Elements of the range.
+        states: fp32, 1-D, by the names of STATE_KINDS.
+    """
+
+    tensor: LogicalTensor
+    start: int
+    numel: int
+    states: dict[str, Tensor]
+
+
+class _ExpertEngine(DeepSpeedEngine):
+    """DeepSpeed's engine, told that the model has experts though none of its own layer classes is in it."""
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        experts = [p for p in model.parameters() if isinstance(p, ExpertParameter)]
+        self.has_moe_layers = bool(experts)
+        self.num_experts = [p.num_experts for p in experts]
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """Nothing to refuse: expert parameters carry their placement, see `_mark_experts`."""
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
+        # bf16 with fp32 accumulation would get a class of its own at stage 1; one class serves every stage 1 and 2.
+        super()._do_optimizer_sanity_check(basic_optimizer)
+        return ZERO_OPTIMIZATION
+
+
+class _TupleObjective(nn.Module):
+    """The objective with a flat tuple of tensors as its result: DeepSpeed hooks the tensors that it finds in a tuple.
+
+    Only the loss keeps its graph, because DeepSpeed scales the gradient of every output that has one.
+    """
+
+    def __init__(self, objective: TrainingObjective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, tokens: Tokens, targets_BS: Tensor) -> tuple[Tensor, ...]:
+        losses: Losses = self.objective(tokens, targets_BS)
+        sums = losses.sums
+        routing = () if sums is None else (sums.importance.detach(), sums.load.detach(), sums.counts)
+        return losses.total, losses.cross_entropy.detach(), *routing
+
+
+class TrainEngine:
+    """Trains a model under DeepSpeed ZeRO."""
+
+    def __init__(
+        self, objective: TrainingObjective, expert_groups: ExpertGroups, optim: OptimConfig, settings: dict[str, Any]
+    ) -> None:
+        """Shard the model's state.
+
+        Args:
+            objective: Materialised, holding this rank's experts.
+            expert_groups: The groups the experts are spread over.
+            optim: Optimizer settings.
+            settings: DeepSpeed's configuration.
+
+        Collective: All ranks.
+        """
+        self._tensors = [(p, logical_tensor(n, p)) for n, p in objective.model.named_parameters()]
+        self._model = objective.model
+        self._stage: int = settings["zero_optimization"]["stage"]
+        _join_process_group(expert_groups)
+        _mark_experts(objective.model, expert_groups)
+        self._engine = _ExpertEngine(
+            args=None,
+            model=_TupleObjective(objective),
+            optimizer=_make_adamw(objective.model, optim),
+            config=settings,
+            config_class=DeepSpeedConfig(settings),
+        )
+        # Its persistent data loader and monitors are not used; what is left is forward, backward and step.
+        self._zero = self._engine.optimizer
+
+    @property
+    def model(self) -> Transformer:
+        """The model, for evaluation and generation; under ZeRO-3 every rank must call it together."""
+        return self._model
+
+    def train_step(self, micro_batches: Iterable[tuple[Tokens, Tensor]], learning_rate: float) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            micro_batches: As many as the configured accumulation: tokens and targets.
+            learning_rate: Of this step.
+
+        Collective: All ranks.
+        """
+        for group in self._zero.param_groups:
+            group["lr"] = learning_rate
+        self._engine.train()
+        total: list[Tensor] = []
+        num_micro_batches, skipped_before = 0, self._engine.skipped_steps
+        for tokens, targets_BS in micro_batches:
+            outputs = self._engine(tokens, targets_BS)
+            self._engine.backward(outputs[0])
+            self._engine.step()
+            parts = [output.detach() for output in outputs]
+            total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
+            num_micro_batches += 1
+        return StepResult(
+            loss=total[0].float() / num_micro_batches,
+            cross_entropy=total[1].float() / num_micro_batches,
+            sums=RoutingSums(*total[2:]) if len(total) > 2 else None,
+            grad_norm=float(self._engine.get_global_grad_norm()),
+            skipped=self._engine.skipped_steps > skipped_before,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tokens) -> Tensor:
+        """Logits in evaluation mode: no router noise. [B, S, V]. Collective: all ranks."""
+        self._engine.eval()
+        return self._model(tokens).logits_BSV
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The ranges of weights and optimizer state that this rank owns; every element of the model has one owner."""
+        self._create_optimizer_state()
+        for parameter, tensor in self._tensors:
+            find = self._partitioned_fragment if self._stage == 3 else self._mapped_fragment
+            fragment = find(parameter, tensor)
+            if fragment is not None and fragment.numel:
+                yield fragment
+
+    def load_state(self, read: Callable[[Fragment, str], Tensor], optimizer_step: int) -> None:
+        """Replace weights and optimizer state.
+
+        Args:
+            read: Gives a state kind of a fragment's range as a 1-D fp32 tensor.
+            optimizer_step: Updates that Adam has made, for its bias correction.
+
+        Collective: All ranks.
+        """
+        for fragment in self.fragments():
+            for kind, state in fragment.states.items():
+                state.copy_(read(fragment, kind))
+        for flat in self._flat_partitions():
+            self._zero.optimizer.state[flat]["step"].fill_(float(optimizer_step))
+        self._refresh_working_weights()
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that Adam has made: fewer than the loop's steps where fp16 skipped some."""
+        states = [self._zero.optimizer.state[flat] for flat in self._flat_partitions()]
+        return int(states[0]["step"]) if states and states[0] else 0
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's loss scale; 1 otherwise."""
+        return float(self._zero.loss_scale)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        # The fp32 partitions are what the inner AdamW updates and keys its state by.
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def _create_optimizer_state(self) -> None:
+        states = self._zero.optimizer.state
+        for flat in self._flat_partitions():
+            if not states[flat]:
+                moments = {kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in STATE_KINDS[1:]}
+                states[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
+
+    def _mapped_fragment(self, parameter: nn.Parameter, tensor: LogicalTensor) -> Fragment | None:
+        mapping = parameter._hp_mapping
+        if mapping is None:  # another rank owns all of it
+            return None
+        place = mapping.lp_fragment_address
+        # DeepSpeed links optimizer state to parameters after its first group's first step, when the other groups have
+        # none yet; so the moments are looked up where they are kept.
+        flat, within = self._flat_partitions()[mapping.param_group_index], mapping.get_hp_fragment_address()
+        whole = {"weight": flat.detach()} | {kind: self._zero.optimizer.state[flat][kind] for kind in STATE_KINDS[1:]}
+        states = {kind: state.narrow(0, within.start, within.numel) for kind, state in whole.items()}
+        return Fragment(tensor, tensor.start + place.start, place.numel, states)
+
+    def _partitioned_fragment(self, parameter: nn.Parameter, tensor: LogicalTensor) -> Fragment:
+        size = parameter.ds_tensor.ds_numel
+        start = group_rank(parameter.ds_process_group) * size
+        numel = max(0, min(size, tensor.numel - start))  # the last partitions may be padding, in part or whole
+        keys = [None, *STATE_KINDS[1:]]
+        found = [self._zero._get_fp32_opt_state_partition(parameter, False, key)[0][:numel].detach() for key in keys]
+        return Fragment(tensor, tensor.start + start, numel, dict(zip(STATE_KINDS, found, strict=True)))
+
+    def _refresh_working_weights(self) -> None:
+        zero = self._zero
+        if self._stage < 3:
+            zero.update_lp_params()
+            return
+        # As in its own step: gathered parameters are let go, or they would keep the old values.
+        zero._partition_all_parameters()
+        for index in range(len(zero.fp16_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _join_process_group(expert_groups: ExpertGroups) -> None:
+    # Without this DeepSpeed builds an optional operator for CPU: a compiler and a minute that nothing here needs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    name = _group_name(expert_groups)
+    groups._EXPERT_PARALLEL_GROUP[name] = expert_groups.ep_group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = expert_groups.ep_ranks
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_groups.edp_group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = expert_groups.edp_ranks
+
+
+def _mark_experts(model: Transformer, expert_groups: ExpertGroups) -> None:
+    for parameter in model.parameters():
+        if isinstance(parameter, ExpertParameter):
+            parameter.allreduce = False
+            parameter.group_name = _group_name(expert_groups)
+            parameter.ds_zero_placement_family = "autoep_expert"  # what ZeRO-3 asks for
+            parameter.ds_zero_partition_group_name = parameter.group_name
+
+
+def _group_name(expert_groups: ExpertGroups) -> str:
+    return f"ep_size_{expert_groups.ep_size}"
+
+
+def _make_adamw(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    wanted = [
+        {"name": "decay", "params": matrices, "weight_decay": optim.weight_decay},
+        {"name": "no_decay", "params": vectors, "weight_decay": 0.0},
+    ]
+    split = split_params_into_different_moe_groups_for_optimizer(wanted)
+    return torch.optim.AdamW(
+        [group for group in split if group["params"]],
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+        fused=True,
+    )
