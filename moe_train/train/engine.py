@@ -135,6 +135,11 @@ class TrainEngine:
         """The model, for evaluation and generation; under ZeRO-3 every rank must call it together."""
         return self._model
 
+    @property
+    def logical_tensors(self) -> list[LogicalTensor]:
+        """Every tensor of the model as all ranks together see it."""
+        return [tensor for _, tensor in self._tensors]
+
     def train_step(self, micro_batches: Iterable[tuple[Tokens, Tensor]], learning_rate: float) -> StepResult:
         """One optimizer step.
 

@@ -1,0 +1,57 @@
+# Everything a newcomer runs. `make` alone lists the targets; requirements/setup.sh keeps .venv current for all of them.
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint venv
+
+PYTHON ?=
+TORCH_INDEX_URL ?=
+PIP_ARGS ?=
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+
+# 1 where an NVIDIA GPU is seen; DS_ACCELERATOR=cpu in the environment has the last word for training.
+GPU := $(shell (ls /dev/nvidia[0-9]* || nvidia-smi -L) >/dev/null 2>&1 && echo 1)
+DS_ACCELERATOR ?= $(if $(GPU),,cpu)
+LAUNCH_ARGS ?= $(if $(filter cpu,$(DS_ACCELERATOR)),--num_gpus 2)
+
+# The virtual environment first on PATH, as if it were activated: launchers start further programs by name.
+ACTIVATE = export PATH="$(CURDIR)/.venv/bin:$$PATH"
+FREE_PORT = import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])
+
+help:
+	@echo 'make setup                build or update .venv (every target below does this first)'
+	@echo 'make train [ARGS="..."]   train configs/quickstart.yaml on this machine: all GPUs, or two processes on the CPU'
+	@echo '                          ARGS="--train.steps=50 --train.run_dir=runs/x" changes fields of the configuration'
+	@echo '                          CONFIG=configs/NAME.yaml   LAUNCH_ARGS="--num_gpus 4" (any option of deepspeed)'
+	@echo 'make test [ARGS="..."]    run the tests; ARGS="-k router -x" goes to pytest'
+	@echo 'make lint                 ruff check, ruff format --check, mypy'
+	@echo 'make help                 this list'
+	@echo
+	@echo 'For the set-up, also as part of another target:'
+	@echo '  PYTHON=python3.12       interpreter (default: python3, else python3.13, python3.12, python3.11; 3.11 or newer)'
+	@echo '  TORCH_INDEX_URL=URL     where torch comes from. Default: with an NVIDIA GPU, or not on Linux, what pip finds;'
+	@echo '                          otherwise the small CPU build (pip, then https://download.pytorch.org/whl/cpu).'
+	@echo '                          On a login node without a GPU: TORCH_INDEX_URL=https://pypi.org/simple'
+	@echo '  PIP_ARGS="..."          further arguments of pip install'
+
+setup: venv
+	@echo '.venv is ready'
+
+venv:
+	@PYTHON='$(PYTHON)' TORCH_INDEX_URL='$(TORCH_INDEX_URL)' PIP_ARGS='$(PIP_ARGS)' GPU='$(GPU)' sh requirements/setup.sh
+
+# Ctrl-C reaches every process of the terminal. The shell and deepspeed's front end ignore it and wait for its launcher,
+# which stops the ranks; otherwise the prompt would be back, with a traceback, while they are still saving.
+train: venv
+	@$(ACTIVATE) $(if $(DS_ACCELERATOR),DS_ACCELERATOR=$(DS_ACCELERATOR)); trap '' INT; \
+	.venv/bin/python .venv/bin/deepspeed --log_level critical \
+	    --master_port "$$(.venv/bin/python -c "$(FREE_PORT)")" $(LAUNCH_ARGS) launch/train.py --config $(CONFIG) $(ARGS)
+
+test: venv
+	@$(ACTIVATE); .venv/bin/python -m pytest $(ARGS)
+
+lint: venv
+	@status=0; \
+	.venv/bin/ruff check . || status=1; \
+	.venv/bin/ruff format --check . || status=1; \
+	.venv/bin/mypy || status=1; \
+	exit $$status

@@ -1,0 +1,47 @@
+"""Addresses and ports of this host at which the other ranks can meet."""
+
+import fcntl
+import socket
+import struct
+
+PROBE_SECONDS = 3.0  # for one connection within a cluster; a firewall that drops packets takes all of it
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
+
+
+def free_port() -> int:
+    """A TCP port of this host that is free now."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def interface_addresses() -> dict[str, str]:
+    """The IPv4 address of each of this host's network interfaces, by name, without loopback."""
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            addresses[name] = socket.inet_ntoa(answer[20:24])  # struct ifreq: name[16], family[2], port[2], address[4]
+    return {name: address for name, address in addresses.items() if not address.startswith("127.")}
+
+
+def route_interface(host: str) -> str | None:
+    """The network interface by which this host reaches another, or itself; None for loopback and unknown hosts."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: it only asks for the route
+        except OSError:
+            return None
+        source = probe.getsockname()[0]
+    return next((name for name, address in interface_addresses().items() if address == source), None)
+
+
+def accepts_connections(address: str, port: int) -> bool:
+    """Whether a connection from this host to the address can be made."""
+    try:
+        socket.create_connection((address, port), timeout=PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,86 @@
+"""This rank's part of every global batch.
+
+Sequence i of the run belongs to step i // global_batch_size; inside a step, micro-step m takes the next
+micro_batch_size x ranks sequences, and rank r the r-th run of micro_batch_size among them. So the tokens of a micro-step do
+not depend on how many ranks share it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_train.data import TrainingSequences, document_ids
+from moe_train.model.transformer import Tokens
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Sizes of a batch and this rank's place in it.
+
+    Attributes:
+        micro_batch_size: Sequences of one rank in one micro-step.
+        global_batch_size: Sequences of one step, over all ranks.
+        rank: This rank.
+        world_size: Ranks.
+    """
+
+    micro_batch_size: int
+    global_batch_size: int
+    rank: int
+    world_size: int
+
+    @property
+    def num_micro_steps(self) -> int:
+        """Micro-steps of one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def indices(self, step: int, micro_step: int) -> np.ndarray:
+        """Global indices of this rank's sequences. int64 [micro_batch_size]."""
+        start = step * self.global_batch_size
+        start += (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        return np.arange(start, start + self.micro_batch_size, dtype=np.int64)
+
+
+def make_tokens(
+    ids_BS: np.ndarray, sequences_B: np.ndarray, step: int, end_of_document: int | None, device: torch.device
+) -> Tokens:
+    """Model input from token ids.
+
+    Args:
+        ids_BS: Token ids.
+        sequences_B: Global index of each sequence.
+        step: Optimizer step.
+        end_of_document: The mark that separates packed documents, to isolate them; None: not isolated.
+        device: Where the model is.
+    """
+    documents_BS = None
+    if end_of_document is not None:
+        documents_BS = torch.from_numpy(document_ids(ids_BS, end_of_document)).to(device)
+    return Tokens(
+        torch.from_numpy(np.ascontiguousarray(ids_BS)).to(device),
+        torch.from_numpy(sequences_B).to(device),
+        step,
+        documents_BS=documents_BS,
+    )
+
+
+def micro_batches(
+    sequences: TrainingSequences, plan: BatchPlan, step: int, end_of_document: int | None, device: torch.device
+) -> Iterator[tuple[Tokens, Tensor]]:
+    """This rank's micro-batches of a step: tokens and the next tokens to predict.
+
+    Args:
+        sequences: The training data.
+        plan: Sizes and rank.
+        step: Optimizer step, from 0.
+        end_of_document: As in `make_tokens`.
+        device: Where the model is.
+    """
+    for micro_step in range(plan.num_micro_steps):
+        indices = plan.indices(step, micro_step)
+        ids = sequences.batch(indices)
+        targets_BS = torch.from_numpy(np.ascontiguousarray(ids[:, 1:])).to(device)
+        yield make_tokens(ids[:, :-1], indices, step, end_of_document, device), targets_BS

@@ -1,0 +1,288 @@
+"""Checkpoints of flat ranges: every rank writes what it owns, and any layout reads what it needs.
+
+A step's folder holds one safetensors file a rank and manifest.json with every tensor's global shape and where its ranges
+are. It is written under a temporary name and renamed when complete; `latest` is replaced last. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_train.config.errors import UsageError
+from moe_train.parallel.collectives import barrier, gather_objects
+from moe_train.train.engine import STATE_KINDS, Fragment, TrainEngine
+
+FORMAT_VERSION = 1
+_FOLDER = re.compile(r"step_(\d{8})")
+_FILE = re.compile(r"rank_\d{5}\.safetensors")
+_HASH_BLOCK = 1 << 24  # bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of a logical tensor in a file: [start, start + numel)."""
+
+    start: int
+    numel: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        folder: Where it is.
+        step: Optimizer steps done.
+        consumed_sequences: Sequences trained on.
+        optimizer_step: Updates Adam has made.
+        shapes: Global shape of every logical tensor.
+        pieces: Its ranges, in order.
+        digests: blake2b of every file.
+        config: The run's resolved configuration.
+    """
+
+    folder: Path
+    step: int
+    consumed_sequences: int
+    optimizer_step: int
+    shapes: dict[str, tuple[int, ...]]
+    pieces: dict[str, list[Piece]]
+    digests: dict[str, str]
+    config: dict[str, Any]
+
+
+def save_checkpoint(
+    engine: TrainEngine, checkpoints: Path, rank: int, *, step: int, consumed_sequences: int, config: dict[str, Any]
+) -> Path:
+    """Write the model and optimizer state.
+
+    Args:
+        engine: Whose state to save.
+        checkpoints: The run's checkpoint folder, seen by all ranks.
+        rank: This rank.
+        step: Optimizer steps done.
+        consumed_sequences: Sequences trained on.
+        config: Resolved configuration, as plain values.
+
+    Returns:
+        The step's folder.
+
+    Collective: All ranks.
+    """
+    final, part = checkpoints / f"step_{step:08d}", checkpoints / f"step_{step:08d}.part"
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed while saving
+        part.mkdir(parents=True)
+    barrier()
+    written = gather_objects(_write_ranges(engine, part / f"rank_{rank:05d}.safetensors"))
+    if rank == 0:
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "consumed_sequences": consumed_sequences,
+            "optimizer_step": engine.optimizer_step,
+            "tensors": {name: list(shape) for entry in written for name, shape in entry["shapes"].items()},
+            "files": {e["file"]: {"blake2b": e["digest"], "ranges": e["ranges"]} for e in written if e["ranges"]},
+            "config": config,
+        }
+        _write_durably(part / "manifest.json", json.dumps(manifest, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        part.replace(final)
+        _write_durably(checkpoints / "latest.part", final.name + "\n")
+        (checkpoints / "latest.part").replace(checkpoints / "latest")
+        _sync_folder(checkpoints)
+    barrier()
+    return final
+
+
+def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
+    """Remove all but the newest keep_last complete checkpoints."""
+    for folder in list_checkpoints(checkpoints)[:-keep_last]:
+        shutil.rmtree(folder)
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [folder for folder in checkpoints.iterdir() if _FOLDER.fullmatch(folder.name)]
+    return sorted(folder for folder in found if (folder / "manifest.json").is_file())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        UsageError: If it is missing, damaged, of another version, or names a file outside its folder.
+    """
+    path = folder / "manifest.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format_version"] != FORMAT_VERSION:
+            raise UsageError(f"{path}: format version {raw['format_version']}; this program reads {FORMAT_VERSION}")
+        shapes = {str(name): tuple(int(size) for size in shape) for name, shape in raw["tensors"].items()}
+        pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+        for file, entry in raw["files"].items():
+            if not _FILE.fullmatch(file):
+                raise UsageError(f"{path}: {file!r} is not the name of a checkpoint file")
+            for name, (start, numel) in entry["ranges"].items():
+                pieces[name].append(Piece(int(start), int(numel), file))
+        for name, found in pieces.items():
+            found.sort(key=lambda piece: piece.start)
+            _check_cover(path, name, torch.Size(shapes[name]).numel(), found)
+        return Manifest(
+            folder,
+            int(raw["step"]),
+            int(raw["consumed_sequences"]),
+            int(raw["optimizer_step"]),
+            shapes,
+            pieces,
+            {file: str(entry["blake2b"]) for file, entry in raw["files"].items()},
+            raw["config"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path}: not a manifest of a checkpoint: {type(error).__name__}: {error}") from error
+
+
+def load_checkpoint(engine: TrainEngine, manifest: Manifest, rank: int, world_size: int) -> None:
+    """Replace the engine's state by a checkpoint's, whatever layout wrote it. Each rank reads the ranges it owns.
+
+    Args:
+        engine: Of the same model, in any layout.
+        manifest: From `read_manifest`.
+        rank: This rank.
+        world_size: Ranks.
+
+    Raises:
+        UsageError: On every rank alike, if the model differs or a file is damaged.
+
+    Collective: All ranks.
+    """
+    ours = {tensor.name: tensor.shape for tensor in engine.logical_tensors}
+    _check_same_model(manifest, ours)
+    files = sorted(manifest.digests)
+    problems = [p for p in (_verify(manifest, file) for file in files[rank::world_size]) if p]
+    for found in gather_objects(problems):
+        if found:
+            raise UsageError(found[0])
+    with _Reader(manifest) as reader:
+        engine.load_state(reader.read, manifest.optimizer_step)
+
+
+class _Reader:
+    """Reads ranges of logical tensors, opening each file once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.clear()
+
+    def read(self, fragment: Fragment, kind: str) -> Tensor:
+        """A state kind of a fragment's range, put together from the pieces that hold it. fp32 [numel]."""
+        name, start, end = fragment.tensor.name, fragment.start, fragment.start + fragment.numel
+        pieces = self._manifest.pieces[name]
+        first = bisect_right([piece.start for piece in pieces], start) - 1
+        parts = []
+        for piece in pieces[first:]:
+            if piece.start >= end:
+                break
+            low, high = max(start, piece.start) - piece.start, min(end, piece.start + piece.numel) - piece.start
+            parts.append(self._file(piece.file).get_slice(f"{kind}/{name}")[low:high])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self._manifest.folder / name, framework="pt")
+        return self._open[name]
+
+
+def _write_ranges(engine: TrainEngine, path: Path) -> dict[str, Any]:
+    tensors: dict[str, Tensor] = {}
+    ranges: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for fragment in engine.fragments():
+        name = fragment.tensor.name
+        shapes[name], ranges[name] = fragment.tensor.shape, (fragment.start, fragment.numel)
+        for kind in STATE_KINDS:
+            # A copy: safetensors refuses tensors that share memory, and the fragments are views of one partition.
+            tensors[f"{kind}/{name}"] = fragment.states[kind].detach().to("cpu", torch.float32, copy=True)
+    if ranges:
+        save_file(tensors, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return {"file": path.name, "digest": _digest(path) if ranges else "", "ranges": ranges, "shapes": shapes}
+
+
+def _check_cover(path: Path, name: str, numel: int, pieces: list[Piece]) -> None:
+    end = 0
+    for piece in pieces:
+        if piece.start != end or piece.numel < 1:
+            raise UsageError(f"{path}: tensor {name}: element {end} to {piece.start} is missing or there twice")
+        end += piece.numel
+    if end != numel:
+        raise UsageError(f"{path}: tensor {name} has {end} of {numel} elements")
+
+
+def _check_same_model(manifest: Manifest, ours: dict[str, tuple[int, ...]]) -> None:
+    for name in sorted(ours.keys() | manifest.shapes.keys()):
+        here, there = ours.get(name), manifest.shapes.get(name)
+        if here != there:
+            raise UsageError(
+                f"{manifest.folder} is of another model: tensor {name} is {list(there) if there else 'absent'} in the "
+                f"checkpoint and {list(here) if here else 'absent'} in model; train.run_dir must be of the same model"
+            )
+
+
+def _verify(manifest: Manifest, file: str) -> str | None:
+    path = manifest.folder / file
+    try:
+        if _digest(path) != manifest.digests[file]:
+            return f"{path} is damaged: its digest differs from the manifest's"
+        with safe_open(path, framework="pt") as opened:
+            names = set(opened.keys())
+    except (OSError, SafetensorError) as error:
+        return f"{path} cannot be read: {error}"
+    wanted = {f"{k}/{n}" for n, found in manifest.pieces.items() for p in found if p.file == file for k in STATE_KINDS}
+    return None if names == wanted else f"{path} does not hold the tensors that the manifest names"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""What one sees while a run goes on: a progress line on a terminal, plain lines elsewhere; nothing on other ranks than 0."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """The figures of a progress line."""
+
+    step: int
+    num_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    seconds_left: float
+    max_violation: float | None
+
+    @property
+    def figures(self) -> str:
+        """The line without its step."""
+        left = str(timedelta(seconds=round(self.seconds_left)))
+        text = f"loss {self.loss:7.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:6.3f}"
+        text += f"  {self.tokens_per_second:8,.0f} tok/s  ETA {left}"
+        return text if self.max_violation is None else f"{text}  MaxVio {self.max_violation:5.2f}"
+
+
+class RunConsole:
+    """Prints on rank 0. A closed output never ends a run."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """stream: where to print; None: nowhere, for other ranks than 0."""
+        self._console = Console(file=stream, soft_wrap=True, highlight=False) if stream is not None else None
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def say(self, message: Any = "") -> None:
+        """Print a line, or anything that rich can print."""
+        self._guard(lambda console: console.print(message, markup=False))
+
+    @contextmanager
+    def progress(self, first_step: int, num_steps: int) -> Iterator[None]:
+        """Show progress from first_step to num_steps while the block runs."""
+        if self._console is None or not self._console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        with Progress(*columns, console=self._console) as self._progress:
+            self._task = self._progress.add_task("train", total=num_steps, completed=first_step, figures="")
+            yield
+        self._progress = None
+
+    def step(self, line: StepLine, is_due: bool) -> None:
+        """Show a step: on a terminal every one in place, elsewhere a line when it is due."""
+        if self._progress is not None:
+            progress = self._progress
+            self._guard(lambda _: progress.update(self._task, completed=line.step, figures=line.figures))
+        elif is_due:
+            self.say(f"step {line.step:6d}/{line.num_steps}  {line.figures}")
+
+    def _guard(self, show: Any) -> None:
+        if self._console is None:
+            return
+        try:
+            show(self._console)
+        except (BrokenPipeError, OSError) as error:
+            # Nobody reads any more; the run goes on, and its log says so once.
+            print(f"standard output is closed ({error}); the run goes on without it", flush=True)
+            self._console = self._progress = None

@@ -1,0 +1,87 @@
+"""A run's folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from moe_train.config.errors import UsageError
+from moe_train.config.load import dump_yaml
+from moe_train.config.root import Config
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run are."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    def log(self, rank: int) -> Path:
+        """What libraries print on a rank."""
+        return self.root / "logs" / f"rank_{rank:05d}.log"
+
+
+def open_run_folder(run_dir: str) -> RunFolder:
+    """Create the folder where it is not there.
+
+    Raises:
+        UsageError: If it cannot be written.
+    """
+    folder = RunFolder(Path(run_dir))
+    try:
+        folder.log(0).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"train.run_dir ({run_dir!r}): cannot be created: {error}") from error
+    if not os.access(folder.root, os.W_OK):
+        raise UsageError(f"train.run_dir ({run_dir!r}): is not writable")
+    return folder
+
+
+def save_config(folder: RunFolder, config: Config) -> None:
+    """Write the resolved configuration."""
+    part = folder.config.with_suffix(".part")
+    part.write_text(dump_yaml(config), encoding="utf-8")
+    part.replace(folder.config)
+
+
+def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
+    """Send everything that libraries print, from Python or not, to a log file.
+
+    Args:
+        log: Appended to.
+
+    Returns:
+        Streams of the standard output and error as they were.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8") for stream in (sys.stdout, sys.stderr)]
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+    logging.captureWarnings(True)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
+    return kept[0], kept[1]

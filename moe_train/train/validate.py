@@ -1,0 +1,74 @@
+"""Loss on the held-out text."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from moe_train.data import HeldOut
+from moe_train.model.transformer import IGNORED_TARGET
+from moe_train.parallel.collectives import all_reduce_sum, world_group
+from moe_train.train.batches import BatchPlan, make_tokens
+from moe_train.train.engine import TrainEngine
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Loss over held-out sequences.
+
+    Attributes:
+        cross_entropy: Mean, nats a token.
+        bits_per_byte: cross_entropy / ln 2 x tokens / bytes of the held-out text.
+        num_tokens: Tokens predicted.
+    """
+
+    cross_entropy: float
+    bits_per_byte: float
+    num_tokens: int
+
+
+def validate(
+    engine: TrainEngine,
+    held_out: HeldOut,
+    plan: BatchPlan,
+    num_sequences: int | None,
+    end_of_document: int | None,
+    device: torch.device,
+) -> ValidationResult:
+    """Evaluate without router noise; the same number for any number of ranks.
+
+    Args:
+        engine: Holds the model.
+        held_out: The held-out text.
+        plan: Sequences of a forward pass, and ranks to share them.
+        num_sequences: Sequences to take, evenly spread over the text; None: all.
+        end_of_document: As in `make_tokens`.
+        device: Where the model is.
+
+    Collective: All ranks.
+    """
+    available = held_out.num_sequences
+    wanted = available if num_sequences is None else min(num_sequences, available)
+    chosen = np.arange(wanted, dtype=np.int64) * available // wanted
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    stride = plan.micro_batch_size * plan.world_size
+    for start in range(0, wanted, stride):
+        begin = start + plan.rank * plan.micro_batch_size
+        mine = chosen[begin : begin + plan.micro_batch_size]
+        # A rank without sequences of its own still runs: the others' tokens may need its experts.
+        indices = mine if mine.size else chosen[:1]
+        ids_BS, targets = held_out.batch(indices)
+        targets_BS = torch.from_numpy(targets).to(device)
+        if not mine.size:
+            targets_BS = torch.full_like(targets_BS, IGNORED_TARGET)
+        logits_BSV = engine.evaluate(make_tokens(ids_BS, indices, 0, end_of_document, device))
+        losses = F.cross_entropy(
+            logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+        )
+        sums[0] += losses.double().sum()
+        sums[1] += (targets_BS != IGNORED_TARGET).sum()
+    total, count = all_reduce_sum(sums, world_group()).tolist()
+    mean = total / count
+    return ValidationResult(mean, mean / math.log(2) * held_out.num_tokens / held_out.num_bytes, int(count))

@@ -1,0 +1,1 @@
+"""Tests of moe_train, in folders that mirror its packages."""
