@@ -15,8 +15,8 @@ class SourceConfig(Section):
     """One source of documents."""
 
     source: SourceKind = "python_stdlib"
-    """python_stdlib: the running interpreter's standard library; text: a document a file; jsonl, parquet: a document a row;
-    huggingface: a data set by hub name or local folder."""
+    """python_stdlib: the running interpreter's standard library; text: a document a file; jsonl, parquet: a document
+    a row; huggingface: a data set by hub name or local folder."""
     paths: tuple[str, ...] = ()
     """Files, folders or glob patterns of a text, jsonl or parquet source."""
     validation_paths: tuple[str, ...] = ()
@@ -68,7 +68,8 @@ class DataConfig(SourceConfig):
     mixture: tuple[MixtureEntry, ...] = ()
     """Several sources with weights, in place of data.source (in YAML, or as JSON on the command line)."""
     tokenizer: str = "bytes"
-    """bytes (256 values and an end-of-document mark), bpe (trained on the data), or the path of a `tokenizers` JSON file."""
+    """bytes (256 values and an end-of-document mark), bpe (trained on the data), or the path of a `tokenizers` JSON
+    file."""
     bpe_vocab_size: int = Field(4096, ge=257)
     """Entries of the trained BPE, its end-of-document mark included; only for tokenizer bpe."""
     end_of_document: str | None = None

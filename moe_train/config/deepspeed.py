@@ -73,12 +73,16 @@ def check_additions(config: Config, ours: dict[str, Any] | None = None) -> None:
     """
     for section, home in _REFUSED_SECTIONS.items():
         if section in config.deepspeed:
-            raise UsageError(f"deepspeed.{section} ({config.deepspeed[section]!r}) has its home in {home}: set it there")
+            raise UsageError(
+                f"deepspeed.{section} ({config.deepspeed[section]!r}) has its home in {home}: set it there"
+            )
     known = ours if ours is not None else {"zero_optimization": {"stage": config.parallel.zero_stage}}
     for key, field in _FIELD_OF_KEY.items():
         added, decided = _lookup(config.deepspeed, key), _lookup(known, key)
         if added is not None and decided is not None and added != decided:
-            raise UsageError(f"deepspeed.{key} ({added!r}) contradicts {field}, which makes it {decided!r}: set {field}")
+            raise UsageError(
+                f"deepspeed.{key} ({added!r}) contradicts {field}, which makes it {decided!r}: set {field}"
+            )
 
 
 def _lookup(values: dict[str, Any], key: str) -> Any:

@@ -7,7 +7,6 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from moe_train.config.base import Section
 
 
-
 class MoEConfig(Section):
     """The Mixture-of-Experts layers: experts, router and balance terms."""
 
@@ -22,13 +21,15 @@ class MoEConfig(Section):
     noise_epsilon: float = Field(1e-2, ge=0.0)
     """Smallest standard deviation of the router's noise, in logits; only for router noisy_topk."""
     renormalize_gates: bool = True
-    """True: the gates of the chosen experts sum to one; False: they keep their probability among all experts (Switch)."""
+    """True: the gates of the chosen experts sum to one; False: they keep their probability among all experts
+    (Switch)."""
     importance_cv2_coef: float = Field(0.1, ge=0.0)
     """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens."""
     load_cv2_coef: float = Field(0.1, ge=0.0)
     """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. Needs noisy_topk."""
     balance_scope: Literal["global", "local"] = "global"
-    """Tokens that importance and load are summed over before CV^2: those of all ranks in one micro-step, or this rank's."""
+    """Tokens that importance and load are summed over before CV^2: those of all ranks in one micro-step, or this
+    rank's."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -71,7 +72,8 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt | None = None
     """Key and value heads of one owner layer: num_heads is MHA, fewer GQA, 1 MQA; None takes num_heads."""
     kv_layers: PositiveInt | tuple[int, ...] | None = None
-    """Layers that own keys and values (MLKV): their number, or the list of them, the first being 0; None: all layers."""
+    """Layers that own keys and values (MLKV): their number, or the list of them, the first being 0; None: all
+    layers."""
     head_dim: PositiveInt | None = None
     """Width of one head, even; None takes hidden_size / num_heads."""
     intermediate_size: PositiveInt = 1024
@@ -97,7 +99,8 @@ class ModelConfig(Section):
     isolate_documents: bool = False
     """True: no attention from one packed document to another."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of initial weights; those that write to the residual stream have init_std / sqrt(2 num_layers)."""
+    """Standard deviation of initial weights; those that write to the residual stream have init_std / sqrt(2
+    num_layers)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,7 +121,9 @@ class ModelConfig(Section):
         if isinstance(self.kv_layers, tuple):
             self._check_layers("kv_layers", self.kv_layers)
             if not self.kv_layers or self.kv_layers[0] != 0:
-                raise ValueError(f"kv_layers ({list(self.kv_layers)}) must begin with layer 0, which has no owner below it")
+                raise ValueError(
+                    f"kv_layers ({list(self.kv_layers)}) must begin with layer 0, which has no owner below it"
+                )
         if not self.moe_layer_indices and self.differs("moe"):
             raise ValueError(
                 f"model.moe has no effect: no layer of {self.num_layers} is an MoE layer with moe_every "

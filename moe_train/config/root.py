@@ -29,7 +29,8 @@ class Config(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     """What is written of a run."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Raw additions to DeepSpeed's configuration (as JSON on the command line); they may not contradict a field above."""
+    """Raw additions to DeepSpeed's configuration (as JSON on the command line); they may not contradict a field
+    above."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,5 +84,7 @@ def _largest_expert_parallel_size(config: Config, world_size: int, local_world_s
         return 1
     experts = config.model.moe.num_experts
     return max(
-        size for size in range(1, local_world_size + 1) if experts % size == 0 and world_size % size == 0 and local_world_size % size == 0
+        size
+        for size in range(1, local_world_size + 1)
+        if experts % size == 0 and world_size % size == 0 and local_world_size % size == 0
     )

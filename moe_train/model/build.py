@@ -60,7 +60,9 @@ def build_model(
     with torch.device("meta"):
         embedding = Embedding(vocab_size, config.hidden_size, config.init_std)
         blocks = [_build_block(config, layer, seed, place, output_std) for layer in range(config.num_layers)]
-        final_norm = make_norm(config.norm, config.hidden_size, config.norm_epsilon) if config.norm_position == "pre" else None
+        final_norm = (
+            make_norm(config.norm, config.hidden_size, config.norm_epsilon) if config.norm_position == "pre" else None
+        )
         head = Linear(config.hidden_size, vocab_size, config.init_std)
         if config.tie_embeddings:
             head.weight = embedding.weight

@@ -154,9 +154,9 @@ class Transformer(nn.Module):
 def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
     """A block's output, keeping only its inputs: the rest is computed again in the backward pass.
 
-    Everything that carries a gradient goes in and out as a plain tensor, which is what the reentrant form needs; the other
-    form is not possible under ZeRO-3, which lets go of a module's weights after the second forward (deepspeed 0.19.8).
-    Every draw is keyed, so no generator's state is kept.
+    Everything that carries a gradient goes in and out as a plain tensor, which is what the reentrant form needs; the
+    other form is not possible under ZeRO-3, which lets go of a module's weights after the second forward (deepspeed
+    0.19.8). Every draw is keyed, so no generator's state is kept.
     """
 
     def run(x_BSD: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """This rank's part of every global batch.
 
 Sequence i of the run belongs to step i // global_batch_size; inside a step, micro-step m takes the next
-micro_batch_size x ranks sequences, and rank r the r-th run of micro_batch_size among them. So the tokens of a micro-step do
-not depend on how many ranks share it.
+micro_batch_size x ranks sequences, and rank r the r-th run of micro_batch_size among them. So the tokens of a
+micro-step do not depend on how many ranks share it.
 """
 
 from collections.abc import Iterator

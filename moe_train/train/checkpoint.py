@@ -1,7 +1,8 @@
 """Checkpoints of flat ranges: every rank writes what it owns, and any layout reads what it needs.
 
-A step's folder holds one safetensors file a rank and manifest.json with every tensor's global shape and where its ranges
-are. It is written under a temporary name and renamed when complete; `latest` is replaced last. Nothing is unpickled.
+A step's folder holds one safetensors file a rank and manifest.json with every tensor's global shape and where its
+ranges are. It is written under a temporary name and renamed when complete; `latest` is replaced last. Nothing is
+unpickled.
 """
 
 import hashlib

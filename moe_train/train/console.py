@@ -1,4 +1,5 @@
-"""What one sees while a run goes on: a progress line on a terminal, plain lines elsewhere; nothing on other ranks than 0."""
+"""What one sees while a run goes on: a progress line on a terminal, plain lines elsewhere; nothing on other ranks
+than 0."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

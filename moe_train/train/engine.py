@@ -1,7 +1,7 @@
 """The one door to DeepSpeed: ZeRO over dense and expert parameters, steps, and access to flat ranges of the state.
 
-DeepSpeed believes in experts only where it finds its own layer classes. `_ExpertEngine` tells it instead; the contract is
-that an expert parameter carries allreduce = False and the name of its group (deepspeed 0.19.8).
+DeepSpeed believes in experts only where it finds its own layer classes. `_ExpertEngine` tells it instead; the
+contract is that an expert parameter carries allreduce = False and the name of its group (deepspeed 0.19.8).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moe_train.config.run import OptimConfig
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.model.parameters import ExpertParameter, LogicalTensor, logical_tensor
-from moe_train.model.transformer import Losses, Tokens, Transformer, TrainingObjective
+from moe_train.model.transformer import Losses, Tokens, TrainingObjective, Transformer
 from moe_train.parallel.collectives import group_rank
 from moe_train.parallel.groups import ExpertGroups
 
@@ -221,7 +221,9 @@ class TrainEngine:
         states = self._zero.optimizer.state
         for flat in self._flat_partitions():
             if not states[flat]:
-                moments = {kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in STATE_KINDS[1:]}
+                moments = {
+                    kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in STATE_KINDS[1:]
+                }
                 states[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
 
     def _mapped_fragment(self, parameter: nn.Parameter, tensor: LogicalTensor) -> Fragment | None:

@@ -97,9 +97,7 @@ def train(run: Run, first_step: int) -> TrainResult:
     return TrainResult(validation, checkpoint, time.monotonic() - started)
 
 
-def _report(
-    run: Run, done: int, rate: float, result: StepResult, measured: GlobalStep, recent: list[float]
-) -> None:
+def _report(run: Run, done: int, rate: float, result: StepResult, measured: GlobalStep, recent: list[float]) -> None:
     tokens_per_step = run.plan.global_batch_size * run.config.train.sequence_length
     record: Record = {
         "train/loss": measured.loss,
@@ -136,7 +134,9 @@ def _validate(run: Run, done: int, num_sequences: int | None) -> ValidationResul
     result = validate(run.engine, run.data.held_out, run.plan, num_sequences, run.isolation_mark, run.device)
     if run.writer is not None:
         run.writer.write(done, {"val/bits_per_byte": result.bits_per_byte, "val/cross_entropy": result.cross_entropy})
-    run.console.say(f"step {done:6d}  held out: {result.bits_per_byte:.4f} bits/byte, {result.cross_entropy:.4f} nats/token")
+    run.console.say(
+        f"step {done:6d}  held out: {result.bits_per_byte:.4f} bits/byte, {result.cross_entropy:.4f} nats/token"
+    )
     return result
 
 

@@ -77,7 +77,9 @@ def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8") for stream in (sys.stdout, sys.stderr)]
+    kept = [
+        os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8") for stream in (sys.stdout, sys.stderr)
+    ]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())

@@ -104,7 +104,9 @@ def show_summary(run: Run, summary: dict[str, Any]) -> None:
         f"{parameters['total']:,} parameters, {parameters['active']:,} active"
     )
     if summary["train/loss"] is not None:
-        say(f"training: loss {summary['train/loss']:.4f}, cross-entropy {summary['train/cross_entropy']:.4f} nats/token")
+        say(
+            f"training: loss {summary['train/loss']:.4f}, cross-entropy {summary['train/cross_entropy']:.4f} nats/token"
+        )
     if summary["val/bits_per_byte"] is not None:
         beside = "".join(f", {name} {value:.3f}" for name, value in summary["reference_bits_per_byte"].items())
         say(f"held-out text, bits per byte: this model {summary['val/bits_per_byte']:.3f}{beside}")

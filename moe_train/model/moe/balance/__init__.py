@@ -15,7 +15,8 @@ class BalanceTerm(Protocol):
     """A loss that makes experts share the tokens."""
 
     def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
-        """Scalar, added to the training loss; from [L, E] sums, reduced over the group where the term's scope is global."""
+        """Scalar, added to the training loss; from [L, E] sums, reduced over the group where the term's scope is
+        global."""
 
 
 BALANCE_TERMS: dict[str, Callable[[float], BalanceTerm]] = {

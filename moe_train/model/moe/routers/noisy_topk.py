@@ -33,7 +33,9 @@ class NoisyTopKRouter(Router):
         if not self.training:
             experts_TK = choose_experts(clean_TE, token_keys_T, self.top_k)
             gates_TK = gates_of(clean_TE, experts_TK, self.renormalize)
-            return Routing(gates_TK, experts_TK, clean_TE, sum_over_tokens(gates_TK, experts_TK, None, self.num_experts))
+            return Routing(
+                gates_TK, experts_TK, clean_TE, sum_over_tokens(gates_TK, experts_TK, None, self.num_experts)
+            )
         sigma_TE = F.softplus(self.noise(x_TD)) + self.noise_epsilon
         draw_TE = normal(expert_keys(token_keys_T, self.layer_key, self.num_experts)).to(clean_TE.dtype)
         noisy_TE = clean_TE + draw_TE * sigma_TE

@@ -1,0 +1,65 @@
+"""The command `moe-train`: one subcommand a file."""
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from moe_train import __version__
+from moe_train.config.errors import EXIT_USAGE, UsageError
+from moe_train.parallel.bootstrap import is_first_rank
+
+SUBCOMMANDS = {
+    "train": "train a model (start it with deepspeed, torchrun, mpirun or srun for more than one process)",
+    "params": "count a configuration's parameters without allocating them",
+    "parity": "check that every layout of ranks gives the same losses and gradient norms, here or on a cluster",
+}
+_FIRST_RANK_SPEAKS_SECONDS = 2.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        arguments: The command line without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] == "--version":
+        print(f"moe-train {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in SUBCOMMANDS:
+        print(f"moe-train: unknown subcommand {name!r}; known: {', '.join(SUBCOMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    command = importlib.import_module(f"moe_train.cli.{name}")
+    return run_command(command.run, arguments[1:], f"moe-train {name}")
+
+
+def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
+    """Run a command and turn a user's error into one message and exit code 2.
+
+    Of several ranks that find the same error only the first says it; the others wait a little, because launchers end
+    every rank as soon as one has ended.
+    """
+    try:
+        return run(arguments)
+    except UsageError as error:
+        if is_first_rank():
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_FIRST_RANK_SPEAKS_SECONDS)
+        return EXIT_USAGE
+
+
+def _usage() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in SUBCOMMANDS.items()]
+    return "\n".join(
+        ["usage: moe-train SUBCOMMAND ...", "", *lines, "", "moe-train SUBCOMMAND --help tells the options."]
+    )

@@ -1,0 +1,40 @@
+"""`moe-train params`: a configuration's parameters, total and active, without allocating them."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from moe_train.config.errors import UsageError
+from moe_train.config.load import load_config
+from moe_train.config.root import Config
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Count and print."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    options, rest = parser.parse_known_args(list(arguments))
+    config = load_config(
+        rest, program="moe-train params", description="Count a configuration's parameters. --json: one JSON object."
+    )
+    from moe_train.model.count import count_parameters  # torch is imported only for a configuration that is right
+
+    count = count_parameters(config.model, _vocab_size(config))
+    if options.json:
+        print(json.dumps({"total": count.total, "active": count.active, "experts": count.experts}))
+    else:
+        print(
+            f"total   {count.total:>18,}\nactive  {count.active:>18,}  a token\nexperts {count.experts:>18,}  of the total"
+        )
+    return 0
+
+
+def _vocab_size(config: Config) -> int:
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    known = {"bytes": 257, "bpe": config.data.bpe_vocab_size}
+    if config.data.tokenizer not in known:
+        raise UsageError(
+            f"model.vocab_size is not set and data.tokenizer ({config.data.tokenizer!r}) is a file: set model.vocab_size"
+        )
+    return known[config.data.tokenizer]
