@@ -23,9 +23,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({"total": count.total, "active": count.active, "experts": count.experts}))
     else:
-        print(
-            f"total   {count.total:>18,}\nactive  {count.active:>18,}  a token\nexperts {count.experts:>18,}  of the total"
-        )
+        rows = (("total", count.total), ("active a token", count.active), ("experts", count.experts))
+        print("\n".join(f"{name:<14} {number:>18,}" for name, number in rows))
     return 0
 
 
@@ -35,6 +34,7 @@ def _vocab_size(config: Config) -> int:
     known = {"bytes": 257, "bpe": config.data.bpe_vocab_size}
     if config.data.tokenizer not in known:
         raise UsageError(
-            f"model.vocab_size is not set and data.tokenizer ({config.data.tokenizer!r}) is a file: set model.vocab_size"
+            "model.vocab_size is not set, and it is unknown what vocabulary "
+            f"data.tokenizer ({config.data.tokenizer!r}) has: set model.vocab_size"
         )
     return known[config.data.tokenizer]

@@ -27,6 +27,7 @@ from moe_train.parallel.world import World
 if TYPE_CHECKING:
     import torch
 
+    from moe_train.train.console import RunConsole
     from moe_train.train.loop import Run
     from moe_train.train.run_folder import RunFolder
 
@@ -131,7 +132,7 @@ def _assemble(
     folder: "RunFolder",
     device: "torch.device",
     data: PreparedData,
-    console: object,
+    console: "RunConsole",
     first_step: int,
 ) -> "Run":
     from moe_train.train.assemble import assemble_run

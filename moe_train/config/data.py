@@ -50,7 +50,8 @@ class SourceConfig(Section):
         for field, kinds in allowed.items():
             if self.differs(field) and self.source not in kinds:
                 raise ValueError(
-                    f"{field} ({getattr(self, field)!r}) has no effect with source {self.source!r}: it is for {', '.join(kinds)}"
+                    f"{field} ({getattr(self, field)!r}) has no effect with source "
+                    f"{self.source!r}: it is for {', '.join(kinds)}"
                 )
         return self
 
@@ -93,8 +94,8 @@ class DataConfig(SourceConfig):
             )
         if self.end_of_document is not None and self.tokenizer in ("bytes", "bpe"):
             raise ValueError(
-                f"end_of_document ({self.end_of_document!r}) has no effect with tokenizer {self.tokenizer!r}: it is for "
-                "a tokenizer file"
+                f"end_of_document ({self.end_of_document!r}) has no effect with tokenizer {self.tokenizer!r}: "
+                "it is for a tokenizer file"
             )
         return self
 

@@ -15,7 +15,7 @@ from moe_train.config.errors import UsageError
 from moe_train.config.root import Config
 
 
-class _CommandLine(BaseSettings, Config):
+class _CommandLine(BaseSettings, Config):  # type: ignore[misc]  # both have a model_config, of kindred types
     """The configuration as command-line options; the environment is never read."""
 
 
@@ -60,7 +60,7 @@ def load_config(arguments: Sequence[str], *, program: str, description: str = ""
 
 
 def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    source = CliSettingsSource(
+    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
         _CommandLine,
         cli_parse_args=list(arguments),
         cli_avoid_json=True,

@@ -21,15 +21,13 @@ class MoEConfig(Section):
     noise_epsilon: float = Field(1e-2, ge=0.0)
     """Smallest standard deviation of the router's noise, in logits; only for router noisy_topk."""
     renormalize_gates: bool = True
-    """True: the gates of the chosen experts sum to one; False: they keep their probability among all experts
-    (Switch)."""
+    """True: the chosen experts' gates sum to one; False: they are probabilities among all experts (Switch)."""
     importance_cv2_coef: float = Field(0.1, ge=0.0)
     """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens."""
     load_cv2_coef: float = Field(0.1, ge=0.0)
     """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. Needs noisy_topk."""
     balance_scope: Literal["global", "local"] = "global"
-    """Tokens that importance and load are summed over before CV^2: those of all ranks in one micro-step, or this
-    rank's."""
+    """Tokens that importance and load are summed over before CV^2: one micro-step of all ranks, or of this rank."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -72,8 +70,7 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt | None = None
     """Key and value heads of one owner layer: num_heads is MHA, fewer GQA, 1 MQA; None takes num_heads."""
     kv_layers: PositiveInt | tuple[int, ...] | None = None
-    """Layers that own keys and values (MLKV): their number, or the list of them, the first being 0; None: all
-    layers."""
+    """Layers that own keys and values (MLKV): their number, or their list, beginning with 0; None: all layers."""
     head_dim: PositiveInt | None = None
     """Width of one head, even; None takes hidden_size / num_heads."""
     intermediate_size: PositiveInt = 1024
@@ -99,8 +96,7 @@ class ModelConfig(Section):
     isolate_documents: bool = False
     """True: no attention from one packed document to another."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of initial weights; those that write to the residual stream have init_std / sqrt(2
-    num_layers)."""
+    """Standard deviation of initial weights; divided by sqrt(2 num_layers) where they write to the residual stream."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

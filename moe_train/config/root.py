@@ -29,8 +29,7 @@ class Config(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     """What is written of a run."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Raw additions to DeepSpeed's configuration (as JSON on the command line); they may not contradict a field
-    above."""
+    """Raw additions to DeepSpeed's configuration (as JSON on the command line), contradicting no field above."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -13,8 +13,7 @@ class ParallelConfig(Section):
     expert_parallel_size: PositiveInt | Literal["auto"] = "auto"
     """Ranks that share the experts of a layer; auto: the largest that divides experts and ranks and stays in a node."""
     zero_stage: Literal[1, 2, 3] = 1
-    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too; experts over ranks of the same
-    experts."""
+    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
     dispatch: Literal["flat"] = "flat"
     """How tokens travel to experts; flat: one row an assignment, in one uneven all-to-all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -99,8 +98,7 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 2
     """Newest checkpoints kept; older ones are removed after a newer one is complete."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of the run folder; never: refuse a run folder that has one; or a
-    checkpoint's path."""
+    """auto: the newest checkpoint of the run folder; never: refuse a folder that has one; or a checkpoint's path."""
 
 
 class TelemetryConfig(Section):

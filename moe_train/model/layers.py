@@ -1,7 +1,6 @@
 """The small modules every part of the model is made of: linear maps, embedding, norms, the dense SwiGLU.
 
-Each says how its parameters begin and is called through `__call__`, so that ZeRO-3 can gather its weights around the
-call.
+Each says how its parameters begin, and is called through `__call__`, around which ZeRO-3 gathers its weights.
 """
 
 from typing import Literal

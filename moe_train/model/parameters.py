@@ -1,5 +1,4 @@
-"""Parameters as logical tensors: a name, a global shape, and the flat range that this rank holds; and their initial
-values.
+"""Parameters as logical tensors (a name, a global shape, and the flat range of this rank) and their initial values.
 
 Modules that own parameters say how they begin through `initial_values`, so that nothing outside knows their names.
 """

@@ -5,7 +5,7 @@ Legend: B batch, S sequence, D hidden_size, V vocab_size, L MoE layers, E expert
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         if self.stream_hook is not None:
             x_BSD, context = self.stream_hook.expand(x_BSD, context)
         key_value, sums = None, []
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._typed_blocks):
             state = states[layer] if states is not None else None
             here = MixerContext(
                 layer, context.positions_BS, context.documents_BS, context.token_keys_BS, key_value, state
@@ -135,7 +135,11 @@ class Transformer(nn.Module):
 
     def new_states(self) -> list[LayerState | None]:
         """Empty decoding states, one a block."""
-        return [block.mixer.new_state() for block in self.blocks]
+        return [block.mixer.new_state() for block in self._typed_blocks]
+
+    @property
+    def _typed_blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))  # ModuleList does not tell what it holds
 
     def _first_context(self, tokens: Tokens) -> MixerContext:
         positions_BS = tokens.positions_BS
@@ -173,7 +177,7 @@ def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockO
         run, x_BSD, *((held.k_BGCd, held.v_BGCd) if held else ()), use_reentrant=True, preserve_rng_state=False
     )
     num_published, has_stats = layout[0]
-    key_value = KeyValue(*tensors[1:3], context.positions_BS, context.documents_BS) if num_published else None
+    key_value = KeyValue(tensors[1], tensors[2], context.positions_BS, context.documents_BS) if num_published else None
     stats = MoEStats(RoutingSums(*tensors[1 + num_published :])) if has_stats else None
     return BlockOutput(tensors[0], key_value, stats)
 

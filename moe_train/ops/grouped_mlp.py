@@ -48,8 +48,7 @@ def grouped_matmul(rows_RM: Tensor, weight_eMN: Tensor, offsets_e: Tensor) -> Te
 
 
 def grouped_matmul_loop(rows_RM: Tensor, weight_eMN: Tensor, offsets_e: Tensor) -> Tensor:
-    """`grouped_matmul` one expert after the other: any dtype and device, at the price of reading the offsets on the
-    host."""
+    """`grouped_matmul` one expert after the other: any dtype, at the price of reading the offsets on the host."""
     ends = offsets_e.tolist()  # host synchronisation: slices need numbers
     starts = [0, *ends[:-1]]
     parts = [rows_RM[a:b] @ weight for a, b, weight in zip(starts, ends, weight_eMN.unbind(0), strict=True)]

@@ -1,8 +1,8 @@
-"""Counter-based random numbers: a hash of a key and counters gives the bits, so that a draw depends on what it is for
-and never on who draws it. The same integers on CPU and CUDA.
+"""Counter-based random numbers: a hash of a key and counters gives the bits, the same on CPU and CUDA.
 
-The mixing function is splitmix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators").
+A draw depends on what it is for and never on who draws it.
+
+Source: splitmix64's finaliser, Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
 """
 
 import hashlib

@@ -35,8 +35,7 @@ def invert_permutation(order_A: Tensor) -> Tensor:
 
 
 class _PermuteRows(torch.autograd.Function):
-    """rows[index]; index being a permutation, its gradient is a gather by the inverse, deterministic on every
-    device."""
+    """rows[index] of a permutation; its gradient is a gather by the inverse, deterministic on every device."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, index_R: Tensor, inverse_R: Tensor) -> Tensor:

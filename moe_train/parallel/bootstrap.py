@@ -252,7 +252,6 @@ def destroy_process_group() -> None:
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one to speak, as far as its environment tells; for messages, before ranks have
-    met."""
+    """Whether this process is the one to speak before ranks have met, as far as its environment tells."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((environ[name] for name in names if name in environ), "0") == "0"

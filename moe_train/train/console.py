@@ -1,5 +1,4 @@
-"""What one sees while a run goes on: a progress line on a terminal, plain lines elsewhere; nothing on other ranks
-than 0."""
+"""What one sees of a run, on rank 0: a progress line on a terminal, plain lines elsewhere."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
 """Causal attention with rotary embedding: MHA, GQA, MQA, and MLKV where a layer reads another layer's keys and values.
 
-Source: shared keys and values over layers: Zuhri et al. 2024, arXiv 2406.09297. What is shared is K after the rotary
-embedding. Legend: B batch, S sequence, C keys, D hidden_size, H query heads, G key/value heads, d head size.
+Source: keys and values shared over layers: Zuhri et al. 2024, arXiv 2406.09297. K is shared after its rotation.
+Legend: B batch, S sequence, C keys, D hidden_size, H query heads, G key/value heads, d head size.
 """
 
 from torch import Tensor

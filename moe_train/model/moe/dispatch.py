@@ -1,9 +1,7 @@
-"""Bringing token rows to their experts and the experts' outputs back, over ranks where the experts are spread over
-ranks.
+"""Bringing token rows to their experts, on other ranks too, and the experts' outputs back.
 
 flat: one row an assignment, in one all-to-all of uneven splits each way. Dropless.
-Legend: T tokens of this rank, K top_k, A = T*K assignments, R rows received, D hidden_size, E experts, e experts of a
-rank.
+Legend: T tokens of this rank, K top_k, A = T*K assignments, R rows received, D hidden_size, E experts, e of a rank.
 """
 
 from dataclasses import dataclass

@@ -15,8 +15,7 @@ class BalanceTerm(Protocol):
     """A loss that makes experts share the tokens."""
 
     def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
-        """Scalar, added to the training loss; from [L, E] sums, reduced over the group where the term's scope is
-        global."""
+        """Scalar, added to the training loss; from [L, E] sums, added up over the group first."""
 
 
 BALANCE_TERMS: dict[str, Callable[[float], BalanceTerm]] = {
