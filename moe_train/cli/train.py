@@ -22,6 +22,7 @@ from moe_train.parallel.bootstrap import (
     set_threads,
 )
 from moe_train.parallel.bootstrap import discover_world as discover
+from moe_train.parallel.host_memory import keep_freed_memory
 from moe_train.parallel.world import World
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def run(arguments: Sequence[str]) -> int:
     device = choose_device(config.parallel.device, world)
     config = _resolve_precision(config, device)
     set_threads(config.parallel.threads_per_rank, world)
+    if device.type == "cpu":
+        keep_freed_memory()
     data = _prepare_data(config, world)
     config = _resolve_vocabulary(config, data)
     output, errors = redirect_output(folder.log(world.rank))

@@ -4,7 +4,7 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -70,6 +70,11 @@ def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) 
     )
     options = parser.parse_args(list(arguments))
     values = dict(source())
+    for name, given in vars(options).items():
+        # pydantic-settings 2.16 makes a list of whatever a list field is given, where None or a number is meant too.
+        if given == ["None"] or (name == "model.kv_layers" and len(given or ()) == 1 and given[0].strip().isdigit()):
+            section, _, field = name.rpartition(".")
+            values[section][field] = None if given == ["None"] else int(given[0])
     values["config"], values["local_rank"] = options.config, options.local_rank
     return values
 
@@ -122,6 +127,8 @@ def _describe(error: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {name} (value {error['input']!r}); {hint}"
     if error["type"] == "missing":
+        required = _fields_at(path, only_required=True)
+        name = ".".join([name, *required[:1]])
         return f"{name} is missing: give it as --{name}=... or in the configuration file"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
@@ -129,11 +136,15 @@ def _describe(error: Any) -> str:
     return f"{name} ({error['input']!r}): {message}"
 
 
-def _fields_at(path: list[Any]) -> list[str]:
+def _fields_at(path: list[Any], only_required: bool = False) -> list[str]:
     section: type[BaseModel] = Config
     for part in path:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if isinstance(part, int):  # a place in a list of sections
+            continue
+        annotation: Any = section.model_fields[part].annotation if part in section.model_fields else None
+        if get_origin(annotation) is tuple:
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation
-    return list(section.model_fields)
+    return [name for name, field in section.model_fields.items() if field.is_required() or not only_required]

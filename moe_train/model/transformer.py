@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,10 +18,9 @@ from moe_train.model.mixers.base import MixerContext
 from moe_train.model.moe.balance import BalanceTerm
 from moe_train.model.moe.layer import MoEStats
 from moe_train.model.moe.steps import RoutingSums
+from moe_train.ops.cross_entropy import mean_cross_entropy
 from moe_train.ops.keyed_random import combine, make_key
 from moe_train.parallel.collectives import Group
-
-IGNORED_TARGET = -100  # targets of padding: they are in no sum
 
 
 @dataclass(frozen=True)
@@ -168,17 +166,18 @@ def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockO
         output = block(x_BSD, context.with_key_value(held))
         published = (output.key_value.k_BGCd, output.key_value.v_BGCd) if output.key_value else ()
         sums = (output.stats.sums.importance, output.stats.sums.load, output.stats.sums.counts) if output.stats else ()
-        layout.append((len(published), output.stats is not None))
+        places = (output.key_value.positions_BC, output.key_value.documents_BC) if output.key_value else None
+        layout.append((places, output.stats is not None))
         return output.x_BSD, *published, *sums
 
-    layout: list[tuple[int, bool]] = []
+    layout: list[tuple[tuple[Tensor, Tensor | None] | None, bool]] = []
     held = context.key_value
     tensors = checkpoint(
         run, x_BSD, *((held.k_BGCd, held.v_BGCd) if held else ()), use_reentrant=True, preserve_rng_state=False
     )
-    num_published, has_stats = layout[0]
-    key_value = KeyValue(tensors[1], tensors[2], context.positions_BS, context.documents_BS) if num_published else None
-    stats = MoEStats(RoutingSums(*tensors[1 + num_published :])) if has_stats else None
+    places, has_stats = layout[0]
+    key_value = KeyValue(tensors[1], tensors[2], *places) if places else None
+    stats = MoEStats(RoutingSums(*tensors[3 if places else 1 :])) if has_stats else None
     return BlockOutput(tensors[0], key_value, stats)
 
 
@@ -201,15 +200,9 @@ class TrainingObjective(nn.Module):
         Collective: All ranks.
         """
         output = self.model(tokens)
-        cross_entropy = mean_cross_entropy(output.logits_BSV, targets_BS)
+        cross_entropy = mean_cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())
         total = cross_entropy
         if output.sums is not None:
             for term in self.balance_terms:
                 total = total + term.loss(output.sums, self.balance_group)
         return Losses(total, cross_entropy, output.sums)
-
-
-def mean_cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Mean cross-entropy over the targets, in nats a token, computed in at least fp32. Scalar."""
-    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
-    return F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), targets_BS.flatten(), ignore_index=IGNORED_TARGET)

@@ -87,7 +87,7 @@ def weighted_sum(rows_AD: Tensor, gates_TK: Tensor, inverse_A: Tensor, order_A: 
     Returns:
         [T, D] of the rows' dtype.
     """
-    num_tokens, top_k = gates_TK.shape
-    rows_TKD = permute_rows(rows_AD, inverse_A, order_A).view(num_tokens, top_k, -1)  # (T*K, D) -> (T, K, D)
+    shape = (*gates_TK.shape, rows_AD.shape[1])
+    rows_TKD = permute_rows(rows_AD, inverse_A, order_A).view(shape)  # (T*K, D) -> (T, K, D)
     wide = torch.promote_types(rows_AD.dtype, torch.float32)
     return (rows_TKD.to(wide) * gates_TK.unsqueeze(-1).to(wide)).sum(1).to(rows_AD.dtype)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from moe_train.data import HeldOut
-from moe_train.model.transformer import IGNORED_TARGET
+from moe_train.ops.cross_entropy import IGNORED_TARGET, token_cross_entropy
 from moe_train.parallel.collectives import all_reduce_sum, world_group
 from moe_train.train.batches import BatchPlan, make_tokens
 from moe_train.train.engine import TrainEngine
@@ -64,10 +63,7 @@ def validate(
         if not mine.size:
             targets_BS = torch.full_like(targets_BS, IGNORED_TARGET)
         logits_BSV = engine.evaluate(make_tokens(ids_BS, indices, 0, end_of_document, device))
-        losses = F.cross_entropy(
-            logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
-        )
-        sums[0] += losses.double().sum()
+        sums[0] += token_cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()).double().sum()
         sums[1] += (targets_BS != IGNORED_TARGET).sum()
     total, count = all_reduce_sum(sums, world_group()).tolist()
     mean = total / count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.model.moe.steps import Routing, RoutingSums
-from moe_train.ops.keyed_random import combine, make_key, uniform
+from moe_train.ops.keyed_random import combine, make_key
 
 _TIE_KEY = make_key("router_tie_break")
 
@@ -40,10 +40,10 @@ def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int) -> Tenso
     Returns:
         int64 [T, K].
     """
-    draw_TE = uniform(expert_keys(token_keys_T, _TIE_KEY, scores_TE.shape[1]))
-    # A few units in the last place: it decides ties and nothing else.
-    resolution = torch.finfo(scores_TE.dtype).eps * (scores_TE.detach().abs() + torch.finfo(scores_TE.dtype).tiny)
-    return (scores_TE.detach() + (4 * resolution * draw_TE).to(scores_TE.dtype)).topk(top_k, dim=1).indices
+    shuffle_TE = expert_keys(token_keys_T, _TIE_KEY, scores_TE.shape[1]).argsort(dim=1)
+    # A stable sort of the shuffled scores: the draw decides between equal scores and nothing else.
+    ranked_TE = scores_TE.detach().gather(1, shuffle_TE).argsort(dim=1, descending=True, stable=True)
+    return shuffle_TE.gather(1, ranked_TE[:, :top_k])
 
 
 def gates_of(logits_TE: Tensor, experts_TK: Tensor, renormalize: bool) -> Tensor:

@@ -48,7 +48,8 @@ class NoisyTopKRouter(Router):
 def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, sigma_TE: Tensor, top_k: int) -> Tensor:
     """The probability that an expert is among the K best if only its own noise is drawn again (equations 8-9).
 
-    P = Phi((clean - kth_excluding) / sigma), kth_excluding being the K-th largest noisy logit of the other experts: the (K+1)-th largest of all for an expert among the K best, else the K-th largest.
+    P = Phi((clean - kth_excluding) / sigma), kth_excluding being the K-th largest noisy logit of the other experts: the
+    (K+1)-th largest of all for an expert among the K best, else the K-th largest.
 
     Args:
         clean_TE: Logits without noise.

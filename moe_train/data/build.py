@@ -1,0 +1,168 @@
+"""One pass over a corpus: documents to token files, with the sizes and reference compressions of the held-out text."""
+
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+
+from moe_train.data.report import PreparationReport
+from moe_train.data.sources import Corpus
+from moe_train.data.tokenizers import Tokenizer, token_dtype
+
+TOKEN_FILES = {"train": "train.tokens.bin", "held_out": "held_out.tokens.bin"}
+BATCH_CHARACTERS = 2**22  # encoded at a time: enough for every core, and a bound of the memory
+PIECE_CHARACTERS = 2**18  # longer documents are cut before encoding: one is encoded by one thread, in memory
+Item = TypeVar("Item")
+GZIP_CONTAINER = 16 + zlib.MAX_WBITS
+
+
+@dataclass
+class Stream:
+    """A token file being written.
+
+    Attributes:
+        file: Open for writing.
+        end_of_document: The mark; it begins the stream and follows every document, so that each byte is predicted once.
+        dtype: Name of the tokens' type.
+        tokens: Written so far, marks included.
+        documents: Written so far.
+        num_bytes: Of the text, as UTF-8.
+    """
+
+    file: BinaryIO
+    end_of_document: int
+    dtype: str
+    tokens: int = 0
+    documents: int = 0
+    num_bytes: int = 0
+
+    def write(self, pieces: list[np.ndarray], num_bytes: int) -> int:
+        """Append a document given as arrays of ids; returns the number of tokens it added."""
+        mark = np.array([self.end_of_document], dtype=self.dtype)
+        first = [] if self.tokens else [mark]
+        ids = np.concatenate([*first, *pieces, mark]).astype(self.dtype, copy=False)
+        self.file.write(ids.tobytes())
+        self.tokens += len(ids)
+        self.documents += 1
+        self.num_bytes += num_bytes
+        return len(ids)
+
+
+@dataclass
+class ReferenceCompression:
+    """The sizes gzip -9 and xz -9 reach on a text that is fed document by document."""
+
+    num_bytes: int = 0
+    _gzip_bytes: int = 0
+    _xz_bytes: int = 0
+    _gzip: "zlib._Compress" = field(default_factory=lambda: zlib.compressobj(9, zlib.DEFLATED, GZIP_CONTAINER))
+    _xz: lzma.LZMACompressor = field(default_factory=lambda: lzma.LZMACompressor(preset=9))
+
+    def feed(self, text: bytes) -> None:
+        """Append a document's bytes."""
+        self.num_bytes += len(text)
+        self._gzip_bytes += len(self._gzip.compress(text))
+        self._xz_bytes += len(self._xz.compress(text))
+
+    def bits_per_byte(self) -> dict[str, float]:
+        """End the text; compressed bits for each byte of it, empty if there were none. To be called once."""
+        gzip_bytes = self._gzip_bytes + len(self._gzip.flush())
+        xz_bytes = self._xz_bytes + len(self._xz.flush())
+        if not self.num_bytes:
+            return {}
+        return {"gzip -9": 8 * gzip_bytes / self.num_bytes, "xz -9": 8 * xz_bytes / self.num_bytes}
+
+
+def tokenize_corpus(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, show_bar: bool
+) -> tuple[dict[str, Stream], dict[str, float]]:
+    """Tokenize a corpus into a folder.
+
+    Args:
+        corpus: The documents.
+        tokenizer: The tokenizer.
+        folder: Where the token files are written.
+        show_bar: Show a progress bar where standard error is a terminal.
+
+    Returns:
+        The finished streams "train" and "held_out", and the reference bits per byte of the held-out text.
+
+    Raises:
+        UsageError: If a document cannot be read.
+    """
+    dtype = token_dtype(tokenizer.vocab_size).name
+    reference = ReferenceCompression()
+    with (
+        open(folder / TOKEN_FILES["train"], "wb") as train_file,
+        open(folder / TOKEN_FILES["held_out"], "wb") as held_out_file,
+        PreparationReport(corpus.description, corpus.size_bytes, show_bar) as report,
+    ):
+        train = Stream(train_file, tokenizer.end_of_document, dtype)
+        held_out = Stream(held_out_file, tokenizer.end_of_document, dtype)
+        for batch in groups(corpus.documents(), lambda document: len(document.text)):
+            cuts = [cut(document.text, PIECE_CHARACTERS) for document in batch]
+            ids = encoded((piece for pieces in cuts for piece in pieces), tokenizer)
+            tokens = num_bytes = 0
+            for document, pieces in zip(batch, cuts, strict=True):
+                text = document.text.encode("utf-8")
+                if document.held_out:
+                    reference.feed(text)
+                stream = held_out if document.held_out else train
+                tokens += stream.write([next(ids) for _ in pieces], len(text))
+                num_bytes += len(text)
+            report.advance(len(batch), tokens, num_bytes)
+    return {"train": train, "held_out": held_out}, reference.bits_per_byte()
+
+
+def encoded(pieces: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The ids of each piece, encoded in groups: a document of gigabytes has many."""
+    for group in groups(pieces, len):
+        yield from tokenizer.encode_batch(group)
+
+
+def groups(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items in groups of up to BATCH_CHARACTERS; a larger one is a group of its own.
+
+    Args:
+        items: Documents or texts.
+        size: Characters of an item.
+
+    Yields:
+        Groups of at least one item, in order.
+    """
+    group: list[Item] = []
+    characters = 0
+    for item in items:
+        if group and characters + size(item) > BATCH_CHARACTERS:
+            yield group
+            group, characters = [], 0
+        group.append(item)
+        characters += size(item)
+    if group:
+        yield group
+
+
+def cut(text: str, max_characters: int) -> list[str]:
+    """A text in pieces, cut before a line end where there is one in the second half of what would fit.
+
+    A cut costs a token or so where a token would have spanned it.
+
+    Args:
+        text: The text.
+        max_characters: Bound of a piece; at least 2.
+
+    Returns:
+        The pieces, one of an empty text; joined they are the text.
+    """
+    pieces, start = [], 0
+    while len(text) - start > max_characters:
+        end = text.rfind("\n", start + max_characters // 2, start + max_characters)
+        end = start + max_characters if end < 0 else end
+        pieces.append(text[start:end])
+        start = end
+    pieces.append(text[start:])
+    return pieces

@@ -1,0 +1,200 @@
+"""From the data settings to training and held-out sequences, and the quick check before anything heavy starts."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_train.config import DataConfig, UsageError
+from moe_train.data.build import cut
+from moe_train.data.cache import FORMAT_VERSION, CacheFolder, TokenCache
+from moe_train.data.digests import digest_of
+from moe_train.data.folders import build_once, cache_root, replaced_folder
+from moe_train.data.report import say
+from moe_train.data.sequences import HeldOut, TrainEntry, TrainingSequences, join_held_out
+from moe_train.data.sources import Corpus, check_source, open_corpus
+from moe_train.data.tokenizers import (
+    BPE_PATTERN,
+    ByteTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    load_tokenizer_file,
+    train_bpe,
+)
+
+BPE_TRAINING_BYTES = 32 * 2**20
+TOKENIZER_FILE = "tokenizer.json"
+OTHER_RANKS_WAIT_SECONDS = 1.0  # so that local rank 0 builds, and its progress is what one sees
+NAME_HASH_RANGE = 2**32
+SAMPLE_CHARACTERS = 2**16  # a few documents of gigabytes are sampled as well as many small ones
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What training reads.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        train: Training sequences by global sample index.
+        held_out: Held-out sequences; None when nothing is held out.
+        cache_dirs: Folder of each source's tokens, in the order of the mixture.
+    """
+
+    tokenizer: Tokenizer
+    train: TrainingSequences
+    held_out: HeldOut | None
+    cache_dirs: tuple[Path, ...]
+
+
+def check_data(config: DataConfig) -> None:
+    """Check that the files, patterns and folders the settings name are there: fast, without heavy imports.
+
+    Args:
+        config: The data settings.
+
+    Raises:
+        UsageError: Naming the field, the value and what is wrong.
+    """
+    for source, field in zip(config.sources, _fields(config), strict=True):
+        check_source(source, field)
+    if config.tokenizer not in ("bytes", "bpe") and not Path(config.tokenizer).expanduser().is_file():
+        raise UsageError(f"data.tokenizer ({config.tokenizer!r}): neither bytes nor bpe nor the path of a file")
+
+
+def prepare_data(
+    config: DataConfig,
+    *,
+    sequence_length: int,
+    seed: int,
+    min_sequences: int,
+    local_rank: int = 0,
+    show_progress: bool = False,
+) -> PreparedData:
+    """Open the data, tokenizing it first where no cache of it is there.
+
+    Every process calls it for itself; of those on one machine one builds while the others wait. It communicates
+    through the cache folder only.
+
+    Args:
+        config: The data settings.
+        sequence_length: Tokens a sequence.
+        seed: Of the order of the training sequences.
+        min_sequences: train.global_batch_size: fewer training sequences are an error.
+        local_rank: Of this process on its machine; the first is given a head start.
+        show_progress: Show a progress bar where standard error is a terminal.
+
+    Returns:
+        The data, memory-mapped.
+
+    Raises:
+        UsageError: If the data cannot be read or is too little; every process finds the same.
+    """
+    check_data(config)
+    wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0
+    folder = CacheFolder(cache_root(config.cache_dir), wait_seconds, show_progress)
+    named_sources = zip(config.sources, _fields(config), strict=True)
+    corpora = [open_corpus(source, config, field) for source, field in named_sources]
+    fingerprints = [corpus.fingerprint(folder.digest_files) for corpus in corpora]
+    tokenizer = _open_tokenizer(config, corpora, fingerprints, folder)
+    caches = [folder.tokens(corpus, mark, tokenizer) for corpus, mark in zip(corpora, fingerprints, strict=True)]
+    _check_enough(corpora, caches, sequence_length, min_sequences)
+    entries = tuple(
+        TrainEntry(cache.train_tokens, source.weight) for cache, source in zip(caches, config.sources, strict=True)
+    )
+    return PreparedData(
+        tokenizer=tokenizer,
+        train=TrainingSequences(entries, sequence_length, seed),
+        held_out=join_held_out(caches, sequence_length, tokenizer.end_of_document),
+        cache_dirs=tuple(cache.folder for cache in caches),
+    )
+
+
+def _fields(config: DataConfig) -> list[str]:
+    """Where each source stands in the configuration, for messages."""
+    return [f"data.mixture[{i}]" for i in range(len(config.mixture))] or ["data"]
+
+
+def _check_enough(
+    corpora: Sequence[Corpus], caches: Sequence[TokenCache], sequence_length: int, min_sequences: int
+) -> None:
+    counts = [max(0, (cache.train.tokens - 1) // sequence_length) for cache in caches]
+    for corpus, cache, count in zip(corpora, caches, counts, strict=True):
+        if count == 0:
+            raise UsageError(
+                f"{corpus.description} has 0 sequences of {sequence_length} tokens (train.sequence_length): "
+                f"{cache.train.documents} documents to train on hold {cache.train.tokens} tokens, "
+                f"and {cache.held_out.documents} are held out"
+            )
+    if sum(counts) < min_sequences:
+        raise UsageError(
+            f"{' with '.join(corpus.description for corpus in corpora)} has {sum(counts)} sequences of "
+            f"{sequence_length} tokens, fewer than one batch (train.global_batch_size {min_sequences})"
+        )
+
+
+def _open_tokenizer(
+    config: DataConfig, corpora: Sequence[Corpus], fingerprints: Sequence[str], folder: CacheFolder
+) -> Tokenizer:
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer == "bpe":
+        return _trained_bpe(config, corpora, fingerprints, folder)
+    return load_tokenizer_file(Path(config.tokenizer).expanduser(), config.end_of_document)
+
+
+def _trained_bpe(
+    config: DataConfig, corpora: Sequence[Corpus], fingerprints: Sequence[str], folder: CacheFolder
+) -> SubwordTokenizer:
+    """One BPE for all sources, from each in proportion to its weight; trained by one process."""
+    total = sum(source.weight for source in config.sources)
+    shares = [source.weight / total for source in config.sources]
+    key = digest_of(
+        [FORMAT_VERSION, list(fingerprints), shares, config.bpe_vocab_size, BPE_PATTERN, BPE_TRAINING_BYTES]
+    )
+    target = folder.root / "tokenizers" / key
+
+    def find() -> SubwordTokenizer | None:
+        try:
+            return load_tokenizer_file(target / TOKENIZER_FILE, None)
+        except UsageError:
+            return None  # not there, or damaged: not the user's file, so trained again
+
+    def build() -> SubwordTokenizer:
+        names = ", ".join(corpus.description for corpus in corpora)
+        say(f"training a BPE of {config.bpe_vocab_size} entries on {names}")
+        with replaced_folder(target) as temporary:
+            texts = (
+                text
+                for corpus, share in zip(corpora, shares, strict=True)
+                for text in training_sample(corpus, int(share * BPE_TRAINING_BYTES))
+            )
+            train_bpe(texts, config.bpe_vocab_size, temporary / TOKENIZER_FILE)
+            for corpus, fingerprint in zip(corpora, fingerprints, strict=True):
+                folder.check_unchanged(corpus, fingerprint)
+        return load_tokenizer_file(target / TOKENIZER_FILE, None)
+
+    return build_once(target, find, build, folder.wait_seconds)
+
+
+def training_sample(corpus: Corpus, max_bytes: int) -> Iterator[str]:
+    """Training text from all over a corpus, up to a number of bytes; never held-out text.
+
+    Args:
+        corpus: The documents.
+        max_bytes: Bound of what is given, in bytes of UTF-8.
+
+    Yields:
+        Documents, long ones in pieces: all of a corpus that is not larger than the bound, else those that a hash of
+        document name and piece number picks; the last one may be cut.
+    """
+    picked_below = NAME_HASH_RANGE * max_bytes / max(1, corpus.size_bytes)
+    left = max_bytes
+    for document in corpus.documents():
+        for number, piece in enumerate([] if document.held_out else cut(document.text, SAMPLE_CHARACTERS)):
+            if zlib.crc32(f"{document.name}:{number}".encode("utf-8", "surrogateescape")) >= picked_below:
+                continue
+            text = piece.encode("utf-8")[:left]
+            left -= len(text)
+            yield text.decode("utf-8", "ignore")  # where it was cut inside a character
+            if left <= 0:
+                return
