@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from moe_train.config.deepspeed import check_additions, deepspeed_config
 from moe_train.config.errors import UsageError
-from moe_train.config.load import load_config
+from moe_train.config.load import dump_yaml, load_config
 from moe_train.config.root import Config, check_world
 from moe_train.data import PreparedData, check_data, prepare_data
 from moe_train.parallel.bootstrap import (
@@ -116,8 +116,9 @@ def _train(
     training = _assemble(config, world, folder, device, data, console, first_step)
     if manifest is not None:
         resume(training, manifest)
-    if world.rank == 0:
+    if training.writer is not None:
         save_config(folder, config)
+        training.writer.write_text("config", f"```yaml\n{dump_yaml(config)}```")
     result = train(training, first_step)
     sample = _sample(training)
     if training.writer is not None:

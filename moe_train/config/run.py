@@ -12,7 +12,7 @@ class ParallelConfig(Section):
 
     expert_parallel_size: PositiveInt | Literal["auto"] = "auto"
     """Ranks that share the experts of a layer; auto: the largest that divides experts and ranks and stays in a node."""
-    zero_stage: Literal[1, 2, 3] = 1
+    zero_stage: int = Field(1, ge=1, le=3)
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
     dispatch: Literal["flat"] = "flat"
     """How tokens travel to experts; flat: one row an assignment, in one uneven all-to-all."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping only its input; the gradient is written into one tensor, not put together from halves."""
+    """silu(gate) * up, keeping only its input; the gradient is written into one tensor, not into two halves."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

@@ -255,3 +255,26 @@ def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the one to speak before ranks have met, as far as its environment tells."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((environ[name] for name in names if name in environ), "0") == "0"
+
+
+def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a process that is to take a place in another world.
+
+    Args:
+        world: Its place.
+        one_thread: Whether several ranks share few cores.
+        environ: Of this process; what its launcher wrote is left out.
+    """
+    launchers = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
+    kept = {name: value for name, value in environ.items() if not name.startswith(launchers)}
+    kept |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.world_size), "LOCAL_RANK": str(world.local_rank)}
+    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size), "MASTER_ADDR": world.master_addr}
+    kept |= {"MASTER_PORT": str(world.master_port)}
+    return kept | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+
+
+def num_devices(device_type: str) -> int | None:
+    """CUDA devices that this process sees, or None for the CPU, where any number of ranks can be started."""
+    import torch
+
+    return torch.cuda.device_count() if device_type == "cuda" else None

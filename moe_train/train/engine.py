@@ -36,14 +36,14 @@ class StepResult:
         loss: Mean over micro-batches of the total loss; fp32 scalar on the device.
         cross_entropy: Mean over micro-batches of the cross-entropy, nats a token; fp32 scalar on the device.
         sums: Routing sums over the micro-batches, [L, E], or None without MoE layers.
-        grad_norm: Global norm of the averaged gradient before clipping; the same on all ranks.
+        grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; scalar.
         skipped: Whether fp16's loss scaler skipped the update.
     """
 
     loss: Tensor
     cross_entropy: Tensor
     sums: RoutingSums | None
-    grad_norm: float
+    grad_norm: Tensor
     skipped: bool
 
 
@@ -165,7 +165,7 @@ class TrainEngine:
             loss=total[0].float() / num_micro_batches,
             cross_entropy=total[1].float() / num_micro_batches,
             sums=RoutingSums(*total[2:]) if len(total) > 2 else None,
-            grad_norm=float(self._engine.get_global_grad_norm()),
+            grad_norm=torch.as_tensor(self._engine.get_global_grad_norm()),
             skipped=self._engine.skipped_steps > skipped_before,
         )
 

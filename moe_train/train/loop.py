@@ -13,9 +13,10 @@ from moe_train.train.batches import BatchPlan, micro_batches
 from moe_train.train.checkpoint import prune_checkpoints, save_checkpoint
 from moe_train.train.console import RunConsole, StepLine
 from moe_train.train.engine import StepResult, TrainEngine
+from moe_train.train.records import Record
 from moe_train.train.run_folder import RunFolder
 from moe_train.train.schedule import learning_rate
-from moe_train.train.telemetry import GlobalStep, MetricsWriter, Record, reduce_step, routing_record
+from moe_train.train.telemetry import GlobalStep, MetricsWriter, reduce_step, routing_record
 from moe_train.train.validate import ValidationResult, validate
 
 _RATE_WINDOW = 20  # steps the shown rate is averaged over
@@ -71,73 +72,112 @@ def train(run: Run, first_step: int) -> TrainResult:
 
     Collective: All ranks.
     """
-    config, started = run.config, time.monotonic()
-    num_steps = config.train.steps
-    recent: deque[float] = deque(maxlen=_RATE_WINDOW)
+    config, started, clock = run.config, time.monotonic(), _Clock()
+    num_steps, validation = config.train.steps, None
     checkpoint = run.folder.checkpoints / f"step_{first_step:08d}"
     with run.console.progress(first_step, num_steps):
         for step in range(first_step, num_steps):
-            began, rate = time.monotonic(), learning_rate(step, num_steps, config.optim)
-            batches = micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device)
-            result = run.engine.train_step(batches, rate)
-            done = step + 1
-            if done % config.telemetry.every == 0 or done % config.train.log_every == 0 or done == num_steps:
+            done, rate = step + 1, learning_rate(step, num_steps, config.optim)
+            is_last, is_shown = done == num_steps, done % config.train.log_every == 0 or done == num_steps
+            record: Record = {}
+            clock.start()
+            result = run.engine.train_step(
+                micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device), rate
+            )
+            if is_shown or done % config.telemetry.every == 0:
                 measured = reduce_step(result, run.plan.world_size)
-                recent.append(time.monotonic() - began)
-                _report(run, done, rate, result, measured, list(recent))
-            if done == num_steps:
-                break  # the end validates and saves in full
-            if config.train.validate_every and done % config.train.validate_every == 0:
-                _validate(run, done, config.train.validation_sequences)
-            if config.checkpoint.every and done % config.checkpoint.every == 0:
+                record = _step_record(run, done, rate, result, measured, clock.stop(is_measured=True))
+                run.console.step(_step_line(run, done, record, clock.recent_seconds), is_shown)
+            else:
+                clock.stop(is_measured=False)
+            if is_last or _is_due(config.train.validate_every, done):
+                validation = _validate(run, done, None if is_last else config.train.validation_sequences)
+                record |= _validation_record(validation)
+            if run.writer is not None and record:
+                run.writer.write(done, record)
+            if is_last or _is_due(config.checkpoint.every, done):
                 checkpoint = _save(run, done)
-    if first_step < num_steps:
-        checkpoint = _save(run, num_steps)
-    validation = _validate(run, num_steps, None)
+    if first_step == num_steps:
+        validation = _validate(run, num_steps, None)
     return TrainResult(validation, checkpoint, time.monotonic() - started)
 
 
-def _report(run: Run, done: int, rate: float, result: StepResult, measured: GlobalStep, recent: list[float]) -> None:
+class _Clock:
+    """Time of steps; those between two records have no synchronisation, so that only their mean is known."""
+
+    def __init__(self) -> None:
+        self._began, self._seconds, self._steps = 0.0, 0.0, 0
+        self._recent: deque[float] = deque(maxlen=_RATE_WINDOW)
+
+    def start(self) -> None:
+        """A step begins."""
+        self._began = time.monotonic()
+
+    def stop(self, is_measured: bool) -> float:
+        """A step has ended; if it was measured, returns the mean seconds of a step since the last measured one."""
+        self._seconds += time.monotonic() - self._began
+        self._steps += 1
+        if not is_measured:
+            return 0.0
+        mean, self._seconds, self._steps = self._seconds / self._steps, 0.0, 0
+        self._recent.append(mean)
+        return mean
+
+    @property
+    def recent_seconds(self) -> float:
+        """Mean seconds of a step over the last records."""
+        return sum(self._recent) / len(self._recent)
+
+
+def _is_due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _step_record(run: Run, done: int, rate: float, result: StepResult, measured: GlobalStep, seconds: float) -> Record:
     tokens_per_step = run.plan.global_batch_size * run.config.train.sequence_length
     record: Record = {
         "train/loss": measured.loss,
         "train/cross_entropy": measured.cross_entropy,
         "train/lr": rate,
-        "train/grad_norm": result.grad_norm,
+        "train/grad_norm": measured.grad_norm,
         "train/tokens": done * tokens_per_step,
-        "perf/step_ms": recent[-1] * 1e3,
-        "perf/tokens_per_second": tokens_per_step / recent[-1],
+        "perf/step_ms": seconds * 1e3,
+        "perf/tokens_per_second": tokens_per_step / seconds,
     }
     if run.config.train.precision == "fp16":
         record |= {"train/loss_scale": run.engine.loss_scale, "train/skipped": int(result.skipped)}
     if measured.sums is not None:
         record |= routing_record(measured.sums, run.config.model.moe_layer_indices)
-    if run.writer is not None:
-        run.writer.write(done, record)
-    seconds = sum(recent) / len(recent)
-    line = StepLine(
+    return record
+
+
+def _step_line(run: Run, done: int, record: Record, seconds: float) -> StepLine:
+    return StepLine(
         step=done,
         num_steps=run.config.train.steps,
-        loss=measured.loss,
-        learning_rate=rate,
-        grad_norm=result.grad_norm,
-        tokens_per_second=tokens_per_step / seconds,
+        loss=record["train/loss"],
+        learning_rate=record["train/lr"],
+        grad_norm=record["train/grad_norm"],
+        tokens_per_second=run.plan.global_batch_size * run.config.train.sequence_length / seconds,
         seconds_left=seconds * (run.config.train.steps - done),
         max_violation=record.get("moe/max_violation"),
     )
-    run.console.step(line, is_due=done % run.config.train.log_every == 0 or done == run.config.train.steps)
 
 
 def _validate(run: Run, done: int, num_sequences: int | None) -> ValidationResult | None:
     if run.data.held_out is None:
         return None
     result = validate(run.engine, run.data.held_out, run.plan, num_sequences, run.isolation_mark, run.device)
-    if run.writer is not None:
-        run.writer.write(done, {"val/bits_per_byte": result.bits_per_byte, "val/cross_entropy": result.cross_entropy})
     run.console.say(
         f"step {done:6d}  held out: {result.bits_per_byte:.4f} bits/byte, {result.cross_entropy:.4f} nats/token"
     )
     return result
+
+
+def _validation_record(result: ValidationResult | None) -> Record:
+    if result is None:
+        return {}
+    return {"val/bits_per_byte": result.bits_per_byte, "val/cross_entropy": result.cross_entropy}
 
 
 def _save(run: Run, done: int) -> Path:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moe_train.model.count import ParameterCount
 from moe_train.train.loop import Run, TrainResult
-from moe_train.train.telemetry import Record, read_records
+from moe_train.train.records import Record, read_records
 
 LAST_STEPS = 100  # the balance figures are over this many last records
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from moe_train.model.moe.balance import cv_squared
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.parallel.collectives import all_reduce_sum, world_group
 from moe_train.train.engine import StepResult
-
-Record = dict[str, Any]
+from moe_train.train.records import Record, drop_records_from
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,13 @@ class GlobalStep:
     Attributes:
         loss: Mean total loss.
         cross_entropy: Mean cross-entropy, nats a token.
+        grad_norm: Global gradient norm before clipping.
         sums: Routing sums over all ranks and micro-batches, fp64 [L, E] on the CPU, or None without MoE layers.
     """
 
     loss: float
     cross_entropy: float
+    grad_norm: float
     sums: RoutingSums | None
 
 
@@ -48,7 +48,7 @@ def reduce_step(result: StepResult, world_size: int) -> GlobalStep:
     routing = None
     if result.sums is not None:
         routing = RoutingSums(*packed[2:].view(3, *result.sums.counts.shape).unbind(0))
-    return GlobalStep(float(packed[0]), float(packed[1]), routing)
+    return GlobalStep(float(packed[0]), float(packed[1]), float(result.grad_norm), routing)
 
 
 def max_violation(counts: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, first_step: int, use_tensorboard: bool) -> None:
         """Open the run's records; those of steps from first_step on are dropped, for they are made again."""
         self._path = run_dir / "metrics.jsonl"
-        _keep_records_before(self._path, first_step)
+        drop_records_from(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = None
         if use_tensorboard:
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step if first_step else None)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, record: Record) -> None:
         """Write one record: numbers are scalars in TensorBoard, lists are in metrics.jsonl alone."""
@@ -106,21 +106,3 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _keep_records_before(path: Path, first_step: int) -> None:
-    kept = [record for record in read_records(path) if record["step"] < first_step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    part.replace(path)

@@ -1,0 +1,175 @@
+"""`moe-train parity`: train a small model in several layouts and compare every step's loss and gradient norm.
+
+Alone it starts the ranks of each layout on this machine. Under a launcher each rank starts its own part of each layout,
+so that the hosts, the network and the devices of a cluster are what is checked.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_train.config.errors import UsageError
+from moe_train.config.load import load_config
+from moe_train.parallel.addresses import free_port
+from moe_train.parallel.bootstrap import (
+    child_environment,
+    choose_device,
+    destroy_process_group,
+    discover_world,
+    init_process_group,
+)
+from moe_train.parallel.world import World
+
+RUN_TIMEOUT_SECONDS = 600
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the layouts; 0 if all agree, 1 if one does not. Collective: all ranks of a launcher."""
+    parser = argparse.ArgumentParser(
+        prog="moe-train parity",
+        description="Check that every layout of ranks gives the same losses and gradient norms. "
+        "Any training option may follow; moe-train train --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--max-ranks", type=int, help="leave out layouts of more ranks (default: 4, or the devices)")
+    parser.add_argument("--keep", metavar="DIR", help="folder for the run folders, which are removed otherwise")
+    options, extra = parser.parse_known_args(list(arguments))
+    world = discover_world()
+    with tempfile.TemporaryDirectory(prefix="moe_train_parity_") as scratch:
+        return _compare_layouts(options, extra, world, Path(options.keep or scratch))
+
+
+def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World, scratch: Path) -> int:
+    from moe_train.train.parity import LAYOUTS, OPTIONS, Comparison, Layout, compare
+    from moe_train.train.records import Record, read_records
+
+    config = load_config([*OPTIONS, *extra, f"--train.run_dir={scratch}"], program="moe-train parity")
+    device = choose_device(config.parallel.device, replace(world, local_world_size=1, local_rank=0))
+    ports = _agree_on_ports(world, len(LAYOUTS))
+    limit = _rank_limit(options.max_ranks, world, device.type)
+    reference: dict[bool, list[Record]] = {}
+    results: list[Comparison] = []
+    skipped: list[Layout] = []
+    for index, layout in enumerate(LAYOUTS):
+        if layout.world_size > limit:
+            skipped.append(layout)
+            continue
+        folder = scratch / f"layout_{index}"
+        arguments = [
+            *OPTIONS,
+            *layout.options(),
+            *extra,
+            f"--train.run_dir={folder}",
+            f"--parallel.device={device.type}",
+        ]
+        _run_layout(arguments, layout.world_size, world, ports[index])
+        if world.rank == 0:
+            records = read_records(folder / "metrics.jsonl")
+            results.append(compare(layout, records, reference.setdefault(layout.balance, records)))
+            if not options.json:
+                print(f"{'same ' if results[-1].passed else 'OTHER'}  {layout.name}", flush=True)
+    if world.rank != 0:
+        return 0
+    passed = all(result.passed for result in results)
+    _show(results, skipped, options.json, passed)
+    return 0 if passed else 1
+
+
+def _rank_limit(wanted: int | None, world: World, device_type: str) -> int:
+    from moe_train.parallel.bootstrap import num_devices
+
+    available = world.world_size if world.world_size > 1 else num_devices(device_type)
+    if wanted is not None and available is not None and wanted > available:
+        raise UsageError(f"--max-ranks ({wanted}) exceeds the ranks or devices there are ({available})")
+    return wanted or available or 4
+
+
+def _agree_on_ports(world: World, number: int) -> list[int]:
+    if world.world_size == 1:
+        return [free_port() for _ in range(number)]
+    import torch
+
+    from moe_train.parallel.collectives import gather_objects
+
+    init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
+    ports = gather_objects([free_port() for _ in range(number)])[0]  # rank 0's host is where they must be free
+    destroy_process_group()
+    return ports
+
+
+def _run_layout(arguments: list[str], world_size: int, world: World, port: int) -> None:
+    ranks = range(world_size) if world.world_size == 1 else [r for r in (world.rank,) if r < world_size]
+    command = [sys.executable, "-m", "moe_train", "train", *arguments]
+    children = []
+    for rank in ranks:
+        place = _place(rank, world_size, world, port)
+        environment = child_environment(place, one_thread=world.world_size == 1)
+        children.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [child.communicate(timeout=RUN_TIMEOUT_SECONDS)[0] for child in children]
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+    failed = [(c.returncode, text) for c, text in zip(children, outputs, strict=True) if c.returncode]
+    if failed:
+        code, text = failed[0]
+        message = f"a rank of {world_size} ended with code {code}:\n{text[-3000:]}"
+        raise UsageError(message) if code == 2 else RuntimeError(message)
+
+
+def _place(rank: int, world_size: int, world: World, port: int) -> World:
+    if world.world_size == 1:  # all ranks are here
+        return World(rank, world_size, rank, world_size, 1, 0, "127.0.0.1", port, "environment")
+    local_world_size = min(world.local_world_size, world_size)
+    return replace(
+        world,
+        rank=rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        num_nodes=-(-world_size // local_world_size),
+        master_port=port,
+        launcher="environment",
+    )
+
+
+def _show(results: Sequence, skipped: Sequence, as_json: bool, passed: bool) -> None:
+    from moe_train.train.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
+
+    if as_json:
+        summary = {
+            "passed": passed,
+            "loss_tolerance": LOSS_TOLERANCE,
+            "grad_norm_tolerance": GRAD_NORM_TOLERANCE,
+            "layouts": [result.as_dict() for result in results],
+            "skipped": [layout.name for layout in skipped],
+        }
+        print(json.dumps(summary))
+        return
+    table = Table(title=f"Largest relative difference over {results[0].steps} steps, from the first row of its kind")
+    for column in (
+        "layout",
+        f"train/loss (<= {LOSS_TOLERANCE:g})",
+        f"train/grad_norm (<= {GRAD_NORM_TOLERANCE:g})",
+        "",
+    ):
+        table.add_column(column)
+    for result in results:
+        verdict = "same" if result.passed else "OTHER"
+        table.add_row(
+            result.layout.name, f"{result.loss_difference:.1e}", f"{result.grad_norm_difference:.1e}", verdict
+        )
+    Console().print(table)
+    for layout in skipped:
+        print(f"left out, too few ranks or devices: {layout.name}")

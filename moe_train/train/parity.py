@@ -1,0 +1,144 @@
+"""Whether every layout of ranks gives the same numbers: the layouts to compare, and how their records are compared."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moe_train.train.records import Record
+
+LOSS_TOLERANCE = 1e-4  # relative, at every step: fp32 sums in another order, grown by 20 steps of training
+GRAD_NORM_TOLERANCE = 1e-3  # relative
+NUM_STEPS = 20
+_GLOBAL_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a run.
+
+    Attributes:
+        world_size: Ranks.
+        expert_parallel_size: Ranks that share the experts.
+        zero_stage: Of DeepSpeed.
+        accumulation: Micro-steps of one step of the same global batch.
+        balance: Whether the CV^2 terms are on; they depend on the tokens of a micro-step, so that layouts that differ
+            in accumulation are compared without.
+    """
+
+    world_size: int
+    expert_parallel_size: int
+    zero_stage: int
+    accumulation: int
+    balance: bool
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        terms = "with" if self.balance else "without"
+        return (
+            f"{self.world_size} ranks, EP {self.expert_parallel_size}, ZeRO {self.zero_stage}, "
+            f"accumulation {self.accumulation}, {terms} CV^2"
+        )
+
+    def options(self) -> list[str]:
+        """The training options of the layout."""
+        coefficient = 0.1 if self.balance else 0.0
+        micro = _GLOBAL_BATCH // (self.world_size * self.accumulation)
+        return [
+            f"--parallel.expert_parallel_size={self.expert_parallel_size}",
+            f"--parallel.zero_stage={self.zero_stage}",
+            f"--train.micro_batch_size={micro}",
+            f"--train.global_batch_size={_GLOBAL_BATCH}",
+            f"--model.moe.importance_cv2_coef={coefficient}",
+            f"--model.moe.load_cv2_coef={coefficient}",
+        ]
+
+
+# The first of each kind, with and without CV^2, is what the others are held against.
+LAYOUTS = (
+    Layout(1, 1, 1, 2, balance=True),
+    Layout(2, 2, 1, 2, balance=True),
+    Layout(2, 1, 2, 2, balance=True),
+    Layout(4, 2, 3, 2, balance=True),
+    Layout(4, 4, 1, 2, balance=True),
+    Layout(1, 1, 1, 1, balance=False),
+    Layout(2, 2, 1, 2, balance=False),
+    Layout(2, 1, 2, 4, balance=False),
+    Layout(4, 2, 3, 1, balance=False),
+)
+
+# A small model with every part that a layout could disturb; more options may follow and override these.
+OPTIONS = (
+    "--model.hidden_size=64",
+    "--model.num_layers=4",
+    "--model.num_heads=4",
+    "--model.num_kv_heads=2",
+    "--model.intermediate_size=128",
+    "--model.moe.num_experts=8",
+    "--model.moe.router=noisy_topk",
+    "--data.source=python_stdlib",
+    "--data.validation_fraction=0",
+    "--optim.learning_rate=3e-3",
+    "--optim.warmup_steps=5",
+    "--train.sequence_length=64",
+    "--train.precision=fp32",
+    "--train.sample_tokens=0",
+    f"--train.steps={NUM_STEPS}",
+    "--telemetry.tensorboard=false",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A layout's run held against the reference.
+
+    Attributes:
+        layout: Of the run.
+        loss_difference: Largest relative difference of train/loss over the steps.
+        grad_norm_difference: Likewise of train/grad_norm.
+        steps: Steps compared.
+    """
+
+    layout: Layout
+    loss_difference: float
+    grad_norm_difference: float
+    steps: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether both stay within their tolerances at every step of the run."""
+        return (
+            self.steps == NUM_STEPS
+            and self.loss_difference <= LOSS_TOLERANCE
+            and self.grad_norm_difference <= GRAD_NORM_TOLERANCE
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self.layout) | {
+            "steps": self.steps,
+            "loss_difference": self.loss_difference,
+            "grad_norm_difference": self.grad_norm_difference,
+            "passed": self.passed,
+        }
+
+
+def compare(layout: Layout, records: Sequence[Record], reference: Sequence[Record]) -> Comparison:
+    """Hold a run against the reference, step by step.
+
+    Args:
+        layout: Of the run.
+        records: Its metrics.
+        reference: Those of the reference.
+    """
+    here, there = ({r["step"]: r for r in run if "train/loss" in r} for run in (records, reference))
+    steps = sorted(here.keys() & there.keys())
+    worst = {
+        key: max((_relative(here[step][key], there[step][key]) for step in steps), default=float("inf"))
+        for key in ("train/loss", "train/grad_norm")
+    }
+    return Comparison(layout, worst["train/loss"], worst["train/grad_norm"], len(steps))
+
+
+def _relative(value: float, expected: float) -> float:
+    return abs(value - expected) / abs(expected)
