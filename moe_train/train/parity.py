@@ -80,6 +80,7 @@ OPTIONS = (
     "--data.validation_fraction=0",
     "--optim.learning_rate=3e-3",
     "--optim.warmup_steps=5",
+    "--optim.schedule=constant",
     "--train.sequence_length=64",
     "--train.precision=fp32",
     "--train.sample_tokens=0",

@@ -1,0 +1,72 @@
+"""What a user gets wrong: exit code 2, one message naming both values, quickly, and no rank left behind."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ProcessResult
+from tests.train.runs import SMALL, train_alone, train_under_deepspeed
+
+SECONDS = 60  # a bound on hanging; on a quiet machine the slowest, under `deepspeed`, takes under 10
+
+
+def check(result: ProcessResult, *words: str) -> None:
+    assert result.returncode == 2, result
+    assert result.seconds < SECONDS, result.seconds
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+CASES = [
+    (["--model.mo.num_experts=3"], ["--model.mo.num_experts"]),
+    (
+        ["--model.moe.num_experts=6", "--parallel.expert_parallel_size=4"],
+        ["num_experts (6)", "expert_parallel_size (4)"],
+    ),
+    (["--model.moe.num_experts=4", "--model.moe.top_k=5"], ["top_k (5)", "num_experts (4)"]),
+    (["--data.source=text", "--data.paths=/nowhere/at/all.txt"], ["/nowhere/at/all.txt"]),
+    (["--config=/nowhere.yaml"], ["/nowhere.yaml"]),
+    (["--train.micro_batch_size=3", "--train.global_batch_size=8"], ["(8)", "3 x "]),
+    (["--model.vocab_size=100"], ["vocab_size (100)", "257"]),
+    (["--train.precision=fp16"], ["fp16", "cuda"]),
+    (["--deepspeed", '{"zero_optimization": {"stage": 2}}'], ["zero_optimization.stage (2)", "parallel.zero_stage"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), CASES, ids=[case[0][0] for case in CASES])
+def test_one_process(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    check(train_alone(f"--train.run_dir={tmp_path / 'run'}", *arguments), *words)
+
+
+def test_yaml_with_an_unknown_key(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("model:\n  moe:\n    num_expert: 8\ntrain:\n  run_dir: x\n")
+    check(train_alone(f"--config={tmp_path / 'bad.yaml'}"), "model.moe.num_expert", "num_experts", "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.moe.num_experts=6", "--parallel.expert_parallel_size=3"], ["world size (2)", "(3)"]),
+        (["--data.source=jsonl", "--data.paths=/nowhere/x.jsonl"], ["/nowhere/x.jsonl"]),
+    ],
+)
+def test_two_ranks_under_deepspeed_say_it_once(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    check(train_under_deepspeed(2, *SMALL, f"--train.run_dir={tmp_path / 'run'}", *arguments, timeout=60), *words)
+
+
+def test_fewer_sequences_than_a_batch(tmp_path: Path) -> None:
+    (tmp_path / "tiny.txt").write_text("a few words, enough for one sequence\n")
+    result = train_alone(
+        *SMALL,
+        "--data.source=text",
+        f"--data.paths={tmp_path / 'tiny.txt'}",
+        "--data.validation_fraction=0",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        f"--train.run_dir={tmp_path / 'run'}",
+    )
+    assert result.returncode == 2, result
+    message = result.stderr.splitlines()[-1]
+    assert "train.global_batch_size" in message and "tiny.txt" in message and "1 sequences" in message, message

@@ -1,0 +1,136 @@
+"""Checkpoints: saved in one layout, loaded in others; damaged and hostile ones refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moe_train.config import UsageError
+from moe_train.train.checkpoint import (
+    list_checkpoints,
+    prune_checkpoints,
+    read_manifest,
+)
+from moe_train.train.parity import LAYOUTS, OPTIONS
+from tests.train.conftest import ParityRuns
+from tests.train.runs import losses, train_alone, train_under_torchrun
+
+MORE_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of one process that never stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = train_alone(*OPTIONS, *LAYOUTS[0].options(), f"--train.run_dir={folder}", f"--train.steps={MORE_STEPS}")
+    assert result.returncode == 0, result
+    return losses(folder)
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(1, 0), (1, 3), (3, 4), (0, 2)])
+def test_a_run_goes_on_in_another_layout(
+    parity_runs: ParityRuns, uninterrupted: dict[int, float], tmp_path: Path, saved_by: int, loaded_by: int
+) -> None:
+    folder, layout = tmp_path / "run", LAYOUTS[loaded_by]
+    shutil.copytree(parity_runs.folders[saved_by], folder)
+    arguments = (*OPTIONS, *layout.options(), f"--train.run_dir={folder}", f"--train.steps={MORE_STEPS}")
+    train = train_alone if layout.world_size == 1 else lambda *a: train_under_torchrun(layout.world_size, *a)
+    result = train(*arguments)
+    assert result.returncode == 0, result
+    continued = losses(folder)
+    assert sorted(continued) == list(range(1, MORE_STEPS + 1))
+    for step in range(21, MORE_STEPS + 1):
+        # The first 20 steps were taken in another layout, and differ by rounding.
+        assert continued[step] == pytest.approx(uninterrupted[step], rel=1e-4), step
+
+
+def test_every_element_is_saved_once_by_every_layout(parity_runs: ParityRuns) -> None:
+    for folder in parity_runs.folders:
+        (checkpoint,) = list_checkpoints(folder / "checkpoints")
+        manifest = read_manifest(checkpoint)  # refuses gaps and overlaps
+        assert manifest.step == 20 and manifest.consumed_sequences == 320
+        assert manifest.shapes["blocks.1.feed_forward.experts.gate_up"] == (8, 64, 256)
+        assert (folder / "checkpoints" / "latest").read_text() == f"{checkpoint.name}\n"
+
+
+@pytest.fixture
+def copied(parity_runs: ParityRuns, tmp_path: Path) -> Path:
+    """A run folder to damage."""
+    shutil.copytree(parity_runs.folders[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def resume(folder: Path, *more: str) -> tuple[int, str]:
+    arguments = (*OPTIONS, *LAYOUTS[0].options(), f"--train.run_dir={folder}", "--train.steps=21", *more)
+    result = train_alone(*arguments)
+    return result.returncode, result.stderr
+
+
+def test_a_flipped_bit_is_found(copied: Path) -> None:
+    (checkpoint,) = list_checkpoints(copied / "checkpoints")
+    file = checkpoint / "rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    code, message = resume(copied)
+    assert code == 2 and str(file) in message and "damaged" in message
+
+
+def test_another_model_is_refused_by_name(copied: Path) -> None:
+    code, message = resume(copied, "--model.hidden_size=32")
+    assert code == 2 and "tensor" in message and "another model" in message
+
+
+def test_another_global_batch_is_refused(copied: Path) -> None:
+    code, message = resume(copied, "--train.global_batch_size=32")
+    assert code == 2 and "train.global_batch_size (32)" in message and "(16)" in message
+
+
+def test_never_does_not_write_over_a_run(copied: Path) -> None:
+    code, message = resume(copied, "--checkpoint.resume=never")
+    assert code == 2 and "checkpoint.resume" in message and "step_00000020" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["files"].update({"../../x.safetensors": {"blake2b": "", "ranges": {}}}), "not the name"),
+        (lambda m: m.update(format_version=99), "99"),
+        (lambda m: m["tensors"].update({"embedding.weight": [257, 65]}), "embedding.weight has"),
+        (
+            lambda m: m["files"]["rank_00000.safetensors"]["ranges"].update({"embedding.weight": [5, 257 * 64]}),
+            "missing",
+        ),
+        (lambda m: m.pop("files"), "KeyError"),
+        (lambda m: m.update(tensors=[1, 2]), "AttributeError"),
+        (lambda m: m["files"]["rank_00000.safetensors"].update(ranges={"nobody": [0, 1]}), "nobody"),
+    ],
+)
+def test_a_wrong_manifest_is_a_usage_error(copied: Path, change, words: str) -> None:
+    (checkpoint,) = list_checkpoints(copied / "checkpoints")
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=words):
+        read_manifest(checkpoint)
+
+
+def test_a_manifest_that_is_no_json_is_a_usage_error(copied: Path) -> None:
+    (checkpoint,) = list_checkpoints(copied / "checkpoints")
+    (checkpoint / "manifest.json").write_bytes(b"\xff{")
+    with pytest.raises(UsageError, match=r"manifest\.json"):
+        read_manifest(checkpoint)
+
+
+def test_incomplete_checkpoints_are_not_listed_and_old_ones_are_pruned(tmp_path: Path) -> None:
+    for step in (1, 5, 10):
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}" / "manifest.json").write_text("{}")
+    (tmp_path / "step_00000020.part").mkdir()
+    (tmp_path / "step_00000015").mkdir()  # no manifest: never completed
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000005", "step_00000010"]
+    prune_checkpoints(tmp_path, keep_last=2)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000005", "step_00000010"]
+    assert list_checkpoints(tmp_path / "nowhere") == []

@@ -1,0 +1,37 @@
+"""What one sees, and that nobody looking ends no run."""
+
+import io
+import os
+
+from moe_train.train.console import RunConsole, StepLine
+
+LINE = StepLine(5, 10, 1.25, 1e-3, 0.5, 1234.0, 61.0, 0.25)
+
+
+def test_plain_lines_when_due() -> None:
+    stream = io.StringIO()
+    console = RunConsole(stream)
+    with console.progress(0, 10):
+        console.step(LINE, is_due=True)
+        console.step(LINE, is_due=False)
+    text = stream.getvalue()
+    assert text.count("\n") == 1
+    for part in ("step      5/10", "1.2500", "1,234 tok/s", "ETA 0:01:01", "MaxVio  0.25"):
+        assert part in text
+
+
+def test_other_ranks_say_nothing() -> None:
+    console = RunConsole(None)
+    with console.progress(0, 10):
+        console.step(LINE, is_due=True)
+    console.say("x")
+
+
+def test_a_closed_output_does_not_end_the_run(capsys) -> None:
+    reader, writer = os.pipe()
+    stream = os.fdopen(writer, "w", buffering=1)
+    os.close(reader)
+    console = RunConsole(stream)
+    for _ in range(3):
+        console.say("nobody reads this")
+    assert capsys.readouterr().out.count("standard output is closed") == 1

@@ -1,0 +1,68 @@
+"""The same numbers for every layout, in real runs of real processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moe_train.train.checkpoint import list_checkpoints, read_manifest
+from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, compare
+from tests.train.conftest import ParityRuns
+
+
+def full_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every state of every logical tensor, put together by a loop over the pieces."""
+    manifest = read_manifest(checkpoint)
+    whole = {}
+    for name, pieces in manifest.pieces.items():
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            parts = []
+            for piece in pieces:
+                with safe_open(checkpoint / piece.file, framework="pt") as file:
+                    parts.append(file.get_tensor(f"{kind}/{name}"))
+            whole[f"{kind}/{name}"] = torch.cat(parts).view(manifest.shapes[name])
+    return whole
+
+
+def test_all_layouts_give_the_same_losses_and_gradient_norms(parity_runs: ParityRuns) -> None:
+    summary = parity_runs.summary
+    assert parity_runs.result.returncode == 0 and summary["passed"], summary
+    assert len(summary["layouts"]) == len(LAYOUTS) and not summary["skipped"]
+    for row in summary["layouts"]:
+        assert row["steps"] == NUM_STEPS, row
+        assert row["loss_difference"] <= 1e-4 and row["grad_norm_difference"] <= 1e-3, row
+
+
+def test_the_layouts_asked_for_are_compared() -> None:
+    with_terms = {(x.world_size, x.expert_parallel_size, x.zero_stage) for x in LAYOUTS if x.balance}
+    assert with_terms == {(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 3), (4, 4, 1)}
+    assert {x.accumulation for x in LAYOUTS if x.balance} == {2}
+    assert {x.accumulation for x in LAYOUTS if not x.balance} == {1, 2, 4}
+
+
+def test_training_really_moved(parity_runs: ParityRuns) -> None:
+    # Equal losses would prove nothing if nothing were learned.
+    final = full_tensors(list_checkpoints(parity_runs.folders[0] / "checkpoints")[-1])
+    router = final["weight/blocks.1.feed_forward.router.gate.weight"]
+    assert router.abs().max() > 1e-3  # it starts at zero
+
+
+@pytest.mark.parametrize("index", range(1, 5))
+def test_final_weights_and_moments_agree(parity_runs: ParityRuns, index: int) -> None:
+    ours, reference = (full_tensors(list_checkpoints(parity_runs.folders[i] / "checkpoints")[-1]) for i in (index, 0))
+    assert ours.keys() == reference.keys()
+    for name in reference:
+        # Adam divides by the root of the second moment, so that rounding of tiny gradients grows: the norm is compared.
+        difference = (ours[name] - reference[name]).norm() / reference[name].norm().clamp(min=1e-12)
+        assert difference < 2e-2, (name, float(difference))
+
+
+def test_compare_finds_a_difference_and_a_missing_step() -> None:
+    layout = Layout(2, 2, 1, 2, balance=True)
+    reference = [{"step": i, "train/loss": 2.0, "train/grad_norm": 1.0} for i in range(1, NUM_STEPS + 1)]
+    changed = [record | {"train/loss": 2.001} if record["step"] == 7 else record for record in reference]
+    assert compare(layout, reference, reference).passed
+    assert not compare(layout, changed, reference).passed
+    assert not compare(layout, reference[:-1], reference).passed
+    assert not compare(layout, [], reference).passed
