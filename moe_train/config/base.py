@@ -9,7 +9,12 @@ class Section(BaseModel):
     """A frozen group of settings. The docstring under a field is its description, with the unit where it has one."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
     )
 
     def differs(self, name: str) -> bool:

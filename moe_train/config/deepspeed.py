@@ -76,6 +76,9 @@ def check_additions(config: Config, ours: dict[str, Any] | None = None) -> None:
             raise UsageError(
                 f"deepspeed.{section} ({config.deepspeed[section]!r}) has its home in {home}: set it there"
             )
+    for key, value in config.deepspeed.items():
+        if key in ("zero_optimization", "bf16", "fp16", "data_types") and not isinstance(value, dict):
+            raise UsageError(f"deepspeed.{key} ({value!r}) must be a mapping: it is merged with what the fields give")
     known = ours if ours is not None else {"zero_optimization": {"stage": config.parallel.zero_stage}}
     for key, field in _FIELD_OF_KEY.items():
         added, decided = _lookup(config.deepspeed, key), _lookup(known, key)

@@ -2,13 +2,14 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
@@ -60,16 +61,19 @@ def load_config(arguments: Sequence[str], *, program: str, description: str = ""
 
 
 def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
-        _CommandLine,
-        cli_parse_args=list(arguments),
-        cli_avoid_json=True,
-        cli_hide_none_type=True,
-        cli_parse_none_str="None",
-        root_parser=parser,
-    )
+    try:
+        source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+            _CommandLine,
+            cli_parse_args=list(arguments),
+            cli_avoid_json=True,
+            cli_hide_none_type=True,
+            cli_parse_none_str="None",
+            root_parser=parser,
+        )
+        values = dict(source())
+    except SettingsError as error:
+        raise UsageError(_describe_unreadable(str(error), arguments)) from error
     options = parser.parse_args(list(arguments))
-    values = dict(source())
     for name, given in vars(options).items():
         # pydantic-settings 2.16 makes a list of whatever a list field is given, where None or a number is meant too.
         if given == ["None"] or (name == "model.kv_layers" and len(given or ()) == 1 and given[0].strip().isdigit()):
@@ -77,6 +81,17 @@ def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) 
             values[section][field] = None if given == ["None"] else int(given[0])
     values["config"], values["local_rank"] = options.config, options.local_rank
     return values
+
+
+def _describe_unreadable(message: str, arguments: Sequence[str]) -> str:
+    # pydantic-settings names the field in its message, but not what was given for it.
+    named = re.search(r'for (?:field ")?([\w.]+)', message)
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if named and option == f"--{named[1]}":
+            value = value or "".join(arguments[place + 1 : place + 2])
+            return f"{named[1]} ({value!r}): cannot be read; give it as JSON"
+    return message
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

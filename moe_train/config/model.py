@@ -48,6 +48,10 @@ class MoEConfig(Section):
                 f"load_cv2_coef ({self.load_cv2_coef}) has no effect with top_k ({self.top_k}) = num_experts "
                 f"({self.num_experts}): every expert gets every token; set load_cv2_coef to 0"
             )
+        if self.balance_scope == "local" and not (self.importance_cv2_coef or self.load_cv2_coef):
+            raise ValueError(
+                f"balance_scope ({self.balance_scope!r}) has no effect: importance_cv2_coef and load_cv2_coef are 0"
+            )
         if self.router != "noisy_topk" and self.differs("noise_epsilon"):
             raise ValueError(
                 f"noise_epsilon ({self.noise_epsilon}) has no effect with router {self.router!r}: leave it out, or set "
@@ -120,6 +124,12 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"kv_layers ({list(self.kv_layers)}) must begin with layer 0, which has no owner below it"
                 )
+        all_moe = len(self.moe_layer_indices) == self.num_layers
+        if all_moe and self.moe.intermediate_size is not None and self.differs("intermediate_size"):
+            raise ValueError(
+                f"intermediate_size ({self.intermediate_size}) has no effect: every layer is an MoE layer, with "
+                f"moe.intermediate_size ({self.moe.intermediate_size})"
+            )
         if not self.moe_layer_indices and self.differs("moe"):
             raise ValueError(
                 f"model.moe has no effect: no layer of {self.num_layers} is an MoE layer with moe_every "

@@ -89,6 +89,15 @@ class TrainConfig(Section):
     sample_tokens: int = Field(64, ge=0)
     """Tokens of the text sampled at the end; 0: none."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.validation_sequences is not None and self.validate_every == 0:
+            raise ValueError(
+                f"validation_sequences ({self.validation_sequences}) has no effect with validate_every (0): it is for "
+                "periodic validation; the one at the end takes all held-out text"
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     """Saving and resuming."""

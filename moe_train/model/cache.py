@@ -54,6 +54,7 @@ class KeyValueState:
         """Add the keys and values of S new tokens; returns those of all tokens so far."""
         old = self._held
         if old is not None:
+            assert (old.documents_BC is None) == (new.documents_BC is None), "documents are isolated always or never"
             documents = None
             if old.documents_BC is not None and new.documents_BC is not None:
                 documents = torch.cat((old.documents_BC, new.documents_BC), dim=1)

@@ -21,7 +21,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         losses_N = torch.empty(logits_NV.shape[0], dtype=wide, device=logits_NV.device)
         # softmax - one-hot, in [-1, 1]: it loses nothing in 16 bits that the gradient of the logits would not lose.
         slope_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
-        rows = max(1, _CHUNK_BYTES[logits_NV.device.type] // (logits_NV.shape[1] * wide.itemsize))
+        rows = _chunk_rows(logits_NV, wide)
         for start in range(0, logits_NV.shape[0], rows):
             here = slice(start, start + rows)
             is_counted_n1 = (targets_N[here] != IGNORED_TARGET).unsqueeze(1)
@@ -43,7 +43,16 @@ class _TokenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (slope_NV,) = ctx.saved_tensors
-        return slope_NV * grads[0].unsqueeze(1).to(slope_NV.dtype), None
+        grad_NV, rows = torch.empty_like(slope_NV), _chunk_rows(slope_NV, grads[0].dtype)
+        for start in range(0, slope_NV.shape[0], rows):
+            here = slice(start, start + rows)
+            # The product is rounded once: 1/N itself, in 16 bits, would be off by the same factor for every token.
+            grad_NV[here] = slope_NV[here].to(grads[0].dtype).mul_(grads[0][here].unsqueeze(1)).to(slope_NV.dtype)
+        return grad_NV, None
+
+
+def _chunk_rows(x_NV: Tensor, wide: torch.dtype) -> int:
+    return max(1, _CHUNK_BYTES[x_NV.device.type] // (x_NV.shape[1] * wide.itemsize))
 
 
 def token_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

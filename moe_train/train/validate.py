@@ -54,14 +54,11 @@ def validate(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     stride = plan.micro_batch_size * plan.world_size
     for start in range(0, wanted, stride):
-        begin = start + plan.rank * plan.micro_batch_size
-        mine = chosen[begin : begin + plan.micro_batch_size]
-        # A rank without sequences of its own still runs: the others' tokens may need its experts.
-        indices = mine if mine.size else chosen[:1]
+        places = start + plan.rank * plan.micro_batch_size + np.arange(plan.micro_batch_size)
+        # A rank without sequences of its own takes rows of padding: the others' tokens may need its experts.
+        indices = np.where(places < wanted, chosen[np.minimum(places, wanted - 1)], available)
         ids_BS, targets = held_out.batch(indices)
         targets_BS = torch.from_numpy(targets).to(device)
-        if not mine.size:
-            targets_BS = torch.full_like(targets_BS, IGNORED_TARGET)
         logits_BSV = engine.evaluate(make_tokens(ids_BS, indices, 0, end_of_document, device))
         sums[0] += token_cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()).double().sum()
         sums[1] += (targets_BS != IGNORED_TARGET).sum()

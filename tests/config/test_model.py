@@ -1,0 +1,128 @@
+"""Model settings: what must fit together, and which layers are of which kind."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from moe_train.config import ModelConfig, MoEConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        pytest.param({"top_k": 9}, ["top_k (9)", "num_experts (8)"], id="top_k above num_experts"),
+        pytest.param({"top_k": 1}, ["top_k (1)", "renormalize_gates (True)", "learns nothing"], id="top-1 gate of 1"),
+        pytest.param({"router": "softmax_topk"}, ["load_cv2_coef (0.1)", "softmax_topk"], id="load without noise"),
+        pytest.param({"top_k": 8}, ["load_cv2_coef (0.1)", "top_k (8)", "num_experts (8)"], id="load with K = E"),
+        pytest.param(
+            {"router": "softmax_topk", "load_cv2_coef": 0, "noise_epsilon": 0.1},
+            ["noise_epsilon (0.1)", "softmax_topk"],
+            id="noise without noise",
+        ),
+        pytest.param({"num_experts": 0}, ["num_experts"], id="no experts"),
+        pytest.param({"importance_cv2_coef": -0.1}, ["importance_cv2_coef"], id="negative coefficient"),
+        pytest.param({"router": "hash"}, ["router"], id="unknown router"),
+    ],
+)
+def test_moe_settings_that_contradict_or_have_no_effect(values, words):
+    with pytest.raises(ValidationError) as error:
+        MoEConfig(**values)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_k": 1, "renormalize_gates": False},
+        {"top_k": 8, "load_cv2_coef": 0.0},
+        {"router": "softmax_topk", "load_cv2_coef": 0.0},
+        {"num_experts": 1, "top_k": 1, "renormalize_gates": False, "load_cv2_coef": 0.0},
+        {"noise_epsilon": 0.0},
+    ],
+)
+def test_moe_settings_that_are_right(values):
+    MoEConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        pytest.param({"hidden_size": 100}, ["hidden_size (100)", "num_heads (8)"], id="heads do not divide"),
+        pytest.param({"hidden_size": 24}, ["head_dim (3)", "even"], id="odd head, from the width"),
+        pytest.param({"head_dim": 5}, ["head_dim (5)", "even"], id="odd head"),
+        pytest.param({"num_kv_heads": 3}, ["num_heads (8)", "num_kv_heads (3)"], id="groups do not divide"),
+        pytest.param({"num_kv_heads": 16}, ["num_heads (8)", "num_kv_heads (16)"], id="more groups than heads"),
+        pytest.param({"moe_layers": [1, 4]}, ["moe_layers ([1, 4])", "3"], id="MoE layer beyond the last"),
+        pytest.param({"moe_layers": [2, 1]}, ["moe_layers ([2, 1])", "increasing"], id="MoE layers not in order"),
+        pytest.param({"moe_layers": [1, 1]}, ["moe_layers ([1, 1])", "increasing"], id="MoE layer twice"),
+        pytest.param({"moe_layers": [-1]}, ["moe_layers ([-1])"], id="negative layer"),
+        pytest.param({"moe_layers": [1], "moe_every": 1}, ["moe_every (1)", "moe_layers ([1])"], id="both given"),
+        pytest.param({"kv_layers": 5}, ["kv_layers (5)", "num_layers (4)"], id="more owners than layers"),
+        pytest.param({"kv_layers": 0}, ["kv_layers"], id="no owner"),
+        pytest.param({"kv_layers": [1, 2]}, ["kv_layers ([1, 2])", "layer 0"], id="first owner above 0"),
+        pytest.param({"kv_layers": []}, ["kv_layers ([])", "layer 0"], id="no owners"),
+        pytest.param({"kv_layers": [0, 4]}, ["kv_layers ([0, 4])", "3"], id="owner beyond the last"),
+        pytest.param({"moe_every": 0, "moe": {"top_k": 3}}, ["model.moe has no effect", "moe_every (0)"], id="no MoE"),
+        pytest.param(
+            {"moe_every": 5, "moe": {"top_k": 3}}, ["model.moe has no effect", "moe_every (5)"], id="too few layers"
+        ),
+        pytest.param({"moe_every": -1}, ["moe_every"], id="negative moe_every"),
+        pytest.param({"init_std": 0}, ["init_std"], id="no spread"),
+    ],
+)
+def test_model_settings_that_contradict_or_have_no_effect(values, words):
+    with pytest.raises(ValidationError) as error:
+        ModelConfig(**values)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_derived_widths():
+    config = ModelConfig(hidden_size=96, num_heads=6, intermediate_size=40)
+    assert (config.attention_head_dim, config.attention_kv_heads, config.expert_intermediate_size) == (16, 6, 40)
+    config = ModelConfig(hidden_size=100, num_heads=6, head_dim=8, num_kv_heads=2, moe=MoEConfig(intermediate_size=7))
+    assert (config.attention_head_dim, config.attention_kv_heads, config.expert_intermediate_size) == (8, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "layers"),
+    [
+        ({"moe_every": 1}, (0, 1, 2, 3, 4)),
+        ({"moe_every": 2}, (1, 3)),
+        ({"moe_every": 3}, (2,)),
+        ({"moe_every": 0}, ()),
+        ({"moe_layers": [0, 4]}, (0, 4)),
+        ({"moe_layers": []}, ()),
+    ],
+)
+def test_moe_layers(values, layers):
+    assert ModelConfig(num_layers=5, **values).moe_layer_indices == layers
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "kv_layers", "owners"),
+    [
+        (12, 4, (0, 3, 6, 9)),
+        (12, 1, (0,)),
+        (12, 6, (0, 2, 4, 6, 8, 10)),
+        (5, 2, (0, 2)),
+        (5, 3, (0, 1, 3)),
+        (5, None, (0, 1, 2, 3, 4)),
+        (5, (0, 1, 4), (0, 1, 4)),
+    ],
+)
+def test_owners_of_keys_and_values(num_layers, kv_layers, owners):
+    assert ModelConfig(num_layers=num_layers, kv_layers=kv_layers).kv_owner_layers == owners
+
+
+@given(num_layers=st.integers(1, 40), data=st.data())
+def test_owners_follow_the_specification(num_layers, data):
+    count = data.draw(st.integers(1, num_layers))
+    owners = ModelConfig(num_layers=num_layers, kv_layers=count).kv_owner_layers
+    assert owners == (0, *(int((i + 1) * num_layers / count) for i in range(count - 1)))
+    assert len(set(owners)) == count
+    assert list(owners) == sorted(owners)
+    if count == num_layers:
+        assert owners == ModelConfig(num_layers=num_layers).kv_owner_layers

@@ -1,0 +1,108 @@
+"""Checks over sections and over the world."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_train.config import UsageError, check_world
+from moe_train.config.load import validate_config
+
+
+def make(**sections):
+    return validate_config({**sections, "train": {"run_dir": "r", **sections.get("train", {})}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        pytest.param(
+            {"model": {"moe": {"num_experts": 6}}, "parallel": {"expert_parallel_size": 4}},
+            ["num_experts (6)", "expert_parallel_size (4)"],
+            id="experts do not divide",
+        ),
+        pytest.param(
+            {"model": {"moe_every": 0}, "parallel": {"expert_parallel_size": 2}},
+            ["expert_parallel_size (2)", "no MoE layer"],
+            id="no MoE layer to share",
+        ),
+        pytest.param(
+            {"train": {"steps": 50}, "optim": {"warmup_steps": 51}},
+            ["warmup_steps (51)", "steps (50)"],
+            id="warm-up longer than the run",
+        ),
+    ],
+)
+def test_sections_that_contradict(sections, words):
+    with pytest.raises(UsageError) as error:
+        make(**sections)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_sections_at_the_limit_are_right():
+    make(model={"moe_every": 0}, parallel={"expert_parallel_size": 1})
+    make(train={"steps": 50}, optim={"warmup_steps": 50})
+    make(model={"moe": {"num_experts": 6}}, parallel={"expert_parallel_size": 3})
+
+
+@pytest.mark.parametrize(
+    ("experts", "world", "local", "size"),
+    [
+        (8, 1, 1, 1),
+        (8, 2, 2, 2),
+        (8, 4, 4, 4),
+        (8, 8, 8, 8),
+        (8, 16, 8, 8),
+        (8, 16, 16, 8),
+        (8, 16, 4, 4),
+        (8, 6, 6, 2),
+        (8, 3, 3, 1),
+        (6, 4, 4, 2),
+        (6, 12, 6, 6),
+        (6, 12, 4, 2),
+        (64, 48, 8, 8),
+        (7, 8, 8, 1),
+        (7, 14, 7, 7),
+    ],
+)
+def test_auto_takes_the_largest_size_that_stays_in_a_node(experts, world, local, size):
+    config = make(model={"moe": {"num_experts": experts}})
+    assert check_world(config, world, local).parallel.expert_parallel_size == size
+
+
+@given(experts=st.integers(2, 64), nodes=st.integers(1, 4), local=st.integers(1, 8))
+def test_auto_always_divides(experts, nodes, local):
+    config = make(model={"moe": {"num_experts": experts, "load_cv2_coef": 0.0}})
+    size = check_world(config, nodes * local, local).parallel.expert_parallel_size
+    assert experts % size == 0
+    assert local % size == 0
+    assert not [s for s in range(size + 1, local + 1) if experts % s == 0 and local % s == 0]
+
+
+def test_auto_is_one_without_moe_layers():
+    assert check_world(make(model={"moe_every": 0}), 8, 8).parallel.expert_parallel_size == 1
+
+
+def test_expert_parallel_size_must_divide_the_world():
+    config = make(parallel={"expert_parallel_size": 4})
+    with pytest.raises(UsageError, match=r"world size \(6\).*expert_parallel_size \(4\)"):
+        check_world(config, 6, 6)
+    assert check_world(config, 8, 2).parallel.expert_parallel_size == 4  # over nodes, where it was asked for
+
+
+def test_global_batch_must_divide():
+    config = make(train={"micro_batch_size": 2, "global_batch_size": 12})
+    with pytest.raises(UsageError, match=r"global_batch_size \(12\).*micro_batch_size.*\(2 x 4 = 8\)"):
+        check_world(config, 4, 4)
+    assert check_world(config, 3, 3).train.global_batch_size == 12
+    with pytest.raises(UsageError, match=r"global_batch_size \(12\)"):
+        check_world(config, 12, 12)
+
+
+def test_global_batch_defaults_to_one_micro_batch_of_every_rank():
+    config = make(train={"micro_batch_size": 3})
+    checked = check_world(config, 4, 4)
+    assert checked.train.global_batch_size == 12
+    assert config.train.global_batch_size is None  # the configuration itself is not changed
+    assert checked.train.micro_batch_size == 3
+    assert checked.model == config.model

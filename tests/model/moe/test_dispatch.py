@@ -1,0 +1,63 @@
+"""Dispatch and combine: every assignment reaches its expert exactly once, and comes back to its token."""
+
+import pytest
+import torch
+
+from moe_train.model.moe.dispatch import FlatDispatcher
+from moe_train.model.moe.steps import Routing, RoutingSums
+from moe_train.parallel.collectives import world_group
+
+EXPERTS, TOP_K = 8, 2
+TOKENS = [5, 1, 0, 9]
+
+
+def routing_of(rank: int) -> Routing:
+    generator = torch.Generator().manual_seed(rank)
+    tokens = TOKENS[rank]
+    experts = torch.rand(tokens, EXPERTS - 1, generator=generator).topk(TOP_K, dim=1).indices  # nobody picks the last
+    gates = torch.rand(tokens, TOP_K, generator=generator, dtype=torch.float64)
+    none = torch.zeros(EXPERTS)
+    return Routing(gates, experts, torch.zeros(tokens, EXPERTS), RoutingSums(none, none, none))
+
+
+def tags(rank: int) -> torch.Tensor:
+    """One row a token, telling its rank and place."""
+    return torch.tensor([[100.0 * rank + t, 1.0] for t in range(TOKENS[rank])], dtype=torch.float64).view(-1, 2)
+
+
+def send_and_return(rank, world_size):
+    routing, x = routing_of(rank), tags(rank)
+    dispatcher, group = FlatDispatcher(), world_group()
+    dispatched = dispatcher.dispatch(x, routing, EXPERTS, group)
+    rows = dispatched.rows_RD
+    # An "expert" that multiplies by its number + 1.
+    local = EXPERTS // world_size
+    numbers = torch.arange(rank * local, (rank + 1) * local).repeat_interleave(dispatched.counts_e)
+    back = dispatcher.combine(rows * (numbers[:, None] + 1), dispatched, group)
+    return rows, dispatched.counts_e, dispatched.send, dispatched.receive, back
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_assignment_once_and_back(world_size, request):
+    results = (
+        [send_and_return(0, 1)]
+        if world_size == 1
+        else request.getfixturevalue(f"pool{world_size}").run(send_and_return, timeout=60)
+    )
+    local = EXPERTS // world_size
+    for rank, (rows, counts, send, receive, back) in enumerate(results):
+        expected = []  # by expert, then by source rank, then by token
+        for expert in range(rank * local, (rank + 1) * local):
+            for source in range(world_size):
+                expected += [
+                    100 * source + t for t in range(TOKENS[source]) if expert in routing_of(source).experts_TK[t]
+                ]
+        assert rows[:, 0].tolist() == expected
+        assert counts.sum() == len(expected) == sum(receive)
+        assert sum(send) == TOKENS[rank] * TOP_K
+        assert len(send) == len(receive) == world_size
+        routing = routing_of(rank)
+        factors = (routing.gates_TK * (routing.experts_TK + 1)).sum(1, keepdim=True)
+        torch.testing.assert_close(back, tags(rank) * factors, rtol=1e-14, atol=0)  # fp64, two terms
+    for rank in range(world_size):
+        assert [results[other][2][rank] for other in range(world_size)] == list(results[rank][3])

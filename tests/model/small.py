@@ -1,0 +1,51 @@
+"""Small models in fp64 for tests, with weights large enough that every part matters."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_train.config.model import ModelConfig
+from moe_train.model.build import ExpertPlacement, build_model
+from moe_train.model.parameters import materialize
+from moe_train.model.transformer import Tokens, Transformer
+
+VOCAB = 23
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 12,
+    "init_std": 0.4,  # logits and attention scores of order 1
+    "moe": {"num_experts": 4, "top_k": 2},
+}
+
+
+def small_config(**changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate({**SMALL, **changes})
+
+
+def small_model(
+    config: ModelConfig,
+    seed: int = 0,
+    placement: ExpertPlacement | None = None,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Transformer:
+    """A model with values; routers, which start at zero, get some too."""
+    model = build_model(config, VOCAB, seed=seed, placement=placement, recompute_activations=recompute)
+    materialize(model, seed=seed, dtype=dtype, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(99)
+    for name, parameter in model.named_parameters():
+        if ".router." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return model
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_of(ids: Tensor, **changes: Any) -> Tokens:
+    return Tokens(ids, torch.arange(len(ids)), **changes)

@@ -1,0 +1,208 @@
+"""The decoder and its losses: recomputation, the stream hook, sums, and layouts of experts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_train.model.build import ExpertPlacement
+from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, cv_squared
+from moe_train.model.parameters import ExpertParameter
+from moe_train.model.transformer import TrainingObjective
+from moe_train.ops.cross_entropy import IGNORED_TARGET
+from moe_train.parallel.collectives import world_group
+from moe_train.parallel.groups import create_expert_groups
+from tests.model.small import VOCAB, random_ids, small_config, small_model, tokens_of
+
+TERMS = (ImportanceCV2(0.3), LoadCV2(0.2))
+BATCH, LENGTH = 4, 7
+
+
+def run_objective(model, tokens, targets, group=None):
+    losses = TrainingObjective(model, TERMS, group)(tokens, targets)
+    losses.total.backward()
+    return losses, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe_every": 1},
+        {"moe_every": 2, "kv_layers": 2},
+        {"moe_layers": [0, 3], "kv_layers": 1, "norm_position": "post"},
+        {"moe": {"num_experts": 4, "top_k": 2, "router": "softmax_topk", "load_cv2_coef": 0.0}},
+        {"tie_embeddings": True},
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_recomputation_changes_nothing(changes, packed):
+    ids, targets = random_ids(BATCH, LENGTH), random_ids(BATCH, LENGTH, seed=1)
+    documents = torch.tensor([[0] * 3 + [1] * 4]).expand(BATCH, LENGTH) if packed else None
+    config = small_config(**changes)
+    results = []
+    for recompute in (False, True):
+        model = small_model(config, recompute=recompute)
+        results.append(run_objective(model, tokens_of(ids, documents_BS=documents, step=2), targets))
+    (plain, grads), (recomputed, recomputed_grads) = results
+    torch.testing.assert_close(recomputed.total, plain.total, rtol=0, atol=0)
+    for field in ("importance", "load", "counts"):  # counted once
+        assert torch.equal(getattr(recomputed.sums, field), getattr(plain.sums, field))
+    moe_layers = len(config.moe_layer_indices)
+    assert recomputed.sums.counts.sum(1).tolist() == [BATCH * LENGTH * 2] * moe_layers
+    for name, grad in grads.items():
+        # fp64; gradients of several readers are added in another order.
+        torch.testing.assert_close(recomputed_grads[name], grad, rtol=1e-9, atol=1e-12, msg=name)
+        assert grad.abs().max() > 1e-8, name
+
+
+def test_recomputation_keeps_less_and_runs_blocks_twice():
+    calls = {False: 0, True: 0}
+    for recompute in calls:
+        model = small_model(small_config(), recompute=recompute)
+
+        def count(*_, recompute=recompute):
+            calls[recompute] += 1
+
+        model.blocks[1].register_forward_hook(count)
+        ids = random_ids(BATCH, LENGTH)
+        run_objective(model, tokens_of(ids), ids)
+        with torch.no_grad():
+            model(tokens_of(ids))
+        model.eval()(tokens_of(ids))
+    assert calls == {False: 3, True: 4}  # only in training, only with gradients
+
+
+def test_losses_add_up():
+    model = small_model(small_config(moe_every=1))
+    ids, targets = random_ids(BATCH, LENGTH), random_ids(BATCH, LENGTH, seed=1)
+    targets[0, 3:] = IGNORED_TARGET
+    losses, _ = run_objective(model, tokens_of(ids), targets)
+    with torch.no_grad():
+        output = model(tokens_of(ids))
+    picked = [
+        -output.logits_BSV[b, s].log_softmax(0)[targets[b, s]].item()
+        for b in range(BATCH)
+        for s in range(LENGTH)
+        if targets[b, s] != IGNORED_TARGET
+    ]
+    assert len(picked) == BATCH * LENGTH - 4
+    assert losses.cross_entropy.item() == pytest.approx(sum(picked) / len(picked), rel=1e-12)
+    balance = 0.3 * cv_squared(losses.sums.importance).sum() + 0.2 * cv_squared(losses.sums.load).sum()
+    assert balance > 0.01
+    torch.testing.assert_close(losses.total, losses.cross_entropy + balance, rtol=1e-12, atol=0)  # fp64
+    assert losses.sums.importance.shape == (4, 4)
+    # Gates of a token add up to one, in every layer.
+    torch.testing.assert_close(losses.sums.importance.sum(1), torch.full((4,), 28.0).double(), rtol=1e-12, atol=0)
+    without = TrainingObjective(model, (), None)(tokens_of(ids), targets)
+    assert torch.equal(without.total, without.cross_entropy)
+
+
+def test_a_model_without_moe_layers_has_no_sums():
+    model = small_model(small_config(moe_every=0, moe={}))
+    ids = random_ids(BATCH, LENGTH)
+    losses, _ = run_objective(model, tokens_of(ids), ids)
+    assert losses.sums is None
+    assert torch.equal(losses.total, losses.cross_entropy)
+
+
+def test_a_sequence_is_the_same_in_any_batch():
+    """Router noise is keyed by the global index of the sequence."""
+    model = small_model(small_config(moe_every=1)).train()
+    ids = random_ids(BATCH, LENGTH)
+    tokens = tokens_of(ids, step=4)
+    whole = model(tokens)
+    order = torch.tensor([2, 0, 3])
+    part = model(replace(tokens, ids_BS=ids[order], sequences_B=order))
+    torch.testing.assert_close(part.logits_BSV, whole.logits_BSV[order], rtol=0, atol=1e-10)  # fp64
+    other_step = model(replace(tokens, step=5))
+    assert not torch.allclose(other_step.logits_BSV, whole.logits_BSV)
+    other_sequences = model(replace(tokens, sequences_B=torch.arange(BATCH) + 50))
+    assert not torch.allclose(other_sequences.logits_BSV, whole.logits_BSV)
+    other_seed = small_model(small_config(moe_every=1)).train()
+    other_seed.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other_seed(tokens).logits_BSV, whole.logits_BSV, rtol=0, atol=0)
+    seeded = small_model(small_config(moe_every=1), seed=1).train()
+    seeded.load_state_dict(model.state_dict())
+    assert not torch.allclose(seeded(tokens).logits_BSV, whole.logits_BSV)
+
+
+class Repeat:
+    """Every token twice; the last copy predicts."""
+
+    def expand(self, x_BSD, context):
+        def double(tensor):
+            return None if tensor is None else tensor.repeat_interleave(2, dim=1)
+
+        context = replace(
+            context,
+            positions_BS=double(context.positions_BS),
+            documents_BS=double(context.documents_BS),
+            token_keys_BS=double(context.token_keys_BS),
+        )
+        return double(x_BSD), context
+
+    def contract(self, x_BSD, context):
+        assert context.positions_BS.shape[1] == x_BSD.shape[1]
+        return x_BSD[:, 1::2]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_stream_hook_expands_below_and_contracts_above_the_blocks(packed, recompute):
+    model = small_model(small_config(kv_layers=2), recompute=recompute)
+    ids = random_ids(BATCH, LENGTH)
+    documents = torch.tensor([[0] * 3 + [1] * 4]).expand(BATCH, LENGTH) if packed else None
+    plain = model(tokens_of(ids, documents_BS=documents)).logits_BSV
+    twice = {
+        "positions_BS": torch.arange(LENGTH).repeat_interleave(2)[None],
+        "documents_BS": documents.repeat_interleave(2, dim=1) if packed else None,
+    }
+    expected = model(tokens_of(ids.repeat_interleave(2, dim=1), **twice))
+    model.stream_hook = Repeat()
+    output = model(tokens_of(ids, documents_BS=documents))
+    assert output.logits_BSV.shape == (BATCH, LENGTH, VOCAB)
+    torch.testing.assert_close(output.logits_BSV, expected.logits_BSV[:, 1::2], rtol=0, atol=1e-12)  # fp64
+    assert torch.equal(output.sums.counts, expected.sums.counts)
+    assert output.sums.counts.sum(1).tolist() == [2 * BATCH * LENGTH * 2] * 2  # every copy is routed
+    # With documents keys are masked by position: both copies see both copies, which changes no average. Without, they
+    # are masked by their place: the first copy does not see the second.
+    assert torch.allclose(output.logits_BSV, plain) == packed
+    output.logits_BSV.sum().backward()
+    assert model.blocks[0].mixer.key.weight.grad.abs().max() > 1e-8
+
+
+def run_share(rank, world_size, ep_size, recompute):
+    """Losses and gradients of this rank's part of the batch, with experts spread over ep_size ranks."""
+    placement = None
+    if world_size > 1:
+        groups = create_expert_groups(ep_size, timeout_seconds=60)
+        placement = ExpertPlacement(groups.ep_rank, ep_size, groups.ep_group)
+    model = small_model(small_config(kv_layers=2, moe_every=2), placement=placement, recompute=recompute)
+    share = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    ids, targets = random_ids(BATCH, LENGTH)[share], random_ids(BATCH, LENGTH, seed=1)[share]
+    tokens = replace(tokens_of(ids, step=1), sequences_B=torch.arange(BATCH)[share])
+    losses, grads = run_objective(model, tokens, targets, world_group())
+    starts = {n: p.first_expert for n, p in model.named_parameters() if isinstance(p, ExpertParameter)}
+    scalars = losses.total.detach(), losses.cross_entropy.detach()
+    return *scalars, losses.sums.counts, grads, starts
+
+
+@pytest.mark.parametrize(("world_size", "ep_size"), [(2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_every_layout_equals_one_process(world_size, ep_size, recompute, request):
+    total, cross_entropy, counts, grads, _ = run_share(0, 1, 1, recompute)
+    results = request.getfixturevalue(f"pool{world_size}").run(run_share, ep_size, recompute, timeout=60)
+    # fp64; sums over ranks are added in another order.
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(sum(result[0] for result in results) / world_size, total, **close)
+    torch.testing.assert_close(sum(result[1] for result in results) / world_size, cross_entropy, **close)
+    assert torch.equal(sum(result[2] for result in results), counts)
+    for name, grad in grads.items():
+        if ".experts." not in name:
+            averaged = sum(result[3][name] for result in results) / world_size
+        else:  # a rank's experts have all gradients of its group's tokens
+            averaged = torch.zeros_like(grad)
+            for result in results:
+                first = result[4][name]
+                averaged[first : first + 4 // ep_size] += result[3][name] / world_size
+        torch.testing.assert_close(averaged, grad, **close, msg=name)

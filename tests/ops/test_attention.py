@@ -1,0 +1,63 @@
+"""Grouped causal attention against an explicit softmax."""
+
+import math
+
+import pytest
+import torch
+
+from moe_train.ops.attention import attend, causal_mask
+
+
+def slow_attend(q, k, v, visible):
+    """Head by head, query by query; visible(b, s, c) says what query s of row b may see."""
+    batch, heads, length, size = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    out = torch.zeros_like(q)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // groups)
+            for s in range(length):
+                seen = [c for c in range(keys) if visible(b, s, c)]
+                scores = [math.exp((q[b, h, s] @ k[b, g, c]).item() / math.sqrt(size)) for c in seen]
+                for weight, c in zip(scores, seen):
+                    out[b, h, s] += weight / sum(scores) * v[b, g, c]
+    return out
+
+
+def draw(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("groups", [6, 3, 2, 1])
+def test_query_heads_read_contiguous_groups(groups):
+    q, k, v = draw(2, 6, 5, 4), draw(2, groups, 5, 4), draw(3, groups, 5, 4)[:2]
+    expected = slow_attend(q, k, v, lambda b, s, c: c <= s)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    # Sums of five products in fp64.
+    torch.testing.assert_close(attend(q, k, v, None), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(attend(q, k, v, mask), expected, rtol=0, atol=1e-13)
+
+
+def test_mask_with_documents_and_more_keys_than_queries():
+    positions = torch.tensor([[3, 4], [7, 2]])
+    key_positions = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 7, 9]])
+    documents = torch.tensor([[1, 1], [0, 5]])
+    key_documents = torch.tensor([[0, 0, 1, 1, 1], [0, 5, 5, 0, 0]])
+    mask = causal_mask(positions, key_positions, documents, key_documents)
+    assert mask.dtype == torch.bool
+    assert mask[:, 0].int().tolist() == [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]]]
+    q, k, v = draw(2, 4, 2, 3), draw(2, 2, 5, 3), draw(2, 2, 5, 3) * 2
+    expected = slow_attend(q, k, v, lambda b, s, c: bool(mask[b, 0, s, c]))
+    torch.testing.assert_close(attend(q, k, v, mask), expected, rtol=0, atol=1e-13)  # fp64
+
+
+def test_mask_without_documents_is_causal():
+    mask = causal_mask(torch.tensor([[2, 5]]), torch.tensor([[0, 2, 3, 5, 6]]), None, None)
+    assert mask.int().tolist() == [[[[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]]]
+    one_sided = causal_mask(torch.tensor([[2]]), torch.tensor([[0, 2]]), torch.tensor([[4]]), None)
+    assert one_sided.int().tolist() == [[[[1, 1]]]]
+
+
+def test_gradient():
+    tensors = [t.requires_grad_() for t in (draw(1, 4, 3, 2), draw(1, 2, 3, 2), draw(1, 2, 3, 2) + 1)]
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, None), tensors)
