@@ -47,7 +47,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         for start in range(0, slope_NV.shape[0], rows):
             here = slice(start, start + rows)
             # The product is rounded once: 1/N itself, in 16 bits, would be off by the same factor for every token.
-            grad_NV[here] = slope_NV[here].to(grads[0].dtype).mul_(grads[0][here].unsqueeze(1)).to(slope_NV.dtype)
+            grad_NV[here] = (slope_NV[here].to(grads[0].dtype) * grads[0][here].unsqueeze(1)).to(slope_NV.dtype)
         return grad_NV, None
 
 
