@@ -40,7 +40,7 @@ venv:
 	@PYTHON='$(PYTHON)' TORCH_INDEX_URL='$(TORCH_INDEX_URL)' PIP_ARGS='$(PIP_ARGS)' GPU='$(GPU)' sh requirements/setup.sh
 
 # Ctrl-C reaches every process of the terminal. The shell and deepspeed's front end ignore it and wait for its launcher,
-# which stops the ranks; otherwise the prompt would be back, with a traceback, while they are still saving.
+# which stops the ranks; otherwise the prompt would be back, with a traceback, while they are still running.
 train: venv
 	@$(ACTIVATE) $(if $(DS_ACCELERATOR),DS_ACCELERATOR=$(DS_ACCELERATOR)); trap '' INT; \
 	.venv/bin/python .venv/bin/deepspeed --log_level critical \

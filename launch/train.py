@@ -12,4 +12,4 @@ from moe_train.cli.main import run_command
 from moe_train.cli.train import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(run, sys.argv[1:], "train.py"))
+    sys.exit(run_command(lambda arguments: run(arguments, "train.py"), sys.argv[1:], "train.py"))

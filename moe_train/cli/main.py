@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # DeepSpeed's launcher puts this before the arguments of a program that it starts.
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else EXIT_USAGE

@@ -15,7 +15,10 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(list(arguments))
     config = load_config(
-        rest, program="moe-train params", description="Count a configuration's parameters. --json: one JSON object."
+        rest,
+        program="moe-train params",
+        description="Count a configuration's parameters. --json: one JSON object.",
+        defaults={"train": {"run_dir": "unused"}},
     )
     from moe_train.model.count import count_parameters  # torch is imported only for a configuration that is right
 

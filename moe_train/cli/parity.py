@@ -6,6 +6,7 @@ so that the hosts, the network and the devices of a cluster are what is checked.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,39 +45,44 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--keep", metavar="DIR", help="folder for the run folders, which are removed otherwise")
     options, extra = parser.parse_known_args(list(arguments))
     world = discover_world()
+    if world.num_nodes > 1 and options.keep is None:
+        raise UsageError(f"--keep is needed on {world.num_nodes} hosts: a folder that all of them see, for checkpoints")
+    # A launcher ends the other ranks by this signal when one has failed: their children must not stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="moe_train_parity_") as scratch:
         return _compare_layouts(options, extra, world, Path(options.keep or scratch))
 
 
 def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World, scratch: Path) -> int:
+    import torch
+
+    from moe_train.parallel.collectives import barrier, gather_objects
     from moe_train.train.parity import LAYOUTS, OPTIONS, Comparison, Layout, compare
     from moe_train.train.records import Record, read_records
 
     config = load_config([*OPTIONS, *extra, f"--train.run_dir={scratch}"], program="moe-train parity")
     device = choose_device(config.parallel.device, replace(world, local_world_size=1, local_rank=0))
-    ports = _agree_on_ports(world, len(LAYOUTS))
     limit = _rank_limit(options.max_ranks, world, device.type)
+    compared = [layout for layout in LAYOUTS if layout.world_size <= limit]
+    if all(layout.world_size == 1 for layout in compared):
+        raise UsageError(f"with {limit} rank or device nothing can be compared: give --parallel.device=cpu, or more")
+    init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
+    # Rank 0's host is where the ports must be free, and its folder the one that all ranks of a run write to.
+    scratch, ports = gather_objects((scratch, [free_port() for _ in LAYOUTS]))[0]
     reference: dict[bool, list[Record]] = {}
     results: list[Comparison] = []
-    skipped: list[Layout] = []
-    for index, layout in enumerate(LAYOUTS):
-        if layout.world_size > limit:
-            skipped.append(layout)
-            continue
+    skipped: list[Layout] = [layout for layout in LAYOUTS if layout not in compared]
+    for index, layout in enumerate(compared):
         folder = scratch / f"layout_{index}"
-        arguments = [
-            *OPTIONS,
-            *layout.options(),
-            *extra,
-            f"--train.run_dir={folder}",
-            f"--parallel.device={device.type}",
-        ]
-        _run_layout(arguments, layout.world_size, world, ports[index])
+        arguments = [*OPTIONS, *layout.options(), *extra, f"--train.run_dir={folder}"]
+        _run_layout([*arguments, f"--parallel.device={device.type}"], layout.world_size, world, ports[index])
+        barrier()
         if world.rank == 0:
             records = read_records(folder / "metrics.jsonl")
             results.append(compare(layout, records, reference.setdefault(layout.balance, records)))
             if not options.json:
                 print(f"{'same ' if results[-1].passed else 'OTHER'}  {layout.name}", flush=True)
+    destroy_process_group()
     if world.rank != 0:
         return 0
     passed = all(result.passed for result in results)
@@ -91,19 +97,6 @@ def _rank_limit(wanted: int | None, world: World, device_type: str) -> int:
     if wanted is not None and available is not None and wanted > available:
         raise UsageError(f"--max-ranks ({wanted}) exceeds the ranks or devices there are ({available})")
     return wanted or available or 4
-
-
-def _agree_on_ports(world: World, number: int) -> list[int]:
-    if world.world_size == 1:
-        return [free_port() for _ in range(number)]
-    import torch
-
-    from moe_train.parallel.collectives import gather_objects
-
-    init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
-    ports = gather_objects([free_port() for _ in range(number)])[0]  # rank 0's host is where they must be free
-    destroy_process_group()
-    return ports
 
 
 def _run_layout(arguments: list[str], world_size: int, world: World, port: int) -> None:
@@ -122,6 +115,7 @@ def _run_layout(arguments: list[str], world_size: int, world: World, port: int) 
         for child in children:
             if child.poll() is None:
                 child.kill()
+                child.wait()
     failed = [(c.returncode, text) for c, text in zip(children, outputs, strict=True) if c.returncode]
     if failed:
         code, text = failed[0]

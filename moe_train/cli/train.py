@@ -7,6 +7,7 @@ import faulthandler
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from moe_train.config.deepspeed import check_additions, deepspeed_config
@@ -17,62 +18,75 @@ from moe_train.data import PreparedData, check_data, prepare_data
 from moe_train.parallel.bootstrap import (
     choose_device,
     destroy_process_group,
+    discover_world,
     export_world,
     init_process_group,
     set_threads,
 )
-from moe_train.parallel.bootstrap import discover_world as discover
 from moe_train.parallel.host_memory import keep_freed_memory
 from moe_train.parallel.world import World
 
 if TYPE_CHECKING:
     import torch
 
+    from moe_train.train.checkpoint import Manifest
     from moe_train.train.console import RunConsole
     from moe_train.train.loop import Run
     from moe_train.train.run_folder import RunFolder
 
-DESCRIPTION = (
-    "Train a Mixture-of-Experts language model. Fields are set in a YAML file and overridden by dotted options."
-)
+DESCRIPTION = "Train a Mixture-of-Experts language model. Dotted options override the fields of the YAML file."
 
 
-def run(arguments: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class _Setting:
+    """What is known before ranks meet."""
+
+    config: Config
+    world: World
+    device: "torch.device"
+    folder: "RunFolder"
+    data: PreparedData
+
+
+def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
     """Train; the exit code. Collective: all ranks of the world."""
-    config = load_config(arguments, program="train.py", description=DESCRIPTION)
-    world = discover()
+    config = load_config(arguments, program=program, description=DESCRIPTION)
+    world = discover_world()
     config = check_world(config, world.world_size, world.local_world_size)
     check_additions(config)
     check_data(config.data)
-    from moe_train.train.run_folder import open_run_folder, redirect_output
-
-    folder = open_run_folder(config.train.run_dir)
-    device = choose_device(config.parallel.device, world)
-    config = _resolve_precision(config, device)
-    set_threads(config.parallel.threads_per_rank, world)
-    if device.type == "cpu":
-        keep_freed_memory()
-    data = _prepare_data(config, world)
-    config = _resolve_vocabulary(config, data)
-    output, errors = redirect_output(folder.log(world.rank))
-    faulthandler.enable(errors)
+    setting = _prepare(config, world)
+    output, errors = _redirect(setting)
     try:
-        return _train(config, world, folder, device, data, output)
+        code = _train(setting, output)
     except UsageError:
         sys.stderr = errors  # where the message belongs
         raise
     except BaseException:
-        print(f"rank {world.rank} failed; its log is {folder.log(world.rank)}", file=errors)
+        print(f"rank {world.rank} failed; its log is {setting.folder.log(world.rank)}", file=errors)
         traceback.print_exc(file=errors)
         traceback.print_exc()
+        # Without leaving the process group: that could wait for ranks that wait for this one.
         raise SystemExit(1) from None
-    finally:
-        destroy_process_group()
+    destroy_process_group()
+    return code
 
 
-def _prepare_data(config: Config, world: World) -> PreparedData:
+def _prepare(config: Config, world: World) -> _Setting:
+    from moe_train.parallel.precision import resolve_precision
+    from moe_train.train.run_folder import open_run_folder
+
+    folder = open_run_folder(config.train.run_dir)
+    device = choose_device(config.parallel.device, world)
+    export_world(world, device)  # before DeepSpeed is imported, which looks for a device at once
+    precision = resolve_precision(config.train.precision, device)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    deepspeed_config(config, world.world_size, precision)  # refuses additions that contradict a field
+    set_threads(config.parallel.threads_per_rank, world)
+    if device.type == "cpu":
+        keep_freed_memory()
     assert config.train.global_batch_size is not None
-    return prepare_data(
+    data = prepare_data(
         config.data,
         sequence_length=config.train.sequence_length,
         seed=config.train.seed,
@@ -80,13 +94,7 @@ def _prepare_data(config: Config, world: World) -> PreparedData:
         local_rank=world.local_rank,
         show_progress=world.local_rank == 0,
     )
-
-
-def _resolve_precision(config: Config, device: "torch.device") -> Config:
-    from moe_train.parallel.precision import resolve_precision
-
-    precision = resolve_precision(config.train.precision, device)
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    return _Setting(_resolve_vocabulary(config, data), world, device, folder, data)
 
 
 def _resolve_vocabulary(config: Config, data: PreparedData) -> Config:
@@ -97,52 +105,92 @@ def _resolve_vocabulary(config: Config, data: PreparedData) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def _train(
-    config: Config, world: World, folder: "RunFolder", device: "torch.device", data: PreparedData, output: TextIO
-) -> int:
-    from moe_train.model.count import count_parameters
+def _redirect(setting: _Setting) -> tuple[TextIO, TextIO]:
+    from moe_train.train.run_folder import redirect_output
+
+    output, errors = redirect_output(setting.folder.log(setting.world.rank))
+    faulthandler.enable(errors)
+    return output, errors
+
+
+def _train(setting: _Setting, output: TextIO) -> int:
     from moe_train.train.console import RunConsole
     from moe_train.train.loop import train
-    from moe_train.train.resume import find_checkpoint, resume
-    from moe_train.train.run_folder import save_config
-    from moe_train.train.summary import make_summary, show_summary, write_summary
 
+    config, world = setting.config, setting.world
     console = RunConsole(output if world.rank == 0 else None)
-    console.say(_describe(config, world, device))
-    manifest = find_checkpoint(config, folder)
-    export_world(world, device)
-    init_process_group(world, device, config.parallel.timeout_seconds)
-    first_step = manifest.step if manifest is not None else 0
-    training = _assemble(config, world, folder, device, data, console, first_step)
-    if manifest is not None:
-        resume(training, manifest)
-    if training.writer is not None:
-        save_config(folder, config)
-        training.writer.write_text("config", f"```yaml\n{dump_yaml(config)}```")
-    result = train(training, first_step)
+    layout = f"{world.world_size} x {setting.device.type} ({world.launcher}), {config.train.precision}"
+    layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
+    console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
+    init_process_group(world, setting.device, config.parallel.timeout_seconds)
+    manifest = _agree(setting)
+    training = _assemble(setting, manifest, console)
+    result = train(training, manifest.step if manifest is not None else 0)
     sample = _sample(training)
     if training.writer is not None:
+        from moe_train.model.count import count_parameters
+        from moe_train.train.summary import make_summary, show_summary, write_summary
+
         parameters = count_parameters(config.model, config.model.vocab_size or 0)
         summary = make_summary(training, result, parameters, sample)
-        write_summary(folder.summary, summary)
+        write_summary(setting.folder.summary, summary)
         show_summary(training, summary)
         training.writer.close()
     return 0
 
 
-def _assemble(
-    config: Config,
-    world: World,
-    folder: "RunFolder",
-    device: "torch.device",
-    data: PreparedData,
-    console: "RunConsole",
-    first_step: int,
-) -> "Run":
-    from moe_train.train.assemble import assemble_run
+def _agree(setting: _Setting) -> "Manifest | None":
+    """The checkpoint to go on from; everything that each rank found out for itself must be the same on all."""
+    from moe_train.train.agreement import together
+    from moe_train.train.resume import check_resumable, field_values, find_checkpoint
 
+    config, data = setting.config, setting.data
+
+    def find() -> "Manifest | None":
+        manifest = find_checkpoint(config, setting.folder)
+        if manifest is not None:
+            check_resumable(manifest, config, data.tokenizer.fingerprint)
+        return manifest
+
+    def describe(manifest: "Manifest | None") -> dict[str, str]:
+        return {
+            **{name: str(value) for name, value in field_values(config.model_dump(mode="json"))},
+            "the data": " ".join(folder.name for folder in data.cache_dirs),
+            "the checkpoint to go on from": str(manifest.step) if manifest is not None else "none",
+        }
+
+    return together(find, describe)
+
+
+def _assemble(setting: _Setting, manifest: "Manifest | None", console: "RunConsole") -> "Run":
+    from moe_train.train.assemble import make_engine
+    from moe_train.train.batches import BatchPlan
+    from moe_train.train.checkpoint import load_checkpoint
+    from moe_train.train.loop import Run
+    from moe_train.train.resume import changed_fields
+    from moe_train.train.run_folder import save_config
+    from moe_train.train.telemetry import MetricsWriter
+
+    config, world, folder = setting.config, setting.world, setting.folder
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    assert micro != "auto" and batch is not None
     settings = deepspeed_config(config, world.world_size, config.train.precision)
-    return assemble_run(config, world.rank, world.world_size, folder, device, data, console, first_step, settings)
+    engine = make_engine(config, settings, setting.device)
+    first_step = 0
+    if manifest is not None:
+        load_checkpoint(engine, manifest, world.rank, world.world_size)
+        first_step = manifest.step
+        left = config.train.steps - first_step
+        console.say(f"going on from {manifest.folder}: {first_step} steps done, {left} to do")
+        for change in changed_fields(manifest, config):
+            console.say(f"  changed since: {change}")
+    writer = None
+    if world.rank == 0:
+        save_config(folder, config)
+        writer = MetricsWriter(folder.root, first_step, config.telemetry.tensorboard)
+        writer.write_text("config", f"```yaml\n{dump_yaml(config)}```")
+    plan = BatchPlan(micro, batch, world.rank, world.world_size)
+    return Run(config, folder, setting.data, engine, plan, setting.device, console, writer)
 
 
 def _sample(training: "Run") -> str | None:
@@ -160,9 +208,3 @@ def _sample(training: "Run") -> str | None:
         vocab_size=tokenizer.vocab_size,
     )
     return tokenizer.decode([i for i in ids if i != tokenizer.end_of_document])
-
-
-def _describe(config: Config, world: World, device: "torch.device") -> str:
-    layout = f"{world.world_size} x {device.type} ({world.launcher}), {config.train.precision}"
-    layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
-    return f"moe_train: {layout}; run folder {config.train.run_dir}"

@@ -41,7 +41,7 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
         UsageError: If an addition contradicts a field.
     """
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    assert batch is not None
+    assert batch is not None and micro != "auto"
     accumulation = batch // (micro * world_size)
     ours: dict[str, Any] = {
         "train_batch_size": batch,

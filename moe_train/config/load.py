@@ -35,13 +35,16 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def load_config(arguments: Sequence[str], *, program: str, description: str = "") -> Config:
+def load_config(
+    arguments: Sequence[str], *, program: str, description: str = "", defaults: dict[str, Any] | None = None
+) -> Config:
     """The configuration of `--config FILE` with the dotted overrides of the command line above it.
 
     Args:
         arguments: The command line without the program's name; "--help" prints every field and exits.
         program: Name shown in the help text.
         description: What the program does, for the help text.
+        defaults: Values below those of the file, for fields that mean nothing to the program.
 
     Returns:
         The checked configuration.
@@ -56,7 +59,7 @@ def load_config(arguments: Sequence[str], *, program: str, description: str = ""
     overrides = _parse_overrides(parser, arguments)
     path = overrides.pop("config", None)
     overrides.pop("local_rank", None)
-    values = merge(read_yaml(Path(path)) if path else {}, overrides)
+    values = merge(merge(defaults or {}, read_yaml(Path(path)) if path else {}), overrides)
     return validate_config(values, origin=path)
 
 

@@ -18,7 +18,7 @@ class MoEConfig(Section):
     """Inner width of one expert's SwiGLU; None takes model.intermediate_size."""
     router: Literal["noisy_topk", "softmax_topk"] = "noisy_topk"
     """noisy_topk: logits with learned noise, zero at the start (Shazeer et al. 2017); softmax_topk: plain (Mixtral)."""
-    noise_epsilon: float = Field(1e-2, ge=0.0)
+    noise_epsilon: float = Field(1e-2, gt=0.0)
     """Smallest standard deviation of the router's noise, in logits; only for router noisy_topk."""
     renormalize_gates: bool = True
     """True: the chosen experts' gates sum to one; False: they are probabilities among all experts (Switch)."""

@@ -10,6 +10,8 @@ from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.run import CheckpointConfig, OptimConfig, ParallelConfig, TelemetryConfig, TrainConfig
 
+AUTO_MICRO_BATCH = 8  # sequences; most of what one rank takes at once under train.micro_batch_size auto
+
 
 class Config(Section):
     """Everything a run is made of."""
@@ -53,7 +55,7 @@ def check_world(config: Config, world_size: int, local_world_size: int) -> Confi
         local_world_size: Ranks of this node.
 
     Returns:
-        A copy in which expert_parallel_size and global_batch_size are numbers.
+        A copy in which expert_parallel_size, micro_batch_size and global_batch_size are numbers.
 
     Raises:
         UsageError: If the sizes do not divide.
@@ -63,19 +65,31 @@ def check_world(config: Config, world_size: int, local_world_size: int) -> Confi
         size = _largest_expert_parallel_size(config, world_size, local_world_size)
     if world_size % size:
         raise UsageError(f"world size ({world_size}) must be divisible by parallel.expert_parallel_size ({size})")
-    micro = config.train.micro_batch_size * world_size
-    batch = config.train.global_batch_size if config.train.global_batch_size is not None else micro
-    if batch % micro:
-        raise UsageError(
-            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size x ranks "
-            f"({config.train.micro_batch_size} x {world_size} = {micro})"
-        )
+    micro, batch = _batch_sizes(config, world_size)
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update={"expert_parallel_size": size}),
-            "train": config.train.model_copy(update={"global_batch_size": batch}),
+            "train": config.train.model_copy(update={"micro_batch_size": micro, "global_batch_size": batch}),
         }
     )
+
+
+def _batch_sizes(config: Config, world_size: int) -> tuple[int, int]:
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    if micro == "auto":
+        assert batch is not None, "auto is a part of global_batch_size"
+        if batch % world_size:
+            raise UsageError(f"train.global_batch_size ({batch}) must be divisible by the ranks ({world_size})")
+        share = batch // world_size
+        return max(size for size in range(1, AUTO_MICRO_BATCH + 1) if share % size == 0), batch
+    if batch is None:
+        return micro, micro * world_size
+    if batch % (micro * world_size):
+        raise UsageError(
+            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size x ranks "
+            f"({micro} x {world_size} = {micro * world_size})"
+        )
+    return micro, batch
 
 
 def _largest_expert_parallel_size(config: Config, world_size: int, local_world_size: int) -> int:

@@ -68,8 +68,9 @@ class TrainConfig(Section):
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
-    micro_batch_size: PositiveInt = 8
-    """Sequences of one rank in one forward and backward pass."""
+    micro_batch_size: PositiveInt | Literal["auto"] = 8
+    """Sequences of one rank in one forward and backward pass; auto: at most 8, as many as divide a rank's share of
+    global_batch_size."""
     global_batch_size: PositiveInt | None = None
     """Sequences of one optimizer step over all ranks; None: micro_batch_size x ranks, no gradient accumulation."""
     sequence_length: PositiveInt = 256
@@ -91,6 +92,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.micro_batch_size == "auto" and self.global_batch_size is None:
+            raise ValueError("micro_batch_size ('auto') needs global_batch_size: it is a part of it")
         if self.validation_sequences is not None and self.validate_every == 0:
             raise ValueError(
                 f"validation_sequences ({self.validation_sequences}) has no effect with validate_every (0): it is for "

@@ -98,6 +98,7 @@ def prepare_data(
     tokenizer = _open_tokenizer(config, corpora, fingerprints, folder)
     caches = [folder.tokens(corpus, mark, tokenizer) for corpus, mark in zip(corpora, fingerprints, strict=True)]
     _check_enough(corpora, caches, sequence_length, min_sequences)
+    _check_held_out(corpora, caches)
     entries = tuple(
         TrainEntry(cache.train_tokens, source.weight) for cache, source in zip(caches, config.sources, strict=True)
     )
@@ -130,6 +131,15 @@ def _check_enough(
             f"{' with '.join(corpus.description for corpus in corpora)} has {sum(counts)} sequences of "
             f"{sequence_length} tokens, fewer than one batch (train.global_batch_size {min_sequences})"
         )
+
+
+def _check_held_out(corpora: Sequence[Corpus], caches: Sequence[TokenCache]) -> None:
+    for corpus, cache in zip(corpora, caches, strict=True):
+        if cache.held_out.documents and not cache.held_out.num_bytes:
+            raise UsageError(
+                f"{corpus.description} holds out {cache.held_out.documents} documents, all of them empty: nothing to "
+                "validate on"
+            )
 
 
 def _open_tokenizer(

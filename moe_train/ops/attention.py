@@ -39,6 +39,10 @@ def attend(q_BHSd: Tensor, k_BGCd: Tensor, v_BGCd: Tensor, mask_B1SC: Tensor | N
     Returns:
         [B, H, S, d].
     """
+    groups = q_BHSd.shape[1] // k_BGCd.shape[1]
+    if groups > 1 and mask_B1SC is not None and q_BHSd.is_cuda:
+        # With a mask only the memory-efficient kernel is left, and it wants a key and value head for every query head.
+        k_BGCd, v_BGCd = (x.repeat_interleave(groups, dim=1) for x in (k_BGCd, v_BGCd))
     return F.scaled_dot_product_attention(
         q_BHSd,
         k_BGCd,

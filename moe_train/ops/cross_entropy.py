@@ -19,8 +19,10 @@ class _TokenCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         losses_N = torch.empty(logits_NV.shape[0], dtype=wide, device=logits_NV.device)
-        # softmax - one-hot, in [-1, 1]: it loses nothing in 16 bits that the gradient of the logits would not lose.
-        slope_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
+        # softmax - one-hot, in [-1, 1]: bf16 loses nothing that the gradient of the logits would not lose; in fp16
+        # small probabilities would be zero before the loss scale lifts them.
+        kept = torch.float32 if logits_NV.dtype == torch.float16 else logits_NV.dtype
+        slope_NV = torch.empty_like(logits_NV, dtype=kept) if ctx.needs_input_grad[0] else None
         rows = _chunk_rows(logits_NV, wide)
         for start in range(0, logits_NV.shape[0], rows):
             here = slice(start, start + rows)
@@ -35,19 +37,21 @@ class _TokenCrossEntropy(torch.autograd.Function):
             if slope_NV is not None:
                 weight_n1 = is_counted_n1.to(wide)
                 slope_nV = exponentials_nV.mul_(weight_n1 / total_n1).scatter_add_(1, targets_n1, -weight_n1)
-                slope_NV[here] = slope_nV.to(logits_NV.dtype)
+                slope_NV[here] = slope_nV.to(kept)
         if slope_NV is not None:
             ctx.save_for_backward(slope_NV)
+            ctx.dtype = logits_NV.dtype
         return losses_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (slope_NV,) = ctx.saved_tensors
-        grad_NV, rows = torch.empty_like(slope_NV), _chunk_rows(slope_NV, grads[0].dtype)
+        grad_NV = torch.empty_like(slope_NV, dtype=ctx.dtype)
+        rows = _chunk_rows(slope_NV, grads[0].dtype)
         for start in range(0, slope_NV.shape[0], rows):
             here = slice(start, start + rows)
             # The product is rounded once: 1/N itself, in 16 bits, would be off by the same factor for every token.
-            grad_NV[here] = (slope_NV[here].to(grads[0].dtype) * grads[0][here].unsqueeze(1)).to(slope_NV.dtype)
+            grad_NV[here] = (slope_NV[here].to(grads[0].dtype) * grads[0][here].unsqueeze(1)).to(ctx.dtype)
         return grad_NV, None
 
 

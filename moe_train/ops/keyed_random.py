@@ -39,10 +39,13 @@ def combine(key: int | Tensor, counter: int | Tensor) -> Tensor:
     Returns:
         int64 tensor of the broadcast shape; its bits are uniform.
     """
-    if not isinstance(counter, Tensor):
-        counter = torch.as_tensor(counter, dtype=torch.int64, device=key.device if isinstance(key, Tensor) else None)
-    # Integer overflow wraps in torch on every device, which is what the hash wants.
-    bits = key + counter * _signed(_GOLDEN)
+    # Integer overflow wraps in torch on every device, which is what the hash wants. A number stays a number: a tensor
+    # of it would have to be copied to the device.
+    if isinstance(counter, Tensor):
+        bits = key + counter * _signed(_GOLDEN)
+    else:
+        assert isinstance(key, Tensor), "one of the two is a tensor"
+        bits = key + _signed(counter * _GOLDEN % (1 << 64))
     bits = (bits ^ _shift_right(bits, 30)) * _signed(_FACTORS[0])
     bits = (bits ^ _shift_right(bits, 27)) * _signed(_FACTORS[1])
     return bits ^ _shift_right(bits, 31)

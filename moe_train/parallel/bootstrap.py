@@ -206,8 +206,8 @@ def export_world(
     environ["RANK"] = str(world.rank)
     environ["WORLD_SIZE"] = str(world.world_size)
     # DeepSpeed takes it for the device: 0 where the launcher shows each rank one device alone.
-    own_index = device is not None and device.type == "cuda" and device.index is not None
-    environ["LOCAL_RANK"] = str(device.index if own_index else world.local_rank)
+    index = device.index if device is not None and device.type == "cuda" else None
+    environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
     environ["LOCAL_WORLD_SIZE"] = str(world.local_world_size)
     environ["MASTER_ADDR"] = world.master_addr
     environ["MASTER_PORT"] = str(world.master_port)

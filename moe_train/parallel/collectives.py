@@ -101,15 +101,6 @@ def all_reduce_sum(x: Tensor, group: Group | None) -> Tensor:
     return x if group is None else _AllReduceSum.apply(x, group)
 
 
-def all_reduce_max(x: Tensor, group: Group | None) -> Tensor:
-    """The element-wise maximum over the ranks of the group, without gradient. Collective: all ranks of the group."""
-    if group is None:
-        return x
-    largest = x.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return largest
-
-
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in order of rank, on every rank. Collective: all ranks."""
     if world_group() is None:

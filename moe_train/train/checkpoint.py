@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_train.config.errors import UsageError
-from moe_train.parallel.collectives import barrier, gather_objects
+from moe_train.parallel.collectives import gather_objects
+from moe_train.train.agreement import together
 from moe_train.train.engine import STATE_KINDS, Fragment, TrainEngine
 
 FORMAT_VERSION = 1
@@ -48,6 +50,8 @@ class Manifest:
         step: Optimizer steps done.
         consumed_sequences: Sequences trained on.
         optimizer_step: Updates Adam has made.
+        loss_scale: fp16's loss scale; 1 otherwise.
+        tokenizer: Fingerprint of the tokenizer.
         shapes: Global shape of every logical tensor.
         pieces: Its ranges, in order.
         digests: blake2b of every file.
@@ -58,6 +62,8 @@ class Manifest:
     step: int
     consumed_sequences: int
     optimizer_step: int
+    loss_scale: float
+    tokenizer: str
     shapes: dict[str, tuple[int, ...]]
     pieces: dict[str, list[Piece]]
     digests: dict[str, str]
@@ -65,7 +71,14 @@ class Manifest:
 
 
 def save_checkpoint(
-    engine: TrainEngine, checkpoints: Path, rank: int, *, step: int, consumed_sequences: int, config: dict[str, Any]
+    engine: TrainEngine,
+    checkpoints: Path,
+    rank: int,
+    *,
+    step: int,
+    consumed_sequences: int,
+    tokenizer: str,
+    config: dict[str, Any],
 ) -> Path:
     """Write the model and optimizer state.
 
@@ -75,43 +88,55 @@ def save_checkpoint(
         rank: This rank.
         step: Optimizer steps done.
         consumed_sequences: Sequences trained on.
+        tokenizer: Fingerprint of the tokenizer.
         config: Resolved configuration, as plain values.
 
     Returns:
         The step's folder.
 
+    Raises:
+        RuntimeError: On every rank, if one could not write; what was saved before is untouched.
+
     Collective: All ranks.
     """
     final, part = checkpoints / f"step_{step:08d}", checkpoints / f"step_{step:08d}.part"
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed while saving
-        part.mkdir(parents=True)
-    barrier()
-    written = gather_objects(_write_ranges(engine, part / f"rank_{rank:05d}.safetensors"))
-    if rank == 0:
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "consumed_sequences": consumed_sequences,
-            "optimizer_step": engine.optimizer_step,
-            "tensors": {name: list(shape) for entry in written for name, shape in entry["shapes"].items()},
-            "files": {e["file"]: {"blake2b": e["digest"], "ranges": e["ranges"]} for e in written if e["ranges"]},
-            "config": config,
-        }
-        _write_durably(part / "manifest.json", json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        part.replace(final)
-        _write_durably(checkpoints / "latest.part", final.name + "\n")
-        (checkpoints / "latest.part").replace(checkpoints / "latest")
-        _sync_folder(checkpoints)
-    barrier()
+    together(lambda: _make_empty(part) if rank == 0 else None)
+    written = gather_objects(together(lambda: _write_ranges(engine, part / f"rank_{rank:05d}.safetensors")))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "consumed_sequences": consumed_sequences,
+        "optimizer_step": engine.optimizer_step,
+        "loss_scale": engine.loss_scale,
+        "tokenizer": tokenizer,
+        "tensors": {name: list(shape) for entry in written for name, shape in entry["shapes"].items()},
+        "files": {e["file"]: {"blake2b": e["digest"], "ranges": e["ranges"]} for e in written if e["ranges"]},
+        "config": config,
+    }
+    together(lambda: _complete(part, final, manifest) if rank == 0 else None)
     return final
+
+
+def _make_empty(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed while saving
+    part.mkdir(parents=True)
+
+
+def _complete(part: Path, final: Path, manifest: dict[str, Any]) -> None:
+    _write_durably(part / "manifest.json", json.dumps(manifest, indent=1))
+    _sync_folder(part)
+    shutil.rmtree(final, ignore_errors=True)
+    part.replace(final)
+    latest = final.parent / "latest.part"
+    _write_durably(latest, final.name + "\n")
+    latest.replace(final.parent / "latest")
+    _sync_folder(final.parent)
 
 
 def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
     """Remove all but the newest keep_last complete checkpoints."""
     for folder in list_checkpoints(checkpoints)[:-keep_last]:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed is no reason to end a run
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -148,6 +173,8 @@ def read_manifest(folder: Path) -> Manifest:
             int(raw["step"]),
             int(raw["consumed_sequences"]),
             int(raw["optimizer_step"]),
+            float(raw["loss_scale"]),
+            str(raw["tokenizer"]),
             shapes,
             pieces,
             {file: str(entry["blake2b"]) for file, entry in raw["files"].items()},
@@ -176,12 +203,9 @@ def load_checkpoint(engine: TrainEngine, manifest: Manifest, rank: int, world_si
     ours = {tensor.name: tensor.shape for tensor in engine.logical_tensors}
     _check_same_model(manifest, ours)
     files = sorted(manifest.digests)
-    problems = [p for p in (_verify(manifest, file) for file in files[rank::world_size]) if p]
-    for found in gather_objects(problems):
-        if found:
-            raise UsageError(found[0])
+    together(lambda: _verify(manifest, files[rank::world_size]))
     with _Reader(manifest) as reader:
-        engine.load_state(reader.read, manifest.optimizer_step)
+        engine.load_state(reader.read, manifest.optimizer_step, manifest.loss_scale)
 
 
 class _Reader:
@@ -253,17 +277,19 @@ def _check_same_model(manifest: Manifest, ours: dict[str, tuple[int, ...]]) -> N
             )
 
 
-def _verify(manifest: Manifest, file: str) -> str | None:
-    path = manifest.folder / file
-    try:
-        if _digest(path) != manifest.digests[file]:
-            return f"{path} is damaged: its digest differs from the manifest's"
-        with safe_open(path, framework="pt") as opened:
-            names = set(opened.keys())
-    except (OSError, SafetensorError) as error:
-        return f"{path} cannot be read: {error}"
-    wanted = {f"{k}/{n}" for n, found in manifest.pieces.items() for p in found if p.file == file for k in STATE_KINDS}
-    return None if names == wanted else f"{path} does not hold the tensors that the manifest names"
+def _verify(manifest: Manifest, files: Sequence[str]) -> None:
+    for file in files:
+        path = manifest.folder / file
+        try:
+            if _digest(path) != manifest.digests[file]:
+                raise UsageError(f"{path} is damaged: its digest differs from the manifest's")
+            with safe_open(path, framework="pt") as opened:
+                lengths = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from error
+        here = [(name, piece) for name, found in manifest.pieces.items() for piece in found if piece.file == file]
+        if lengths != {f"{kind}/{name}": [piece.numel] for name, piece in here for kind in STATE_KINDS}:
+            raise UsageError(f"{path} does not hold the ranges that the manifest names")
 
 
 def _digest(path: Path) -> str:

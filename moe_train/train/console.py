@@ -58,10 +58,14 @@ class RunConsole:
             TimeElapsedColumn(),
             TextColumn("{task.fields[figures]}"),
         )
-        with Progress(*columns, console=self._console) as self._progress:
-            self._task = self._progress.add_task("train", total=num_steps, completed=first_step, figures="")
+        progress = self._progress = Progress(*columns, console=self._console)
+        self._task = progress.add_task("train", total=num_steps, completed=first_step, figures="")
+        self._guard(lambda _: progress.start())
+        try:
             yield
-        self._progress = None
+        finally:
+            self._guard(lambda _: progress.stop())
+            self._progress = None
 
     def step(self, line: StepLine, is_due: bool) -> None:
         """Show a step: on a terminal every one in place, elsewhere a line when it is due."""
@@ -76,7 +80,7 @@ class RunConsole:
             return
         try:
             show(self._console)
-        except (BrokenPipeError, OSError) as error:
+        except OSError as error:
             # Nobody reads any more; the run goes on, and its log says so once.
             print(f"standard output is closed ({error}); the run goes on without it", flush=True)
             self._console = self._progress = None

@@ -118,6 +118,7 @@ class TrainEngine:
         self._tensors = [(p, logical_tensor(n, p)) for n, p in objective.model.named_parameters()]
         self._model = objective.model
         self._stage: int = settings["zero_optimization"]["stage"]
+        self._is_fp16: bool = settings["fp16"]["enabled"]
         _join_process_group(expert_groups)
         _mark_experts(objective.model, expert_groups)
         self._engine = _ExpertEngine(
@@ -127,7 +128,6 @@ class TrainEngine:
             config=settings,
             config_class=DeepSpeedConfig(settings),
         )
-        # Its persistent data loader and monitors are not used; what is left is forward, backward and step.
         self._zero = self._engine.optimizer
 
     @property
@@ -184,12 +184,13 @@ class TrainEngine:
             if fragment is not None and fragment.numel:
                 yield fragment
 
-    def load_state(self, read: Callable[[Fragment, str], Tensor], optimizer_step: int) -> None:
+    def load_state(self, read: Callable[[Fragment, str], Tensor], optimizer_step: int, loss_scale: float) -> None:
         """Replace weights and optimizer state.
 
         Args:
             read: Gives a state kind of a fragment's range as a 1-D fp32 tensor.
             optimizer_step: Updates that Adam has made, for its bias correction.
+            loss_scale: fp16's loss scale; no effect in another precision.
 
         Collective: All ranks.
         """
@@ -199,6 +200,8 @@ class TrainEngine:
         for flat in self._flat_partitions():
             self._zero.optimizer.state[flat]["step"].fill_(float(optimizer_step))
         self._refresh_working_weights()
+        if self._is_fp16:
+            self._zero.loss_scaler.cur_scale = loss_scale
 
     @property
     def optimizer_step(self) -> int:

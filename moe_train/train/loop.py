@@ -1,5 +1,6 @@
 """The training loop, to be read from top to bottom."""
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -78,25 +79,30 @@ def train(run: Run, first_step: int) -> TrainResult:
     with run.console.progress(first_step, num_steps):
         for step in range(first_step, num_steps):
             done, rate = step + 1, learning_rate(step, num_steps, config.optim)
-            is_last, is_shown = done == num_steps, done % config.train.log_every == 0 or done == num_steps
+            is_last = done == num_steps
+            is_shown = is_last or _is_due(config.train.log_every, done)
+            is_written = is_last or _is_due(config.telemetry.every, done)
+            is_saved = is_last or _is_due(config.checkpoint.every, done)
             record: Record = {}
             clock.start()
             result = run.engine.train_step(
                 micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device), rate
             )
-            if is_shown or done % config.telemetry.every == 0:
+            if is_shown or is_written or is_saved:
                 measured = reduce_step(result, run.plan.world_size)
-                record = _step_record(run, done, rate, result, measured, clock.stop(is_measured=True))
-                run.console.step(_step_line(run, done, record, clock.recent_seconds), is_shown)
+                shown = _step_record(run, done, rate, result, measured, clock.stop(is_measured=True))
+                run.console.step(_step_line(run, done, shown, clock.recent_seconds), is_shown)
+                _refuse_non_finite(run, done, measured)
+                record = shown if is_written else {}
             else:
                 clock.stop(is_measured=False)
+            if is_saved:
+                checkpoint = _save(run, done)
             if is_last or _is_due(config.train.validate_every, done):
                 validation = _validate(run, done, None if is_last else config.train.validation_sequences)
                 record |= _validation_record(validation)
             if run.writer is not None and record:
                 run.writer.write(done, record)
-            if is_last or _is_due(config.checkpoint.every, done):
-                checkpoint = _save(run, done)
     if first_step == num_steps:
         validation = _validate(run, num_steps, None)
     return TrainResult(validation, checkpoint, time.monotonic() - started)
@@ -127,6 +133,17 @@ class _Clock:
     def recent_seconds(self) -> float:
         """Mean seconds of a step over the last records."""
         return sum(self._recent) / len(self._recent)
+
+
+def _refuse_non_finite(run: Run, done: int, measured: GlobalStep) -> None:
+    # The numbers are the same on all ranks, so that all end here. fp16's loss scaler skips such steps by itself, and
+    # DeepSpeed gives a norm that is not finite as -1 or inf, by stage.
+    is_finite = math.isfinite(measured.loss) and math.isfinite(measured.grad_norm) and measured.grad_norm >= 0
+    if not is_finite and run.config.train.precision != "fp16":
+        raise RuntimeError(
+            f"step {done}: loss {measured.loss}, gradient norm {measured.grad_norm}: training ends "
+            "before this is saved; the last checkpoint is untouched (a lower optim.learning_rate may help)"
+        )
 
 
 def _is_due(every: int, done: int) -> bool:
@@ -187,6 +204,7 @@ def _save(run: Run, done: int) -> Path:
         run.plan.rank,
         step=done,
         consumed_sequences=done * run.plan.global_batch_size,
+        tokenizer=run.data.tokenizer.fingerprint,
         config=run.config.model_dump(mode="json"),
     )
     if run.plan.rank == 0:

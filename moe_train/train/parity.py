@@ -1,5 +1,6 @@
 """Whether every layout of ranks gives the same numbers: the layouts to compare, and how their records are compared."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,11 +136,14 @@ def compare(layout: Layout, records: Sequence[Record], reference: Sequence[Recor
     here, there = ({r["step"]: r for r in run if "train/loss" in r} for run in (records, reference))
     steps = sorted(here.keys() & there.keys())
     worst = {
-        key: max((_relative(here[step][key], there[step][key]) for step in steps), default=float("inf"))
+        key: max((_relative(here[step][key], there[step][key]) for step in steps), default=math.inf)
         for key in ("train/loss", "train/grad_norm")
     }
     return Comparison(layout, worst["train/loss"], worst["train/grad_norm"], len(steps))
 
 
-def _relative(value: float, expected: float) -> float:
-    return abs(value - expected) / abs(expected)
+def _relative(value: float | None, expected: float | None) -> float:
+    if value is None or expected is None:  # how a number that is not finite is written
+        return math.inf
+    difference = abs(value - expected) / abs(expected)
+    return difference if math.isfinite(difference) else math.inf  # max() would pass over a NaN

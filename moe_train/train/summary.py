@@ -122,7 +122,7 @@ def show_summary(run: Run, summary: dict[str, Any]) -> None:
 
 def _load_table(summary: dict[str, Any]) -> Table:
     records, violation = summary["moe/records"], summary["moe/max_violation"]
-    title = f"Tokens an expert over the last {records} steps, as a share of the mean (MaxVio {violation:.2f})"
+    title = f"Tokens an expert over the last {records} records, as a share of the mean (MaxVio {violation:.2f})"
     table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("least", justify="right")

@@ -5,9 +5,11 @@ Legend: L MoE layers, E experts.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +77,10 @@ def routing_record(sums: RoutingSums, layers: Sequence[int]) -> Record:
     return record | {f"moe/counts/layer_{i:02d}": row for i, row in zip(layers, counts, strict=True)}
 
 
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 class MetricsWriter:
     """Appends records to metrics.jsonl and, if wanted, to TensorBoard: the same names and values."""
 
@@ -88,8 +94,12 @@ class MetricsWriter:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, record: Record) -> None:
-        """Write one record: numbers are scalars in TensorBoard, lists are in metrics.jsonl alone."""
-        self._file.write(json.dumps({"step": step} | record) + "\n")
+        """Write one record: numbers are scalars in TensorBoard, lists are in metrics.jsonl alone.
+
+        JSON has no infinity, which fp16's gradient norm is where its scale was too large: it becomes null.
+        """
+        finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
+        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in record.items():

@@ -15,6 +15,7 @@ from moe_train.config import ModelConfig, MoEConfig
         pytest.param({"top_k": 1}, ["top_k (1)", "renormalize_gates (True)", "learns nothing"], id="top-1 gate of 1"),
         pytest.param({"router": "softmax_topk"}, ["load_cv2_coef (0.1)", "softmax_topk"], id="load without noise"),
         pytest.param({"top_k": 8}, ["load_cv2_coef (0.1)", "top_k (8)", "num_experts (8)"], id="load with K = E"),
+        pytest.param({"noise_epsilon": 0.0}, ["noise_epsilon", "0.0"], id="no least noise"),
         pytest.param(
             {"router": "softmax_topk", "load_cv2_coef": 0, "noise_epsilon": 0.1},
             ["noise_epsilon (0.1)", "softmax_topk"],
@@ -39,7 +40,7 @@ def test_moe_settings_that_contradict_or_have_no_effect(values, words):
         {"top_k": 8, "load_cv2_coef": 0.0},
         {"router": "softmax_topk", "load_cv2_coef": 0.0},
         {"num_experts": 1, "top_k": 1, "renormalize_gates": False, "load_cv2_coef": 0.0},
-        {"noise_epsilon": 0.0},
+        {"noise_epsilon": 1e-6},
     ],
 )
 def test_moe_settings_that_are_right(values):

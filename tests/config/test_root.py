@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.config import UsageError, check_world
-from moe_train.config.load import validate_config
+from moe_train.config.load import load_config, validate_config
 
 
 def make(**sections):
@@ -106,3 +106,11 @@ def test_global_batch_defaults_to_one_micro_batch_of_every_rank():
     assert config.train.global_batch_size is None  # the configuration itself is not changed
     assert checked.train.micro_batch_size == 3
     assert checked.model == config.model
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 8), (2, 8), (4, 4), (8, 2), (16, 1)])
+def test_the_quickstart_fits_any_number_of_devices(world_size: int, micro: int) -> None:
+    config = load_config(["--config", "configs/quickstart.yaml"], program="x")
+    resolved = check_world(config, world_size, world_size)
+    assert resolved.train.micro_batch_size == micro
+    assert resolved.train.global_batch_size == 16

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from moe_train.parallel.collectives import (
-    all_reduce_max,
     all_reduce_sum,
     all_to_all_counts,
     all_to_all_rows,
@@ -46,16 +45,14 @@ def reduce(rank, world_size):
     x = torch.tensor([1.0, 10.0]).mul(rank + 1).requires_grad_()
     total = all_reduce_sum(x, group)
     (total * (rank + 1)).sum().backward()  # every rank's loss weighs the sum differently
-    largest = all_reduce_max(torch.tensor([rank, -rank]), group)
     barrier()
-    return total.detach(), x.grad, largest, gather_objects({"rank": rank}), group_size(group), group_rank(group)
+    return total.detach(), x.grad, gather_objects({"rank": rank}), group_size(group), group_rank(group)
 
 
 def test_reductions(pool4):
-    for rank, (total, grad, largest, objects, size, place) in enumerate(pool4.run(reduce, timeout=60)):
+    for rank, (total, grad, objects, size, place) in enumerate(pool4.run(reduce, timeout=60)):
         assert total.tolist() == [10.0, 100.0]
         assert grad.tolist() == [10.0, 10.0]  # the sum of all ranks' upstream gradients
-        assert largest.tolist() == [3, 0]
         assert objects == [{"rank": r} for r in range(4)]
         assert (size, place) == (4, rank)
 
@@ -65,7 +62,6 @@ def test_one_process_needs_no_group():
     assert world_group() is None
     assert all_to_all_rows(x, [3], [3], None) is x
     assert all_reduce_sum(x, None) is x
-    assert all_reduce_max(x, None) is x
     assert all_to_all_counts(x, None) is x
     assert gather_objects(5) == [5]
     assert (group_size(None), group_rank(None)) == (1, 0)

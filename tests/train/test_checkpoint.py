@@ -13,6 +13,7 @@ from moe_train.train.checkpoint import (
     read_manifest,
 )
 from moe_train.train.parity import LAYOUTS, OPTIONS
+from tests.ranks import RankPool
 from tests.train.conftest import ParityRuns
 from tests.train.runs import losses, train_alone, train_under_torchrun
 
@@ -134,3 +135,51 @@ def test_incomplete_checkpoints_are_not_listed_and_old_ones_are_pruned(tmp_path:
     prune_checkpoints(tmp_path, keep_last=2)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000005", "step_00000010"]
     assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_an_older_checkpoint_than_the_folder_has_is_refused(copied: Path, parity_runs: ParityRuns) -> None:
+    newer = copied / "checkpoints" / "step_00000030"
+    shutil.copytree(copied / "checkpoints" / "step_00000020", newer)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    (newer / "manifest.json").write_text(json.dumps(manifest | {"step": 30, "consumed_sequences": 480}))
+    older = parity_runs.folders[0] / "checkpoints" / "step_00000020"
+    code, message = resume(copied, f"--checkpoint.resume={older}", "--train.steps=40")
+    assert code == 2 and "step_00000030" in message and "train.run_dir" in message
+
+
+def test_another_tokenizer_is_refused_and_a_refusal_leaves_the_records(copied: Path, tmp_path: Path) -> None:
+    before = (copied / "metrics.jsonl").read_bytes()
+    code, message = resume(copied, "--data.tokenizer=bpe", "--data.bpe_vocab_size=257")
+    assert code == 2 and "data.tokenizer" in message
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_changed_since_the_checkpoint_is_said(copied: Path) -> None:
+    arguments = (*OPTIONS, *LAYOUTS[0].options(), f"--train.run_dir={copied}", "--train.steps=21")
+    result = train_alone(*arguments, "--optim.learning_rate=1e-4")
+    assert result.returncode == 0, result
+    assert "changed since: optim.learning_rate: 0.003 -> 0.0001" in result.stdout
+
+
+def save_with_a_full_disk(rank: int, world_size: int, folder: str) -> tuple[str, bool]:
+    """Real ranks and files; only the full disk of rank 1 is feigned."""
+    from moe_train.train import checkpoint
+
+    def no_space(engine: object, path: Path) -> dict:
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        return {"file": path.name, "digest": "", "ranges": {}, "shapes": {}}
+
+    original, checkpoint._write_ranges = checkpoint._write_ranges, no_space
+    try:
+        checkpoint.save_checkpoint(None, Path(folder), rank, step=1, consumed_sequences=1, tokenizer="", config={})
+    except RuntimeError as error:
+        return str(error), bool(list_checkpoints(Path(folder)))
+    finally:
+        checkpoint._write_ranges = original
+    return "saved", True
+
+
+def test_a_rank_that_cannot_save_stops_all_of_them(pool2: RankPool, tmp_path: Path) -> None:
+    expected = ("rank 1: [Errno 28] No space left on device", False)
+    assert pool2.run(save_with_a_full_disk, str(tmp_path), timeout=60) == [expected, expected]

@@ -1,5 +1,7 @@
 """The same numbers for every layout, in real runs of real processes."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,9 @@ from safetensors import safe_open
 
 from moe_train.train.checkpoint import list_checkpoints, read_manifest
 from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, compare
+from tests.processes import run_process
 from tests.train.conftest import ParityRuns
+from tests.train.runs import CPU, ROOT
 
 
 def full_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -66,3 +70,27 @@ def test_compare_finds_a_difference_and_a_missing_step() -> None:
     assert not compare(layout, changed, reference).passed
     assert not compare(layout, reference[:-1], reference).passed
     assert not compare(layout, [], reference).passed
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_never_the_same(value: float | None) -> None:
+    layout = Layout(2, 2, 1, 2, balance=True)
+    reference = [{"step": i, "train/loss": 2.0, "train/grad_norm": 1.0} for i in range(1, NUM_STEPS + 1)]
+    broken = [record | {"train/loss": value} if record["step"] > 6 else record for record in reference]
+    assert not compare(layout, broken, reference).passed
+    assert not compare(layout, broken, broken).passed
+
+
+def test_under_a_launcher_its_ranks_are_what_is_checked(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "moe_train", "parity", "--json", "--max-ranks=2", f"--keep={tmp_path}"]
+    result = run_process([*command, "--model.num_layers=2"], timeout=300, env=CPU, cwd=ROOT)
+    assert result.returncode == 0, result
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["passed"]
+    assert [row["world_size"] for row in summary["layouts"]] == [1, 2, 2, 1, 2, 2]
+
+
+def test_nothing_to_compare_is_not_a_pass() -> None:
+    result = run_process([sys.executable, "-m", "moe_train", "parity", "--max-ranks=1"], timeout=60, env=CPU, cwd=ROOT)
+    assert result.returncode == 2 and "nothing can be compared" in result.stderr, result
