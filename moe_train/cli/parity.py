@@ -42,6 +42,9 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--max-ranks", type=int, help="leave out layouts of more ranks (default: 4, or the devices)")
+    parser.add_argument(
+        "--layouts", metavar="N,N", help="run only these, counted from 0, and what they are held against"
+    )
     parser.add_argument("--keep", metavar="DIR", help="folder for the run folders, which are removed otherwise")
     options, extra = parser.parse_known_args(list(arguments))
     world = discover_world()
@@ -57,21 +60,22 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
     import torch
 
     from moe_train.parallel.collectives import barrier, gather_objects
-    from moe_train.train.parity import LAYOUTS, OPTIONS, Comparison, Layout, compare
+    from moe_train.train.parity import OPTIONS, Comparison, Layout, choose_layouts, compare
     from moe_train.train.records import Record, read_records
 
     config = load_config([*OPTIONS, *extra, f"--train.run_dir={scratch}"], program="moe-train parity")
     device = choose_device(config.parallel.device, replace(world, local_world_size=1, local_rank=0))
     limit = _rank_limit(options.max_ranks, world, device.type)
-    compared = [layout for layout in LAYOUTS if layout.world_size <= limit]
+    wanted = choose_layouts(options.layouts)
+    compared = [layout for layout in wanted if layout.world_size <= limit]
     if all(layout.world_size == 1 for layout in compared):
         raise UsageError(f"with {limit} rank or device nothing can be compared: give --parallel.device=cpu, or more")
     init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
     # Rank 0's host is where the ports must be free, and its folder the one that all ranks of a run write to.
-    scratch, ports = gather_objects((scratch, [free_port() for _ in LAYOUTS]))[0]
+    scratch, ports = gather_objects((scratch, [free_port() for _ in wanted]))[0]
     reference: dict[bool, list[Record]] = {}
     results: list[Comparison] = []
-    skipped: list[Layout] = [layout for layout in LAYOUTS if layout not in compared]
+    skipped: list[Layout] = [layout for layout in wanted if layout not in compared]
     for index, layout in enumerate(compared):
         folder = scratch / f"layout_{index}"
         arguments = [*OPTIONS, *layout.options(), *extra, f"--train.run_dir={folder}"]

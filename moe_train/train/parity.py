@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moe_train.config.errors import UsageError
 from moe_train.train.records import Record
 
 LOSS_TOLERANCE = 1e-4  # relative, at every step: fp32 sums in another order, grown by 20 steps of training
@@ -67,6 +68,27 @@ LAYOUTS = (
     Layout(2, 1, 2, 4, balance=False),
     Layout(4, 2, 3, 1, balance=False),
 )
+
+
+def choose_layouts(numbers: str | None) -> list[Layout]:
+    """The layouts of some numbers, with those they are held against.
+
+    Args:
+        numbers: Like "1,3", counted from 0; None: all.
+
+    Raises:
+        UsageError: If one is not the number of a layout.
+    """
+    if numbers is None:
+        return list(LAYOUTS)
+    known = {str(number): layout for number, layout in enumerate(LAYOUTS)}
+    for number in numbers.split(","):
+        if number not in known:
+            raise UsageError(f"--layouts ({numbers!r}): {number!r} is not a number from 0 to {len(LAYOUTS) - 1}")
+    chosen = [known[number] for number in numbers.split(",")]
+    references = [next(layout for layout in LAYOUTS if layout.balance == each.balance) for each in chosen]
+    return [layout for layout in LAYOUTS if layout in chosen or layout in references]
+
 
 # A small model with every part that a layout could disturb; more options may follow and override these.
 OPTIONS = (

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moe_train.config import UsageError
 from moe_train.train.checkpoint import list_checkpoints, read_manifest
-from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, compare
+from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, choose_layouts, compare
 from tests.processes import run_process
 from tests.train.conftest import ParityRuns
 from tests.train.runs import CPU, ROOT
@@ -83,12 +84,20 @@ def test_numbers_that_are_not_finite_are_never_the_same(value: float | None) -> 
 
 def test_under_a_launcher_its_ranks_are_what_is_checked(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "moe_train", "parity", "--json", "--max-ranks=2", f"--keep={tmp_path}"]
+    command = [*launcher, "-m", "moe_train", "parity", "--json", "--layouts=1", f"--keep={tmp_path}"]
     result = run_process([*command, "--model.num_layers=2"], timeout=300, env=CPU, cwd=ROOT)
     assert result.returncode == 0, result
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["passed"]
-    assert [row["world_size"] for row in summary["layouts"]] == [1, 2, 2, 1, 2, 2]
+    assert [row["world_size"] for row in summary["layouts"]] == [1, 2]  # the one asked for and its reference
+
+
+def test_layouts_are_chosen_with_their_references() -> None:
+    assert choose_layouts(None) == list(LAYOUTS)
+    assert choose_layouts("3,6") == [LAYOUTS[0], LAYOUTS[3], LAYOUTS[5], LAYOUTS[6]]
+    for wrong in ("9", "x", "1,", "-1"):
+        with pytest.raises(UsageError, match="--layouts"):
+            choose_layouts(wrong)
 
 
 def test_nothing_to_compare_is_not_a_pass() -> None:
