@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--max-ranks", type=int, help="leave out layouts of more ranks (default: 4, or the devices)")
     parser.add_argument(
-        "--layouts", metavar="N,N", help="run only these, counted from 0, and what they are held against"
+        "--layouts", metavar="N,N", help="run only these, counted from 0, with their references"
     )
     parser.add_argument("--keep", metavar="DIR", help="folder for the run folders, which are removed otherwise")
     options, extra = parser.parse_known_args(list(arguments))
