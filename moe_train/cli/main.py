@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from moe_train import __version__
 from moe_train.config.errors import EXIT_USAGE, UsageError
-from moe_train.parallel.bootstrap import is_first_rank
+from moe_train.parallel.bootstrap import is_first_rank, leave_process_group
 
 SUBCOMMANDS = {
     "train": "train a model (start it with deepspeed, torchrun, mpirun or srun for more than one process)",
@@ -50,13 +50,15 @@ def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], p
     every rank as soon as one has ended.
     """
     try:
-        return run(arguments)
+        code = run(arguments)
     except UsageError as error:
         if is_first_rank():
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(_FIRST_RANK_SPEAKS_SECONDS)
-        return EXIT_USAGE
+        code = EXIT_USAGE
+    leave_process_group(code)
+    return code
 
 
 def _usage() -> str:

@@ -23,7 +23,6 @@ from moe_train.parallel.addresses import free_port
 from moe_train.parallel.bootstrap import (
     child_environment,
     choose_device,
-    destroy_process_group,
     discover_world,
     init_process_group,
 )
@@ -42,9 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--max-ranks", type=int, help="leave out layouts of more ranks (default: 4, or the devices)")
-    parser.add_argument(
-        "--layouts", metavar="N,N", help="run only these, counted from 0, with their references"
-    )
+    parser.add_argument("--layouts", metavar="N,N", help="run only these, counted from 0, with their references")
     parser.add_argument("--keep", metavar="DIR", help="folder for the run folders, which are removed otherwise")
     options, extra = parser.parse_known_args(list(arguments))
     world = discover_world()
@@ -70,7 +67,8 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
     compared = [layout for layout in wanted if layout.world_size <= limit]
     if all(layout.world_size == 1 for layout in compared):
         raise UsageError(f"with {limit} rank or device nothing can be compared: give --parallel.device=cpu, or more")
-    init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
+    if world.world_size > 1:
+        init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
     # Rank 0's host is where the ports must be free, and its folder the one that all ranks of a run write to.
     scratch, ports = gather_objects((scratch, [free_port() for _ in wanted]))[0]
     reference: dict[bool, list[Record]] = {}
@@ -86,7 +84,6 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
             results.append(compare(layout, records, reference.setdefault(layout.balance, records)))
             if not options.json:
                 print(f"{'same ' if results[-1].passed else 'OTHER'}  {layout.name}", flush=True)
-    destroy_process_group()
     if world.rank != 0:
         return 0
     passed = all(result.passed for result in results)

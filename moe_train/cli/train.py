@@ -3,6 +3,7 @@
 What can be wrong is checked first, before torch is imported and before ranks meet: every rank finds the same error.
 """
 
+import contextlib
 import faulthandler
 import sys
 import traceback
@@ -17,7 +18,6 @@ from moe_train.config.root import Config, check_world
 from moe_train.data import PreparedData, check_data, prepare_data
 from moe_train.parallel.bootstrap import (
     choose_device,
-    destroy_process_group,
     discover_world,
     export_world,
     init_process_group,
@@ -66,9 +66,9 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
         print(f"rank {world.rank} failed; its log is {setting.folder.log(world.rank)}", file=errors)
         traceback.print_exc(file=errors)
         traceback.print_exc()
-        # Without leaving the process group: that could wait for ranks that wait for this one.
-        raise SystemExit(1) from None
-    destroy_process_group()
+        code = 1  # and out, without waiting for ranks that wait for this one
+    with contextlib.suppress(OSError):  # a closed output ends no run
+        output.flush()
     return code
 
 
@@ -114,6 +114,7 @@ def _redirect(setting: _Setting) -> tuple[TextIO, TextIO]:
 
 
 def _train(setting: _Setting, output: TextIO) -> int:
+    from moe_train.parallel.collectives import barrier
     from moe_train.train.console import RunConsole
     from moe_train.train.loop import train
 
@@ -136,6 +137,7 @@ def _train(setting: _Setting, output: TextIO) -> int:
         write_summary(setting.folder.summary, summary)
         show_summary(training, summary)
         training.writer.close()
+    barrier()  # no rank leaves while another still needs its experts or its store
     return 0
 
 

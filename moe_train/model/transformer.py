@@ -165,7 +165,7 @@ def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockO
         held = replace(context.key_value, k_BGCd=shared[0], v_BGCd=shared[1]) if context.key_value else None
         output = block(x_BSD, context.with_key_value(held))
         published = (output.key_value.k_BGCd, output.key_value.v_BGCd) if output.key_value else ()
-        sums = (output.stats.sums.importance, output.stats.sums.load, output.stats.sums.counts) if output.stats else ()
+        sums = output.stats.sums.tensors if output.stats else ()
         places = (output.key_value.positions_BC, output.key_value.documents_BC) if output.key_value else None
         layout.append((places, output.stats is not None))
         return output.x_BSD, *published, *sums

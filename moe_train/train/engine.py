@@ -94,8 +94,7 @@ class _TupleObjective(nn.Module):
 
     def forward(self, tokens: Tokens, targets_BS: Tensor) -> tuple[Tensor, ...]:
         losses: Losses = self.objective(tokens, targets_BS)
-        sums = losses.sums
-        routing = () if sums is None else (sums.importance.detach(), sums.load.detach(), sums.counts)
+        routing = () if losses.sums is None else tuple(tensor.detach() for tensor in losses.sums.tensors)
         return losses.total, losses.cross_entropy.detach(), *routing
 
 

@@ -60,11 +60,13 @@ class TrainResult:
     Attributes:
         validation: Over all held-out text, or None where nothing is held out.
         checkpoint: The last one.
-        seconds: Spent in the loop, validation and saving included.
+        steps: Steps taken by this process; fewer than the run's where it went on from a checkpoint.
+        seconds: Spent on them, validation and saving included.
     """
 
     validation: ValidationResult | None
     checkpoint: Path
+    steps: int
     seconds: float
 
 
@@ -105,7 +107,7 @@ def train(run: Run, first_step: int) -> TrainResult:
                 run.writer.write(done, record)
     if first_step == num_steps:
         validation = _validate(run, num_steps, None)
-    return TrainResult(validation, checkpoint, time.monotonic() - started)
+    return TrainResult(validation, checkpoint, num_steps - first_step, time.monotonic() - started)
 
 
 class _Clock:

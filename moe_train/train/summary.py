@@ -70,6 +70,7 @@ def make_summary(run: Run, result: TrainResult, parameters: ParameterCount, samp
         "zero_stage": run.config.parallel.zero_stage,
         "precision": run.config.train.precision,
         "device": str(run.device.type),
+        "steps_of_this_process": result.steps,
         "seconds": result.seconds,
         "train/loss": steps[-1]["train/loss"] if steps else None,
         "train/cross_entropy": steps[-1]["train/cross_entropy"] if steps else None,
@@ -99,9 +100,9 @@ def show_summary(run: Run, summary: dict[str, Any]) -> None:
     say()
     parameters = summary["parameters"]
     say(
-        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s on {summary['world_size']} x {summary['device']} "
-        f"({summary['precision']}), {summary['perf/tokens_per_second'] or math.nan:,.0f} tokens/s; "
-        f"{parameters['total']:,} parameters, {parameters['active']:,} active"
+        f"{summary['steps_of_this_process']} steps in {summary['seconds']:.0f} s on {summary['world_size']} x "
+        f"{summary['device']} ({summary['precision']}), {summary['perf/tokens_per_second'] or math.nan:,.0f} tokens/s, "
+        f"{summary['tokens']:,} tokens in all; {parameters['total']:,} parameters, {parameters['active']:,} active"
     )
     if summary["train/loss"] is not None:
         say(

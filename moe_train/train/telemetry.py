@@ -43,13 +43,12 @@ def reduce_step(result: StepResult, world_size: int) -> GlobalStep:
     """Add a step's sums up over ranks, in one packed all-reduce. Collective: all ranks."""
     parts = [result.loss.double().reshape(1) / world_size, result.cross_entropy.double().reshape(1) / world_size]
     if result.sums is not None:
-        sums = result.sums
-        parts += [part.double().reshape(-1) for part in (sums.importance, sums.load, sums.counts)]
+        parts += [part.double().reshape(-1) for part in result.sums.tensors]
     # Host synchronisation: the numbers are to be shown. fp64 holds counts exactly.
     packed = all_reduce_sum(torch.cat(parts), world_group()).cpu()
     routing = None
     if result.sums is not None:
-        routing = RoutingSums(*packed[2:].view(3, *result.sums.counts.shape).unbind(0))
+        routing = RoutingSums(*packed[2:].view(-1, *result.sums.counts.shape).unbind(0))
     return GlobalStep(float(packed[0]), float(packed[1]), float(result.grad_norm), routing)
 
 

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from moe_train.config.errors import EXIT_USAGE, UsageError
 from moe_train.parallel.bootstrap import (
     choose_device,
-    destroy_process_group,
     discover_world,
     init_process_group,
+    leave_process_group,
     set_threads,
 )
 
@@ -49,7 +49,8 @@ def main() -> int:
     }
     sys.stdout.write(json.dumps(record) + "\n")  # in one piece: the ranks share the stream
     sys.stdout.flush()
-    destroy_process_group()
+    dist.barrier()
+    leave_process_group(0)
     return 0
 
 

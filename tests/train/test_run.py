@@ -97,8 +97,8 @@ def test_documents_isolated_post_norm_layernorm_recomputed_and_mlkv_train(tmp_pa
         "--train.recompute_activations=true",
         "--train.precision=bf16",
         "--parallel.zero_stage=3",
-        "--train.steps=8",
-        "--optim.learning_rate=3e-3",
+        "--train.steps=16",
+        "--optim.learning_rate=1e-2",
         f"--train.run_dir={tmp_path}",
     ]
     result = train_alone(*arguments)

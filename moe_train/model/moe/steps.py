@@ -26,10 +26,15 @@ class RoutingSums:
     load: Tensor
     counts: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every sum, in an order from which `RoutingSums(*tensors)` makes them again."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
     @classmethod
     def stack(cls, layers: Sequence[Self]) -> Self:
         """The sums of several layers, [L, E]."""
-        return cls(*(torch.stack([getattr(layer, field.name) for layer in layers]) for field in fields(cls)))
+        return cls(*(torch.stack(same) for same in zip(*(layer.tensors for layer in layers), strict=True)))
 
 
 @dataclass(frozen=True)
