@@ -32,12 +32,19 @@ class StepLine:
         return text if self.max_violation is None else f"{text}  MaxVio {self.max_violation:5.2f}"
 
 
+class _Console(Console):
+    """rich's console, which would end the process when its output is closed."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError("nobody reads it")
+
+
 class RunConsole:
     """Prints on rank 0. A closed output never ends a run."""
 
     def __init__(self, stream: TextIO | None) -> None:
         """stream: where to print; None: nowhere, for other ranks than 0."""
-        self._console = Console(file=stream, soft_wrap=True, highlight=False) if stream is not None else None
+        self._console = _Console(file=stream, soft_wrap=True, highlight=False) if stream is not None else None
         self._progress: Progress | None = None
         self._task: Any = None
 
@@ -58,7 +65,10 @@ class RunConsole:
             TimeElapsedColumn(),
             TextColumn("{task.fields[figures]}"),
         )
-        progress = self._progress = Progress(*columns, console=self._console)
+        # Drawn by the loop, not by a thread; what libraries print goes to the log and not through it.
+        progress = self._progress = Progress(
+            *columns, console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        )
         self._task = progress.add_task("train", total=num_steps, completed=first_step, figures="")
         self._guard(lambda _: progress.start())
         try:
@@ -71,7 +81,7 @@ class RunConsole:
         """Show a step: on a terminal every one in place, elsewhere a line when it is due."""
         if self._progress is not None:
             progress = self._progress
-            self._guard(lambda _: progress.update(self._task, completed=line.step, figures=line.figures))
+            self._guard(lambda _: progress.update(self._task, completed=line.step, figures=line.figures, refresh=True))
         elif is_due:
             self.say(f"step {line.step:6d}/{line.num_steps}  {line.figures}")
 

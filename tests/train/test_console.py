@@ -2,6 +2,7 @@
 
 import io
 import os
+import pty
 
 from moe_train.train.console import RunConsole, StepLine
 
@@ -27,11 +28,25 @@ def test_other_ranks_say_nothing() -> None:
     console.say("x")
 
 
-def test_a_closed_output_does_not_end_the_run(capsys) -> None:
+def test_a_closed_output_does_not_end_the_run(capfd) -> None:
     reader, writer = os.pipe()
     stream = os.fdopen(writer, "w", buffering=1)
     os.close(reader)
     console = RunConsole(stream)
     for _ in range(3):
         console.say("nobody reads this")
-    assert capsys.readouterr().out.count("standard output is closed") == 1
+        console.step(LINE, is_due=True)
+    assert capfd.readouterr().out.count("standard output is closed") == 1
+
+
+def test_a_closed_terminal_does_not_end_the_run(capfd) -> None:
+    leader, follower = pty.openpty()
+    console = RunConsole(os.fdopen(follower, "w", buffering=1))
+    with console.progress(0, 10):
+        console.step(LINE, is_due=True)
+        os.close(leader)
+        for _ in range(3):
+            console.step(LINE, is_due=False)
+            console.say("nobody reads this")
+    console.say("nor this")
+    assert "standard output is closed" in capfd.readouterr().out
