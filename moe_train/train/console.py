@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,17 @@ class StepLine:
         left = str(timedelta(seconds=round(self.seconds_left)))
         text = f"loss {self.loss:7.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:6.3f}"
         text += f"  {self.tokens_per_second:8,.0f} tok/s  ETA {left}"
-        return text if self.max_violation is None else f"{text}  MaxVio {self.max_violation:5.2f}"
+        return text + self._balance
+
+    @property
+    def short(self) -> str:
+        """What fits beside a bar in 80 columns."""
+        left = str(timedelta(seconds=round(self.seconds_left)))
+        return f"loss {self.loss:.4f}  {self.tokens_per_second:,.0f} tok/s  ETA {left}{self._balance}"
+
+    @property
+    def _balance(self) -> str:
+        return "" if self.max_violation is None else f"  MaxVio {self.max_violation:.2f}"
 
 
 class _Console(Console):
@@ -61,8 +71,7 @@ class RunConsole:
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[figures]}"),
         )
         # Drawn by the loop, not by a thread; what libraries print goes to the log and not through it.
@@ -81,7 +90,7 @@ class RunConsole:
         """Show a step: on a terminal every one in place, elsewhere a line when it is due."""
         if self._progress is not None:
             progress = self._progress
-            self._guard(lambda _: progress.update(self._task, completed=line.step, figures=line.figures, refresh=True))
+            self._guard(lambda _: progress.update(self._task, completed=line.step, figures=line.short, refresh=True))
         elif is_due:
             self.say(f"step {line.step:6d}/{line.num_steps}  {line.figures}")
 

@@ -22,7 +22,8 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 def launch(*args: str | Path, timeout: float = TIMEOUT, **variables: str) -> ProcessResult:
     """Runs a command in an environment without a launcher's variables, but those given."""
     prefixes = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "TORCHELASTIC_")
-    cleared = [name for name in os.environ if name in LAUNCHER_VARIABLES or name.startswith(prefixes)]
+    launched = [name for name in os.environ if name in LAUNCHER_VARIABLES or name.startswith(prefixes)]
+    cleared = [name for name in launched if name != "SLURM_CONF"]  # which says where the cluster is
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     env = dict.fromkeys(cleared) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path} | variables
     return run_process(args, timeout, env=env, cwd=ROOT)

@@ -17,7 +17,7 @@ def test_plain_lines_when_due() -> None:
         console.step(LINE, is_due=False)
     text = stream.getvalue()
     assert text.count("\n") == 1
-    for part in ("step      5/10", "1.2500", "1,234 tok/s", "ETA 0:01:01", "MaxVio  0.25"):
+    for part in ("step      5/10", "1.2500", "1,234 tok/s", "ETA 0:01:01", "MaxVio 0.25"):
         assert part in text
 
 
