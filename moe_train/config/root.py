@@ -41,8 +41,6 @@ class Config(Section):
                 raise ValueError(f"expert_parallel_size ({size}) has no effect: the model has no MoE layer")
             if experts % size:
                 raise ValueError(f"num_experts ({experts}) must be divisible by expert_parallel_size ({size})")
-        if self.optim.warmup_steps > self.train.steps:
-            raise ValueError(f"warmup_steps ({self.optim.warmup_steps}) must not exceed steps ({self.train.steps})")
         return self
 
 

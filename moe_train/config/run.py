@@ -85,7 +85,7 @@ class TrainConfig(Section):
     """Steps between lines on the screen."""
     validate_every: int = Field(0, ge=0)
     """Steps between validations; 0: only at the end."""
-    validation_sequences: PositiveInt | None = None
+    validation_sequences: PositiveInt | None = 128
     """Held-out sequences of a periodic validation, spread over the held-out text; None: all, as at the end."""
     sample_tokens: int = Field(64, ge=0)
     """Tokens of the text sampled at the end; 0: none."""
@@ -94,7 +94,7 @@ class TrainConfig(Section):
     def _check(self) -> Self:
         if self.micro_batch_size == "auto" and self.global_batch_size is None:
             raise ValueError("micro_batch_size ('auto') needs global_batch_size: it is a part of it")
-        if self.validation_sequences is not None and self.validate_every == 0:
+        if self.differs("validation_sequences") and self.validate_every == 0:
             raise ValueError(
                 f"validation_sequences ({self.validation_sequences}) has no effect with validate_every (0): it is for "
                 "periodic validation; the one at the end takes all held-out text"
