@@ -25,11 +25,6 @@ def make(**sections):
             ["expert_parallel_size (2)", "no MoE layer"],
             id="no MoE layer to share",
         ),
-        pytest.param(
-            {"train": {"steps": 50}, "optim": {"warmup_steps": 51}},
-            ["warmup_steps (51)", "steps (50)"],
-            id="warm-up longer than the run",
-        ),
     ],
 )
 def test_sections_that_contradict(sections, words):

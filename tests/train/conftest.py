@@ -40,6 +40,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ProcessRe
         2,
         "--config=configs/quickstart.yaml",
         *SMALL,
+        "--optim.schedule=wsd",
         "--data.bpe_vocab_size=300",
         "--model.num_kv_heads=1",
         "--train.global_batch_size=8",
