@@ -29,10 +29,12 @@ from moe_train.parallel.world import World
 if TYPE_CHECKING:
     import torch
 
+    from moe_train.train.alarms import ExpertWatch
     from moe_train.train.checkpoint import Manifest
     from moe_train.train.console import RunConsole
     from moe_train.train.loop import Run
     from moe_train.train.run_folder import RunFolder
+    from moe_train.train.telemetry import MetricsWriter
 
 DESCRIPTION = "Train a Mixture-of-Experts language model. Dotted options override the fields of the YAML file."
 
@@ -165,19 +167,21 @@ def _agree(setting: _Setting) -> "Manifest | None":
 
 
 def _assemble(setting: _Setting, manifest: "Manifest | None", console: "RunConsole") -> "Run":
+    from moe_train.parallel.traffic import TrafficMeter
     from moe_train.train.assemble import make_engine
     from moe_train.train.batches import BatchPlan
     from moe_train.train.checkpoint import load_checkpoint
     from moe_train.train.loop import Run
     from moe_train.train.resume import changed_fields
-    from moe_train.train.run_folder import save_config
-    from moe_train.train.telemetry import MetricsWriter
 
     config, world, folder = setting.config, setting.world, setting.folder
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     assert micro != "auto" and batch is not None
     settings = deepspeed_config(config, world.world_size, config.train.precision)
-    engine = make_engine(config, settings, setting.device)
+    meter = None
+    if config.telemetry.experts and config.model.moe_layer_indices:
+        meter = TrafficMeter(setting.device)
+    engine = make_engine(config, settings, setting.device, meter)
     first_step = 0
     if manifest is not None:
         load_checkpoint(engine, manifest, world.rank, world.world_size)
@@ -186,13 +190,27 @@ def _assemble(setting: _Setting, manifest: "Manifest | None", console: "RunConso
         console.say(f"going on from {manifest.folder}: {first_step} steps done, {left} to do")
         for change in changed_fields(manifest, config):
             console.say(f"  changed since: {change}")
-    writer = None
-    if world.rank == 0:
-        save_config(folder, config)
-        writer = MetricsWriter(folder.root, first_step, config.telemetry.tensorboard)
-        writer.write_text("config", f"```yaml\n{dump_yaml(config)}```")
+    writer, watch = _open_records(setting, first_step) if world.rank == 0 else (None, None)
     plan = BatchPlan(micro, batch, world.rank, world.world_size)
-    return Run(config, folder, setting.data, engine, plan, setting.device, console, writer)
+    return Run(config, folder, setting.data, engine, plan, setting.device, console, meter, writer, watch)
+
+
+def _open_records(setting: _Setting, first_step: int) -> "tuple[MetricsWriter, ExpertWatch | None]":
+    from moe_train.train.alarms import Bounds, ExpertWatch
+    from moe_train.train.records import read_records
+    from moe_train.train.resume import field_values
+    from moe_train.train.run_folder import save_config
+    from moe_train.train.telemetry import MetricsWriter
+
+    config, folder, layers = setting.config, setting.folder, setting.config.model.moe_layer_indices
+    save_config(folder, config)
+    writer = MetricsWriter(folder.root, first_step, config.telemetry.tensorboard)
+    fields = field_values(config.model_dump(mode="json"))
+    writer.describe(layers if config.telemetry.experts else (), fields, f"```yaml\n{dump_yaml(config)}```")
+    if not (config.telemetry.experts and layers):
+        return writer, None
+    bounds = Bounds.of(config.telemetry, config.model.moe)
+    return writer, ExpertWatch(layers, bounds, read_records(folder.metrics))
 
 
 def _sample(training: "Run") -> str | None:

@@ -1,63 +1,11 @@
-"""Settings of the model: the decoder, its mixer and its Mixture-of-Experts layers."""
+"""Settings of the model: the decoder and its mixer."""
 
 from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moe_train.config.base import Section
-
-
-class MoEConfig(Section):
-    """The Mixture-of-Experts layers: experts, router and balance terms."""
-
-    num_experts: PositiveInt = 8
-    """Experts of one MoE layer, over all ranks."""
-    top_k: PositiveInt = 2
-    """Experts that every token is sent to."""
-    intermediate_size: PositiveInt | None = None
-    """Inner width of one expert's SwiGLU; None takes model.intermediate_size."""
-    router: Literal["noisy_topk", "softmax_topk"] = "noisy_topk"
-    """noisy_topk: logits with learned noise, zero at the start (Shazeer et al. 2017); softmax_topk: plain (Mixtral)."""
-    noise_epsilon: float = Field(1e-2, gt=0.0)
-    """Smallest standard deviation of the router's noise, in logits; only for router noisy_topk."""
-    renormalize_gates: bool = True
-    """True: the chosen experts' gates sum to one; False: they are probabilities among all experts (Switch)."""
-    importance_cv2_coef: float = Field(0.1, ge=0.0)
-    """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens."""
-    load_cv2_coef: float = Field(0.1, ge=0.0)
-    """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. Needs noisy_topk."""
-    balance_scope: Literal["global", "local"] = "global"
-    """Tokens that importance and load are summed over before CV^2: one micro-step of all ranks, or of this rank."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k ({self.top_k}) must not exceed num_experts ({self.num_experts})")
-        if self.top_k == 1 and self.renormalize_gates:
-            raise ValueError(
-                "top_k (1) with renormalize_gates (True) makes every gate 1, so that the router learns nothing "
-                "from the task: set renormalize_gates to False, or top_k to 2 or more"
-            )
-        if self.load_cv2_coef > 0 and self.router != "noisy_topk":
-            raise ValueError(
-                f"load_cv2_coef ({self.load_cv2_coef}) has no effect with router {self.router!r}: its counts have no "
-                "gradient; set load_cv2_coef to 0, or router to noisy_topk"
-            )
-        if self.load_cv2_coef > 0 and self.top_k == self.num_experts:
-            raise ValueError(
-                f"load_cv2_coef ({self.load_cv2_coef}) has no effect with top_k ({self.top_k}) = num_experts "
-                f"({self.num_experts}): every expert gets every token; set load_cv2_coef to 0"
-            )
-        if self.balance_scope == "local" and not (self.importance_cv2_coef or self.load_cv2_coef):
-            raise ValueError(
-                f"balance_scope ({self.balance_scope!r}) has no effect: importance_cv2_coef and load_cv2_coef are 0"
-            )
-        if self.router != "noisy_topk" and self.differs("noise_epsilon"):
-            raise ValueError(
-                f"noise_epsilon ({self.noise_epsilon}) has no effect with router {self.router!r}: leave it out, or set "
-                "router to noisy_topk"
-            )
-        return self
+from moe_train.config.moe import MoEConfig
 
 
 class ModelConfig(Section):

@@ -114,9 +114,29 @@ class CheckpointConfig(Section):
 
 
 class TelemetryConfig(Section):
-    """What is written to TensorBoard and metrics.jsonl."""
+    """What is written to TensorBoard and metrics.jsonl, and what is warned of."""
 
-    every: PositiveInt = 1
-    """Steps between written records."""
+    every: PositiveInt = 10
+    """Steps between written records. Tokens an expert and what follows from them are over all steps since the last;
+    between records nothing is reduced and no rank waits."""
     tensorboard: bool = True
     """True: the records are written for TensorBoard too."""
+    experts: bool = True
+    """True: the load, balance and traffic of experts are in the records; False: nothing of them is formed."""
+    dead_after_steps: PositiveInt = 100
+    """Steps without a token after which an expert counts as dead, and is warned of."""
+    max_violation_alarm: PositiveFloat | None = None
+    """MaxVio over which a layer is warned of; None: 2, or half of num_experts / top_k - 1, which is MaxVio where all
+    tokens choose the same experts, if that is less."""
+    entropy_alarm: float = Field(0.05, ge=0.0, lt=1.0)
+    """Mean entropy of a router's distribution under which a layer is warned of, as a share of ln(num_experts); 0: no
+    warning."""
+    alarm_after_steps: PositiveInt = 100
+    """Steps that MaxVio or the entropy must be out of bounds for before the warning."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps"):
+            if not self.experts and self.differs(name):
+                raise ValueError(f"{name} ({getattr(self, name)}) has no effect with experts (False)")
+        return self

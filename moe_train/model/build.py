@@ -10,12 +10,14 @@ from moe_train.config.model import ModelConfig
 from moe_train.model.block import Block
 from moe_train.model.layers import Embedding, Linear, SwiGLU, make_norm
 from moe_train.model.mixers import MIXERS
+from moe_train.model.moe.capacity import CapacityLimit
 from moe_train.model.moe.dispatch import DISPATCHERS
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
-from moe_train.model.moe.routers import ROUTERS
+from moe_train.model.moe.routers import Router, build_router
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.collectives import Group
+from moe_train.parallel.traffic import TrafficMeter
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class ExpertPlacement:
         size: Ranks that share the experts.
         group: Their process group; None for one process.
         dispatch: Name of the dispatcher.
+        meter: Told what the dispatcher's all-to-alls cost; None: nobody asks.
     """
 
     rank: int = 0
     size: int = 1
     group: Group | None = None
     dispatch: str = "flat"
+    meter: TrafficMeter | None = None
 
 
 def build_model(
@@ -42,6 +46,7 @@ def build_model(
     seed: int = 0,
     placement: ExpertPlacement | None = None,
     recompute_activations: bool = False,
+    measures: bool = True,
 ) -> Transformer:
     """A model on the meta device: shapes without memory, holding only this rank's experts.
 
@@ -51,6 +56,7 @@ def build_model(
         seed: Of the run; it keys the router noise.
         placement: Which experts are here; None: all.
         recompute_activations: Whether blocks are computed again in the backward pass.
+        measures: Whether routing sums that only telemetry needs are formed.
 
     Returns:
         The model; `materialize` gives it memory and values.
@@ -59,7 +65,7 @@ def build_model(
     output_std = config.init_std / math.sqrt(2 * config.num_layers)
     with torch.device("meta"):
         embedding = Embedding(vocab_size, config.hidden_size, config.init_std)
-        blocks = [_build_block(config, layer, seed, place, output_std) for layer in range(config.num_layers)]
+        blocks = [_build_block(config, layer, seed, place, output_std, measures) for layer in range(config.num_layers)]
         final_norm = (
             make_norm(config.norm, config.hidden_size, config.norm_epsilon) if config.norm_position == "pre" else None
         )
@@ -69,10 +75,13 @@ def build_model(
         return Transformer(embedding, blocks, final_norm, head, seed, recompute_activations)
 
 
-def _build_block(config: ModelConfig, layer: int, seed: int, place: ExpertPlacement, output_std: float) -> Block:
+def _build_block(
+    config: ModelConfig, layer: int, seed: int, place: ExpertPlacement, output_std: float, measures: bool
+) -> Block:
     feed_forward: nn.Module
     if layer in config.moe_layer_indices:
-        feed_forward = _build_moe(config, layer, seed, place, output_std)
+        router = build_router(config, layer, seed, measures)
+        feed_forward = _build_moe(config, router, place, output_std)
     else:
         feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, config.init_std, output_std)
     norms = [make_norm(config.norm, config.hidden_size, config.norm_epsilon) for _ in range(2)]
@@ -80,17 +89,25 @@ def _build_block(config: ModelConfig, layer: int, seed: int, place: ExpertPlacem
     return Block(mixer, feed_forward, norms[0], norms[1], config.norm_position)
 
 
-def _build_moe(config: ModelConfig, layer: int, seed: int, place: ExpertPlacement, output_std: float) -> MoELayer:
-    num_experts = config.moe.num_experts
-    num_local = num_experts // place.size
+def _build_moe(config: ModelConfig, router: Router, place: ExpertPlacement, output_std: float) -> MoELayer:
+    moe, width = config.moe, config.expert_intermediate_size
+    num_local = moe.num_experts // place.size
     experts = GroupedExperts(
         config.hidden_size,
-        config.expert_intermediate_size,
-        num_experts,
+        width,
+        moe.num_experts,
         num_local,
         first_expert=place.rank * num_local,
         init_std=config.init_std,
         output_std=output_std,
     )
-    router = ROUTERS[config.moe.router](config, layer, seed)
-    return MoELayer(router, DISPATCHERS[place.dispatch], experts, num_experts, place.group)
+    capacity = None
+    if moe.capacity_factor is not None or moe.eval_capacity_factor is not None:
+        per_sequence = moe.capacity_scope == "sequence"
+        capacity = CapacityLimit(moe.capacity_factor, moe.eval_capacity_factor, per_sequence, moe.drop_policy)
+    shared = None
+    if moe.num_shared_experts:
+        # The sum of n SwiGLUs is one of n times the width.
+        shared = SwiGLU(config.hidden_size, moe.num_shared_experts * width, config.init_std, output_std)
+    dispatcher = DISPATCHERS[place.dispatch](place.meter)
+    return MoELayer(router, dispatcher, experts, moe.num_experts, place.group, capacity, shared)

@@ -31,10 +31,10 @@ InitialValue = Normal | Constant
 
 @runtime_checkable
 class OwnsParameters(Protocol):
-    """A module with parameters of its own."""
+    """A module with parameters or buffers of its own."""
 
     def initial_values(self) -> dict[str, InitialValue]:
-        """How each of its own parameters begins, by attribute name."""
+        """How each of its own parameters and buffers begins, by attribute name."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,12 @@ def materialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torc
                 name = f"{module_name}.{attribute}" if module_name else attribute
                 shared[id(parameter)] = _initial_parameter(module, attribute, name, seed, dtype, device)
             setattr(module, attribute, shared[id(parameter)])
-    for name, buffer in model.named_buffers():
-        assert not buffer.is_meta, f"buffer {name} has no initial value"
+        for attribute, buffer in list(module.named_buffers(recurse=False)):
+            assert isinstance(module, OwnsParameters), f"{type(module).__name__} has no initial value of {attribute}"
+            value = module.initial_values()[attribute]
+            assert isinstance(value, Constant), "a buffer is the same on every rank"
+            # In its own dtype: a buffer that the optimizer does not see is as wide as its rule needs.
+            setattr(module, attribute, torch.full(buffer.shape, value.value, dtype=buffer.dtype, device=device))
 
 
 def _initial_parameter(

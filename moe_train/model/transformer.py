@@ -15,12 +15,13 @@ from moe_train.model.block import Block, BlockOutput
 from moe_train.model.cache import KeyValue, LayerState
 from moe_train.model.layers import Embedding, Linear
 from moe_train.model.mixers.base import MixerContext
-from moe_train.model.moe.balance import BalanceTerm
-from moe_train.model.moe.layer import MoEStats
+from moe_train.model.moe.balance import BalanceTerm, BiasRule, Scheduled
+from moe_train.model.moe.layer import MoELayer, MoEStats
+from moe_train.model.moe.routers import Router
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.cross_entropy import mean_cross_entropy
 from moe_train.ops.keyed_random import combine, make_key
-from moe_train.parallel.collectives import Group
+from moe_train.parallel.collectives import Group, all_reduce_sum
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ModelOutput:
 
     Attributes:
         logits_BSV: Of the model's dtype.
-        sums: [L, E] routing sums of this rank's micro-batch, or None without MoE layers.
+        sums: [L, ...] routing sums of this rank's micro-batch, or None without MoE layers.
     """
 
     logits_BSV: Tensor
@@ -136,6 +137,12 @@ class Transformer(nn.Module):
         return [block.mixer.new_state() for block in self._typed_blocks]
 
     @property
+    def routers(self) -> list[Router]:
+        """The routers of the MoE layers, in their order."""
+        layers = [block.feed_forward for block in self._typed_blocks]
+        return [layer.router for layer in layers if isinstance(layer, MoELayer)]
+
+    @property
     def _typed_blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))  # ModuleList does not tell what it holds
 
@@ -184,11 +191,18 @@ def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockO
 class TrainingObjective(nn.Module):
     """The model with its losses: what the engine drives."""
 
-    def __init__(self, model: Transformer, balance_terms: Sequence[BalanceTerm], balance_group: Group | None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        balance_terms: Sequence[Scheduled[BalanceTerm]],
+        balance_group: Group | None,
+        bias_rule: Scheduled[BiasRule] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.balance_terms = tuple(balance_terms)
         self.balance_group = balance_group
+        self.bias_rule = bias_rule
 
     def forward(self, tokens: Tokens, targets_BS: Tensor) -> Losses:
         """The losses of a micro-batch.
@@ -204,5 +218,23 @@ class TrainingObjective(nn.Module):
         total = cross_entropy
         if output.sums is not None:
             for term in self.balance_terms:
-                total = total + term.loss(output.sums, self.balance_group)
+                total = total + term.factor(tokens.step) * term.rule.loss(output.sums, self.balance_group)
         return Losses(total, cross_entropy, output.sums)
+
+    @torch.no_grad()
+    def after_step(self, counts_LE: Tensor, step: int) -> None:
+        """Move the routers' selection biases, where a rule does.
+
+        Args:
+            counts_LE: int64, assignments an expert over this rank's micro-batches of the step.
+            step: Optimizer step that was taken, from 0.
+
+        Collective: All ranks, where there is a rule.
+        """
+        if self.bias_rule is None:
+            return
+        biases = [router.selection_bias for router in self.model.routers if router.selection_bias is not None]
+        total_LE = all_reduce_sum(counts_LE, self.balance_group)
+        moved_LE = self.bias_rule.rule.after_step(torch.stack(biases), total_LE, self.bias_rule.factor(step))
+        for bias_E, moved_E in zip(biases, moved_LE.unbind(0), strict=True):
+            bias_E.copy_(moved_E)

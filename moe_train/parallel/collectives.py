@@ -3,12 +3,15 @@
 Legend: R rows sent, Q rows received, D hidden_size.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moe_train.parallel.traffic import TrafficMeter
 
 Group = dist.ProcessGroup
 
@@ -32,13 +35,16 @@ class _AllToAllRows(torch.autograd.Function):
     """Rows to other ranks; their gradients travel the way back."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange_rows(rows_RD, send, receive, group)
+    def forward(
+        ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], group: Group, meter: TrafficMeter | None
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.group, ctx.meter = send, receive, group, meter
+        return _exchange_rows(rows_RD, send, receive, group, meter)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange_rows(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_RD = _exchange_rows(grads[0], ctx.receive, ctx.send, ctx.group, ctx.meter)
+        return grad_RD, None, None, None, None
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -58,7 +64,13 @@ class _AllReduceSum(torch.autograd.Function):
         return grad, None
 
 
-def all_to_all_rows(rows_RD: Tensor, send: Sequence[int], receive: Sequence[int], group: Group | None) -> Tensor:
+def all_to_all_rows(
+    rows_RD: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: Group | None,
+    meter: TrafficMeter | None = None,
+) -> Tensor:
     """Send consecutive blocks of rows, block i to rank i of the group; differentiable.
 
     Args:
@@ -66,6 +78,7 @@ def all_to_all_rows(rows_RD: Tensor, send: Sequence[int], receive: Sequence[int]
         send: Rows for each rank; their sum is R. Zero is allowed.
         receive: Rows from each rank; their sum is Q.
         group: Process group, or None.
+        meter: Told what it costs, in the backward pass too.
 
     Returns:
         [Q, D], in order of their source.
@@ -74,22 +87,24 @@ def all_to_all_rows(rows_RD: Tensor, send: Sequence[int], receive: Sequence[int]
     """
     if group is None:
         return rows_RD
-    return _AllToAllRows.apply(rows_RD, list(send), list(receive), group)
+    return _AllToAllRows.apply(rows_RD, list(send), list(receive), group, meter)
 
 
-def all_to_all_counts(counts: Tensor, group: Group | None) -> Tensor:
+def all_to_all_counts(counts: Tensor, group: Group | None, meter: TrafficMeter | None = None) -> Tensor:
     """Send row i of counts to rank i; returns what the ranks sent here, in their order.
 
     Args:
         counts: int64 [ranks, n].
         group: Process group, or None.
+        meter: Told what it costs.
 
     Collective: All ranks of the group.
     """
     if group is None:
         return counts
     received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=group)
+    with _measured(meter, counts.nbytes - counts[0].nbytes):
+        dist.all_to_all_single(received, counts.contiguous(), group=group)
     return received
 
 
@@ -116,7 +131,15 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _exchange_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+def _exchange_rows(
+    rows_RD: Tensor, send: list[int], receive: list[int], group: Group, meter: TrafficMeter | None
+) -> Tensor:
     received = rows_RD.new_empty((sum(receive), rows_RD.shape[1]))
-    dist.all_to_all_single(received, rows_RD.contiguous(), receive, send, group=group)
+    to_others = sum(send) - send[group_rank(group)]
+    with _measured(meter, to_others * rows_RD.shape[1] * rows_RD.element_size()):
+        dist.all_to_all_single(received, rows_RD.contiguous(), receive, send, group=group)
     return received
+
+
+def _measured(meter: TrafficMeter | None, num_bytes: int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if meter is None else meter.measure(num_bytes)

@@ -6,22 +6,26 @@ import torch
 
 from moe_train.config.root import Config
 from moe_train.model.build import ExpertPlacement, build_model
-from moe_train.model.moe.balance import make_balance_terms
+from moe_train.model.moe.balance import make_balance_terms, make_bias_rule
 from moe_train.model.parameters import materialize
 from moe_train.model.transformer import TrainingObjective
 from moe_train.parallel.collectives import world_group
 from moe_train.parallel.groups import create_expert_groups
 from moe_train.parallel.precision import torch_dtype
+from moe_train.parallel.traffic import TrafficMeter
 from moe_train.train.engine import TrainEngine
 
 
-def make_engine(config: Config, settings: dict[str, Any], device: torch.device) -> TrainEngine:
+def make_engine(
+    config: Config, settings: dict[str, Any], device: torch.device, meter: TrafficMeter | None = None
+) -> TrainEngine:
     """The model of this rank under DeepSpeed.
 
     Args:
         config: Every size resolved.
         settings: DeepSpeed's configuration.
         device: Of this rank.
+        meter: Told what all-to-alls cost; None: nobody asks.
 
     Collective: All ranks.
     """
@@ -33,11 +37,11 @@ def make_engine(config: Config, settings: dict[str, Any], device: torch.device) 
         model.vocab_size,
         seed=config.train.seed,
         placement=ExpertPlacement(
-            groups.ep_rank, size, groups.ep_group if size > 1 else None, config.parallel.dispatch
+            groups.ep_rank, size, groups.ep_group if size > 1 else None, config.parallel.dispatch, meter
         ),
         recompute_activations=config.train.recompute_activations,
+        measures=config.telemetry.experts,
     )
     materialize(transformer, seed=config.train.seed, dtype=torch_dtype(config.train.precision), device=device)
-    scope = world_group() if model.moe.balance_scope == "global" else None
-    objective = TrainingObjective(transformer, make_balance_terms(model.moe), scope)
+    objective = TrainingObjective(transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe))
     return TrainEngine(objective, groups, config.optim, settings)

@@ -26,7 +26,8 @@ from moe_train.parallel.collectives import gather_objects
 from moe_train.train.agreement import together
 from moe_train.train.engine import STATE_KINDS, Fragment, TrainEngine
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)  # 1 had no buffers
 _FOLDER = re.compile(r"step_(\d{8})")
 _FILE = re.compile(r"rank_\d{5}\.safetensors")
 _HASH_BLOCK = 1 << 24  # bytes
@@ -55,6 +56,7 @@ class Manifest:
         shapes: Global shape of every logical tensor.
         pieces: Its ranges, in order.
         digests: blake2b of every file.
+        buffers: Values of every buffer, such as the routers' biases.
         config: The run's resolved configuration.
     """
 
@@ -67,6 +69,7 @@ class Manifest:
     shapes: dict[str, tuple[int, ...]]
     pieces: dict[str, list[Piece]]
     digests: dict[str, str]
+    buffers: dict[str, list[float]]
     config: dict[str, Any]
 
 
@@ -109,6 +112,7 @@ def save_checkpoint(
         "optimizer_step": engine.optimizer_step,
         "loss_scale": engine.loss_scale,
         "tokenizer": tokenizer,
+        "buffers": {name: buffer.tolist() for name, buffer in engine.buffers().items()},
         "tensors": {name: list(shape) for entry in written for name, shape in entry["shapes"].items()},
         "files": {e["file"]: {"blake2b": e["digest"], "ranges": e["ranges"]} for e in written if e["ranges"]},
         "config": config,
@@ -156,7 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["format_version"] != FORMAT_VERSION:
+        if raw["format_version"] not in _READABLE_VERSIONS:
             raise UsageError(f"{path}: format version {raw['format_version']}; this program reads {FORMAT_VERSION}")
         shapes = {str(name): tuple(int(size) for size in shape) for name, shape in raw["tensors"].items()}
         pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
@@ -178,6 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
             shapes,
             pieces,
             {file: str(entry["blake2b"]) for file, entry in raw["files"].items()},
+            {str(name): [float(value) for value in values] for name, values in raw.get("buffers", {}).items()},
             raw["config"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -204,8 +209,17 @@ def load_checkpoint(engine: TrainEngine, manifest: Manifest, rank: int, world_si
     _check_same_model(manifest, ours)
     files = sorted(manifest.digests)
     together(lambda: _verify(manifest, files[rank::world_size]))
+    buffers = engine.buffers()
+    for name, values in manifest.buffers.items():
+        # One that the model has no more is of a rule that is no longer set, which resuming tells as a changed field.
+        if name in buffers and buffers[name].numel() != len(values):
+            raise UsageError(
+                f"{manifest.folder}: buffer {name} has {len(values)} values, the model's {buffers[name].numel()}"
+            )
     with _Reader(manifest) as reader:
         engine.load_state(reader.read, manifest.optimizer_step, manifest.loss_scale)
+    for name in buffers.keys() & manifest.buffers.keys():
+        buffers[name].copy_(torch.tensor(manifest.buffers[name], dtype=torch.float64))
 
 
 class _Reader:

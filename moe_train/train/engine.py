@@ -35,7 +35,7 @@ class StepResult:
     Attributes:
         loss: Mean over micro-batches of the total loss; fp32 scalar on the device.
         cross_entropy: Mean over micro-batches of the cross-entropy, nats a token; fp32 scalar on the device.
-        sums: Routing sums over the micro-batches, [L, E], or None without MoE layers.
+        sums: Routing sums over the micro-batches, [L, ...], or None without MoE layers.
         grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; scalar.
         skipped: Whether fp16's loss scaler skipped the update.
     """
@@ -68,7 +68,12 @@ class _ExpertEngine(DeepSpeedEngine):
     """DeepSpeed's engine, told that the model has experts though none of its own layer classes is in it."""
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
+        # DeepSpeed casts buffers with the weights; a bias in bf16 could not take a step of a thousandth.
+        wide = {name: buffer for name, buffer in model.named_buffers()}
         super()._configure_distributed_model(model)
+        for name, buffer in wide.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer.to(self.device))
         experts = [p for p in model.parameters() if isinstance(p, ExpertParameter)]
         self.has_moe_layers = bool(experts)
         self.num_experts = [p.num_experts for p in experts]
@@ -115,7 +120,7 @@ class TrainEngine:
         Collective: All ranks.
         """
         self._tensors = [(p, logical_tensor(n, p)) for n, p in objective.model.named_parameters()]
-        self._model = objective.model
+        self._model, self._objective = objective.model, objective
         self._stage: int = settings["zero_optimization"]["stage"]
         self._is_fp16: bool = settings["fp16"]["enabled"]
         _join_process_group(expert_groups)
@@ -160,12 +165,15 @@ class TrainEngine:
             parts = [output.detach() for output in outputs]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
             num_micro_batches += 1
+        sums, skipped = RoutingSums(*total[2:]) if len(total) > 2 else None, self._engine.skipped_steps > skipped_before
+        if sums is not None and not skipped:
+            self._objective.after_step(sums.counts, tokens.step)
         return StepResult(
             loss=total[0].float() / num_micro_batches,
             cross_entropy=total[1].float() / num_micro_batches,
-            sums=RoutingSums(*total[2:]) if len(total) > 2 else None,
+            sums=sums,
             grad_norm=torch.as_tensor(self._engine.get_global_grad_norm()),
-            skipped=self._engine.skipped_steps > skipped_before,
+            skipped=skipped,
         )
 
     @torch.no_grad()
@@ -212,6 +220,10 @@ class TrainEngine:
     def loss_scale(self) -> float:
         """fp16's loss scale; 1 otherwise."""
         return float(self._zero.loss_scale)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers by name, the same on every rank: what is neither weight nor optimizer state."""
+        return dict(self._model.named_buffers())
 
     def _flat_partitions(self) -> list[Tensor]:
         # The fp32 partitions are what the inner AdamW updates and keys its state by.

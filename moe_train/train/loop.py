@@ -3,6 +3,8 @@
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +12,18 @@ import torch
 
 from moe_train.config.root import Config
 from moe_train.data import PreparedData
+from moe_train.parallel.traffic import TrafficMeter
+from moe_train.train.alarms import ExpertWatch
 from moe_train.train.batches import BatchPlan, micro_batches
 from moe_train.train.checkpoint import prune_checkpoints, save_checkpoint
 from moe_train.train.console import RunConsole, StepLine
 from moe_train.train.engine import StepResult, TrainEngine
+from moe_train.train.expert_figures import routing_record
 from moe_train.train.records import Record
 from moe_train.train.run_folder import RunFolder
 from moe_train.train.schedule import learning_rate
-from moe_train.train.telemetry import GlobalStep, MetricsWriter, reduce_step, routing_record
+from moe_train.train.step_window import GlobalStep, StepWindow, reduce_step
+from moe_train.train.telemetry import MetricsWriter
 from moe_train.train.validate import ValidationResult, validate
 
 _RATE_WINDOW = 20  # steps the shown rate is averaged over
@@ -35,7 +41,9 @@ class Run:
         plan: Sizes of a batch and this rank's place.
         device: Where the model is.
         console: What one sees.
+        meter: What the model's all-to-alls cost; None where nobody asks for the experts.
         writer: Records; None on other ranks than 0.
+        watch: Warns of experts; None on other ranks than 0, and where nobody asks.
     """
 
     config: Config
@@ -45,7 +53,9 @@ class Run:
     plan: BatchPlan
     device: torch.device
     console: RunConsole
+    meter: TrafficMeter | None
     writer: MetricsWriter | None
+    watch: ExpertWatch | None
 
     @property
     def isolation_mark(self) -> int | None:
@@ -77,6 +87,7 @@ def train(run: Run, first_step: int) -> TrainResult:
     """
     config, started, clock = run.config, time.monotonic(), _Clock()
     num_steps, validation = config.train.steps, None
+    window = StepWindow(run.meter) if run.meter is not None else None
     checkpoint = run.folder.checkpoints / f"step_{first_step:08d}"
     with run.console.progress(first_step, num_steps):
         for step in range(first_step, num_steps):
@@ -86,18 +97,18 @@ def train(run: Run, first_step: int) -> TrainResult:
             is_written = is_last or _is_due(config.telemetry.every, done)
             is_saved = is_last or _is_due(config.checkpoint.every, done)
             record: Record = {}
-            clock.start()
-            result = run.engine.train_step(
-                micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device), rate
-            )
+            result = _step(run, step, rate, window, clock)
             if is_shown or is_written or is_saved:
-                measured = reduce_step(result, run.plan.world_size)
-                shown = _step_record(run, done, rate, result, measured, clock.stop(is_measured=True))
-                run.console.step(_step_line(run, done, shown, clock.recent_seconds), is_shown)
+                measured = _reduce(run, result, window)
                 _refuse_non_finite(run, done, measured)
-                record = shown if is_written else {}
-            else:
-                clock.stop(is_measured=False)
+                if run.writer is not None:
+                    shown = _step_record(run, done, rate, result, measured, clock.measure())
+                    run.console.step(_step_line(run, done, shown, clock.recent_seconds), is_shown)
+                    record = _watched(run, done, shown) if is_written else {}
+            if is_written:
+                clock.reset()
+                if window is not None:
+                    window.reset()
             if is_saved:
                 checkpoint = _save(run, done)
             if is_last or _is_due(config.train.validate_every, done):
@@ -117,24 +128,53 @@ class _Clock:
         self._began, self._seconds, self._steps = 0.0, 0.0, 0
         self._recent: deque[float] = deque(maxlen=_RATE_WINDOW)
 
-    def start(self) -> None:
-        """A step begins."""
-        self._began = time.monotonic()
-
-    def stop(self, is_measured: bool) -> float:
-        """A step has ended; if it was measured, returns the mean seconds of a step since the last measured one."""
-        self._seconds += time.monotonic() - self._began
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is a step."""
+        began = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - began
         self._steps += 1
-        if not is_measured:
-            return 0.0
-        mean, self._seconds, self._steps = self._seconds / self._steps, 0.0, 0
+
+    def measure(self) -> float:
+        """Mean seconds of a step since the last reset."""
+        mean = self._seconds / self._steps
         self._recent.append(mean)
         return mean
 
+    def reset(self) -> None:
+        """Begin a new mean."""
+        self._seconds, self._steps = 0.0, 0
+
     @property
     def recent_seconds(self) -> float:
-        """Mean seconds of a step over the last records."""
+        """Mean seconds of a step over the last measurements."""
         return sum(self._recent) / len(self._recent)
+
+
+def _step(run: Run, step: int, rate: float, window: StepWindow | None, clock: _Clock) -> StepResult:
+    with clock.step(), run.meter.counting() if run.meter is not None else nullcontext():
+        batches = micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device)
+        result = run.engine.train_step(batches, rate)
+        if window is not None:
+            window.add(result)
+    return result
+
+
+def _reduce(run: Run, result: StepResult, window: StepWindow | None) -> GlobalStep:
+    if window is None:
+        return reduce_step(result, run.plan.world_size)
+    return window.reduce(result, run.plan.rank, run.plan.world_size)
+
+
+def _watched(run: Run, done: int, record: Record) -> Record:
+    """The record with what the watch finds in it, which is said on the screen too."""
+    if run.watch is None:
+        return record
+    warnings = run.watch.observe(record)
+    for warning in warnings:
+        run.console.say(f"step {done:6d}  warning: {warning}")
+    return record | run.watch.dead_experts() | ({"moe/alarms": warnings} if warnings else {})
 
 
 def _refuse_non_finite(run: Run, done: int, measured: GlobalStep) -> None:
@@ -165,8 +205,9 @@ def _step_record(run: Run, done: int, rate: float, result: StepResult, measured:
     }
     if run.config.train.precision == "fp16":
         record |= {"train/loss_scale": run.engine.loss_scale, "train/skipped": int(result.skipped)}
-    if measured.sums is not None:
-        record |= routing_record(measured.sums, run.config.model.moe_layer_indices)
+    if measured.window is not None:
+        record |= routing_record(measured.window, run.config.model.moe_layer_indices)
+        record["moe/all_to_all_fraction"] = measured.window.all_to_all_seconds / seconds
     return record
 
 

@@ -109,6 +109,7 @@ OPTIONS = (
     "--train.sample_tokens=0",
     f"--train.steps={NUM_STEPS}",
     "--telemetry.tensorboard=false",
+    "--telemetry.every=1",
 )
 
 

@@ -1,10 +1,38 @@
 """The records of a run in metrics.jsonl: one JSON object a line, keys are TensorBoard tags, and the step."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+
+# How experts share the work: each is in a record as the worst layer's value and, with /layer_NN, every layer's.
+EXPERT_FIGURES: dict[str, Callable[[Sequence[float]], float]] = {
+    "moe/max_violation": max,
+    "moe/importance_cv2": max,
+    "moe/load_cv2": max,
+    "moe/router_entropy": min,
+    "moe/dropped_fraction": max,
+    "moe/rank_overload": max,
+    "moe/z_loss": max,
+}
+
+
+def layer_name(name: str, layer: int) -> str:
+    """The name of one layer's value: "moe/load_cv2/layer_03"."""
+    return f"{name}/layer_{layer:02d}"
+
+
+def by_layer(name: str, values: Sequence, layers: Sequence[int]) -> Record:
+    """A value of each layer under its name."""
+    return {layer_name(name, layer): value for layer, value in zip(layers, values, strict=True)}
+
+
+def expert_counts(record: Record) -> dict[int, list[int]]:
+    """Tokens of every expert, by layer."""
+    start = layer_name("moe/counts", 0).removesuffix("00")
+    return {int(name.removeprefix(start)): row for name, row in record.items() if name.startswith(start)}
 
 
 def read_records(path: Path) -> list[Record]:

@@ -11,45 +11,6 @@ from moe_train.config import ModelConfig, MoEConfig
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        pytest.param({"top_k": 9}, ["top_k (9)", "num_experts (8)"], id="top_k above num_experts"),
-        pytest.param({"top_k": 1}, ["top_k (1)", "renormalize_gates (True)", "learns nothing"], id="top-1 gate of 1"),
-        pytest.param({"router": "softmax_topk"}, ["load_cv2_coef (0.1)", "softmax_topk"], id="load without noise"),
-        pytest.param({"top_k": 8}, ["load_cv2_coef (0.1)", "top_k (8)", "num_experts (8)"], id="load with K = E"),
-        pytest.param({"noise_epsilon": 0.0}, ["noise_epsilon", "0.0"], id="no least noise"),
-        pytest.param(
-            {"router": "softmax_topk", "load_cv2_coef": 0, "noise_epsilon": 0.1},
-            ["noise_epsilon (0.1)", "softmax_topk"],
-            id="noise without noise",
-        ),
-        pytest.param({"num_experts": 0}, ["num_experts"], id="no experts"),
-        pytest.param({"importance_cv2_coef": -0.1}, ["importance_cv2_coef"], id="negative coefficient"),
-        pytest.param({"router": "hash"}, ["router"], id="unknown router"),
-    ],
-)
-def test_moe_settings_that_contradict_or_have_no_effect(values, words):
-    with pytest.raises(ValidationError) as error:
-        MoEConfig(**values)
-    for word in words:
-        assert word in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"top_k": 1, "renormalize_gates": False},
-        {"top_k": 8, "load_cv2_coef": 0.0},
-        {"router": "softmax_topk", "load_cv2_coef": 0.0},
-        {"num_experts": 1, "top_k": 1, "renormalize_gates": False, "load_cv2_coef": 0.0},
-        {"noise_epsilon": 1e-6},
-    ],
-)
-def test_moe_settings_that_are_right(values):
-    MoEConfig(**values)
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
         pytest.param({"hidden_size": 100}, ["hidden_size (100)", "num_heads (8)"], id="heads do not divide"),
         pytest.param({"hidden_size": 24}, ["head_dim (3)", "even"], id="odd head, from the width"),
         pytest.param({"head_dim": 5}, ["head_dim (5)", "even"], id="odd head"),

@@ -1,5 +1,6 @@
 """Small models in fp64 for tests, with weights large enough that every part matters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from moe_train.config.model import ModelConfig
 from moe_train.model.build import ExpertPlacement, build_model
+from moe_train.model.moe.steps import RoutingSums
 from moe_train.model.parameters import materialize
 from moe_train.model.transformer import Tokens, Transformer
 
@@ -49,3 +51,15 @@ def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 def tokens_of(ids: Tensor, **changes: Any) -> Tokens:
     return Tokens(ids, torch.arange(len(ids)), **changes)
+
+
+def sums_with(shape: Sequence[int], **given: Tensor) -> RoutingSums:
+    """Routing sums of [..., E] experts that are zero but for those given."""
+    per_expert, per_layer = torch.zeros(tuple(shape), dtype=torch.float64), torch.zeros(tuple(shape)[:-1])
+    sums = {
+        name: per_expert if name in ("importance", "load", "probability") else per_layer.double()
+        for name in RoutingSums.__dataclass_fields__
+    }
+    sums |= {name: per_expert.long() for name in ("counts", "dropped")}
+    sums |= {name: per_layer.long() for name in ("tokens", "sequences", "rows")}
+    return RoutingSums(**(sums | given))

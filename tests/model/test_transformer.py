@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_train.model.build import ExpertPlacement
-from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, cv_squared
+from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled, cv_squared
 from moe_train.model.parameters import ExpertParameter
 from moe_train.model.transformer import TrainingObjective
 from moe_train.ops.cross_entropy import IGNORED_TARGET
@@ -14,7 +14,7 @@ from moe_train.parallel.collectives import world_group
 from moe_train.parallel.groups import create_expert_groups
 from tests.model.small import VOCAB, random_ids, small_config, small_model, tokens_of
 
-TERMS = (ImportanceCV2(0.3), LoadCV2(0.2))
+TERMS = (Scheduled(ImportanceCV2(0.3)), Scheduled(LoadCV2(0.2)))
 BATCH, LENGTH = 4, 7
 
 

@@ -25,6 +25,7 @@ SMALL = (
     "--train.precision=fp32",
     "--train.sample_tokens=4",
     "--data.validation_max_bytes=20000",
+    "--telemetry.every=1",
 )
 
 

@@ -1,53 +1,25 @@
-"""Sums first, ratios last."""
+"""Records: what is written of a run, to JSON lines and to TensorBoard."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
-import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
-from moe_train.model.moe.steps import RoutingSums
-from moe_train.train.engine import StepResult
-from moe_train.train.records import drop_records_from, read_records
-from moe_train.train.summary import expert_load
-from moe_train.train.telemetry import MetricsWriter, max_violation, reduce_step, routing_record
-from tests.ranks import RankPool
+from moe_train.train.records import drop_records_from, expert_counts, read_records
+from moe_train.train.telemetry import MetricsWriter
 
-
-def step_of(rank: int) -> StepResult:
-    counts = torch.tensor([[1, 2, 3, 0], [5, 5, 5, 5 + 4 * rank]])
-    sums = RoutingSums(counts * 0.5, counts * 1.5, counts)
-    return StepResult(torch.tensor(2.0 + rank), torch.tensor(1.0 + rank), sums, torch.tensor(0.25), skipped=False)
-
-
-def reduce_on_rank(rank: int, world_size: int) -> tuple[float, float, list, list]:
-    found = reduce_step(step_of(rank), world_size)
-    assert found.sums is not None
-    return found.loss, found.cross_entropy, found.sums.counts.tolist(), found.sums.importance.tolist()
-
-
-def test_ranks_add_sums_and_average_losses(pool2: RankPool) -> None:
-    for loss, cross_entropy, counts, importance in pool2.run(reduce_on_rank):
-        assert (loss, cross_entropy) == (2.5, 1.5)
-        assert counts == [[2, 4, 6, 0], [10, 10, 10, 14]]
-        assert importance == [[1, 2, 3, 0], [5, 5, 5, 7]]
-
-
-def test_max_violation_of_known_counts() -> None:
-    assert max_violation(torch.tensor([4.0, 4, 4, 4])).item() == 0.0
-    assert max_violation(torch.tensor([16.0, 0, 0, 0])).item() == 3.0  # E - 1
-    assert max_violation(torch.zeros(4)).item() == -1.0  # nothing routed: finite
-
-
-def test_the_worst_layer_is_the_headline() -> None:
-    found = reduce_step(step_of(1), 1)
-    assert found.sums is not None
-    record = routing_record(found.sums, (1, 3))
-    assert record["moe/max_violation"] == record["moe/max_violation/layer_01"] == pytest.approx(1.0)
-    assert record["moe/max_violation/layer_03"] == pytest.approx(0.5)
-    assert record["moe/counts/layer_03"] == [5, 5, 5, 9]
-    # population variance of 1, 2, 3, 0 is 1.25, its mean 1.5
-    assert record["moe/load_cv2/layer_01"] == pytest.approx(1.25 / 1.5**2)
+RECORD = {
+    "train/loss": 2.5,
+    "moe/max_violation": 1.0,
+    "moe/max_violation/layer_01": 1.0,
+    "moe/counts/layer_01": [4, 0, 4, 8],
+    "moe/counts/layer_03": [1, 1, 1, 1],
+    "moe/alarms": ["layer 1, expert 1: no token for 10 steps"],
+}
 
 
 def test_records_of_steps_to_be_made_again_are_dropped(tmp_path: Path) -> None:
@@ -62,11 +34,73 @@ def test_records_of_steps_to_be_made_again_are_dropped(tmp_path: Path) -> None:
     assert [record["x"] for record in read_records(path)] == [1, 2, 30]
 
 
-def test_dead_experts_are_found_over_the_last_records() -> None:
-    record = {"moe/max_violation": 1.0, "moe/counts/layer_01": [2, 0, 2], "moe/counts/layer_03": [1, 1, 1]}
-    load = expert_load([record] * 150 + [record | {"moe/max_violation": 2.0}] * 50, (1, 3))
-    assert load is not None
-    assert load.dead == [(1, 1)] and load.num_records == 100
-    assert load.max_violation == pytest.approx(1.5)
-    assert load.counts == {1: [200, 0, 200], 3: [100, 100, 100]}
-    assert expert_load([], (1,)) is None
+def test_layers_are_read_from_the_names_of_a_record() -> None:
+    assert expert_counts(RECORD) == {1: [4, 0, 4, 8], 3: [1, 1, 1, 1]}
+    assert expert_counts({"moe/counts/layer_117": [1]}) == {117: [1]}
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    """What TensorBoard reads of one record and its description."""
+    folder = tmp_path_factory.mktemp("board")
+    writer = MetricsWriter(folder, 0, use_tensorboard=True)
+    writer.describe((1, 3), [("model.hidden_size", 32), ("model.norm", "rmsnorm"), ("x.none", None)], "the text")
+    writer.write(7, RECORD)
+    writer.close()
+    (line,) = read_records(folder / "metrics.jsonl")
+    assert line == {"step": 7} | RECORD
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0, "images": 0})
+    board.Reload()
+    return board
+
+
+def test_scalars_and_a_scalar_an_expert(board: EventAccumulator) -> None:
+    (event,) = board.Scalars("train/loss")
+    assert (event.step, event.value) == (7, 2.5)
+    shares = [board.Scalars(f"experts/layer_01/expert_{i:03d}")[0].value for i in range(4)]
+    assert shares == [1, 0, 1, 2]
+    assert len([tag for tag in board.Tags()["scalars"] if tag.startswith("experts/layer_03/")]) == 4
+
+
+def test_a_histogram_has_a_bucket_an_expert(board: EventAccumulator) -> None:
+    (event,) = board.Histograms("moe/load/layer_01")
+    value = event.histogram_value
+    assert (list(value.bucket_limit), list(value.bucket)) == ([1, 2, 3, 4], [4, 0, 4, 8])
+    assert (value.min, value.max, value.num) == (0, 4, 16)
+    assert value.sum == sum(i * count for i, count in enumerate(value.bucket))
+
+
+def test_the_heat_map_is_a_picture(board: EventAccumulator) -> None:
+    (event,) = board.Images("moe/load_heatmap")
+    assert event.encoded_image_string.startswith(b"\x89PNG")
+    assert event.width >= 100 and event.height >= 60
+
+
+def test_hyper_parameters_configuration_and_warnings(board: EventAccumulator) -> None:
+    raw = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    given = plugin_data_pb2.HParamsPluginData.FromString(raw).session_start_info.hparams
+    assert given["model.hidden_size"].number_value == 32
+    assert given["model.norm"].string_value == "rmsnorm" and given["x.none"].string_value == "None"
+    raw = board.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(raw).experiment.metric_infos
+    assert "train/loss" in {metric.name.tag for metric in metrics}
+    assert board.Tensors("config/text_summary")[0].tensor_proto.string_val[0] == b"the text"
+    (warning,) = board.Tensors("moe/alarms/text_summary")
+    assert warning.step == 7 and b"no token" in warning.tensor_proto.string_val[0]
+
+
+def test_the_layout_shows_all_experts_of_a_layer_in_one_chart(board: EventAccumulator) -> None:
+    (event,) = board.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["Experts", "Balance", "Training", "Traffic"]
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert list(charts.values()) == [["experts/layer_01/.*"], ["experts/layer_03/.*"]]
+    balance = [tag for chart in layout.category[1].chart for tag in chart.multiline.tag]
+    assert "moe/max_violation/layer_.*" in balance and "moe/dead_experts/layer_.*" in balance
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0, use_tensorboard=True)
+    writer.write(1, {"train/grad_norm": math.inf, "train/loss": 1.0})
+    writer.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "train/grad_norm": None, "train/loss": 1.0}]

@@ -1,9 +1,11 @@
 """Bringing token rows to their experts, on other ranks too, and the experts' outputs back.
 
-flat: one row an assignment, in one all-to-all of uneven splits each way. Dropless.
-Legend: T tokens of this rank, K top_k, A = T*K assignments, R rows received, D hidden_size, E experts, e of a rank.
+flat: one row an assignment that is executed, in one all-to-all of uneven splits each way.
+Legend: T tokens of this rank, K top_k, A = T*K assignments, Q rows sent, R rows received, D hidden_size, E experts,
+e of a rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 
 from moe_train.model.moe.steps import Dispatched, Routing
-from moe_train.ops.permute import expand_rows, invert_permutation, permute_rows, sort_assignments, weighted_sum
+from moe_train.ops.permute import expand_rows, gather_rows, invert_order, sort_assignments, weighted_sum
 from moe_train.parallel.collectives import Group, all_to_all_counts, all_to_all_rows, group_size
+from moe_train.parallel.traffic import TrafficMeter
 
 
 class Dispatcher(Protocol):
@@ -27,10 +30,16 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class FlatDispatcher:
-    """One row an assignment."""
+    """One row an assignment.
+
+    Attributes:
+        meter: Told what the all-to-alls cost; None: nobody asks.
+    """
+
+    meter: TrafficMeter | None = None
 
     def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int, group: Group | None) -> Dispatched:
-        """Send each token's row once to each of its K experts.
+        """Send each token's row once to each of its K experts that has room for it.
 
         Args:
             x_TD: Token rows of this rank.
@@ -40,31 +49,33 @@ class FlatDispatcher:
 
         Collective: All ranks of the group.
         """
-        top_k = routing.experts_TK.shape[1]
-        order_A, counts_E = sort_assignments(routing.experts_TK, num_experts)
-        inverse_A = invert_permutation(order_A)
-        rows_AD = expand_rows(x_TD, order_A, inverse_A, top_k)
-        if group is None:
-            whole = (rows_AD.shape[0],)
-            return Dispatched(rows_AD, counts_E, routing.gates_TK, order_A, inverse_A, None, None, whole, whole)
-        ranks = group_size(group)
-        sent_Pe = counts_E.view(ranks, -1)  # (E) -> (ranks, e)
-        received_Pe = all_to_all_counts(sent_Pe, group)
-        # Host synchronisation: the only one; the all-to-all needs its split sizes as numbers.
-        send, receive = torch.stack((sent_Pe.sum(1), received_Pe.sum(1))).tolist()
-        arrived_RD = all_to_all_rows(rows_AD, send, receive, group)
-        regroup_R = _order_by_local_expert(received_Pe, sum(receive))
-        regroup_inverse_R = invert_permutation(regroup_R)
+        num_assignments, top_k = routing.experts_TK.numel(), routing.experts_TK.shape[1]
+        order_A, counts_E = sort_assignments(routing.experts_TK, num_experts, routing.kept_TK)
+        sent_Pe = counts_E.view(group_size(group), -1)  # (E) -> (ranks, e)
+        received_Pe = all_to_all_counts(sent_Pe, group, self.meter)
+        if group is None and routing.kept_TK is None:
+            send = receive = (num_assignments,)  # known without looking
+        else:
+            # Host synchronisation: the only one; the all-to-all needs its split sizes as numbers.
+            send, receive = (tuple(row) for row in torch.stack((sent_Pe.sum(1), received_Pe.sum(1))).tolist())
+        order_Q = order_A[: sum(send)]
+        inverse_A = invert_order(order_Q, num_assignments)
+        rows_RD = all_to_all_rows(expand_rows(x_TD, order_Q, inverse_A, top_k), send, receive, group, self.meter)
+        regroup_R = regroup_inverse_R = None
+        if group is not None:
+            regroup_R = _order_by_local_expert(received_Pe, sum(receive))
+            regroup_inverse_R = invert_order(regroup_R)
+            rows_RD = gather_rows(rows_RD, regroup_R, regroup_inverse_R)
         return Dispatched(
-            rows_RD=permute_rows(arrived_RD, regroup_R, regroup_inverse_R),
+            rows_RD=rows_RD,
             counts_e=received_Pe.sum(0),
             gates_TK=routing.gates_TK,
-            order_A=order_A,
+            order_Q=order_Q,
             inverse_A=inverse_A,
             regroup_R=regroup_R,
             regroup_inverse_R=regroup_inverse_R,
-            send=tuple(send),
-            receive=tuple(receive),
+            send=send,
+            receive=receive,
         )
 
     def combine(self, rows_RD: Tensor, dispatched: Dispatched, group: Group | None) -> Tensor:
@@ -81,12 +92,12 @@ class FlatDispatcher:
         Collective: All ranks of the group.
         """
         if dispatched.regroup_R is not None and dispatched.regroup_inverse_R is not None:
-            rows_RD = permute_rows(rows_RD, dispatched.regroup_inverse_R, dispatched.regroup_R)
-        rows_AD = all_to_all_rows(rows_RD, dispatched.receive, dispatched.send, group)
-        return weighted_sum(rows_AD, dispatched.gates_TK, dispatched.inverse_A, dispatched.order_A)
+            rows_RD = gather_rows(rows_RD, dispatched.regroup_inverse_R, dispatched.regroup_R)
+        rows_QD = all_to_all_rows(rows_RD, dispatched.receive, dispatched.send, group, self.meter)
+        return weighted_sum(rows_QD, dispatched.gates_TK, dispatched.inverse_A, dispatched.order_Q)
 
 
-DISPATCHERS: dict[str, Dispatcher] = {"flat": FlatDispatcher()}
+DISPATCHERS: dict[str, Callable[[TrafficMeter | None], Dispatcher]] = {"flat": FlatDispatcher}
 
 
 def _order_by_local_expert(received_Pe: Tensor, num_rows: int) -> Tensor:

@@ -1,12 +1,14 @@
 """The Mixture-of-Experts layer: route -> dispatch -> experts -> combine.
 
-Legend: B batch, S sequence, T = B*S tokens, D hidden_size.
+Legend: B batch, S sequence, T = B*S tokens, D hidden_size, e experts of this rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from moe_train.model.layers import SwiGLU
+from moe_train.model.moe.capacity import CapacityLimit
 from moe_train.model.moe.dispatch import Dispatcher
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.routers.base import Router
@@ -19,7 +21,7 @@ class MoEStats:
     """What an MoE layer tells about one micro-batch of this rank.
 
     Attributes:
-        sums: Sums over its tokens, [E] each.
+        sums: Sums over its tokens.
     """
 
     sums: RoutingSums
@@ -29,11 +31,19 @@ class MoELayer(nn.Module):
     """A sparse feed-forward layer: every token passes K of E experts, which are spread over the ranks of a group."""
 
     def __init__(
-        self, router: Router, dispatcher: Dispatcher, experts: GroupedExperts, num_experts: int, group: Group | None
+        self,
+        router: Router,
+        dispatcher: Dispatcher,
+        experts: GroupedExperts,
+        num_experts: int,
+        group: Group | None,
+        capacity: CapacityLimit | None = None,
+        shared: SwiGLU | None = None,
     ) -> None:
         super().__init__()
-        self.router, self.experts = router, experts
+        self.router, self.experts, self.shared = router, experts, shared
         self.dispatcher, self.num_experts, self.group = dispatcher, num_experts, group
+        self.capacity = capacity
 
     def forward(self, x_BSD: Tensor, token_keys_BS: Tensor) -> tuple[Tensor, MoEStats]:
         """The layer's output, [B, S, D], and its statistics.
@@ -45,8 +55,14 @@ class MoELayer(nn.Module):
         Collective: All ranks of the group.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])  # (B, S, D) -> (T, D)
-        routing = self.router(x_TD, token_keys_BS.reshape(-1))
+        num_sequences = x_BSD.shape[0]
+        routing = self.router(x_TD, token_keys_BS.reshape(-1), num_sequences)
+        if self.capacity is not None:
+            routing = self.capacity.apply(routing, num_sequences, self.training)
         dispatched = self.dispatcher.dispatch(x_TD, routing, self.num_experts, self.group)
         rows_RD = self.experts(dispatched.rows_RD, dispatched.counts_e)
         y_TD = self.dispatcher.combine(rows_RD, dispatched, self.group)
-        return y_TD.view_as(x_BSD), MoEStats(routing.sums)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        rows = dispatched.counts_e.new_full((), dispatched.rows_RD.shape[0])
+        return y_TD.view_as(x_BSD), MoEStats(replace(routing.sums, rows=rows))

@@ -1,6 +1,7 @@
 """What passes between the four steps of an MoE layer: route -> dispatch -> experts -> combine.
 
-Legend: T tokens of this rank, K top_k, E experts, D hidden_size, R rows received, e experts of this rank, L MoE layers.
+Legend: T tokens of this rank, K top_k, A = T*K assignments, E experts, D hidden_size, R rows received, Q rows sent,
+e experts of this rank, L MoE layers.
 """
 
 from collections.abc import Sequence
@@ -15,16 +16,35 @@ from torch import Tensor
 class RoutingSums:
     """Sums over tokens, to be added over micro-batches, ranks and steps before any ratio is formed.
 
+    Floating sums are fp32 or wider. [...] is nothing for one layer and [L] for a model.
+
     Attributes:
-        importance: [..., E] fp32 or wider, sum of gates an expert; differentiable.
-        load: [..., E] fp32 or wider, expected number of tokens an expert; differentiable where the router draws noise,
-            else the counts.
-        counts: [..., E] int64, assignments an expert.
+        importance: [..., E], sum of gates an expert; differentiable.
+        load: [..., E], expected number of tokens an expert; differentiable where the router draws noise, else the
+            counts.
+        probability: [..., E], sum over tokens of the router's distribution over experts; differentiable.
+        counts: [..., E] int64, assignments an expert, dropped ones included.
+        dropped: [..., E] int64, assignments an expert had no room for.
+        sequence_balance: [...], sum over sequences of E sum_i f_i p_i (f_i: the share of the sequence's assignments
+            that expert i has; p_i: its mean probability over the sequence); differentiable.
+        squared_logsumexp: [...], sum over tokens of logsumexp(logits)^2; differentiable.
+        entropy: [...], sum over tokens of the entropy of the router's distribution, nats.
+        tokens: [...] int64.
+        sequences: [...] int64.
+        rows: [...] int64, rows that this rank's experts computed: over all ranks, the assignments not dropped.
     """
 
     importance: Tensor
     load: Tensor
+    probability: Tensor
     counts: Tensor
+    dropped: Tensor
+    sequence_balance: Tensor
+    squared_logsumexp: Tensor
+    entropy: Tensor
+    tokens: Tensor
+    sequences: Tensor
+    rows: Tensor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -33,8 +53,13 @@ class RoutingSums:
 
     @classmethod
     def stack(cls, layers: Sequence[Self]) -> Self:
-        """The sums of several layers, [L, E]."""
+        """The sums of several layers, [L, ...]."""
         return cls(*(torch.stack(same) for same in zip(*(layer.tensors for layer in layers), strict=True)))
+
+    def plus(self, other: Self) -> Self:
+        """The sums of both, without gradients."""
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return type(self)(*(ours.detach() + theirs.detach() for ours, theirs in pairs))
 
 
 @dataclass(frozen=True)
@@ -44,14 +69,16 @@ class Routing:
     Attributes:
         gates_TK: fp32 or wider, factors of the chosen experts' outputs.
         experts_TK: int64, the chosen experts.
-        logits_TE: fp32 or wider, clean logits (for balance terms).
-        sums: Sums over the tokens, [E] each.
+        logits_TE: fp32 or wider, clean logits.
+        sums: Sums over the tokens.
+        kept_TK: bool, assignments that their experts have room for; None: all.
     """
 
     gates_TK: Tensor
     experts_TK: Tensor
     logits_TE: Tensor
     sums: RoutingSums
+    kept_TK: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +89,8 @@ class Dispatched:
         rows_RD: Rows of this rank's experts, grouped by expert.
         counts_e: int64, rows an expert of this rank.
         gates_TK: The routing's gates.
-        order_A: int64, the sender's order of its T*K assignments by expert.
-        inverse_A: int64, its inverse.
+        order_Q: int64, the sender's executed assignments in expert order.
+        inverse_A: int64, the place of every assignment in that order, Q where it is not executed.
         regroup_R: int64, order of the received rows by local expert, or None where they arrive so.
         regroup_inverse_R: int64, its inverse, or None.
         send: Rows sent to each rank of the group.
@@ -73,7 +100,7 @@ class Dispatched:
     rows_RD: Tensor
     counts_e: Tensor
     gates_TK: Tensor
-    order_A: Tensor
+    order_Q: Tensor
     inverse_A: Tensor
     regroup_R: Tensor | None
     regroup_inverse_R: Tensor | None

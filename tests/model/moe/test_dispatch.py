@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moe_train.model.moe.dispatch import FlatDispatcher
-from moe_train.model.moe.steps import Routing, RoutingSums
+from moe_train.model.moe.steps import Routing
 from moe_train.parallel.collectives import world_group
+from tests.model.small import sums_with
 
 EXPERTS, TOP_K = 8, 2
 TOKENS = [5, 1, 0, 9]
@@ -16,8 +17,7 @@ def routing_of(rank: int) -> Routing:
     tokens = TOKENS[rank]
     experts = torch.rand(tokens, EXPERTS - 1, generator=generator).topk(TOP_K, dim=1).indices  # nobody picks the last
     gates = torch.rand(tokens, TOP_K, generator=generator, dtype=torch.float64)
-    none = torch.zeros(EXPERTS)
-    return Routing(gates, experts, torch.zeros(tokens, EXPERTS), RoutingSums(none, none, none))
+    return Routing(gates, experts, torch.zeros(tokens, EXPERTS), sums_with([EXPERTS]))
 
 
 def tags(rank: int) -> torch.Tensor:

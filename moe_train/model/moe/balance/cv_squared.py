@@ -26,31 +26,43 @@ def cv_squared(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImportanceCV2:
-    """coef * CV^2(importance), importance_i = sum over tokens of the gates of expert i (equations 6-7)."""
+    """coef * CV^2(importance), importance_i = sum over tokens of the gates of expert i (equations 6-7).
+
+    Attributes:
+        coef: Weight.
+        is_global: Whether the ranks' sums are added before CV^2, which is not linear; False: each rank's for itself.
+    """
 
     coef: float
+    is_global: bool = True
 
     def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
         """The term, added up over layers.
 
         Args:
             sums: [L, E] sums of this rank's micro-batch.
-            group: Ranks whose sums are added before CV^2, which is not linear; None: this rank alone.
+            group: Ranks whose sums are added before CV^2 where it is global; None: this process is all.
 
         Returns:
-            Scalar, the same on all ranks of the group.
+            Scalar; where it is global the same on all ranks of the group, else this rank's part of a mean over ranks.
 
-        Collective: All ranks of the group.
+        Collective: All ranks of the group, where it is global.
         """
-        return self.coef * cv_squared(all_reduce_sum(sums.importance, group)).sum()
+        return self.coef * cv_squared(all_reduce_sum(sums.importance, group if self.is_global else None)).sum()
 
 
 @dataclass(frozen=True)
 class LoadCV2:
-    """coef * CV^2(load), load_i = sum over tokens of the probability that expert i is chosen (equations 8-11)."""
+    """coef * CV^2(load), load_i = sum over tokens of the probability that expert i is chosen (equations 8-11).
+
+    Attributes:
+        coef: Weight.
+        is_global: As in `ImportanceCV2`.
+    """
 
     coef: float
+    is_global: bool = True
 
     def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
         """As `ImportanceCV2.loss`."""
-        return self.coef * cv_squared(all_reduce_sum(sums.load, group)).sum()
+        return self.coef * cv_squared(all_reduce_sum(sums.load, group if self.is_global else None)).sum()

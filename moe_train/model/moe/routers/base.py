@@ -1,30 +1,113 @@
 """The router's interface, and the parts all routers share.
 
-Legend: T tokens, D hidden_size, E experts, K top_k.
+Legend: T tokens, D hidden_size, E experts, K top_k, N sequences, S tokens of one.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moe_train.model.moe.steps import Routing, RoutingSums
-from moe_train.ops.keyed_random import combine, make_key
+from moe_train.model.parameters import Constant, InitialValue
+from moe_train.ops.keyed_random import combine, make_key, uniform
 
 _TIE_KEY = make_key("router_tie_break")
 
 
+@dataclass(frozen=True)
+class InputJitter:
+    """Uniform factors from 1 - size to 1 + size for the router's input (Fedus et al. 2021, arXiv 2101.03961, 2.2).
+
+    Attributes:
+        size: Half-width.
+        layer_key: 64-bit random key of the layer.
+    """
+
+    size: float
+    layer_key: int
+
+    def __call__(self, x_TD: Tensor, token_keys_T: Tensor) -> Tensor:
+        """The rows, every element with a factor of its own that is the same on any layout. At least fp32."""
+        keys_TD = expert_keys(token_keys_T, self.layer_key, x_TD.shape[1])
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        return x_TD.to(wide) * (1.0 + self.size * (2.0 * uniform(keys_TD) - 1.0)).to(wide)
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """What every router can do beside its own.
+
+    Attributes:
+        jitter: Of the input in training, or None.
+        has_selection_bias: Whether a bias that is not trained takes part in the choice (loss-free balancing).
+        measures: Whether sums that no loss needs, such as the entropy, are formed for telemetry.
+    """
+
+    jitter: InputJitter | None = None
+    has_selection_bias: bool = False
+    measures: bool = True
+
+
+PLAIN = RouterOptions()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a kind of router decides.
+
+    Attributes:
+        logits_TE: fp32 or wider, clean logits.
+        probability_TE: fp32 or wider, its distribution over all experts; differentiable.
+        experts_TK: int64, the chosen experts.
+        gates_TK: fp32 or wider.
+        load_E: Smooth load, or None: the counts.
+    """
+
+    logits_TE: Tensor
+    probability_TE: Tensor
+    experts_TK: Tensor
+    gates_TK: Tensor
+    load_E: Tensor | None = None
+
+
 class Router(nn.Module, ABC):
-    """Chooses K experts for every token."""
+    """Chooses K experts for every token. A kind of router is its `choose`."""
+
+    selection_bias: Tensor | None
+
+    def __init__(self, num_experts: int, top_k: int, options: RouterOptions) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.options = num_experts, top_k, options
+        # A buffer: it is moved by a rule after each step and not by the optimizer. fp32, whatever the weights are.
+        bias = torch.zeros(num_experts, dtype=torch.float32) if options.has_selection_bias else None
+        self.register_buffer("selection_bias", bias)
+
+    def initial_values(self) -> dict[str, InitialValue]:
+        return {"selection_bias": Constant(0.0)}
 
     @abstractmethod
-    def forward(self, x_TD: Tensor, token_keys_T: Tensor) -> Routing:
+    def choose(self, x_TD: Tensor, token_keys_T: Tensor) -> Choice:
+        """Experts and gates of every token; arguments as `forward`'s."""
+
+    def forward(self, x_TD: Tensor, token_keys_T: Tensor, num_sequences: int = 1) -> Routing:
         """Route tokens.
 
         Args:
             x_TD: Token rows.
             token_keys_T: int64 random key of each token, the same on any layout.
+            num_sequences: Sequences of equal length that the tokens are.
         """
+        if self.training and self.options.jitter is not None:
+            x_TD = self.options.jitter(x_TD, token_keys_T)
+        choice = self.choose(x_TD, token_keys_T)
+        sums = sum_over_tokens(choice, num_sequences, self.options.measures)
+        return Routing(choice.gates_TK, choice.experts_TK, choice.logits_TE, sums)
+
+    def with_bias(self, scores_TE: Tensor) -> Tensor:
+        """Scores as the choice sees them: with the selection bias, where there is one."""
+        return scores_TE if self.selection_bias is None else scores_TE + self.selection_bias
 
 
 def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int) -> Tensor:
@@ -54,22 +137,47 @@ def gates_of(logits_TE: Tensor, experts_TK: Tensor, renormalize: bool) -> Tensor
 
 
 def expert_keys(token_keys_T: Tensor, layer_key: int, num_experts: int) -> Tensor:
-    """A random key for every token and expert of a layer. int64 [T, E]."""
+    """A random key for every token and expert (or other column) of a layer. int64 [T, E]."""
     experts_E = torch.arange(num_experts, dtype=torch.int64, device=token_keys_T.device)
     return combine(combine(token_keys_T, layer_key).unsqueeze(1), experts_E)  # (T, 1) x (E) -> (T, E)
 
 
-def sum_over_tokens(gates_TK: Tensor, experts_TK: Tensor, load_E: Tensor | None, num_experts: int) -> RoutingSums:
-    """Importance, load and counts of one micro-batch.
+def sum_over_tokens(choice: Choice, num_sequences: int, measures: bool) -> RoutingSums:
+    """The sums of one micro-batch; dropped and rows are zero, for they are not known to a router.
 
     Args:
-        gates_TK: Gates.
-        experts_TK: Chosen experts.
-        load_E: Smooth load, or None to take the counts.
-        num_experts: E.
+        choice: What the router decided.
+        num_sequences: N.
+        measures: Whether the entropy is wanted; else it is zero.
     """
-    flat_A = experts_TK.reshape(-1)
+    logits_TE, experts_TK, gates_TK = choice.logits_TE, choice.experts_TK, choice.gates_TK
+    (num_tokens, num_experts), top_k = logits_TE.shape, experts_TK.shape[1]
+    length = num_tokens // num_sequences
+    flat_A = experts_TK.reshape(-1)  # (T, K) -> (T*K)
     importance_E = gates_TK.new_zeros(num_experts).scatter_add(0, flat_A, gates_TK.reshape(-1))
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_A.device)
-    counts_E.scatter_add_(0, flat_A, torch.ones_like(flat_A))
-    return RoutingSums(importance_E, counts_E.to(gates_TK.dtype) if load_E is None else load_E, counts_E)
+    counts_NE = torch.zeros(num_sequences, num_experts, dtype=torch.int64, device=flat_A.device)
+    per_sequence = experts_TK.reshape(num_sequences, length * top_k)  # (T, K) -> (N, S*K)
+    counts_NE.scatter_add_(1, per_sequence, torch.ones_like(per_sequence))
+    probability_NE = choice.probability_TE.view(num_sequences, length, num_experts).sum(1)
+    counts_E = counts_NE.sum(0)
+    logsumexp_T = logits_TE.logsumexp(1)
+    scale = num_experts / max(1, top_k * length * length)  # E f p = E (counts / (K S)) (probability / S)
+    return RoutingSums(
+        importance=importance_E,
+        load=counts_E.to(gates_TK.dtype) if choice.load_E is None else choice.load_E,
+        probability=probability_NE.sum(0),
+        counts=counts_E,
+        dropped=torch.zeros_like(counts_E),
+        sequence_balance=(counts_NE * probability_NE).sum() * scale,
+        squared_logsumexp=logsumexp_T.square().sum(),
+        entropy=_entropy(choice.probability_TE) if measures else logits_TE.new_zeros(()),
+        tokens=counts_E.new_full((), num_tokens),
+        sequences=counts_E.new_full((), num_sequences),
+        rows=counts_E.new_zeros(()),
+    )
+
+
+@torch.no_grad()
+def _entropy(probability_TE: Tensor) -> Tensor:
+    # Sum over tokens of -sum p log p, nats; xlogy takes 0 log 0 as 0.
+    return -torch.xlogy(probability_TE, probability_TE).sum()

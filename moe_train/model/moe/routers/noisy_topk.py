@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.model.layers import WideLinear
-from moe_train.model.moe.routers.base import Router, choose_experts, expert_keys, gates_of, sum_over_tokens
-from moe_train.model.moe.steps import Routing
+from moe_train.model.moe.routers.base import PLAIN, Choice, Router, RouterOptions, choose_experts, expert_keys, gates_of
 from moe_train.ops.keyed_random import normal
 
 
@@ -20,29 +19,34 @@ class NoisyTopKRouter(Router):
     """Logits with noise of a learned standard deviation in training, without in evaluation; both maps start at zero."""
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, noise_epsilon: float, renormalize: bool, layer_key: int
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        noise_epsilon: float,
+        renormalize: bool,
+        layer_key: int,
+        options: RouterOptions = PLAIN,
     ) -> None:
-        super().__init__()
+        super().__init__(num_experts, top_k, options)
         self.gate = WideLinear(hidden_size, num_experts, init_std=0.0)
         self.noise = WideLinear(hidden_size, num_experts, init_std=0.0)
-        self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
-        self.noise_epsilon, self.layer_key = noise_epsilon, layer_key
+        self.renormalize, self.noise_epsilon, self.layer_key = renormalize, noise_epsilon, layer_key
 
-    def forward(self, x_TD: Tensor, token_keys_T: Tensor) -> Routing:
+    def choose(self, x_TD: Tensor, token_keys_T: Tensor) -> Choice:
         clean_TE = self.gate(x_TD)
         if not self.training:
-            experts_TK = choose_experts(clean_TE, token_keys_T, self.top_k)
+            experts_TK = choose_experts(self.with_bias(clean_TE), token_keys_T, self.top_k)
             gates_TK = gates_of(clean_TE, experts_TK, self.renormalize)
-            return Routing(
-                gates_TK, experts_TK, clean_TE, sum_over_tokens(gates_TK, experts_TK, None, self.num_experts)
-            )
+            return Choice(clean_TE, clean_TE.softmax(1), experts_TK, gates_TK)
         sigma_TE = F.softplus(self.noise(x_TD)) + self.noise_epsilon
         draw_TE = normal(expert_keys(token_keys_T, self.layer_key, self.num_experts)).to(clean_TE.dtype)
         noisy_TE = clean_TE + draw_TE * sigma_TE
-        experts_TK = noisy_TE.topk(self.top_k, dim=1).indices
+        experts_TK = self.with_bias(noisy_TE).topk(self.top_k, dim=1).indices
         gates_TK = gates_of(noisy_TE, experts_TK, self.renormalize)
-        load_E = probability_in_top_k(clean_TE, noisy_TE, sigma_TE, self.top_k).sum(0)
-        return Routing(gates_TK, experts_TK, clean_TE, sum_over_tokens(gates_TK, experts_TK, load_E, self.num_experts))
+        # The bias takes part in the choice, and so in the probability of being chosen.
+        chosen_TE = probability_in_top_k(self.with_bias(clean_TE), self.with_bias(noisy_TE), sigma_TE, self.top_k)
+        return Choice(clean_TE, clean_TE.softmax(1), experts_TK, gates_TK, load_E=chosen_TE.sum(0))
 
 
 def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, sigma_TE: Tensor, top_k: int) -> Tensor:

@@ -1,26 +1,36 @@
 """Plain top-k gating over a softmax.
 
-Source: Jiang et al. 2024 (Mixtral), arXiv 2401.04088, section 2.1; without renormalisation Fedus et al. 2021 (Switch).
+Source: Jiang et al. 2024 (Mixtral), arXiv 2401.04088, section 2.1; with K = 1 and without renormalisation Fedus et al.
+2021 (Switch), arXiv 2101.03961.
 Legend: T tokens, D hidden_size, E experts, K top_k.
 """
 
 from torch import Tensor
 
 from moe_train.model.layers import WideLinear
-from moe_train.model.moe.routers.base import Router, choose_experts, gates_of, sum_over_tokens
-from moe_train.model.moe.steps import Routing
+from moe_train.model.moe.routers.base import PLAIN, Choice, Router, RouterOptions, choose_experts, gates_of
 
 
 class SoftmaxTopKRouter(Router):
-    """The K largest logits, gated by a softmax; load is the counts, which have no gradient."""
+    """The K largest probabilities; load is the counts, which have no gradient."""
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, renormalize: bool, init_std: float) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        renormalize: bool,
+        init_std: float,
+        options: RouterOptions = PLAIN,
+    ) -> None:
+        super().__init__(num_experts, top_k, options)
         self.gate = WideLinear(hidden_size, num_experts, init_std)
-        self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
+        self.renormalize = renormalize
 
-    def forward(self, x_TD: Tensor, token_keys_T: Tensor) -> Routing:
+    def choose(self, x_TD: Tensor, token_keys_T: Tensor) -> Choice:
         logits_TE = self.gate(x_TD)
-        experts_TK = choose_experts(logits_TE, token_keys_T, self.top_k)
-        gates_TK = gates_of(logits_TE, experts_TK, self.renormalize)
-        return Routing(gates_TK, experts_TK, logits_TE, sum_over_tokens(gates_TK, experts_TK, None, self.num_experts))
+        probability_TE = logits_TE.softmax(1)
+        # Without a bias the logits decide: in fp32 distinct logits can have equal probabilities.
+        scores_TE = logits_TE if self.selection_bias is None else self.with_bias(probability_TE)
+        experts_TK = choose_experts(scores_TE, token_keys_T, self.top_k)
+        return Choice(logits_TE, probability_TE, experts_TK, gates_of(logits_TE, experts_TK, self.renormalize))

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.config.model import MoEConfig
-from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, cv_squared, make_balance_terms
+from moe_train.config.moe import MoEConfig
+from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled, cv_squared, make_balance_terms
 from moe_train.model.moe.routers.noisy_topk import NoisyTopKRouter
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key
 from moe_train.parallel.collectives import world_group
+from tests.model.small import sums_with
 
 HIDDEN, EXPERTS, TOKENS = 4, 6, 24
 POSITIVE = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
@@ -21,7 +22,7 @@ POSITIVE = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
 def sums_of(importance, load=None):
     importance = torch.as_tensor(importance, dtype=torch.float64)
     load = importance if load is None else torch.as_tensor(load, dtype=torch.float64)
-    return RoutingSums(importance, load, torch.zeros(importance.shape, dtype=torch.int64))
+    return sums_with(importance.shape, importance=importance, load=load)
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,7 +84,8 @@ def test_global_is_at_most_the_mean_of_local(data, experts, ranks):
     [(0.1, 0.2, [ImportanceCV2(0.1), LoadCV2(0.2)]), (0.0, 0.2, [LoadCV2(0.2)]), (0.0, 0.0, [])],
 )
 def test_terms_of_a_configuration(importance, load, kinds):
-    assert make_balance_terms(MoEConfig(importance_cv2_coef=importance, load_cv2_coef=load)) == kinds
+    terms = make_balance_terms(MoEConfig(importance_cv2_coef=importance, load_cv2_coef=load))
+    assert terms == [Scheduled(kind) for kind in kinds]
 
 
 def route_part(rank, world_size, scope):
@@ -97,11 +99,11 @@ def route_part(rank, world_size, scope):
     share = slice(rank * TOKENS // world_size, (rank + 1) * TOKENS // world_size)
     routing = router(x[share], keys[share])
     sums = RoutingSums.stack([routing.sums])
-    group = world_group() if scope == "global" else None
-    assert scope == "local" or (group is None) == (world_size == 1)
-    loss = ImportanceCV2(0.3).loss(sums, group) + LoadCV2(0.7).loss(sums, group)
+    group, is_global = world_group(), scope == "global"
+    assert (group is None) == (world_size == 1)
+    loss = ImportanceCV2(0.3, is_global).loss(sums, group) + LoadCV2(0.7, is_global).loss(sums, group)
     grads = torch.autograd.grad(loss, list(router.parameters()))
-    importance = ImportanceCV2(1.0).loss(sums, group)
+    importance = ImportanceCV2(1.0, is_global).loss(sums, group)
     return loss.detach(), [grad.detach() for grad in grads], importance.detach()
 
 

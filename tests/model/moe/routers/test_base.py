@@ -1,9 +1,18 @@
 """Choosing experts: the best ones, and a fair draw between equal ones."""
 
+import math
+
 import pytest
 import torch
 
-from moe_train.model.moe.routers.base import choose_experts, expert_keys, gates_of, sum_over_tokens
+from moe_train.model.moe.routers import (
+    InputJitter,
+    NoisyTopKRouter,
+    RouterOptions,
+    SigmoidTopKRouter,
+    SoftmaxTopKRouter,
+)
+from moe_train.model.moe.routers.base import Choice, choose_experts, expert_keys, gates_of, sum_over_tokens
 from moe_train.ops.keyed_random import combine, make_key
 
 
@@ -81,10 +90,17 @@ def test_gates_formula():
     torch.testing.assert_close(gates_of(logits, experts, False), torch.tensor(among_all, dtype=torch.float64), **close)
 
 
-def test_sums_over_tokens():
+def make_choice(tokens: int, experts: int, top_k: int) -> Choice:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(tokens, experts, generator=generator, dtype=torch.float64, requires_grad=True)
+    chosen = logits.topk(top_k, dim=1).indices
+    return Choice(logits, logits.softmax(1), chosen, gates_of(logits, chosen, True))
+
+
+def test_sums_of_known_gates():
     gates = torch.tensor([[0.5, 0.25], [0.75, 0.125]], dtype=torch.float64, requires_grad=True)
-    experts = torch.tensor([[3, 0], [3, 1]])
-    sums = sum_over_tokens(gates, experts, None, 5)
+    experts, flat = torch.tensor([[3, 0], [3, 1]]), torch.zeros(2, 5, dtype=torch.float64)
+    sums = sum_over_tokens(Choice(flat, flat.softmax(1), experts, gates), 1, measures=True)
     assert sums.importance.tolist() == [0.25, 0.125, 0, 1.25, 0]
     assert sums.counts.tolist() == [1, 1, 0, 2, 0]
     assert sums.counts.dtype == torch.int64
@@ -93,4 +109,86 @@ def test_sums_over_tokens():
     (grad,) = torch.autograd.grad(sums.importance @ torch.arange(5.0, dtype=torch.float64), gates)
     assert grad.tolist() == experts.tolist()
     load = torch.arange(5.0)
-    assert sum_over_tokens(gates, experts, load, 5).load is load
+    assert sum_over_tokens(Choice(flat, flat.softmax(1), experts, gates, load), 1, measures=True).load is load
+    assert sums.entropy.item() == pytest.approx(2 * math.log(5))
+    assert sums.squared_logsumexp.item() == pytest.approx(2 * math.log(5) ** 2)
+
+
+@pytest.mark.parametrize(("sequences", "length", "top_k"), [(1, 12, 2), (3, 4, 2), (12, 1, 3), (2, 6, 1)])
+def test_sums_against_a_loop(sequences, length, top_k):
+    choice = make_choice(sequences * length, 5, top_k)
+    sums = sum_over_tokens(choice, sequences, measures=True)
+    probability = choice.probability_TE.tolist()
+    by_sequence = 0.0
+    for n in range(sequences):
+        here = range(n * length, (n + 1) * length)
+        for i in range(5):
+            share = sum(choice.experts_TK[t].tolist().count(i) for t in here) / (top_k * length)
+            by_sequence += 5 * share * sum(probability[t][i] for t in here) / length
+    assert sums.sequence_balance.item() == pytest.approx(by_sequence, rel=1e-12)  # fp64
+    entropy = -sum(p * math.log(p) for row in probability for p in row)
+    assert sums.entropy.item() == pytest.approx(entropy, rel=1e-12)
+    squares = sum(math.log(sum(math.exp(x) for x in row)) ** 2 for row in choice.logits_TE.tolist())
+    assert sums.squared_logsumexp.item() == pytest.approx(squares, rel=1e-12)
+    torch.testing.assert_close(sums.probability, choice.probability_TE.sum(0), rtol=1e-12, atol=0)
+    assert (sums.tokens.item(), sums.sequences.item()) == (sequences * length, sequences)
+    assert not sums.entropy.requires_grad and sums.sequence_balance.requires_grad
+
+
+def test_what_nobody_measures_is_not_formed():
+    sums = sum_over_tokens(make_choice(8, 5, 2), 2, measures=False)
+    assert sums.entropy == 0 and sums.squared_logsumexp > 0
+
+
+def test_jitter_is_uniform_belongs_to_the_token_and_is_for_training_only():
+    jitter = InputJitter(0.25, layer_key=4)
+    factors = jitter(torch.ones(2000, 6), keys(2000))
+    assert factors.min() >= 0.75 and factors.max() <= 1.25
+    # A uniform number's deviation is its width over sqrt(12); 12,000 of them, and five standard errors.
+    assert abs(factors.mean().item() - 1) < 5 * 0.5 / 12**0.5 / 12000**0.5
+    assert factors.std().item() == pytest.approx(0.5 / 12**0.5, rel=0.03)
+    assert len(factors.unique()) > 11_000  # fp32 numbers: a few coincide
+    assert torch.equal(jitter(torch.ones(10, 6), keys(10, start=50)), factors[50:60])
+    assert not torch.equal(InputJitter(0.25, layer_key=5)(torch.ones(2000, 6), keys(2000)), factors)
+    assert jitter(torch.ones(2, 6, dtype=torch.bfloat16), keys(2)).dtype == torch.float32
+    router = SoftmaxTopKRouter(6, 4, 2, True, init_std=1.0, options=RouterOptions(jitter))
+    plain = SoftmaxTopKRouter(6, 4, 2, True, init_std=1.0)
+    plain.load_state_dict(router.state_dict())
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(router.train()(x, keys(50)).logits_TE, plain(jitter(x, keys(50)), keys(50)).logits_TE)
+    assert torch.equal(router.eval()(x, keys(50)).logits_TE, plain(x, keys(50)).logits_TE)
+
+
+@pytest.mark.parametrize("kind", ["noisy", "softmax", "sigmoid"])
+def test_a_selection_bias_decides_who_is_chosen_and_not_the_gates(kind):
+    options = RouterOptions(has_selection_bias=True)
+    router = {
+        "noisy": NoisyTopKRouter(6, 8, 2, 1e-2, True, layer_key=3, options=options),
+        "softmax": SoftmaxTopKRouter(6, 8, 2, True, init_std=1.0, options=options),
+        "sigmoid": SigmoidTopKRouter(6, 8, 2, True, init_std=1.0, options=options),
+    }[kind].double()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in router.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+    x = torch.randn(300, 6, generator=generator, dtype=torch.float64)
+    without = router(x, keys(300))
+    router.selection_bias[5], router.selection_bias[0] = 50.0, -50.0
+    biased = router(x, keys(300))
+    assert biased.sums.counts[5] == 300 and biased.sums.counts[0] == 0
+    assert 0 < without.sums.counts[0] < 300 and without.sums.counts[5] < 300
+    assert torch.equal(biased.logits_TE, without.logits_TE)
+    assert (biased.gates_TK.sum(1) - 1).abs().max() < 1e-12  # fp64
+    same = (biased.experts_TK.sort(1).values == without.experts_TK.sort(1).values).all(1)
+    assert same.any()
+    for t in same.nonzero().flatten().tolist():
+        ours, theirs = (dict(zip(r.experts_TK[t].tolist(), r.gates_TK[t].tolist())) for r in (biased, without))
+        assert ours == pytest.approx(theirs, rel=1e-12)
+    if kind == "noisy":  # the estimate of being chosen knows of the bias
+        assert biased.sums.load.tolist()[::5] == pytest.approx([0, 300], abs=1e-9)
+
+
+def test_without_a_bias_there_is_no_buffer():
+    assert not dict(SoftmaxTopKRouter(6, 8, 2, True, 0.02).named_buffers())
+    biased = SoftmaxTopKRouter(6, 8, 2, True, 0.02, options=RouterOptions(has_selection_bias=True))
+    assert list(dict(biased.named_buffers())) == ["selection_bias"]
+    assert biased.selection_bias.dtype == torch.float32

@@ -1,0 +1,164 @@
+"""Settings of the Mixture-of-Experts layers: experts, router, capacity and balance."""
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from moe_train.config.base import Section
+
+BalanceWeight = Literal[
+    "importance_cv2_coef", "load_cv2_coef", "switch_aux_coef", "z_loss_coef", "bias_update_rate"
+]  # the fields that weigh a way to balance, each of which may have a schedule
+BALANCE_WEIGHTS: tuple[BalanceWeight, ...] = get_args(BalanceWeight)
+CapacityFactor = Annotated[float, Field(gt=0.0)]
+SchedulePoints = tuple[tuple[NonNegativeInt, NonNegativeFloat], ...]
+
+
+class MoEConfig(Section):
+    """The Mixture-of-Experts layers: experts, router, capacity and balance terms."""
+
+    num_experts: PositiveInt = 8
+    """Experts of one MoE layer, over all ranks."""
+    top_k: PositiveInt = 2
+    """Experts that every token is sent to."""
+    intermediate_size: PositiveInt | None = None
+    """Inner width of one expert's SwiGLU; None takes model.intermediate_size."""
+    num_shared_experts: int = Field(0, ge=0)
+    """Dense SwiGLU experts of the same width that every token passes; their output is added to that of the chosen."""
+    router: Literal["noisy_topk", "softmax_topk", "sigmoid_topk", "switch"] = "noisy_topk"
+    """noisy_topk: logits with learned noise, zero at the start (Shazeer et al. 2017); softmax_topk: plain (Mixtral);
+    sigmoid_topk: an expert's score does not depend on the others' (DeepSeek-V3); switch: one expert, gated by its
+    softmax probability (Switch Transformer)."""
+    noise_epsilon: float = Field(1e-2, gt=0.0)
+    """Smallest standard deviation of the router's noise, in logits; only for router noisy_topk."""
+    input_jitter: float = Field(0.0, ge=0.0, lt=1.0)
+    """Half-width of the uniform factors around 1 that the router's input is multiplied by in training; 0: none."""
+    renormalize_gates: bool | None = None
+    """True: the chosen experts' gates sum to one; False: they are scores among all experts; None: False for router
+    switch, else True."""
+    num_groups: PositiveInt = 1
+    """Groups of consecutive experts, of which a token may use only the best; only for router sigmoid_topk."""
+    top_k_groups: PositiveInt | None = None
+    """Groups that a token may use; a group's score is the sum of its two best experts'. Needed with num_groups > 1."""
+    routed_scaling_factor: PositiveFloat = 1.0
+    """Factor of all gates; only for router sigmoid_topk."""
+    capacity_factor: CapacityFactor | None = None
+    """Most tokens an expert takes in training, as a multiple of the mean, tokens x top_k / num_experts; what is over
+    it keeps the residual stream. None: dropless."""
+    eval_capacity_factor: CapacityFactor | None = None
+    """As capacity_factor, in evaluation and generation. None: dropless there."""
+    capacity_scope: Literal["sequence", "micro_batch"] = "sequence"
+    """Tokens that a capacity is counted in: each sequence for itself, which is the same in every layout of ranks; or
+    all of a rank's micro-batch, which is not."""
+    drop_policy: Literal["probability", "position"] = "probability"
+    """Which assignments go where an expert is over its capacity: those with the lowest gates, or the last tokens'."""
+    importance_cv2_coef: float = Field(0.1, ge=0.0)
+    """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens."""
+    load_cv2_coef: float = Field(0.1, ge=0.0)
+    """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. Needs noisy_topk."""
+    balance_scope: Literal["global", "local"] = "global"
+    """Tokens that importance and load are summed over before CV^2: one micro-step of all ranks, or of this rank."""
+    switch_aux_coef: float = Field(0.0, ge=0.0)
+    """Weight of the Switch / GShard loss, num_experts x sum of f p: an expert's share of assignments times its mean
+    probability; 1 when balanced, num_experts / top_k when all tokens choose the same experts."""
+    switch_scope: Literal["micro_batch", "sequence", "global"] = "global"
+    """Tokens that f and p are formed over: a rank's micro-batch, each sequence, or one micro-step of all ranks."""
+    z_loss_coef: float = Field(0.0, ge=0.0)
+    """Weight of the mean squared logsumexp of the router's logits (ST-MoE, where it is 1e-3)."""
+    bias_update_rate: float = Field(0.0, ge=0.0)
+    """Loss-free balancing: what every expert's bias moves by after a step, up below the mean count and down above it
+    (arXiv 2408.15664, where it is 1e-3). The bias decides who is chosen, with the scores; gates are without it."""
+    coef_schedules: dict[BalanceWeight, SchedulePoints] = Field({})
+    """Factors of balance weights over the run: by a weight's name, points [step, factor], linear between them and
+    constant outside (as JSON on the command line: {"switch_aux_coef": [[0, 1], [1000, 0.1]]})."""
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        """renormalize_gates, with the router's own way where it is None."""
+        return self.router != "switch" if self.renormalize_gates is None else self.renormalize_gates
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_router()
+        self._check_groups()
+        self._check_balance()
+        self._check_schedules()
+        if self.capacity_factor is None and self.eval_capacity_factor is None:
+            for name in ("capacity_scope", "drop_policy"):
+                if self.differs(name):
+                    raise ValueError(
+                        f"{name} ({getattr(self, name)!r}) has no effect without a capacity: set capacity_factor or "
+                        "eval_capacity_factor"
+                    )
+        return self
+
+    def _check_router(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) must not exceed num_experts ({self.num_experts})")
+        if self.router == "switch" and self.top_k != 1:
+            raise ValueError(f"router 'switch' sends a token to one expert: top_k ({self.top_k}) must be 1")
+        if self.top_k == 1 and self.gates_sum_to_one:
+            raise ValueError(
+                "top_k (1) with renormalize_gates (True) makes every gate 1, so that the router learns nothing "
+                "from the task: set renormalize_gates to False, or top_k to 2 or more"
+            )
+        only_for = {
+            "noise_epsilon": "noisy_topk",
+            "num_groups": "sigmoid_topk",
+            "top_k_groups": "sigmoid_topk",
+            "routed_scaling_factor": "sigmoid_topk",
+        }
+        for name, router in only_for.items():
+            if self.router != router and self.differs(name):
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) has no effect with router {self.router!r}: leave it out, or set "
+                    f"router to {router}"
+                )
+
+    def _check_groups(self) -> None:
+        groups, chosen = self.num_groups, self.top_k_groups
+        if self.num_experts % groups:
+            raise ValueError(f"num_experts ({self.num_experts}) must be divisible by num_groups ({groups})")
+        if groups == 1:
+            if chosen is not None:
+                raise ValueError(f"top_k_groups ({chosen}) has no effect with num_groups (1): set num_groups too")
+            return
+        if chosen is None or chosen >= groups:
+            raise ValueError(
+                f"num_groups ({groups}) has no effect with top_k_groups ({chosen}): set top_k_groups to a number from "
+                f"1 to {groups - 1}"
+            )
+        within = chosen * (self.num_experts // groups)
+        if self.top_k > within:
+            raise ValueError(
+                f"top_k ({self.top_k}) must not exceed the {within} experts of top_k_groups ({chosen}) of num_groups "
+                f"({groups})"
+            )
+
+    def _check_balance(self) -> None:
+        if self.load_cv2_coef > 0 and self.router != "noisy_topk":
+            raise ValueError(
+                f"load_cv2_coef ({self.load_cv2_coef}) has no effect with router {self.router!r}: its counts have no "
+                "gradient; set load_cv2_coef to 0, or router to noisy_topk"
+            )
+        for name in ("load_cv2_coef", "switch_aux_coef", "bias_update_rate"):
+            if getattr(self, name) > 0 and self.top_k == self.num_experts:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) has no effect with top_k ({self.top_k}) = num_experts "
+                    f"({self.num_experts}): every expert gets every token; set {name} to 0"
+                )
+        if self.balance_scope == "local" and not (self.importance_cv2_coef or self.load_cv2_coef):
+            raise ValueError(
+                f"balance_scope ({self.balance_scope!r}) has no effect: importance_cv2_coef and load_cv2_coef are 0"
+            )
+        if self.differs("switch_scope") and not self.switch_aux_coef:
+            raise ValueError(f"switch_scope ({self.switch_scope!r}) has no effect: switch_aux_coef is 0")
+
+    def _check_schedules(self) -> None:
+        for name, points in self.coef_schedules.items():
+            shown = [list(point) for point in points]
+            if not getattr(self, name):
+                raise ValueError(f"coef_schedules.{name} ({shown}) has no effect: {name} is 0")
+            steps = [step for step, _ in points]
+            if not steps or steps != sorted(set(steps)):
+                raise ValueError(f"coef_schedules.{name} ({shown}) must be points [step, factor] of increasing steps")

@@ -1,0 +1,34 @@
+"""Balancing without a loss: a bias on the choice, moved after each step.
+
+Source: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
+Legend: L MoE layers, E experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossFreeBias:
+    """b += rate * sign(mean(c) - c), c being the tokens an expert was chosen by in the step.
+
+    Attributes:
+        rate: u in the paper, 1e-3 there.
+    """
+
+    rate: float
+
+    @torch.no_grad()
+    def after_step(self, bias_LE: Tensor, counts_LE: Tensor, factor: float) -> Tensor:
+        """The next bias, [L, E] fp32.
+
+        Args:
+            bias_LE: fp32, as it was in the step.
+            counts_LE: int64, assignments an expert over all ranks and micro-batches of the step.
+            factor: Of the rate at this step.
+        """
+        # E c against the sum: the same comparison as c against the mean, in whole numbers.
+        below_LE = (counts_LE.sum(-1, keepdim=True) - counts_LE.shape[-1] * counts_LE).sign()
+        return bias_LE + self.rate * factor * below_LE.to(bias_LE.dtype)

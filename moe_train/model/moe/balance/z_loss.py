@@ -1,0 +1,28 @@
+"""The router z-loss, which keeps logits small.
+
+Source: Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, equation 5.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_train.model.moe.steps import RoutingSums
+from moe_train.parallel.collectives import Group
+
+
+@dataclass(frozen=True)
+class ZLoss:
+    """coef * mean over tokens of logsumexp(logits)^2."""
+
+    coef: float
+
+    def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
+        """The term, added up over layers: this rank's part of a mean over ranks, for it is linear in tokens.
+
+        Args:
+            sums: [L, ...] sums of this rank's micro-batch.
+            group: Not needed.
+        """
+        del group
+        return self.coef * (sums.squared_logsumexp / sums.tokens.clamp(min=1)).sum()

@@ -1,0 +1,54 @@
+"""Bounding what an expert takes: what is over it keeps the residual stream.
+
+Source: Lepikhin et al. 2020 (GShard), arXiv 2006.16668; Fedus et al. 2021 (Switch), arXiv 2101.03961.
+Legend: T tokens, K top_k, E experts.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from moe_train.model.moe.steps import Routing
+from moe_train.ops.capacity import expert_capacity, within_capacity
+
+
+@dataclass(frozen=True)
+class CapacityLimit:
+    """How many assignments an expert takes, and which ones go.
+
+    Attributes:
+        factor: Capacity in training as a multiple of the mean assignments an expert; None: dropless.
+        eval_factor: Likewise in evaluation.
+        per_sequence: True: each sequence is counted for itself, so that no drop depends on the layout of ranks; False:
+            all of a rank's micro-batch.
+        policy: probability: the lowest gates go; position: the last tokens go.
+    """
+
+    factor: float | None = None
+    eval_factor: float | None = None
+    per_sequence: bool = True
+    policy: Literal["probability", "position"] = "probability"
+
+    def apply(self, routing: Routing, num_sequences: int, training: bool) -> Routing:
+        """The routing with what fits marked, and what does not counted.
+
+        Args:
+            routing: The router's decision.
+            num_sequences: Sequences that the T tokens are.
+            training: Which of the two factors counts.
+        """
+        factor = self.factor if training else self.eval_factor
+        num_tokens, top_k = routing.experts_TK.shape
+        num_experts = routing.logits_TE.shape[1]
+        scopes = num_sequences if self.per_sequence else 1
+        if factor is None or num_tokens == 0:
+            return routing
+        capacity = expert_capacity(num_tokens // scopes, top_k, num_experts, factor)
+        if capacity >= num_tokens // scopes:  # a token chooses an expert at most once
+            return routing
+        priority_TK = routing.gates_TK if self.policy == "probability" else None
+        kept_TK = within_capacity(routing.experts_TK, priority_TK, num_experts, capacity, scopes)
+        dropped_E = torch.zeros_like(routing.sums.counts)
+        dropped_E.scatter_add_(0, routing.experts_TK.reshape(-1), (~kept_TK).reshape(-1).to(torch.int64))
+        return replace(routing, kept_TK=kept_TK, sums=replace(routing.sums, dropped=dropped_E))

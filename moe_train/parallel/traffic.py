@@ -1,0 +1,79 @@
+"""What all-to-alls cost: the time a rank spends in them, and the bytes it sends to other ranks."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What this rank's all-to-alls took.
+
+    Attributes:
+        seconds: From entering an all-to-all to having its rows, waiting for other ranks included.
+        num_bytes: Sent to other ranks.
+    """
+
+    seconds: float
+    num_bytes: int
+
+
+class TrafficMeter:
+    """Adds up the all-to-alls of the blocks that are counted: training steps, but not validation or generation.
+
+    On CUDA the times are taken by events on the stream and read when they are asked for, so that counting itself never
+    makes the host wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._uses_events = device.type == "cuda"
+        self._is_counting = False
+        self._seconds, self._num_bytes = 0.0, 0
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count while the block runs."""
+        self._is_counting = True
+        try:
+            yield
+        finally:
+            self._is_counting = False
+
+    @contextlib.contextmanager
+    def measure(self, num_bytes: int) -> Iterator[None]:
+        """One all-to-all, which the block runs.
+
+        Args:
+            num_bytes: That this rank sends to others.
+        """
+        if not self._is_counting:
+            yield
+            return
+        self._num_bytes += num_bytes
+        if self._uses_events:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._pending.append((begin, end))
+            return
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+
+    def read(self) -> Traffic:
+        """What was counted since the last reset. Host synchronisation on CUDA: the events have to have happened."""
+        for begin, end in self._pending:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1e3  # milliseconds
+        self._pending.clear()
+        return Traffic(self._seconds, self._num_bytes)
+
+    def reset(self) -> None:
+        """Begin at zero again."""
+        self._seconds, self._num_bytes = 0.0, 0
+        self._pending.clear()

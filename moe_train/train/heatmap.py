@@ -1,0 +1,63 @@
+"""A picture of expert load: a row a layer, a column an expert, white at the mean, red above it, blue below.
+
+Legend: L MoE layers, E experts, H height, W width.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_DEAD, _LOW, _MEAN, _HIGH = (20, 20, 20), (33, 102, 172), (247, 247, 247), (178, 24, 43)
+_TWICE = 2.0  # the share of the mean, and its inverse, where colours end
+_CELL_HEIGHT, _MARGIN, _TEXT = 22, 60, (60, 60, 60)
+_LEGEND = ((0.0, "no token"), (0.5, "half the mean"), (1.0, "mean"), (2.0, "twice or more"))
+
+
+def load_colors(shares: np.ndarray) -> np.ndarray:
+    """The colour of shares of the mean: on a logarithmic scale from half to twice, and a colour of its own for none.
+
+    Args:
+        shares: [...], tokens of an expert over the mean of its layer.
+
+    Returns:
+        uint8 [..., 3].
+    """
+    place = np.log(np.clip(shares, 1 / _TWICE, _TWICE)) / math.log(_TWICE)  # -1 .. 1
+    amount = np.abs(place)[..., None]
+    end = np.where(place[..., None] < 0, np.array(_LOW, dtype=float), np.array(_HIGH, dtype=float))
+    colors = np.array(_MEAN) * (1 - amount) + end * amount
+    colors[shares <= 0] = _DEAD
+    return colors.round().astype(np.uint8)
+
+
+def draw_load(counts_LE: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    """The picture.
+
+    Args:
+        counts_LE: Tokens of every expert.
+        layers: Index of each MoE layer in the model.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    num_layers, num_experts = counts_LE.shape
+    shares_LE = counts_LE / np.maximum(counts_LE.mean(1, keepdims=True), 1e-9)
+    width = max(6, min(40, 640 // num_experts))  # of a cell
+    cells = load_colors(shares_LE).repeat(_CELL_HEIGHT, 0).repeat(width, 1)
+    canvas = Image.new("RGB", (max(_MARGIN + num_experts * width + 10, 460), num_layers * _CELL_HEIGHT + 62), "white")
+    canvas.paste(Image.fromarray(cells), (_MARGIN, 20))
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    for row, layer in enumerate(layers):
+        pen.text((6, 20 + row * _CELL_HEIGHT + 5), f"layer {layer:02d}", _TEXT, font)
+    pen.text((6, 4), "expert", _TEXT, font)
+    for expert in range(0, num_experts, max(1, math.ceil(24 / width))):
+        pen.text((_MARGIN + expert * width + 2, 4), str(expert), _TEXT, font)
+    top, left = num_layers * _CELL_HEIGHT + 34, _MARGIN
+    for share, text in _LEGEND:
+        color = tuple(int(value) for value in load_colors(np.array([share]))[0])
+        pen.rectangle((left, top, left + 14, top + 14), fill=color, outline=_TEXT)
+        pen.text((left + 18, top + 2), text, _TEXT, font)
+        left += 100
+    return np.array(canvas)
