@@ -130,7 +130,7 @@ def _train(setting: _Setting, output: TextIO) -> int:
     training = _assemble(setting, manifest, console)
     result = train(training, manifest.step if manifest is not None else 0)
     sample = _sample(training)
-    if training.writer is not None:
+    if world.rank == 0:
         from moe_train.model.count import count_parameters
         from moe_train.train.summary import make_summary, show_summary, write_summary
 
@@ -138,7 +138,7 @@ def _train(setting: _Setting, output: TextIO) -> int:
         summary = make_summary(training, result, parameters, sample)
         write_summary(setting.folder.summary, summary)
         show_summary(training, summary)
-        training.writer.close()
+    training.recorder.close()
     barrier()  # no rank leaves while another still needs its experts or its store
     return 0
 
@@ -172,6 +172,7 @@ def _assemble(setting: _Setting, manifest: "Manifest | None", console: "RunConso
     from moe_train.train.batches import BatchPlan
     from moe_train.train.checkpoint import load_checkpoint
     from moe_train.train.loop import Run
+    from moe_train.train.recorder import StepRecorder
     from moe_train.train.resume import changed_fields
 
     config, world, folder = setting.config, setting.world, setting.folder
@@ -192,7 +193,8 @@ def _assemble(setting: _Setting, manifest: "Manifest | None", console: "RunConso
             console.say(f"  changed since: {change}")
     writer, watch = _open_records(setting, first_step) if world.rank == 0 else (None, None)
     plan = BatchPlan(micro, batch, world.rank, world.world_size)
-    return Run(config, folder, setting.data, engine, plan, setting.device, console, meter, writer, watch)
+    recorder = StepRecorder(config, plan, console, meter, writer, watch)
+    return Run(config, folder, setting.data, engine, plan, setting.device, console, recorder)
 
 
 def _open_records(setting: _Setting, first_step: int) -> "tuple[MetricsWriter, ExpertWatch | None]":

@@ -38,6 +38,7 @@ class StepResult:
         sums: Routing sums over the micro-batches, [L, ...], or None without MoE layers.
         grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; scalar.
         skipped: Whether fp16's loss scaler skipped the update.
+        loss_scale: fp16's loss scale; 1 otherwise.
     """
 
     loss: Tensor
@@ -45,6 +46,7 @@ class StepResult:
     sums: RoutingSums | None
     grad_norm: Tensor
     skipped: bool
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class TrainEngine:
             sums=sums,
             grad_norm=torch.as_tensor(self._engine.get_global_grad_norm()),
             skipped=skipped,
+            loss_scale=self.loss_scale,
         )
 
     @torch.no_grad()

@@ -2,9 +2,6 @@
 
 import math
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +9,16 @@ import torch
 
 from moe_train.config.root import Config
 from moe_train.data import PreparedData
-from moe_train.parallel.traffic import TrafficMeter
-from moe_train.train.alarms import ExpertWatch
 from moe_train.train.batches import BatchPlan, micro_batches
 from moe_train.train.checkpoint import prune_checkpoints, save_checkpoint
-from moe_train.train.console import RunConsole, StepLine
-from moe_train.train.engine import StepResult, TrainEngine
-from moe_train.train.expert_figures import routing_record
+from moe_train.train.console import RunConsole
+from moe_train.train.engine import TrainEngine
+from moe_train.train.recorder import StepRecorder
 from moe_train.train.records import Record
 from moe_train.train.run_folder import RunFolder
 from moe_train.train.schedule import learning_rate
-from moe_train.train.step_window import GlobalStep, StepWindow, reduce_step
-from moe_train.train.telemetry import MetricsWriter
+from moe_train.train.step_window import GlobalStep
 from moe_train.train.validate import ValidationResult, validate
-
-_RATE_WINDOW = 20  # steps the shown rate is averaged over
 
 
 @dataclass(frozen=True)
@@ -41,9 +33,7 @@ class Run:
         plan: Sizes of a batch and this rank's place.
         device: Where the model is.
         console: What one sees.
-        meter: What the model's all-to-alls cost; None where nobody asks for the experts.
-        writer: Records; None on other ranks than 0.
-        watch: Warns of experts; None on other ranks than 0, and where nobody asks.
+        recorder: Follows the steps.
     """
 
     config: Config
@@ -53,9 +43,7 @@ class Run:
     plan: BatchPlan
     device: torch.device
     console: RunConsole
-    meter: TrafficMeter | None
-    writer: MetricsWriter | None
-    watch: ExpertWatch | None
+    recorder: StepRecorder
 
     @property
     def isolation_mark(self) -> int | None:
@@ -85,9 +73,8 @@ def train(run: Run, first_step: int) -> TrainResult:
 
     Collective: All ranks.
     """
-    config, started, clock = run.config, time.monotonic(), _Clock()
+    config, recorder, started = run.config, run.recorder, time.monotonic()
     num_steps, validation = config.train.steps, None
-    window = StepWindow(run.meter) if run.meter is not None else None
     checkpoint = run.folder.checkpoints / f"step_{first_step:08d}"
     with run.console.progress(first_step, num_steps):
         for step in range(first_step, num_steps):
@@ -97,84 +84,23 @@ def train(run: Run, first_step: int) -> TrainResult:
             is_written = is_last or _is_due(config.telemetry.every, done)
             is_saved = is_last or _is_due(config.checkpoint.every, done)
             record: Record = {}
-            result = _step(run, step, rate, window, clock)
+            with recorder.step():
+                batches = micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device)
+                result = run.engine.train_step(batches, rate)
+                recorder.add(result)
             if is_shown or is_written or is_saved:
-                measured = _reduce(run, result, window)
-                _refuse_non_finite(run, done, measured)
-                if run.writer is not None:
-                    shown = _step_record(run, done, rate, result, measured, clock.measure())
-                    run.console.step(_step_line(run, done, shown, clock.recent_seconds), is_shown)
-                    record = _watched(run, done, shown) if is_written else {}
+                _refuse_non_finite(run, done, recorder.measure(done, rate, result, is_shown))
             if is_written:
-                clock.reset()
-                if window is not None:
-                    window.reset()
+                record = recorder.take(done)
             if is_saved:
                 checkpoint = _save(run, done)
             if is_last or _is_due(config.train.validate_every, done):
                 validation = _validate(run, done, None if is_last else config.train.validation_sequences)
                 record |= _validation_record(validation)
-            if run.writer is not None and record:
-                run.writer.write(done, record)
+            recorder.write(done, record)
     if first_step == num_steps:
         validation = _validate(run, num_steps, None)
     return TrainResult(validation, checkpoint, num_steps - first_step, time.monotonic() - started)
-
-
-class _Clock:
-    """Time of steps; those between two records have no synchronisation, so that only their mean is known."""
-
-    def __init__(self) -> None:
-        self._began, self._seconds, self._steps = 0.0, 0.0, 0
-        self._recent: deque[float] = deque(maxlen=_RATE_WINDOW)
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """The block is a step."""
-        began = time.monotonic()
-        yield
-        self._seconds += time.monotonic() - began
-        self._steps += 1
-
-    def measure(self) -> float:
-        """Mean seconds of a step since the last reset."""
-        mean = self._seconds / self._steps
-        self._recent.append(mean)
-        return mean
-
-    def reset(self) -> None:
-        """Begin a new mean."""
-        self._seconds, self._steps = 0.0, 0
-
-    @property
-    def recent_seconds(self) -> float:
-        """Mean seconds of a step over the last measurements."""
-        return sum(self._recent) / len(self._recent)
-
-
-def _step(run: Run, step: int, rate: float, window: StepWindow | None, clock: _Clock) -> StepResult:
-    with clock.step(), run.meter.counting() if run.meter is not None else nullcontext():
-        batches = micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device)
-        result = run.engine.train_step(batches, rate)
-        if window is not None:
-            window.add(result)
-    return result
-
-
-def _reduce(run: Run, result: StepResult, window: StepWindow | None) -> GlobalStep:
-    if window is None:
-        return reduce_step(result, run.plan.world_size)
-    return window.reduce(result, run.plan.rank, run.plan.world_size)
-
-
-def _watched(run: Run, done: int, record: Record) -> Record:
-    """The record with what the watch finds in it, which is said on the screen too."""
-    if run.watch is None:
-        return record
-    warnings = run.watch.observe(record)
-    for warning in warnings:
-        run.console.say(f"step {done:6d}  warning: {warning}")
-    return record | run.watch.dead_experts() | ({"moe/alarms": warnings} if warnings else {})
 
 
 def _refuse_non_finite(run: Run, done: int, measured: GlobalStep) -> None:
@@ -190,38 +116,6 @@ def _refuse_non_finite(run: Run, done: int, measured: GlobalStep) -> None:
 
 def _is_due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _step_record(run: Run, done: int, rate: float, result: StepResult, measured: GlobalStep, seconds: float) -> Record:
-    tokens_per_step = run.plan.global_batch_size * run.config.train.sequence_length
-    record: Record = {
-        "train/loss": measured.loss,
-        "train/cross_entropy": measured.cross_entropy,
-        "train/lr": rate,
-        "train/grad_norm": measured.grad_norm,
-        "train/tokens": done * tokens_per_step,
-        "perf/step_ms": seconds * 1e3,
-        "perf/tokens_per_second": tokens_per_step / seconds,
-    }
-    if run.config.train.precision == "fp16":
-        record |= {"train/loss_scale": run.engine.loss_scale, "train/skipped": int(result.skipped)}
-    if measured.window is not None:
-        record |= routing_record(measured.window, run.config.model.moe_layer_indices)
-        record["moe/all_to_all_fraction"] = measured.window.all_to_all_seconds / seconds
-    return record
-
-
-def _step_line(run: Run, done: int, record: Record, seconds: float) -> StepLine:
-    return StepLine(
-        step=done,
-        num_steps=run.config.train.steps,
-        loss=record["train/loss"],
-        learning_rate=record["train/lr"],
-        grad_norm=record["train/grad_norm"],
-        tokens_per_second=run.plan.global_batch_size * run.config.train.sequence_length / seconds,
-        seconds_left=seconds * (run.config.train.steps - done),
-        max_violation=record.get("moe/max_violation"),
-    )
 
 
 def _validate(run: Run, done: int, num_sequences: int | None) -> ValidationResult | None:

@@ -34,9 +34,12 @@ def small_model(
     placement: ExpertPlacement | None = None,
     recompute: bool = False,
     dtype: torch.dtype = torch.float64,
+    measures: bool = True,
 ) -> Transformer:
     """A model with values; routers, which start at zero, get some too."""
-    model = build_model(config, VOCAB, seed=seed, placement=placement, recompute_activations=recompute)
+    model = build_model(
+        config, VOCAB, seed=seed, placement=placement, recompute_activations=recompute, measures=measures
+    )
     materialize(model, seed=seed, dtype=dtype, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(99)
     for name, parameter in model.named_parameters():

@@ -120,7 +120,7 @@ def test_the_images_tab_shows_the_heat_map(quick_run: tuple[Path, ProcessResult]
     assert width > 100 and height > 20 * len(counts)  # 0 and 0 where the picture is broken
     shown = image.bounding_box()
     assert shown and shown["width"] > 100 and shown["height"] > 20
-    assert re.search(rf"step\s+{step}\b", card.inner_text())
+    assert card.get_by_text(re.compile(rf"^\s*step\s+{step}\s*$")).is_visible()
     colors = set(image.evaluate(COLORS))
     for layer, row in counts.items():
         for expert, color in enumerate(load_colors(_shares(row))):
@@ -130,33 +130,41 @@ def test_the_images_tab_shows_the_heat_map(quick_run: tuple[Path, ProcessResult]
 def test_the_custom_scalars_tab_shows_a_line_an_expert_in_one_chart_a_layer(
     quick_run: tuple[Path, ProcessResult], board_url: str, page: "Page"
 ) -> None:
-    _, counts = _last_counts(quick_run[0])
+    step, counts = _last_counts(quick_run[0])
     _open_tab(page, board_url, "custom_scalars")
     titles = page.get_by_text(EXPERT_CHART)
     titles.first.wait_for(state="visible")
-    layers = {}
-    for title in titles.all():
-        assert title.is_visible()
-        layers[int(EXPERT_CHART.findall(title.inner_text().strip())[0])] = title.inner_text()
-    assert list(layers) == sorted(counts)  # a chart a layer, in the order of the layers
-    for layer, text in layers.items():
+    texts = [title.inner_text().strip() for title in titles.all() if title.is_visible()]
+    layers = [int(EXPERT_CHART.findall(text)[0]) for text in texts]
+    assert layers == sorted(counts)  # a chart a layer, in the order of the layers
+    for layer, text in zip(layers, texts):
         chart = page.locator("tf-custom-scalar-multi-line-chart-card").filter(has_text=text)
-        _check_chart(page, chart, layer, _shares(counts[layer]))
+        shares = _shares(counts[layer])
+        _check_lines(chart, len(shares))
+        tooltip = _read_tooltip(page, chart, len(shares))
+        assert tooltip == {
+            f"experts/layer_{layer:02d}/expert_{expert:03d}": (pytest.approx(share, rel=1e-3), step)  # four digits
+            for expert, share in enumerate(shares)
+        }
 
 
-def _check_chart(page: "Page", chart: "Locator", layer: int, shares: np.ndarray) -> None:
-    """The chart has a drawn line an expert; its tooltip at the right names them all, with the last record's values."""
-    plot = chart.locator(".line-plot").last  # of the smoothed values; the faint plot of the values is below it
-    plot.locator("path.line[d^=M]").nth(len(shares) - 1).wait_for(state="attached")
-    assert plot.locator("path.line[d^=M]").count() == len(shares)
+def _check_lines(chart: "Locator", num_lines: int) -> None:
+    """The chart has this many lines of its own, none of them empty."""
+    plot = chart.locator(".line-plot").last  # of the smoothed values; the faint lines of the values are a plot below it
+    lines = plot.locator("path.line[d^=M]")
+    lines.nth(num_lines - 1).wait_for(state="attached")
+    drawn = lines.evaluate_all("lines => lines.map(line => line.getAttribute('d'))")
+    assert len(set(drawn)) == num_lines
+
+
+def _read_tooltip(page: "Page", chart: "Locator", num_lines: int) -> dict[str, tuple[float, int]]:
+    """Value and step by tag, as the chart tells them when the mouse is at its right end."""
     box = chart.locator(".component.main").bounding_box()
     assert box and box["width"] > 100 and box["height"] > 100
     page.mouse.move(box["x"] + box["width"] - 3, box["y"] + box["height"] / 2, steps=3)
-    rows = page.locator("vz-chart-tooltip tbody tr:visible")
-    rows.nth(len(shares) - 1).wait_for()
-    values = {}
-    for row in rows.all():
-        cells = [cell.strip() for cell in row.locator("td").all_inner_texts()]
-        (tag,) = [cell.split()[0] for cell in cells if cell.startswith("experts/")]
-        values[tag] = cells
-    print(values)
+    tooltip = page.locator("vz-line-chart-tooltip table:visible")
+    tooltip.locator("tbody tr").nth(num_lines - 1).wait_for()
+    titles = tooltip.locator("thead th").all_inner_texts()
+    name, value, step = (titles.index(title) for title in ("Name", "Value", "Step"))
+    rows = [row.locator("td").all_inner_texts() for row in tooltip.locator("tbody tr").all()]
+    return {row[name].split()[0]: (float(row[value]), int(row[step])) for row in rows}

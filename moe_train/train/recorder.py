@@ -1,0 +1,178 @@
+"""From steps to records: timed and added up as they run; reduced, shown, watched and written when a record is due."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from moe_train.config.root import Config
+from moe_train.parallel.traffic import TrafficMeter
+from moe_train.train.alarms import ExpertWatch
+from moe_train.train.batches import BatchPlan
+from moe_train.train.console import RunConsole, StepLine
+from moe_train.train.engine import StepResult
+from moe_train.train.expert_figures import routing_record
+from moe_train.train.records import Record
+from moe_train.train.step_window import GlobalStep, StepWindow, reduce_step
+from moe_train.train.telemetry import MetricsWriter
+
+_RATE_WINDOW = 20  # measurements the shown rate is averaged over
+
+
+class _Clock:
+    """Time of steps; those between two records have no synchronisation, so that only their mean is known."""
+
+    def __init__(self) -> None:
+        self._seconds, self._steps = 0.0, 0
+        self._recent: deque[float] = deque(maxlen=_RATE_WINDOW)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is a step."""
+        began = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - began
+        self._steps += 1
+
+    def measure(self) -> float:
+        """Mean seconds of a step since the last reset."""
+        mean = self._seconds / self._steps
+        self._recent.append(mean)
+        return mean
+
+    def reset(self) -> None:
+        """Begin a new mean."""
+        self._seconds, self._steps = 0.0, 0
+
+    @property
+    def recent_seconds(self) -> float:
+        """Mean seconds of a step over the last measurements."""
+        return sum(self._recent) / len(self._recent)
+
+
+class StepRecorder:
+    """Follows the steps of a run. Between records it waits for nothing and no rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: BatchPlan,
+        console: RunConsole,
+        meter: TrafficMeter | None,
+        writer: MetricsWriter | None,
+        watch: ExpertWatch | None,
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            config: Every size resolved.
+            plan: Sizes of a batch and this rank's place.
+            console: What one sees.
+            meter: What the model's all-to-alls cost; None where nobody asks for the experts.
+            writer: Records; None on other ranks than 0.
+            watch: Warns of experts; None on other ranks than 0, and where nobody asks for them.
+        """
+        self._config, self._plan, self._console = config, plan, console
+        self._meter, self._writer, self._watch = meter, writer, watch
+        self._window = StepWindow(meter) if meter is not None else None
+        self._clock = _Clock()
+        self._record: Record = {}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is a training step: it is timed, and its traffic counted."""
+        with self._clock.step(), self._meter.counting() if self._meter is not None else nullcontext():
+            yield
+
+    def add(self, result: StepResult) -> None:
+        """Take in what a step gave. No synchronisation."""
+        if self._window is not None:
+            self._window.add(result)
+
+    def measure(self, done: int, rate: float, result: StepResult, is_shown: bool) -> GlobalStep:
+        """The step over all ranks, in one all-reduce; on rank 0 it is shown.
+
+        Args:
+            done: Steps done.
+            rate: Learning rate of the step.
+            result: What it gave.
+            is_shown: Whether a line is due where there is no terminal.
+
+        Returns:
+            The same on every rank.
+
+        Collective: All ranks.
+        """
+        plan = self._plan
+        if self._window is None:
+            measured = reduce_step(result, plan.world_size)
+        else:
+            measured = self._window.reduce(result, plan.rank, plan.world_size)
+        seconds = self._clock.measure()
+        if self._writer is not None:
+            self._record = self._make_record(done, rate, result, measured, seconds)
+            self._console.step(self._line(done), is_shown)
+        return measured
+
+    def take(self, done: int) -> Record:
+        """The record of the step just measured, with what the watch finds in it; a new window begins.
+
+        Args:
+            done: Steps done.
+
+        Returns:
+            Empty on other ranks than 0.
+        """
+        self._clock.reset()
+        if self._window is not None:
+            self._window.reset()
+        if self._watch is None:
+            return self._record
+        warnings = self._watch.observe(self._record)
+        for warning in warnings:
+            self._console.say(f"step {done:6d}  warning: {warning}")
+        return self._record | self._watch.dead_experts() | ({"moe/alarms": warnings} if warnings else {})
+
+    def write(self, done: int, record: Record) -> None:
+        """Write a record, if there is anything in it."""
+        if self._writer is not None and record:
+            self._writer.write(done, record)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self._plan.global_batch_size * self._config.train.sequence_length
+
+    def _make_record(self, done: int, rate: float, result: StepResult, measured: GlobalStep, seconds: float) -> Record:
+        record: Record = {
+            "train/loss": measured.loss,
+            "train/cross_entropy": measured.cross_entropy,
+            "train/lr": rate,
+            "train/grad_norm": measured.grad_norm,
+            "train/tokens": done * self._tokens_per_step,
+            "perf/step_ms": seconds * 1e3,
+            "perf/tokens_per_second": self._tokens_per_step / seconds,
+        }
+        if self._config.train.precision == "fp16":
+            record |= {"train/loss_scale": result.loss_scale, "train/skipped": int(result.skipped)}
+        if measured.window is not None:
+            record |= routing_record(measured.window, self._config.model.moe_layer_indices)
+            record["moe/all_to_all_fraction"] = measured.window.all_to_all_seconds / seconds
+        return record
+
+    def _line(self, done: int) -> StepLine:
+        record, seconds = self._record, self._clock.recent_seconds
+        return StepLine(
+            step=done,
+            num_steps=self._config.train.steps,
+            loss=record["train/loss"],
+            learning_rate=record["train/lr"],
+            grad_norm=record["train/grad_norm"],
+            tokens_per_second=self._tokens_per_step / seconds,
+            seconds_left=seconds * (self._config.train.steps - done),
+            max_violation=record.get("moe/max_violation"),
+        )
