@@ -5,8 +5,9 @@ import torch
 
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.layers import LayerNorm, RMSNorm, SwiGLU
+from moe_train.model.moe.capacity import CapacityLimit
 from moe_train.model.moe.layer import MoELayer
-from moe_train.model.moe.routers import NoisyTopKRouter, SoftmaxTopKRouter
+from moe_train.model.moe.routers import InputJitter, NoisyTopKRouter, SigmoidTopKRouter, SoftmaxTopKRouter
 from tests.model.small import VOCAB, small_config
 
 
@@ -51,6 +52,46 @@ def test_noise_is_keyed_by_seed_and_layer_but_not_by_rank():
     assert len({*layers, *other_layers}) == 8
     assert tokens != other_tokens
     assert keys(0, ExpertPlacement(1, 2)) == (layers, tokens)
+
+
+def test_options_of_the_configuration_reach_their_places():
+    moe = {
+        "num_experts": 8,
+        "top_k": 2,
+        "intermediate_size": 5,
+        "num_shared_experts": 3,
+        "router": "sigmoid_topk",
+        "renormalize_gates": False,
+        "num_groups": 4,
+        "top_k_groups": 2,
+        "routed_scaling_factor": 2.5,
+        "input_jitter": 0.1,
+        "capacity_factor": 1.5,
+        "eval_capacity_factor": 2.0,
+        "capacity_scope": "micro_batch",
+        "drop_policy": "position",
+        "load_cv2_coef": 0,
+        "bias_update_rate": 1e-3,
+    }
+    model = build_model(small_config(moe=moe), VOCAB, seed=4, measures=False)
+    layer = model.blocks[1].feed_forward
+    router = layer.router
+    assert type(router) is SigmoidTopKRouter and not router.renormalize
+    assert (router.num_groups, router.top_k_groups, router.scaling_factor) == (4, 2, 2.5)
+    assert isinstance(router.options.jitter, InputJitter) and router.options.jitter.size == 0.1
+    assert len({each.options.jitter.layer_key for each in model.routers}) == 2
+    assert router.selection_bias.shape == (8,) and not router.options.measures
+    assert layer.capacity == CapacityLimit(1.5, 2.0, per_sequence=False, policy="position")
+    assert layer.shared.gate_up.weight.shape == (2 * 3 * 5, 16) and layer.shared.down.weight.shape == (16, 15)
+    assert [type(each) for each in model.routers] == [SigmoidTopKRouter] * 2
+
+
+def test_switch_is_one_expert_with_its_plain_probability():
+    moe = {"num_experts": 8, "top_k": 1, "router": "switch", "load_cv2_coef": 0}
+    layer = build_model(small_config(moe=moe), VOCAB).blocks[1].feed_forward
+    assert type(layer.router) is SoftmaxTopKRouter
+    assert (layer.router.top_k, layer.router.renormalize) == (1, False)
+    assert layer.capacity is None and layer.shared is None and layer.router.options.jitter is None
 
 
 def test_a_models_dtype_and_device_are_left_alone():

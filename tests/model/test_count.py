@@ -46,6 +46,15 @@ def test_mixtral_8x7b():
         {"moe_every": 0, "moe": {}},
         {"moe_layers": [0, 3], "moe": {"num_experts": 4, "top_k": 3, "intermediate_size": 5}},
         {"kv_layers": 2, "norm": "layernorm", "norm_position": "post"},
+        {
+            "moe": {
+                "num_experts": 4,
+                "num_shared_experts": 2,
+                "router": "sigmoid_topk",
+                "load_cv2_coef": 0,
+                "bias_update_rate": 0.1,
+            }
+        },
     ],
 )
 def test_counts_are_those_of_the_real_model(changes):

@@ -168,3 +168,13 @@ def test_a_rank_never_holds_more_than_its_own():
     assert 8 * experts / (8 * experts + dense) > 0.95  # experts are most of the model
     assert peak > 0.9 * (experts + dense)  # the measurement sees what is allocated
     assert peak < 1.5 * experts + dense
+
+
+def test_buffers_begin_at_their_value_in_their_own_dtype():
+    moe = {"num_experts": 4, "top_k": 2, "router": "sigmoid_topk", "load_cv2_coef": 0, "bias_update_rate": 0.1}
+    model = materialized(small_config(moe_every=1, moe=moe), dtype=torch.bfloat16)
+    biases = dict(model.named_buffers())
+    assert list(biases) == [f"blocks.{i}.feed_forward.router.selection_bias" for i in range(4)]
+    for bias in biases.values():
+        assert bias.dtype == torch.float32 and torch.equal(bias, torch.zeros(4))
+    assert "selection_bias" not in "".join(logical_tensors(model))

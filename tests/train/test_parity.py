@@ -11,6 +11,7 @@ from safetensors import safe_open
 from moe_train.config import UsageError
 from moe_train.train.checkpoint import list_checkpoints, read_manifest
 from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, choose_layouts, compare
+from moe_train.train.records import EXPERT_FIGURES, read_records
 from tests.processes import run_process
 from tests.train.conftest import ParityRuns
 from tests.train.runs import CPU, ROOT
@@ -44,6 +45,28 @@ def test_the_layouts_asked_for_are_compared() -> None:
     assert with_terms == {(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 3), (4, 4, 1)}
     assert {x.accumulation for x in LAYOUTS if x.balance} == {2}
     assert {x.accumulation for x in LAYOUTS if not x.balance} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("index", [i for i, layout in enumerate(LAYOUTS) if layout.world_size > 1])
+def test_expert_figures_are_those_of_one_process(parity_runs: ParityRuns, index: int) -> None:
+    first = next(i for i, layout in enumerate(LAYOUTS) if layout.balance == LAYOUTS[index].balance)
+    ours, reference = (read_records(parity_runs.folders[i] / "metrics.jsonl") for i in (index, first))
+    assert len(ours) == len(reference) == NUM_STEPS
+    # Before anything was learned every number is the same to the last bit of a sum; counts are whole numbers.
+    for layer in (1, 3):
+        assert ours[0][f"moe/counts/layer_{layer:02d}"] == reference[0][f"moe/counts/layer_{layer:02d}"]
+    for here, there in zip(ours, reference):
+        for name in EXPERT_FIGURES:
+            if name == "moe/rank_overload":  # it is about ranks
+                continue
+            for suffix in ("", "/layer_01", "/layer_03"):
+                # Later a rounding may send a token elsewhere: 1 of 1,024 at one of 8 experts is 0.4% of its count.
+                close = pytest.approx(there[name + suffix], rel=2e-2, abs=2e-2)
+                assert here[name + suffix] == close, (here["step"], name + suffix)
+        for layer in (1, 3):
+            counts = f"moe/counts/layer_{layer:02d}"
+            assert sum(here[counts]) == sum(here[f"moe/rank_rows/layer_{layer:02d}"]) == 16 * 64 * 2
+            assert here[counts] == pytest.approx(there[counts], abs=4)
 
 
 def test_training_really_moved(parity_runs: ParityRuns) -> None:
