@@ -1,8 +1,9 @@
 """A picture of expert load: a row a layer, a column an expert, white at the mean, red above it, blue below.
 
-Legend: L MoE layers, E experts, H height, W width.
+Legend: L MoE layers, E experts.
 """
 
+import io
 import math
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 _DEAD, _LOW, _MEAN, _HIGH = (20, 20, 20), (33, 102, 172), (247, 247, 247), (178, 24, 43)
 _TWICE = 2.0  # the share of the mean, and its inverse, where colours end
 _CELL_HEIGHT, _MARGIN, _TEXT = 22, 60, (60, 60, 60)
-_LEGEND = ((0.0, "no token"), (0.5, "half the mean"), (1.0, "mean"), (2.0, "twice or more"))
+_LEGEND = ((0.0, "no token"), (0.5, "half or less"), (1.0, "mean"), (2.0, "twice or more"))
 
 
 def load_colors(shares: np.ndarray) -> np.ndarray:
@@ -32,15 +33,12 @@ def load_colors(shares: np.ndarray) -> np.ndarray:
     return colors.round().astype(np.uint8)
 
 
-def draw_load(counts_LE: np.ndarray, layers: Sequence[int]) -> np.ndarray:
-    """The picture.
+def draw_load(counts_LE: np.ndarray, layers: Sequence[int]) -> Image.Image:
+    """The picture, in RGB.
 
     Args:
         counts_LE: Tokens of every expert.
         layers: Index of each MoE layer in the model.
-
-    Returns:
-        uint8 [H, W, 3].
     """
     num_layers, num_experts = counts_LE.shape
     shares_LE = counts_LE / np.maximum(counts_LE.mean(1, keepdims=True), 1e-9)
@@ -60,4 +58,11 @@ def draw_load(counts_LE: np.ndarray, layers: Sequence[int]) -> np.ndarray:
         pen.rectangle((left, top, left + 14, top + 14), fill=color, outline=_TEXT)
         pen.text((left + 18, top + 2), text, _TEXT, font)
         left += 100
-    return np.array(canvas)
+    return canvas
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """A PNG file of a picture; packed lightly, for it is made in the training loop."""
+    file = io.BytesIO()
+    picture.save(file, format="png", compress_level=1)
+    return file.getvalue()

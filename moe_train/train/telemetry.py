@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import custom_scalars, hparams, image
+from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from moe_train.train.heatmap import draw_load
+from moe_train.train.heatmap import draw_load, encode_png
 from moe_train.train.records import EXPERT_FIGURES, Record, drop_records_from, expert_counts, layer_name
 
 # The experts one by one, which TensorBoard shows in a chart a layer; metrics.jsonl has their counts as a list.
@@ -97,11 +96,13 @@ def record_summary(record: Record) -> Summary:
             for expert, count in enumerate(row)
         ]
         values.append(Summary.Value(tag=layer_name("moe/load", layer), histo=_histogram(row)))
-    summary = Summary(value=values)
     if counts:
         picture = draw_load(np.array(list(counts.values())), list(counts))
-        summary.MergeFrom(image("moe/load_heatmap", torch.from_numpy(picture), dataformats="HWC"))
-    return summary
+        shown = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encode_png(picture)
+        )
+        values.append(Summary.Value(tag="moe/load_heatmap", image=shown))
+    return Summary(value=values)
 
 
 def chart_layout(layers: Sequence[int]) -> Mapping[str, Any]:

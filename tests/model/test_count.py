@@ -38,6 +38,17 @@ def test_mixtral_8x7b():
     assert all(parameter.is_meta for parameter in build_model(config, 32000).parameters())
 
 
+def test_deepseek_moe_16b():
+    """The size that its authors published; shared experts are passed by every token."""
+    path = CONFIG.with_name("deepseek_moe_16b.yaml")
+    config = load_config([f"--config={path}"], program="test").model
+    count = count_parameters(config, config.vocab_size)
+    assert count.total == 16_375_728_128
+    expert = 3 * 2048 * 1408
+    assert count.experts == 27 * 64 * expert
+    assert count.active == count.total - 27 * (64 - 6) * expert
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -1,9 +1,12 @@
 """The picture of expert load: colours mean what the legend says, and every expert has its cell."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from moe_train.train.heatmap import draw_load, load_colors
+from moe_train.train.heatmap import draw_load, encode_png, load_colors
 
 
 def test_colours_of_known_shares() -> None:
@@ -23,8 +26,10 @@ def test_colours_of_known_shares() -> None:
 def test_a_cell_an_expert(layers: int, experts: int) -> None:
     counts = np.full((layers, experts), 10)
     counts[-1, -1] = 0
-    picture = draw_load(counts, range(1, layers + 1))
-    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+    drawn = draw_load(counts, range(1, layers + 1))
+    with Image.open(io.BytesIO(encode_png(drawn))) as read:
+        picture = np.array(read)
+    assert np.array_equal(picture, np.array(drawn)) and picture.shape[2] == 3
     assert max(picture.shape) <= 2000
     dead = np.argwhere((picture == load_colors(np.array([0.0]))[0]).all(2))
     legend = dead[dead[:, 0] >= 20 + layers * 22]
@@ -35,4 +40,5 @@ def test_a_cell_an_expert(layers: int, experts: int) -> None:
 
 
 def test_a_layer_without_tokens_is_drawn_dead() -> None:
-    assert (draw_load(np.zeros((1, 4), dtype=int), [0])[22, 62] == load_colors(np.array([0.0]))[0]).all()
+    picture = np.array(draw_load(np.zeros((1, 4), dtype=int), [0]))
+    assert (picture[22, 62] == load_colors(np.array([0.0]))[0]).all()

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 CHROMIUM = shutil.which("chromium")
-START_SECONDS = 60  # for TensorBoard to read the records and answer; 4 on two idle cores
-WAIT_MS = 20_000  # for anything in the page to appear; 2 s on two idle cores
+START_SECONDS = 90  # for TensorBoard to read the records and answer; 4 on two idle cores
+WAIT_MS = 30_000  # for anything in the page to appear; 2 s on two idle cores
 FLAGS = (  # as root, in a container, without a GPU, and without looking for the network
     "--no-sandbox",
     "--disable-gpu",
