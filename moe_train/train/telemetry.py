@@ -18,8 +18,9 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams
 from moe_train.train.heatmap import draw_load, encode_png
 from moe_train.train.records import EXPERT_FIGURES, Record, drop_records_from, expert_counts, layer_name
 
-# The experts one by one, which TensorBoard shows in a chart a layer; metrics.jsonl has their counts as a list.
-_EXPERTS = "experts"
+# The experts one by one, which TensorBoard shows in a chart a layer; metrics.jsonl has their counts as a list. The name
+# stands behind all others, so that the scalars begin with those of whole layers.
+_EXPERTS = "workload"
 _HPARAM_METRICS = ("train/loss", "val/bits_per_byte", "moe/max_violation")
 
 

@@ -57,9 +57,9 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
 def test_scalars_and_a_scalar_an_expert(board: EventAccumulator) -> None:
     (event,) = board.Scalars("train/loss")
     assert (event.step, event.value) == (7, 2.5)
-    shares = [board.Scalars(f"experts/layer_01/expert_{i:03d}")[0].value for i in range(4)]
+    shares = [board.Scalars(f"workload/layer_01/expert_{i:03d}")[0].value for i in range(4)]
     assert shares == [1, 0, 1, 2]
-    assert len([tag for tag in board.Tags()["scalars"] if tag.startswith("experts/layer_03/")]) == 4
+    assert len([tag for tag in board.Tags()["scalars"] if tag.startswith("workload/layer_03/")]) == 4
 
 
 def test_a_histogram_has_a_bucket_an_expert(board: EventAccumulator) -> None:
@@ -94,7 +94,7 @@ def test_the_layout_shows_all_experts_of_a_layer_in_one_chart(board: EventAccumu
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["Experts", "Balance", "Training", "Traffic"]
     charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-    assert list(charts.values()) == [["experts/layer_01/.*"], ["experts/layer_03/.*"]]
+    assert list(charts.values()) == [["workload/layer_01/.*"], ["workload/layer_03/.*"]]
     balance = [tag for chart in layout.category[1].chart for tag in chart.multiline.tag]
     assert "moe/max_violation/layer_.*" in balance and "moe/dead_experts/layer_.*" in balance
 
