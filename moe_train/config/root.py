@@ -8,7 +8,14 @@ from moe_train.config.base import Section
 from moe_train.config.data import DataConfig
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
-from moe_train.config.run import CheckpointConfig, OptimConfig, ParallelConfig, TelemetryConfig, TrainConfig
+from moe_train.config.run import (
+    ALARM_FIELDS,
+    CheckpointConfig,
+    OptimConfig,
+    ParallelConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
 
 AUTO_MICRO_BATCH = 8  # sequences; most of what one rank takes at once under train.micro_batch_size auto
 
@@ -35,6 +42,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name in ("experts", *ALARM_FIELDS):
+            if self.telemetry.differs(name) and not self.model.moe_layer_indices:
+                raise ValueError(
+                    f"telemetry.{name} ({getattr(self.telemetry, name)}) has no effect: the model has no MoE layer"
+                )
         size, experts = self.parallel.expert_parallel_size, self.model.moe.num_experts
         if isinstance(size, int):
             if size > 1 and not self.model.moe_layer_indices:

@@ -6,6 +6,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moe_train.config.base import Section
 
+ALARM_FIELDS = ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps")  # of telemetry
+
 
 class ParallelConfig(Section):
     """How the model is spread over ranks."""
@@ -136,7 +138,7 @@ class TelemetryConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps"):
+        for name in ALARM_FIELDS:
             if not self.experts and self.differs(name):
                 raise ValueError(f"{name} ({getattr(self, name)}) has no effect with experts (False)")
         return self

@@ -4,6 +4,7 @@ Legend: T tokens, K top_k, A = T*K assignments, E experts.
 """
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
     """Most assignments an expert takes: ceil(tokens x top_k / num_experts x factor), at least 1 (arXiv 2006.16668)."""
-    return max(1, math.ceil(num_tokens * top_k / num_experts * factor))
+    # Exact: 1.1 means eleven tenths, and no rounding of a product may add a place.
+    return max(1, math.ceil(Fraction(num_tokens * top_k, num_experts) * Fraction(str(factor))))
 
 
 def within_capacity(

@@ -1,5 +1,6 @@
 """What one sees of a run, on rank 0: a progress line on a terminal, plain lines elsewhere."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+_SECONDS_BETWEEN_TICKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class RunConsole:
         self._console = _Console(file=stream, soft_wrap=True, highlight=False) if stream is not None else None
         self._progress: Progress | None = None
         self._task: Any = None
+        self._drawn = 0.0  # when the bar was drawn last
 
     def say(self, message: Any = "") -> None:
         """Print a line, or anything that rich can print."""
@@ -87,12 +91,21 @@ class RunConsole:
             self._progress = None
 
     def step(self, line: StepLine, is_due: bool) -> None:
-        """Show a step: on a terminal every one in place, elsewhere a line when it is due."""
+        """Show the figures of a step: on a terminal in place, elsewhere in a line when it is due."""
         if self._progress is not None:
-            progress = self._progress
-            self._guard(lambda _: progress.update(self._task, completed=line.step, figures=line.short, refresh=True))
+            self._draw(completed=line.step, figures=line.short)
         elif is_due:
             self.say(f"step {line.step:6d}/{line.num_steps}  {line.figures}")
+
+    def tick(self, step: int) -> None:
+        """Move the bar of a terminal on, now and then, between two steps whose figures are known."""
+        if self._progress is not None and time.monotonic() - self._drawn >= _SECONDS_BETWEEN_TICKS:
+            self._draw(completed=step)
+
+    def _draw(self, **changes: Any) -> None:
+        progress, self._drawn = self._progress, time.monotonic()
+        assert progress is not None
+        self._guard(lambda _: progress.update(self._task, refresh=True, **changes))
 
     def _guard(self, show: Any) -> None:
         if self._console is None:

@@ -71,7 +71,7 @@ class _ExpertEngine(DeepSpeedEngine):
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         # DeepSpeed casts buffers with the weights; a bias in bf16 could not take a step of a thousandth.
-        wide = {name: buffer for name, buffer in model.named_buffers()}
+        wide = dict(model.named_buffers())
         super()._configure_distributed_model(model)
         for name, buffer in wide.items():
             owner, _, attribute = name.rpartition(".")

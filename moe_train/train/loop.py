@@ -88,6 +88,7 @@ def train(run: Run, first_step: int) -> TrainResult:
                 batches = micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device)
                 result = run.engine.train_step(batches, rate)
                 recorder.add(result)
+            run.console.tick(done)
             if is_shown or is_written or is_saved:
                 _refuse_non_finite(run, done, recorder.measure(done, rate, result, is_shown))
             if is_written:

@@ -27,11 +27,17 @@ class _Clock:
         self._recent: deque[float] = deque(maxlen=_RATE_WINDOW)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """The block is a step."""
+    def running(self) -> Iterator[None]:
+        """The block's time counts."""
         began = time.monotonic()
         yield
         self._seconds += time.monotonic() - began
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is a step."""
+        with self.running():
+            yield
         self._steps += 1
 
     def measure(self) -> float:
@@ -104,10 +110,11 @@ class StepRecorder:
         Collective: All ranks.
         """
         plan = self._plan
-        if self._window is None:
-            measured = reduce_step(result, plan.world_size)
-        else:
-            measured = self._window.reduce(result, plan.rank, plan.world_size)
+        with self._clock.running():  # the device may still be at work on what the host has long asked for
+            if self._window is None:
+                measured = reduce_step(result, plan.world_size)
+            else:
+                measured = self._window.reduce(result, plan.rank, plan.world_size)
         seconds = self._clock.measure()
         if self._writer is not None:
             self._record = self._make_record(done, rate, result, measured, seconds)

@@ -78,6 +78,13 @@ def test_auto_is_one_without_moe_layers():
     assert check_world(make(model={"moe_every": 0}), 8, 8).parallel.expert_parallel_size == 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("experts", False), ("dead_after_steps", 7), ("entropy_alarm", 0.5)])
+def test_telemetry_of_experts_needs_experts(name, value):
+    with pytest.raises(UsageError, match=rf"telemetry\.{name} \({value}\)"):
+        make(model={"moe_every": 0}, telemetry={name: value})
+    assert getattr(make(telemetry={name: value}).telemetry, name) == value
+
+
 def test_expert_parallel_size_must_divide_the_world():
     config = make(parallel={"expert_parallel_size": 4})
     with pytest.raises(UsageError, match=r"world size \(6\).*expert_parallel_size \(4\)"):

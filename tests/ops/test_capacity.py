@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from moe_train.ops.capacity import expert_capacity, within_capacity
 
 
-@given(tokens=st.integers(1, 500), top_k=st.integers(1, 8), more=st.integers(0, 60), factor=st.floats(0.01, 10))
-def test_capacity_formula(tokens, top_k, more, factor):
+@given(tokens=st.integers(1, 500), top_k=st.integers(1, 8), more=st.integers(0, 60), hundredths=st.integers(1, 1000))
+def test_capacity_formula(tokens, top_k, more, hundredths):
+    """ceil(T K / E * factor), in whole numbers."""
     experts = top_k + more
-    capacity = expert_capacity(tokens, top_k, experts, factor)
-    assert capacity == max(1, math.ceil(tokens * top_k / experts * factor))
+    capacity = expert_capacity(tokens, top_k, experts, hundredths / 100)
+    assert capacity == -(-tokens * top_k * hundredths // (experts * 100))
+
+
+def test_capacity_is_not_rounded_up_by_a_rounding_error():
+    assert math.ceil(100 * 0.07) == 8  # what a product of floating numbers gives
+    assert expert_capacity(100, 1, 1, 0.07) == 7
 
 
 def slowly_kept(experts, priority, capacity, num_scopes):

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import select
 
 from moe_train.train.console import RunConsole, StepLine
 
@@ -50,3 +51,23 @@ def test_a_closed_terminal_does_not_end_the_run(capfd) -> None:
             console.say("nobody reads this")
     console.say("nor this")
     assert "standard output is closed" in capfd.readouterr().out
+
+
+def test_the_bar_moves_between_figures_but_not_too_often(monkeypatch) -> None:
+    leader, follower = pty.openpty()
+    console = RunConsole(os.fdopen(follower, "w", buffering=1))
+    now = [100.0]
+    monkeypatch.setattr("moe_train.train.console.time.monotonic", lambda: now[0])
+    with console.progress(0, 10):
+        for step, seconds in ((3, 1.0), (4, 0.1), (6, 0.6)):
+            now[0] += seconds
+            console.tick(step)
+        console.step(LINE, is_due=False)
+        text = ""
+        while select.select([leader], [], [], 1.0)[0]:
+            text += os.read(leader, 65536).decode()
+    for shown in (" 3/10", " 6/10", " 5/10"):
+        assert shown in text
+    assert " 4/10" not in text
+    os.close(leader)
+    RunConsole(io.StringIO()).tick(1)  # without a terminal there is no bar
