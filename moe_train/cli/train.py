@@ -207,7 +207,14 @@ def _open_records(setting: _Setting, first_step: int) -> "tuple[MetricsWriter, E
     config, folder, layers = setting.config, setting.folder, setting.config.model.moe_layer_indices
     save_config(folder, config)
     writer = MetricsWriter(folder.root, first_step, config.telemetry.tensorboard)
-    fields = field_values(config.model_dump(mode="json"))
+    # What is compared between runs; where a run is kept, and what is the default everywhere, is not.
+    fields = [
+        (name, value)
+        for name, value in field_values(config.model_dump(mode="json"))
+        if name.startswith(("model.", "optim.", "parallel.", "train."))
+        and name != "train.run_dir"
+        and value is not None
+    ]
     writer.describe(layers if config.telemetry.experts else (), fields, f"```yaml\n{dump_yaml(config)}```")
     if not (config.telemetry.experts and layers):
         return writer, None

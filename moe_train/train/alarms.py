@@ -61,7 +61,7 @@ class ExpertWatch:
             for expert, count in enumerate(counts):
                 lasting = self._last("dead", layer, expert, count == 0, steps)
                 if self._is_new("dead", layer, expert, lasting >= self._bounds.dead_after_steps):
-                    warnings.append(f"layer {layer}, expert {expert}: no token for {lasting} steps")
+                    warnings.append(f"layer {layer:02d}, expert {expert}: no token for {lasting} steps")
             warnings += self._observe_layer(layer, record, counts, steps)
         return warnings
 
@@ -72,14 +72,14 @@ class ExpertWatch:
         lasting = self._last("violation", layer, 0, violation > self._bounds.max_violation, steps)
         if self._is_new("violation", layer, 0, lasting >= after):
             warnings.append(
-                f"layer {layer}, expert {busiest}: {violation + 1:.2f} times the mean tokens; MaxVio has been over "
+                f"layer {layer:02d}, expert {busiest}: {violation + 1:.2f} times the mean tokens; MaxVio has been over "
                 f"{self._bounds.max_violation:g} for {lasting} steps"
             )
         lasting = self._last("entropy", layer, 0, entropy < self._bounds.entropy, steps)
         if self._is_new("entropy", layer, 0, lasting >= after):
             warnings.append(
-                f"layer {layer}, expert {busiest} above all: the router's entropy is {entropy:.3f} nats a token, and "
-                f"has been under {self._bounds.entropy:.3f} for {lasting} steps"
+                f"layer {layer:02d}, expert {busiest} above all: the router's entropy is {entropy:.3f} nats a token, "
+                f"and has been under {self._bounds.entropy:.3f} for {lasting} steps"
             )
         return warnings
 

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _DEAD, _LOW, _MEAN, _HIGH = (20, 20, 20), (33, 102, 172), (247, 247, 247), (178, 24, 43)
-_TWICE = 2.0  # the share of the mean, and its inverse, where colours end
-_CELL_HEIGHT, _MARGIN, _TEXT = 22, 60, (60, 60, 60)
-_LEGEND = ((0.0, "no token"), (0.5, "half or less"), (1.0, "mean"), (2.0, "twice or more"))
+_END = 4.0  # the share of the mean, and its inverse, where colours end
+_LEGEND = ((0.0, "none"), (0.25, "1/4"), (0.5, "1/2"), (1.0, "mean"), (2.0, "2 x"), (4.0, "4 x or more"))
+_CELL_HEIGHT, _LEFT, _TOP, _TEXT = 22, 52, 20, (50, 50, 50)
+_WIDTH = 350  # pixels that TensorBoard shows without shrinking
 
 
 def load_colors(shares: np.ndarray) -> np.ndarray:
-    """The colour of shares of the mean: on a logarithmic scale from half to twice, and a colour of its own for none.
+    """The colour of shares of the mean: on a logarithmic scale from a quarter to four times, and black for none.
 
     Args:
         shares: [...], tokens of an expert over the mean of its layer.
@@ -25,7 +26,7 @@ def load_colors(shares: np.ndarray) -> np.ndarray:
     Returns:
         uint8 [..., 3].
     """
-    place = np.log(np.clip(shares, 1 / _TWICE, _TWICE)) / math.log(_TWICE)  # -1 .. 1
+    place = np.log(np.clip(shares, 1 / _END, _END)) / math.log(_END)  # -1 .. 1
     amount = np.abs(place)[..., None]
     end = np.where(place[..., None] < 0, np.array(_LOW, dtype=float), np.array(_HIGH, dtype=float))
     colors = np.array(_MEAN) * (1 - amount) + end * amount
@@ -42,22 +43,23 @@ def draw_load(counts_LE: np.ndarray, layers: Sequence[int]) -> Image.Image:
     """
     num_layers, num_experts = counts_LE.shape
     shares_LE = counts_LE / np.maximum(counts_LE.mean(1, keepdims=True), 1e-9)
-    width = max(6, min(40, 640 // num_experts))  # of a cell
+    width = max(5, min(40, (_WIDTH - _LEFT - 6) // num_experts))  # of a cell
     cells = load_colors(shares_LE).repeat(_CELL_HEIGHT, 0).repeat(width, 1)
-    canvas = Image.new("RGB", (max(_MARGIN + num_experts * width + 10, 460), num_layers * _CELL_HEIGHT + 62), "white")
-    canvas.paste(Image.fromarray(cells), (_MARGIN, 20))
+    bottom = _TOP + num_layers * _CELL_HEIGHT
+    canvas = Image.new("RGB", (max(_LEFT + num_experts * width + 6, _WIDTH), bottom + 34), "white")
+    canvas.paste(Image.fromarray(cells), (_LEFT, _TOP))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default()
     for row, layer in enumerate(layers):
-        pen.text((6, 20 + row * _CELL_HEIGHT + 5), f"layer {layer:02d}", _TEXT, font)
-    pen.text((6, 4), "expert", _TEXT, font)
-    for expert in range(0, num_experts, max(1, math.ceil(24 / width))):
-        pen.text((_MARGIN + expert * width + 2, 4), str(expert), _TEXT, font)
-    top, left = num_layers * _CELL_HEIGHT + 34, _MARGIN
+        pen.text((4, _TOP + row * _CELL_HEIGHT + 5), f"layer {layer:02d}", _TEXT, font)
+    pen.text((4, 4), "expert", _TEXT, font)
+    for expert in range(0, num_experts, max(1, math.ceil(18 / width))):
+        pen.text((_LEFT + expert * width + 1, 4), str(expert), _TEXT, font)
+    left = 4
     for share, text in _LEGEND:
         color = tuple(int(value) for value in load_colors(np.array([share]))[0])
-        pen.rectangle((left, top, left + 14, top + 14), fill=color, outline=_TEXT)
-        pen.text((left + 18, top + 2), text, _TEXT, font)
-        left += 100
+        pen.rectangle((left, bottom + 12, left + 12, bottom + 24), fill=color, outline=_TEXT)
+        pen.text((left + 16, bottom + 12), text, _TEXT, font)
+        left += 16 + math.ceil(font.getlength(text)) + 12
     return canvas
 
 

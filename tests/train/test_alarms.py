@@ -32,14 +32,14 @@ def test_a_dead_expert_is_named_once() -> None:
         "moe/dead_experts/layer_01": 0,
         "moe/dead_experts/layer_03": 0,
     }
-    assert watch.observe(IDLE) == ["layer 1, expert 1: no token for 20 steps"]
+    assert watch.observe(IDLE) == ["layer 01, expert 1: no token for 20 steps"]
     assert watch.dead_experts()["moe/dead_experts/layer_01"] == watch.dead_experts()["moe/dead_experts"] == 1
     for _ in range(50):
         assert watch.observe(IDLE) == []
     both = record({1: [5, 0, 10], 3: [15, 0, 0]})
     assert [watch.observe(both), watch.observe(both)] == [
         [],
-        ["layer 3, expert 1: no token for 20 steps", "layer 3, expert 2: no token for 20 steps"],
+        ["layer 03, expert 1: no token for 20 steps", "layer 03, expert 2: no token for 20 steps"],
     ]
     assert watch.dead_experts()["moe/dead_experts"] == 2  # of the worst layer
 
@@ -55,14 +55,14 @@ def test_max_violation_must_last() -> None:
     high, low = record({1: [9, 1, 1]}, violation=1.6), record({1: [5, 5, 5]}, violation=1.4)
     said = [watch.observe(each) for each in (high, high, low, high, high, high, high)]
     assert [len(warnings) for warnings in said] == [0, 0, 0, 0, 0, 1, 0]
-    assert said[5] == ["layer 1, expert 0: 2.60 times the mean tokens; MaxVio has been over 1.5 for 30 steps"]
+    assert said[5] == ["layer 01, expert 0: 2.60 times the mean tokens; MaxVio has been over 1.5 for 30 steps"]
 
 
 def test_collapsed_entropy_names_the_layer_and_its_busiest_expert() -> None:
     watch = ExpertWatch((2,), BOUNDS)
     said = [watch.observe(record({2: [1, 1, 7]}, entropy=0.05, steps=15)) for _ in range(4)]
     assert [len(warnings) for warnings in said] == [0, 1, 0, 0]
-    assert "layer 2, expert 2" in said[1][0] and "0.050 nats" in said[1][0] and "0.100" in said[1][0]
+    assert "layer 02, expert 2" in said[1][0] and "0.050 nats" in said[1][0] and "0.100" in said[1][0]
 
 
 def test_old_records_bring_it_up_to_date() -> None:
@@ -71,7 +71,7 @@ def test_old_records_bring_it_up_to_date() -> None:
     assert resumed.dead_experts()["moe/dead_experts"] == 1
     assert resumed.observe(IDLE) == []  # it was said before the stop
     half = ExpertWatch((1, 3), BOUNDS, [IDLE])
-    assert half.observe(IDLE) == ["layer 1, expert 1: no token for 20 steps"]
+    assert half.observe(IDLE) == ["layer 01, expert 1: no token for 20 steps"]
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,16 @@ from moe_train.train.heatmap import draw_load, encode_png, load_colors
 
 
 def test_colours_of_known_shares() -> None:
-    dead, low, half, mean, high, twice = load_colors(np.array([0.0, 0.1, 0.5, 1.0, 1.5, 9.0]))
+    dead, low, quarter, mean, high, most = load_colors(np.array([0.0, 0.1, 0.25, 1.0, 1.5, 9.0]))
     assert dead.max() < 40  # near black
-    assert (low == half).all() and half[2] > half[0]  # blue, and the scale ends at half
+    assert (low == quarter).all() and quarter[2] > quarter[0]  # blue, and the scale ends at a quarter
     assert mean.min() > 240  # near white
-    assert twice[0] > 150 and twice[2] < 60  # red
-    assert mean[1] > high[1] > twice[1]
-    # As far above as below: the same paleness.
-    above, below = load_colors(np.array([2**0.5, 0.5**0.5]))
-    assert np.abs((247 - above.astype(int)) / (247 - twice) - 0.5).max() < 0.01
-    assert np.abs((247 - below.astype(int)) / (247 - half.astype(int)) - 0.5).max() < 0.01
+    assert most[0] > 150 and most[2] < 60  # red
+    assert mean[1] > high[1] > most[1]
+    # Twice and half are as far from the mean, and half way to the ends.
+    above, below = load_colors(np.array([2.0, 0.5]))
+    assert np.abs((247 - above.astype(int)) / (247 - most) - 0.5).max() < 0.01
+    assert np.abs((247 - below.astype(int)) / (247 - quarter.astype(int)) - 0.5).max() < 0.01
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 8), (3, 64), (2, 256)])

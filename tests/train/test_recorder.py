@@ -159,4 +159,4 @@ def test_a_record_covers_the_steps_since_the_last(recorded: tuple[StepRecorder, 
     # Expert 3 of layer 1 has had no token: dead after four steps.
     assert first["moe/dead_experts"] == 0 and "moe/alarms" not in first
     assert second["moe/dead_experts"] == second["moe/dead_experts/layer_01"] == 1
-    assert second["moe/alarms"] == ["layer 1, expert 3: no token for 6 steps"]
+    assert second["moe/alarms"] == ["layer 01, expert 3: no token for 6 steps"]

@@ -143,7 +143,7 @@ def test_the_custom_scalars_tab_shows_a_line_an_expert_in_one_chart_a_layer(
         _check_lines(chart, len(shares))
         tooltip = _read_tooltip(page, chart, len(shares))
         assert tooltip == {
-            f"experts/layer_{layer:02d}/expert_{expert:03d}": (pytest.approx(share, rel=1e-3), step)  # four digits
+            f"workload/layer_{layer:02d}/expert_{expert:03d}": (pytest.approx(share, rel=1e-3), step)  # four digits
             for expert, share in enumerate(shares)
         }
 
