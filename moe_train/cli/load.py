@@ -1,7 +1,9 @@
 """`moe-train load`: how the experts of a run share the tokens, from its metrics.jsonl, also while it runs."""
 
 import argparse
+import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +23,9 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder (train.run_dir)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps to cover (default: the last 100)")
-    parser.add_argument("--layers", type=int, metavar="N", help="show only the N worst layers")
-    parser.add_argument("--layer", type=int, metavar="NN", help="show every expert of one layer, the busiest first")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--layers", type=int, metavar="N", help="show only the N worst layers")
+    which.add_argument("--layer", type=int, metavar="NN", help="show every expert of one layer, the busiest first")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(list(arguments))
     for name in ("steps", "layers"):
@@ -52,6 +55,8 @@ def _show(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(report.as_dict() | {"layers": [load.as_dict() for load in chosen]}))
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an output that has no block characters
     console = Console(highlight=False)
     if options.layer is not None:
         console.print(layer_table(chosen[0]))

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from moe_train.train.alarms import ExpertWatch
-    from moe_train.train.checkpoint import Manifest
     from moe_train.train.console import RunConsole
     from moe_train.train.loop import Run
+    from moe_train.train.manifest import Manifest
     from moe_train.train.run_folder import RunFolder
     from moe_train.train.telemetry import MetricsWriter
 
@@ -146,11 +146,14 @@ def _train(setting: _Setting, output: TextIO) -> int:
 def _agree(setting: _Setting) -> "Manifest | None":
     """The checkpoint to go on from; everything that each rank found out for itself must be the same on all."""
     from moe_train.train.agreement import together
+    from moe_train.train.records import read_records
     from moe_train.train.resume import check_resumable, field_values, find_checkpoint
 
     config, data = setting.config, setting.data
 
     def find() -> "Manifest | None":
+        if setting.world.rank == 0:
+            read_records(setting.folder.metrics)  # a damaged one is said before the ranks begin
         manifest = find_checkpoint(config, setting.folder)
         if manifest is not None:
             check_resumable(manifest, config, data.tokenizer.fingerprint)

@@ -23,10 +23,18 @@ class Section(BaseModel):
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
 
 
+_WHOLE = ("coef_schedules",)
+
+
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings in one, nested ones merged; where both have a value, the one above counts."""
+    """Both mappings in one, nested ones merged; where both have a value, the one above counts.
+
+    Schedules are one value as a whole: points of one file make no sense among those of another.
+    """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            merge(old, value) if key not in _WHOLE and isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return merged

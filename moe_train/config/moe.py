@@ -1,17 +1,16 @@
 """Settings of the Mixture-of-Experts layers: experts, router, capacity and balance."""
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from moe_train.config.base import Section
 
 BalanceWeight = Literal[
     "importance_cv2_coef", "load_cv2_coef", "switch_aux_coef", "z_loss_coef", "bias_update_rate"
 ]  # the fields that weigh a way to balance, each of which may have a schedule
-BALANCE_WEIGHTS: tuple[BalanceWeight, ...] = get_args(BalanceWeight)
 CapacityFactor = Annotated[float, Field(gt=0.0)]
-SchedulePoints = tuple[tuple[NonNegativeInt, NonNegativeFloat], ...]
+SchedulePoints = tuple[tuple[int, float], ...]  # step, factor
 
 
 class MoEConfig(Section):
@@ -49,13 +48,15 @@ class MoEConfig(Section):
     """As capacity_factor, in evaluation and generation. None: dropless there."""
     capacity_scope: Literal["sequence", "micro_batch"] = "sequence"
     """Tokens that a capacity is counted in: each sequence for itself, which is the same in every layout of ranks; or
-    all of a rank's micro-batch, which is not."""
+    in training all of a rank's micro-batch, which is not."""
     drop_policy: Literal["probability", "position"] = "probability"
     """Which assignments go where an expert is over its capacity: those with the lowest gates, or the last tokens'."""
     importance_cv2_coef: float = Field(0.1, ge=0.0)
-    """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens."""
+    """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens. Where it is not
+    given and switch_aux_coef or bias_update_rate is, 0."""
     load_cv2_coef: float = Field(0.1, ge=0.0)
-    """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. Needs noisy_topk."""
+    """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. Needs noisy_topk: where
+    it is not given, 0 with other routers, and where switch_aux_coef or bias_update_rate is given."""
     balance_scope: Literal["global", "local"] = "global"
     """Tokens that importance and load are summed over before CV^2: one micro-step of all ranks, or of this rank."""
     switch_aux_coef: float = Field(0.0, ge=0.0)
@@ -76,6 +77,31 @@ class MoEConfig(Section):
     def gates_sum_to_one(self) -> bool:
         """renormalize_gates, with the router's own way where it is None."""
         return self.router != "switch" if self.renormalize_gates is None else self.renormalize_gates
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_weights(cls, values: Any) -> Any:
+        """The CV^2 losses balance where nothing else does; only noise gives the load a gradient."""
+        if not isinstance(values, dict):
+            return values
+        others = any(values.get(name) for name in ("switch_aux_coef", "bias_update_rate"))
+        has_noise = values.get("router", "noisy_topk") == "noisy_topk"
+        chosen = {"importance_cv2_coef": 0.0} if others else {}
+        chosen |= {"load_cv2_coef": 0.0} if others or not has_noise else {}
+        return chosen | values
+
+    @field_validator("coef_schedules", mode="before")
+    @classmethod
+    def _check_points(cls, schedules: Any) -> Any:
+        if not isinstance(schedules, dict):
+            raise ValueError(f"coef_schedules ({schedules!r}) must map names of weights to points [step, factor]")
+        for name, points in schedules.items():
+            if not (isinstance(points, list | tuple) and points and all(_is_point(point) for point in points)):
+                raise ValueError(
+                    f"coef_schedules.{name} ({points!r}) must be points [step, factor]: a whole number and a number, "
+                    "neither below 0"
+                )
+        return schedules
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -160,5 +186,12 @@ class MoEConfig(Section):
             if not getattr(self, name):
                 raise ValueError(f"coef_schedules.{name} ({shown}) has no effect: {name} is 0")
             steps = [step for step, _ in points]
-            if not steps or steps != sorted(set(steps)):
+            if steps != sorted(set(steps)):
                 raise ValueError(f"coef_schedules.{name} ({shown}) must be points [step, factor] of increasing steps")
+
+
+def _is_point(value: Any) -> bool:
+    if not (isinstance(value, list | tuple) and len(value) == 2) or any(isinstance(part, bool) for part in value):
+        return False
+    step, factor = value
+    return isinstance(step, int) and isinstance(factor, int | float) and step >= 0 and factor >= 0

@@ -47,6 +47,12 @@ class Config(Section):
                 raise ValueError(
                     f"telemetry.{name} ({getattr(self.telemetry, name)}) has no effect: the model has no MoE layer"
                 )
+        alarm, most = self.telemetry.max_violation_alarm, self.model.moe.num_experts / self.model.moe.top_k - 1
+        if alarm is not None and alarm >= most:
+            raise ValueError(
+                f"telemetry.max_violation_alarm ({alarm}) has no effect: MaxVio is at most "
+                f"num_experts / top_k - 1 ({most:g})"
+            )
         size, experts = self.parallel.expert_parallel_size, self.model.moe.num_experts
         if isinstance(size, int):
             if size > 1 and not self.model.moe_layer_indices:

@@ -119,12 +119,13 @@ class TelemetryConfig(Section):
     """What is written to TensorBoard and metrics.jsonl, and what is warned of."""
 
     every: PositiveInt = 10
-    """Steps between written records. Tokens an expert and what follows from them are over all steps since the last;
-    between records nothing is reduced and no rank waits."""
+    """Steps between written records. Tokens an expert and what follows from them are over all steps since the last; for
+    a step that is neither written, shown nor saved nothing is reduced and nothing waited for."""
     tensorboard: bool = True
     """True: the records are written for TensorBoard too."""
     experts: bool = True
-    """True: the load, balance and traffic of experts are in the records; False: nothing of them is formed."""
+    """True: the load, balance and traffic of experts are in the records; False: no sum is formed for them that no loss
+    needs, none is added up, and nothing is timed."""
     dead_after_steps: PositiveInt = 100
     """Steps without a token after which an expert counts as dead, and is warned of."""
     max_violation_alarm: PositiveFloat | None = None

@@ -2,10 +2,13 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+_MOST_PENDING = 1024  # event pairs kept; older ones that have happened are read, which does not wait
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class TrafficMeter:
         self._uses_events = device.type == "cuda"
         self._is_counting = False
         self._seconds, self._num_bytes = 0.0, 0
-        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -60,6 +63,8 @@ class TrafficMeter:
             yield
             end.record()
             self._pending.append((begin, end))
+            while len(self._pending) > _MOST_PENDING and self._pending[0][1].query():
+                self._take_oldest()
             return
         started = time.perf_counter()
         yield
@@ -67,11 +72,14 @@ class TrafficMeter:
 
     def read(self) -> Traffic:
         """What was counted since the last reset. Host synchronisation on CUDA: the events have to have happened."""
-        for begin, end in self._pending:
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1e3  # milliseconds
-        self._pending.clear()
+        while self._pending:
+            self._pending[0][1].synchronize()
+            self._take_oldest()
         return Traffic(self._seconds, self._num_bytes)
+
+    def _take_oldest(self) -> None:
+        begin, end = self._pending.popleft()
+        self._seconds += begin.elapsed_time(end) / 1e3  # milliseconds
 
     def reset(self) -> None:
         """Begin at zero again."""

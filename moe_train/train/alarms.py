@@ -9,6 +9,8 @@ from moe_train.config.moe import MoEConfig
 from moe_train.config.run import TelemetryConfig
 from moe_train.train.records import Record, by_layer, expert_counts, layer_name
 
+_MOST_NAMED = 8  # experts of a layer in one warning
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -49,6 +51,7 @@ class ExpertWatch:
         """
         self._layers, self._bounds = tuple(layers), bounds
         self._lasting: dict[tuple[str, int, int], int] = {}  # steps that a (kind, layer, expert) has been so for
+        self._over: dict[tuple[str, int, int], int] = {}  # steps that what was said has not been so for
         self._said: set[tuple[str, int, int]] = set()
         for record in records:
             if "moe/steps" in record:
@@ -58,58 +61,69 @@ class ExpertWatch:
         """Take in a record; returns what has just become worth a warning."""
         steps, warnings = record["moe/steps"], []
         for layer, counts in expert_counts(record).items():
-            for expert, count in enumerate(counts):
-                lasting = self._last("dead", layer, expert, count == 0, steps)
-                if self._is_new("dead", layer, expert, lasting >= self._bounds.dead_after_steps):
-                    warnings.append(f"layer {layer:02d}, expert {expert}: no token for {lasting} steps")
+            dead = {
+                expert: self._lasting[place]
+                for expert, count in enumerate(counts)
+                if self._begins(place := ("dead", layer, expert), count == 0, steps, self._bounds.dead_after_steps)
+            }
+            if dead:
+                warnings.append(f"layer {layer:02d}, {_name(list(dead))}: no token for {min(dead.values())} steps")
             warnings += self._observe_layer(layer, record, counts, steps)
         return warnings
 
     def _observe_layer(self, layer: int, record: Record, counts: list[int], steps: int) -> list[str]:
+        # A figure that was not finite is None in an old record: it says nothing.
         violation, entropy = (record[layer_name(f"moe/{name}", layer)] for name in ("max_violation", "router_entropy"))
-        busiest, after = max(range(len(counts)), key=counts.__getitem__), self._bounds.after_steps
+        busiest, bounds = max(range(len(counts)), key=counts.__getitem__), self._bounds
         warnings = []
-        lasting = self._last("violation", layer, 0, violation > self._bounds.max_violation, steps)
-        if self._is_new("violation", layer, 0, lasting >= after):
+        is_high = violation is not None and violation > bounds.max_violation
+        if self._begins(place := ("violation", layer, 0), is_high, steps, bounds.after_steps):
             warnings.append(
                 f"layer {layer:02d}, expert {busiest}: {violation + 1:.2f} times the mean tokens; MaxVio has been over "
-                f"{self._bounds.max_violation:g} for {lasting} steps"
+                f"{bounds.max_violation:g} for {self._lasting[place]} steps"
             )
-        lasting = self._last("entropy", layer, 0, entropy < self._bounds.entropy, steps)
-        if self._is_new("entropy", layer, 0, lasting >= after):
+        is_low = entropy is not None and entropy < bounds.entropy
+        if self._begins(place := ("entropy", layer, 0), is_low, steps, bounds.after_steps):
             warnings.append(
                 f"layer {layer:02d}, expert {busiest} above all: the router's entropy is {entropy:.3f} nats a token, "
-                f"and has been under {self._bounds.entropy:.3f} for {lasting} steps"
+                f"and has been under {bounds.entropy:.3f} for {self._lasting[place]} steps"
             )
         return warnings
 
     def dead_experts(self) -> Record:
         """moe/dead_experts: experts without a token for long enough, in the worst layer and by layer."""
-        numbers = [
-            sum(
-                kind == "dead" and here == layer and lasting >= self._bounds.dead_after_steps
-                for (kind, here, _), lasting in self._lasting.items()
-            )
-            for layer in self._layers
-        ]
-        return {"moe/dead_experts": max(numbers), **by_layer("moe/dead_experts", numbers, self._layers)}
+        numbers = dict.fromkeys(self._layers, 0)
+        for (kind, layer, _), lasting in self._lasting.items():
+            if kind == "dead" and lasting >= self._bounds.dead_after_steps:
+                numbers[layer] += 1
+        worst = max(numbers.values())
+        return {"moe/dead_experts": worst, **by_layer("moe/dead_experts", list(numbers.values()), self._layers)}
 
-    def _last(self, kind: str, layer: int, expert: int, is_so: bool, steps: int) -> int:
-        """Steps that it has been so for, those of this record included."""
-        place = (kind, layer, expert)
-        if is_so:
-            self._lasting[place] = self._lasting.get(place, 0) + steps
-        else:
-            self._lasting.pop(place, None)
-        return self._lasting.get(place, 0)
+    def _begins(self, place: tuple[str, int, int], is_so: bool, steps: int, due: int) -> bool:
+        """Whether it has now been so for long enough, and was not said yet.
 
-    def _is_new(self, kind: str, layer: int, expert: int, is_due: bool) -> bool:
-        place = (kind, layer, expert)
-        if not is_due:
-            # What is over may be said again.
+        What was said may be said again once it has not been so for as long.
+        """
+        mine, other = (self._lasting, self._over) if is_so else (self._over, self._lasting)
+        other.pop(place, None)
+        if not is_so and place not in self._said:
+            return False
+        mine[place] = mine.get(place, 0) + steps
+        if mine[place] < due:
+            return False
+        if not is_so:
             self._said.discard(place)
+            del self._over[place]
             return False
-        if place in self._said:
-            return False
+        is_new = place not in self._said
         self._said.add(place)
-        return True
+        return is_new
+
+
+def _name(experts: list[int]) -> str:
+    """Some experts, by their numbers."""
+    if len(experts) == 1:
+        return f"expert {experts[0]}"
+    shown = ", ".join(str(expert) for expert in experts[:_MOST_NAMED])
+    more = f" and {len(experts) - _MOST_NAMED} more" if len(experts) > _MOST_NAMED else ""
+    return f"experts {shown}{more}"

@@ -12,7 +12,6 @@ import re
 import shutil
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,52 +24,10 @@ from moe_train.config.errors import UsageError
 from moe_train.parallel.collectives import gather_objects
 from moe_train.train.agreement import together
 from moe_train.train.engine import STATE_KINDS, Fragment, TrainEngine
+from moe_train.train.manifest import FORMAT_VERSION, Manifest
 
-FORMAT_VERSION = 2
-_READABLE_VERSIONS = (1, 2)  # 1 had no buffers
 _FOLDER = re.compile(r"step_(\d{8})")
-_FILE = re.compile(r"rank_\d{5}\.safetensors")
 _HASH_BLOCK = 1 << 24  # bytes
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A range of a logical tensor in a file: [start, start + numel)."""
-
-    start: int
-    numel: int
-    file: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        folder: Where it is.
-        step: Optimizer steps done.
-        consumed_sequences: Sequences trained on.
-        optimizer_step: Updates Adam has made.
-        loss_scale: fp16's loss scale; 1 otherwise.
-        tokenizer: Fingerprint of the tokenizer.
-        shapes: Global shape of every logical tensor.
-        pieces: Its ranges, in order.
-        digests: blake2b of every file.
-        buffers: Values of every buffer, such as the routers' biases.
-        config: The run's resolved configuration.
-    """
-
-    folder: Path
-    step: int
-    consumed_sequences: int
-    optimizer_step: int
-    loss_scale: float
-    tokenizer: str
-    shapes: dict[str, tuple[int, ...]]
-    pieces: dict[str, list[Piece]]
-    digests: dict[str, str]
-    buffers: dict[str, list[float]]
-    config: dict[str, Any]
 
 
 def save_checkpoint(
@@ -151,46 +108,6 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(folder for folder in found if (folder / "manifest.json").is_file())
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest.
-
-    Raises:
-        UsageError: If it is missing, damaged, of another version, or names a file outside its folder.
-    """
-    path = folder / "manifest.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["format_version"] not in _READABLE_VERSIONS:
-            raise UsageError(f"{path}: format version {raw['format_version']}; this program reads {FORMAT_VERSION}")
-        shapes = {str(name): tuple(int(size) for size in shape) for name, shape in raw["tensors"].items()}
-        pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
-        for file, entry in raw["files"].items():
-            if not _FILE.fullmatch(file):
-                raise UsageError(f"{path}: {file!r} is not the name of a checkpoint file")
-            for name, (start, numel) in entry["ranges"].items():
-                pieces[name].append(Piece(int(start), int(numel), file))
-        for name, found in pieces.items():
-            found.sort(key=lambda piece: piece.start)
-            _check_cover(path, name, torch.Size(shapes[name]).numel(), found)
-        return Manifest(
-            folder,
-            int(raw["step"]),
-            int(raw["consumed_sequences"]),
-            int(raw["optimizer_step"]),
-            float(raw["loss_scale"]),
-            str(raw["tokenizer"]),
-            shapes,
-            pieces,
-            {file: str(entry["blake2b"]) for file, entry in raw["files"].items()},
-            {str(name): [float(value) for value in values] for name, values in raw.get("buffers", {}).items()},
-            raw["config"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path}: not a manifest of a checkpoint: {type(error).__name__}: {error}") from error
-
-
 def load_checkpoint(engine: TrainEngine, manifest: Manifest, rank: int, world_size: int) -> None:
     """Replace the engine's state by a checkpoint's, whatever layout wrote it. Each rank reads the ranges it owns.
 
@@ -210,16 +127,11 @@ def load_checkpoint(engine: TrainEngine, manifest: Manifest, rank: int, world_si
     files = sorted(manifest.digests)
     together(lambda: _verify(manifest, files[rank::world_size]))
     buffers = engine.buffers()
-    for name, values in manifest.buffers.items():
-        # One that the model has no more is of a rule that is no longer set, which resuming tells as a changed field.
-        if name in buffers and buffers[name].numel() != len(values):
-            raise UsageError(
-                f"{manifest.folder}: buffer {name} has {len(values)} values, the model's {buffers[name].numel()}"
-            )
+    _check_same_buffers(manifest, {name: buffer.numel() for name, buffer in buffers.items()})
     with _Reader(manifest) as reader:
         engine.load_state(reader.read, manifest.optimizer_step, manifest.loss_scale)
-    for name in buffers.keys() & manifest.buffers.keys():
-        buffers[name].copy_(torch.tensor(manifest.buffers[name], dtype=torch.float64))
+    for name, values in manifest.buffers.items():
+        buffers[name].copy_(torch.tensor(values, dtype=torch.float64))
 
 
 class _Reader:
@@ -271,16 +183,6 @@ def _write_ranges(engine: TrainEngine, path: Path) -> dict[str, Any]:
     return {"file": path.name, "digest": _digest(path) if ranges else "", "ranges": ranges, "shapes": shapes}
 
 
-def _check_cover(path: Path, name: str, numel: int, pieces: list[Piece]) -> None:
-    end = 0
-    for piece in pieces:
-        if piece.start != end or piece.numel < 1:
-            raise UsageError(f"{path}: tensor {name}: element {end} to {piece.start} is missing or there twice")
-        end += piece.numel
-    if end != numel:
-        raise UsageError(f"{path}: tensor {name} has {end} of {numel} elements")
-
-
 def _check_same_model(manifest: Manifest, ours: dict[str, tuple[int, ...]]) -> None:
     for name in sorted(ours.keys() | manifest.shapes.keys()):
         here, there = ours.get(name), manifest.shapes.get(name)
@@ -289,6 +191,19 @@ def _check_same_model(manifest: Manifest, ours: dict[str, tuple[int, ...]]) -> N
                 f"{manifest.folder} is of another model: tensor {name} is {list(there) if there else 'absent'} in the "
                 f"checkpoint and {list(here) if here else 'absent'} in model; train.run_dir must be of the same model"
             )
+
+
+def _check_same_buffers(manifest: Manifest, ours: dict[str, int]) -> None:
+    """None at all is what a checkpoint without a bias has: one that is wanted now begins at zero."""
+    theirs = {name: len(values) for name, values in manifest.buffers.items()}
+    for name in sorted(theirs.keys() | (ours.keys() if theirs else set())):
+        if name not in ours:
+            raise UsageError(
+                f"{manifest.folder} has {name}, which the model has no place for: keep model.moe.bias_update_rate "
+                'above 0; a bias is held still by model.moe.coef_schedules={"bias_update_rate": [[0, 0]]}'
+            )
+        if ours[name] != theirs.get(name):
+            raise UsageError(f"{manifest.folder}: {name} has {theirs.get(name, 0)} values, the model's {ours[name]}")
 
 
 def _verify(manifest: Manifest, files: Sequence[str]) -> None:

@@ -159,17 +159,17 @@ class TrainEngine:
             group["lr"] = learning_rate
         self._engine.train()
         total: list[Tensor] = []
-        num_micro_batches, skipped_before = 0, self._engine.skipped_steps
+        num_micro_batches, step, skipped_before = 0, 0, self._engine.skipped_steps
         for tokens, targets_BS in micro_batches:
             outputs = self._engine(tokens, targets_BS)
             self._engine.backward(outputs[0])
             self._engine.step()
             parts = [output.detach() for output in outputs]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
-            num_micro_batches += 1
+            num_micro_batches, step = num_micro_batches + 1, tokens.step
         sums, skipped = RoutingSums(*total[2:]) if len(total) > 2 else None, self._engine.skipped_steps > skipped_before
         if sums is not None and not skipped:
-            self._objective.after_step(sums.counts, tokens.step)
+            self._objective.after_step(sums.counts, step)
         return StepResult(
             loss=total[0].float() / num_micro_batches,
             cross_entropy=total[1].float() / num_micro_batches,

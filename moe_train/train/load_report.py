@@ -1,5 +1,6 @@
 """How the experts shared the tokens of a run's last records: for `moe-train load` and the closing summary."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from moe_train.config.errors import UsageError
 from moe_train.train.records import EXPERT_FIGURES, Record, expert_counts, layer_name
 
 LAST_STEPS = 100  # steps that a report covers, if not told otherwise
+_MOST_LISTED = 8  # dead experts of a layer
 _BARS = "▁▂▃▄▅▆▇█"
 _FULL_BAR = 2.0  # the share of the mean that a full bar is
 _WIDE_BAR = 40  # characters of a full horizontal bar
@@ -75,7 +78,20 @@ class LoadReport:
 
 
 def expert_load(records: Sequence[Record], num_steps: int = LAST_STEPS) -> LoadReport | None:
-    """The load over the last records that cover num_steps steps, or None where no record tells of experts."""
+    """The load over the last records that cover num_steps steps, or None where no record tells of experts.
+
+    Raises:
+        UsageError: If the records are not those of one run.
+    """
+    try:
+        return _load_of(records, num_steps)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(
+            f"the records do not tell of experts as one run does: {type(error).__name__} {error}"
+        ) from error
+
+
+def _load_of(records: Sequence[Record], num_steps: int) -> LoadReport | None:
     last: list[Record] = []
     for record in reversed([record for record in records if "moe/steps" in record]):
         if sum(taken["moe/steps"] for taken in last) >= num_steps:
@@ -84,10 +100,10 @@ def expert_load(records: Sequence[Record], num_steps: int = LAST_STEPS) -> LoadR
     if not last:
         return None
     covered = sum(record["moe/steps"] for record in last)
-    layers = [_layer_load(layer, last, covered) for layer in expert_counts(last[-1])]
+    layers = [_layer_load(layer, last) for layer in expert_counts(last[-1])]
     return LoadReport(
         layers=sorted(layers, key=lambda load: -load.max_violation),
-        max_violation=sum(record["moe/max_violation"] for record in last) / len(last),
+        max_violation=sum(record["moe/max_violation"] or 0.0 for record in last) / len(last),
         num_steps=covered,
         num_records=len(last),
         last_step=last[-1]["step"],
@@ -95,14 +111,17 @@ def expert_load(records: Sequence[Record], num_steps: int = LAST_STEPS) -> LoadR
     )
 
 
-def _layer_load(layer: int, records: Sequence[Record], covered: int) -> LayerLoad:
+def _layer_load(layer: int, records: Sequence[Record]) -> LayerLoad:
     counts = [sum(column) for column in zip(*(expert_counts(record)[layer] for record in records), strict=True)]
     figures = {}
     for name in EXPERT_FIGURES:
-        values = [record[layer_name(name, layer)] * record["moe/steps"] for record in records]
-        figures[name.removeprefix("moe/")] = sum(values) / covered
+        # A figure that was not finite is None.
+        known = [(record[layer_name(name, layer)], record["moe/steps"]) for record in records]
+        known = [(value, steps) for value, steps in known if value is not None]
+        total = sum(value * steps for value, steps in known)
+        figures[name.removeprefix("moe/")] = total / sum(steps for _, steps in known) if known else math.nan
     del figures["max_violation"]  # of it both forms are told, by their names
-    violations = [record[layer_name("moe/max_violation", layer)] for record in records]
+    violations = [record[layer_name("moe/max_violation", layer)] or 0.0 for record in records]
     mean = sum(counts) / len(counts)
     return LayerLoad(
         layer=layer,
@@ -134,7 +153,8 @@ def load_table(report: LoadReport, num_layers: int | None = None) -> Table:
             f"{load.figures['rank_overload']:.2f}",
             Text.assemble(*((_bar(share), _style(share)) for share in load.shares)),
         )
-    dead = [f"layer {load.layer}: {', '.join(map(str, load.dead))}" for load in report.layers if load.dead]
+    shown = report.layers[:num_layers]
+    dead = [f"{len(load.dead)} in layer {load.layer:02d} ({_listed(load.dead)})" for load in shown if load.dead]
     table.caption = f"dead experts: {'; '.join(dead)}" if dead else "no dead expert"
     table.caption_justify = "left"
     return table
@@ -155,6 +175,10 @@ def layer_table(load: LayerLoad) -> Table:
         length = round(min(share / _FULL_BAR, 1.0) * _WIDE_BAR)
         table.add_row(str(expert), f"{load.counts[expert]:,}", f"{share:.2f}", Text("█" * length, _style(share)))
     return table
+
+
+def _listed(experts: Sequence[int]) -> str:
+    return ", ".join(map(str, experts[:_MOST_LISTED])) + (", ..." if len(experts) > _MOST_LISTED else "")
 
 
 def _bar(share: float) -> str:

@@ -91,8 +91,8 @@ class StepRecorder:
             yield
 
     def add(self, result: StepResult) -> None:
-        """Take in what a step gave. No synchronisation."""
-        if self._window is not None:
+        """Take in what a step gave. No synchronisation. A step that fp16 skipped has sums that are not finite."""
+        if self._window is not None and not result.skipped:
             self._window.add(result)
 
     def measure(self, done: int, rate: float, result: StepResult, is_shown: bool) -> GlobalStep:
@@ -133,8 +133,8 @@ class StepRecorder:
         self._clock.reset()
         if self._window is not None:
             self._window.reset()
-        if self._watch is None:
-            return self._record
+        if self._watch is None or "moe/steps" not in self._record:
+            return dict(self._record)
         warnings = self._watch.observe(self._record)
         for warning in warnings:
             self._console.say(f"step {done:6d}  warning: {warning}")

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_train.config.errors import UsageError
+
 Record = dict[str, Any]
 
 # How experts share the work: each is in a record as the worst layer's value and, with /layer_NN, every layer's.
@@ -36,13 +38,23 @@ def expert_counts(record: Record) -> dict[int, list[int]]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """The records of a metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises:
+        UsageError: If another line is not a record.
+    """
+    records: list[Record] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            if not (isinstance(record, dict) and isinstance(record["step"], int)):
+                raise ValueError("no step")
+        except (ValueError, KeyError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise UsageError(f"{path}: line {number} is not a record ({error}): repair or remove it") from error
+        records.append(record)
     return records
 
 

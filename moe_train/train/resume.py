@@ -6,7 +6,8 @@ from typing import Any
 
 from moe_train.config.errors import UsageError
 from moe_train.config.root import Config
-from moe_train.train.checkpoint import Manifest, list_checkpoints, read_manifest
+from moe_train.train.checkpoint import list_checkpoints
+from moe_train.train.manifest import Manifest, read_manifest
 from moe_train.train.run_folder import RunFolder
 
 # What may differ from the checkpoint's configuration without being worth a word.

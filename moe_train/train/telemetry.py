@@ -42,7 +42,7 @@ class MetricsWriter:
 
         Args:
             layers: Index of each MoE layer in the model.
-            fields: Every field of the configuration by its dotted name.
+            fields: Hyper-parameters by their dotted names.
             config_text: The configuration, as Markdown.
         """
         if self._board is None:

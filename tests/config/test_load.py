@@ -306,3 +306,26 @@ def test_configurations_of_the_repository_load(path, file):
 
 def test_the_repository_has_configurations():
     assert (ROOT / "configs" / "quickstart.yaml").exists()
+
+
+def test_schedules_of_the_command_line_replace_those_of_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "train: {run_dir: r}\n"
+        "model: {moe: {bias_update_rate: 0.1, coef_schedules: {bias_update_rate: [[0, 1], [9, 0]]}}}\n"
+    )
+    options = [f"--config={path}", "--model.moe.bias_update_rate=0"]
+    with pytest.raises(UsageError, match=r"coef_schedules.bias_update_rate \(\[\[0, 1.0\], \[9, 0.0\]\]\)"):
+        load_config(options, program="x")
+    assert load_config([*options, "--model.moe.coef_schedules={}"], program="x").model.moe.coef_schedules == {}
+    other = ['--model.moe.coef_schedules={"z_loss_coef": [[5, 2]]}', "--model.moe.z_loss_coef=1", options[0]]
+    assert load_config(other, program="x").model.moe.coef_schedules == {"z_loss_coef": ((5, 2.0),)}
+
+
+@pytest.mark.parametrize(
+    "given", ["x", "3", '{"load_cv2_coef": 3}', '{"load_cv2_coef": [[0]]}', '{"nobody": [[0, 1]]}']
+)
+def test_wrong_schedules_are_said_in_one_line(given):
+    with pytest.raises(UsageError) as error:
+        load_config(["--train.run_dir=r", f"--model.moe.coef_schedules={given}"], program="x")
+    assert "coef_schedules" in str(error.value) and "\n" not in str(error.value)

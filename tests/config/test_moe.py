@@ -13,7 +13,11 @@ SIGMOID = {"router": "sigmoid_topk", "load_cv2_coef": 0}
     [
         pytest.param({"top_k": 9}, ["top_k (9)", "num_experts (8)"], id="top_k above num_experts"),
         pytest.param({"top_k": 1}, ["top_k (1)", "renormalize_gates (True)", "learns nothing"], id="top-1 gate of 1"),
-        pytest.param({"router": "softmax_topk"}, ["load_cv2_coef (0.1)", "softmax_topk"], id="load without noise"),
+        pytest.param(
+            {"router": "softmax_topk", "load_cv2_coef": 0.1},
+            ["load_cv2_coef (0.1)", "softmax_topk"],
+            id="load without noise",
+        ),
         pytest.param({"top_k": 8}, ["load_cv2_coef (0.1)", "top_k (8)", "num_experts (8)"], id="load with K = E"),
         pytest.param({"noise_epsilon": 0.0}, ["noise_epsilon", "0.0"], id="no least noise"),
         pytest.param(
@@ -81,8 +85,27 @@ SIGMOID = {"router": "sigmoid_topk", "load_cv2_coef": 0}
             ["[[9, 1.0], [3, 0.0]]", "increasing"],
             id="steps go back",
         ),
-        pytest.param({"coef_schedules": {"load_cv2_coef": []}}, ["load_cv2_coef ([])"], id="schedule without points"),
-        pytest.param({"coef_schedules": {"load_cv2_coef": [[0, -1]]}}, ["load_cv2_coef", "-1"], id="negative factor"),
+        *(
+            pytest.param(
+                {"coef_schedules": {"load_cv2_coef": points}},
+                [f"load_cv2_coef ({points!r})", "[step, factor]"],
+                id=f"{points}",
+            )
+            for points in (
+                [],
+                [[0, -1]],
+                [[-1, 1]],
+                [[0]],
+                [[0, 1, 2]],
+                3,
+                "x",
+                [[True, 1]],
+                [["3", 1]],
+                [[0.5, 1]],
+                [0, 1],
+            )
+        ),
+        pytest.param({"coef_schedules": [[0, 1]]}, ["coef_schedules ([[0, 1]])", "names"], id="schedule of nothing"),
         pytest.param(
             {"coef_schedules": {"learning_rate": [[0, 1]]}}, ["learning_rate"], id="schedule of something else"
         ),
@@ -128,3 +151,20 @@ def test_moe_settings_that_are_right(values):
 )
 def test_gates_sum_to_one_unless_it_is_switch_or_not_wanted(values, expected):
     assert MoEConfig(**values).gates_sum_to_one is expected
+
+
+@pytest.mark.parametrize(
+    ("values", "importance", "load"),
+    [
+        ({}, 0.1, 0.1),
+        ({"router": "softmax_topk"}, 0.1, 0),
+        ({"router": "sigmoid_topk", "bias_update_rate": 1e-3}, 0, 0),
+        ({"switch_aux_coef": 0.01}, 0, 0),
+        ({"switch_aux_coef": 0.01, "load_cv2_coef": 0.2}, 0, 0.2),
+        ({"bias_update_rate": 0.0, "z_loss_coef": 1e-3}, 0.1, 0.1),
+    ],
+)
+def test_cv_squared_balances_where_nothing_else_does(values, importance, load):
+    moe = MoEConfig(**values)
+    assert (moe.importance_cv2_coef, moe.load_cv2_coef) == (importance, load)
+    assert MoEConfig(**moe.model_dump()) == moe  # the resolved configuration says the same

@@ -85,6 +85,12 @@ def test_telemetry_of_experts_needs_experts(name, value):
     assert getattr(make(telemetry={name: value}).telemetry, name) == value
 
 
+def test_an_alarm_that_cannot_sound_is_refused():
+    with pytest.raises(UsageError, match=r"max_violation_alarm \(3.0\).*at most.*\(3\)"):
+        make(telemetry={"max_violation_alarm": 3.0})
+    make(telemetry={"max_violation_alarm": 2.9})
+
+
 def test_expert_parallel_size_must_divide_the_world():
     config = make(parallel={"expert_parallel_size": 4})
     with pytest.raises(UsageError, match=r"world size \(6\).*expert_parallel_size \(4\)"):

@@ -80,10 +80,29 @@ def test_options_of_the_configuration_reach_their_places():
     assert (router.num_groups, router.top_k_groups, router.scaling_factor) == (4, 2, 2.5)
     assert isinstance(router.options.jitter, InputJitter) and router.options.jitter.size == 0.1
     assert len({each.options.jitter.layer_key for each in model.routers}) == 2
-    assert router.selection_bias.shape == (8,) and not router.options.measures
+    assert router.selection_bias.shape == (8,) and router.options.optional_sums == set()
     assert layer.capacity == CapacityLimit(1.5, 2.0, per_sequence=False, policy="position")
     assert layer.shared.gate_up.weight.shape == (2 * 3 * 5, 16) and layer.shared.down.weight.shape == (16, 15)
     assert [type(each) for each in model.routers] == [SigmoidTopKRouter] * 2
+
+
+@pytest.mark.parametrize(
+    ("moe", "measures", "sums"),
+    [
+        ({}, True, {"entropy", "squared_logsumexp"}),
+        ({"switch_aux_coef": 0.1}, False, {"probability"}),
+        (
+            {"switch_aux_coef": 0.1, "switch_scope": "micro_batch"},
+            True,
+            {"probability", "entropy", "squared_logsumexp"},
+        ),
+        ({"switch_aux_coef": 0.1, "switch_scope": "sequence"}, False, {"sequence_balance"}),
+        ({"z_loss_coef": 0.1}, False, {"squared_logsumexp"}),
+    ],
+)
+def test_only_sums_that_are_asked_for_are_formed(moe, measures, sums):
+    model = build_model(small_config(moe={"num_experts": 4, **moe}), VOCAB, measures=measures)
+    assert {router.options.optional_sums for router in model.routers} == {frozenset(sums)}
 
 
 def test_switch_is_one_expert_with_its_plain_probability():

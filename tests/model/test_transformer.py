@@ -206,3 +206,15 @@ def test_every_layout_equals_one_process(world_size, ep_size, recompute, request
                 first = result[4][name]
                 averaged[first : first + 4 // ep_size] += result[3][name] / world_size
         torch.testing.assert_close(averaged, grad, **close, msg=name)
+
+
+def test_weights_follow_their_schedules_by_the_step_of_the_tokens():
+    model = small_model(small_config(moe_every=1))
+    ids = random_ids(BATCH, LENGTH)
+    term, points = ImportanceCV2(0.3), ((2, 1.0), (6, 3.0))
+    objective = TrainingObjective(model, (Scheduled(term, points), Scheduled(LoadCV2(0.2))), None)
+    for step, factor in ((0, 1.0), (2, 1.0), (3, 1.5), (5, 2.5), (9, 3.0)):
+        losses = objective(tokens_of(ids, step=step), ids)
+        expected = losses.cross_entropy + factor * term.loss(losses.sums, None) + LoadCV2(0.2).loss(losses.sums, None)
+        assert term.loss(losses.sums, None) > 0.01
+        torch.testing.assert_close(losses.total, expected, rtol=1e-12, atol=0)  # fp64

@@ -74,3 +74,46 @@ def test_one_process_sends_nothing() -> None:
         all_to_all_counts(torch.ones(1, 4, dtype=torch.int64), None, meter)
         all_to_all_rows(torch.ones(5, WIDTH), [5], [5], None, meter)
     assert meter.read() == Traffic(0.0, 0)
+
+
+class FakeEvent:
+    """A CUDA event as far as the meter uses one: the clock moves by one millisecond a record."""
+
+    now = 0.0
+    waited = 0
+    has_happened = True
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0.0
+
+    def record(self) -> None:
+        FakeEvent.now += 1.0
+        self.at = FakeEvent.now
+
+    def query(self) -> bool:
+        return FakeEvent.has_happened
+
+    def synchronize(self) -> None:
+        FakeEvent.waited += 1
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at  # milliseconds
+
+
+@pytest.mark.parametrize("has_happened", [True, False])
+def test_on_cuda_events_are_read_later_and_do_not_pile_up(monkeypatch, has_happened) -> None:
+    """The real events need a GPU; what is tested is what the meter does with them."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "waited", 0)
+    monkeypatch.setattr(FakeEvent, "has_happened", has_happened)
+    meter = TrafficMeter(torch.device("cuda"))
+    with meter.counting():
+        for _ in range(3000):
+            with meter.measure(10):
+                pass
+    assert FakeEvent.waited == 0
+    assert len(meter._pending) == (1024 if has_happened else 3000)
+    found = meter.read()
+    assert found.num_bytes == 30_000 and found.seconds == pytest.approx(3.0)  # 3,000 times a millisecond
+    assert FakeEvent.waited == (1024 if has_happened else 3000)

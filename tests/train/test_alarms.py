@@ -39,15 +39,36 @@ def test_a_dead_expert_is_named_once() -> None:
     both = record({1: [5, 0, 10], 3: [15, 0, 0]})
     assert [watch.observe(both), watch.observe(both)] == [
         [],
-        ["layer 03, expert 1: no token for 20 steps", "layer 03, expert 2: no token for 20 steps"],
+        ["layer 03, experts 1, 2: no token for 20 steps"],
     ]
     assert watch.dead_experts()["moe/dead_experts"] == 2  # of the worst layer
 
 
 def test_one_that_came_back_may_be_warned_of_again() -> None:
     watch = ExpertWatch((1, 3), BOUNDS)
-    said = [watch.observe(each) for each in (IDLE, IDLE, FINE, IDLE, IDLE)]
-    assert [bool(warnings) for warnings in said] == [False, True, False, False, True]
+    said = [watch.observe(each) for each in (IDLE, IDLE, FINE, FINE, IDLE, IDLE, IDLE)]
+    assert [bool(warnings) for warnings in said] == [False, True, False, False, False, True, False]
+
+
+def test_one_that_comes_and_goes_is_said_once() -> None:
+    watch = ExpertWatch((1, 3), BOUNDS)
+    said = [watch.observe(each) for each in (IDLE, IDLE, FINE) * 20]
+    assert [bool(warnings) for warnings in said] == [False, True] + [False] * 58
+
+
+def test_many_dead_experts_of_a_layer_are_one_warning() -> None:
+    watch = ExpertWatch((1,), BOUNDS)
+    collapsed = record({1: [99] + [0] * 255})
+    assert watch.observe(collapsed) == []
+    (warning,) = watch.observe(collapsed)
+    assert warning == "layer 01, experts 1, 2, 3, 4, 5, 6, 7, 8 and 247 more: no token for 20 steps"
+    assert watch.dead_experts()["moe/dead_experts/layer_01"] == 255
+
+
+def test_a_figure_that_was_not_finite_says_nothing() -> None:
+    watch = ExpertWatch((1,), BOUNDS)
+    unknown = record({1: [9, 1, 1]}) | {"moe/max_violation/layer_01": None, "moe/router_entropy/layer_01": None}
+    assert [watch.observe(unknown) for _ in range(9)] == [[]] * 9
 
 
 def test_max_violation_must_last() -> None:

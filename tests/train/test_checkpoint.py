@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 
 from moe_train.config import UsageError
-from moe_train.train.checkpoint import (
-    list_checkpoints,
-    prune_checkpoints,
-    read_manifest,
-)
+from moe_train.train.checkpoint import list_checkpoints, prune_checkpoints
+from moe_train.train.manifest import read_manifest
 from moe_train.train.parity import LAYOUTS, OPTIONS
 from tests.ranks import RankPool
 from tests.train.conftest import ParityRuns
@@ -104,6 +101,14 @@ def test_never_does_not_write_over_a_run(copied: Path) -> None:
             "missing",
         ),
         (lambda m: m.pop("files"), "KeyError"),
+        (lambda m: m.pop("buffers"), "KeyError"),
+        *(
+            (lambda m, value=value: m.update(buffers={"b": value}), "buffer b is not a list of finite numbers")
+            for value in ([float("nan")], [float("inf")], ["1"], [True], [[1.0]], "123", {"0": 1.0}, None)
+        ),
+        (lambda m: m.update(buffers={"b": [10**400]}), "OverflowError"),
+        (lambda m: m.update(loss_scale=10**400), "OverflowError"),
+        (lambda m: m.update(step=float("inf")), "OverflowError"),
         (lambda m: m.update(tensors=[1, 2]), "AttributeError"),
         (lambda m: m["files"]["rank_00000.safetensors"].update(ranges={"nobody": [0, 1]}), "nobody"),
     ],

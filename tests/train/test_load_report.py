@@ -1,6 +1,7 @@
 """The load of experts over a run's last records, as figures, as a table and as `moe-train load` prints it."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from moe_train.cli.main import main
 from moe_train.train.load_report import expert_load, layer_table, load_table
 from moe_train.train.records import EXPERT_FIGURES, Record, by_layer
+from tests.processes import run_process
 
 
 def record(step: int, counts: dict[int, list[int]], steps: int = 10, **figures: float) -> Record:
@@ -61,6 +63,13 @@ def test_without_experts_there_is_no_report() -> None:
     assert expert_load([{"step": 1, "train/loss": 1.0}]) is None
 
 
+def test_figures_that_were_not_finite_are_left_out() -> None:
+    records = [record(10, {0: [3, 1]}, load_cv2=1.0), record(20, {0: [3, 1]}, load_cv2=3.0)]
+    records[0]["moe/load_cv2/layer_00"] = records[0]["moe/max_violation"] = None
+    report = expert_load(records)
+    assert report is not None and report.layers[0].figures["load_cv2"] == 3.0
+
+
 def shown(table: object) -> str:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table)
@@ -73,7 +82,7 @@ def test_tables_have_a_bar_an_expert() -> None:
     text = shown(load_table(report))
     rows = [line for line in text.splitlines() if line.startswith("│")]
     assert "01" in rows[0] and "█·▅" in rows[0].replace(" ", "")
-    assert "03" in rows[1] and "dead experts: layer 1: 1" in text
+    assert "03" in rows[1] and "dead experts: 1 in layer 01 (1)" in text
     assert "03" not in "".join(line for line in shown(load_table(report, 1)).splitlines() if line.startswith("│"))
     text = shown(layer_table(report.layers[0]))
     bars = [line.count("█") for line in text.splitlines() if line.startswith("│")]
@@ -124,6 +133,46 @@ def test_bad_arguments(run_dir: Path, capsys: pytest.CaptureFixture, arguments: 
     assert message.count("\n") == 1
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"moe/steps": "ten"},
+        {"moe/counts/layer_x": [1, 2, 3]},
+        {"moe/counts/layer_01": []},
+        {"moe/counts/layer_01": [1, 2]},
+        {"moe/counts/layer_05": [1, 2, 3]},
+        {"moe/load_cv2/layer_01": "high"},
+        {"moe/max_violation": None, "moe/steps": None},
+    ],
+)
+def test_records_that_are_not_of_one_run(run_dir: Path, capsys: pytest.CaptureFixture, change: dict) -> None:
+    (run_dir / "metrics.jsonl").open("a").write(json.dumps(run_of(20)[-2] | change) + "\n")
+    assert main(["load", str(run_dir)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "records" in message
+
+
+@pytest.mark.parametrize("line", [b"5", b"null", b'"moe/steps"', b'{"moe/steps": 1}', b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_line_is_named_unless_it_is_the_last(
+    run_dir: Path, capsys: pytest.CaptureFixture, line: bytes
+) -> None:
+    path = run_dir / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + line)
+    assert main(["load", str(run_dir)]) == 0
+    path.write_bytes(line + b"\n" + whole)
+    capsys.readouterr()
+    assert main(["load", str(run_dir)]) == 2
+    message = capsys.readouterr().err
+    assert "metrics.jsonl: line 1 is not a record" in message
+
+
+def test_an_output_without_block_characters(run_dir: Path) -> None:
+    command = [sys.executable, "-m", "moe_train", "load", str(run_dir)]
+    result = run_process(command, timeout=60, env={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and "dead experts: 1 in layer 01" in result.stdout, result
 
 
 def test_a_run_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from moe_train.config import UsageError
-from moe_train.train.checkpoint import list_checkpoints, read_manifest
+from moe_train.train.checkpoint import list_checkpoints
+from moe_train.train.manifest import read_manifest
 from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, choose_layouts, compare
 from moe_train.train.records import EXPERT_FIGURES, read_records
 from tests.processes import run_process
@@ -60,8 +61,10 @@ def test_expert_figures_are_those_of_one_process(parity_runs: ParityRuns, index:
             if name == "moe/rank_overload":  # it is about ranks
                 continue
             for suffix in ("", "/layer_01", "/layer_03"):
-                # Later a rounding may send a token elsewhere: 1 of 1,024 at one of 8 experts is 0.4% of its count.
-                close = pytest.approx(there[name + suffix], rel=2e-2, abs=2e-2)
+                # Later a rounding may send a token elsewhere. Of 256 tokens an expert one is 0.4%, which is MaxVio's
+                # and rank rows' unit; CV^2 of 0.003 then changes by at most 2 x 0.05 x 0.004 / 8.
+                is_share = name in ("moe/max_violation", "moe/dropped_fraction")
+                close = pytest.approx(there[name + suffix], rel=5e-3, abs=1e-2 if is_share else 1e-4)
                 assert here[name + suffix] == close, (here["step"], name + suffix)
         for layer in (1, 3):
             counts = f"moe/counts/layer_{layer:02d}"

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,25 @@ from moe_train.train.console import RunConsole
 from moe_train.train.engine import StepResult
 from moe_train.train.recorder import StepRecorder
 from moe_train.train.records import read_records
+from moe_train.train.step_window import StepWindow
 from moe_train.train.telemetry import MetricsWriter
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 from tests.ranks import RankPool
 from tests.train.test_step_window import result_of
 
 CPU = torch.device("cpu")
-WAITING = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+WAITING = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+# Operations whose result's size or value the host must know.
+WAITING_OPS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "bincount",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "equal",
+    "is_nonzero",
+)
 MOE = {
     "num_experts": 4,
     "top_k": 2,
@@ -40,17 +53,22 @@ MOE = {
 }
 
 
-class _Scalars(TorchDispatchMode):
-    """Counts reads of single values by operations."""
+class _WaitingOps(TorchDispatchMode):
+    """Counts operations that wait for their operands, in the backward pass too."""
 
     def __init__(self, found: Counter) -> None:
         super().__init__()
         self._found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self._found["scalar"] += 1
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_", "index_put") else []
+        masks = any(index is not None and index.dtype == torch.bool for index in indices)
+        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in WAITING_OPS or masks or unsized:
+            self._found[name] += 1
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -69,21 +87,21 @@ def counted_waits() -> Iterator[Counter]:
     for name in WAITING:
         setattr(torch.Tensor, name, counting(name))
     try:
-        with _Scalars(found):
+        with _WaitingOps(found):
             yield found
     finally:
         for name, original in originals.items():
             setattr(torch.Tensor, name, original)
 
 
-def waits_of_a_step(rank: int, world_size: int, is_recorded: bool) -> dict[str, int]:
+def waits_of_a_step(rank: int, world_size: int, is_recorded: bool, moe: dict[str, Any] = MOE) -> dict[str, int]:
     """What a step between two records waits for, on one rank, with telemetry or without."""
     meter = TrafficMeter(CPU) if is_recorded else None
     placement = ExpertPlacement(meter=meter)
     if world_size > 1:
         groups = create_expert_groups(world_size, timeout_seconds=60)
         placement = ExpertPlacement(groups.ep_rank, world_size, groups.ep_group, meter=meter)
-    config = small_config(moe_every=1, moe=MOE)
+    config = small_config(moe_every=1, moe=moe)
     model = small_model(config, placement=placement, dtype=torch.float32, measures=is_recorded)
     terms, rule = make_balance_terms(config.moe), make_bias_rule(config.moe)
     objective = TrainingObjective(model, terms, world_group(), rule)
@@ -108,6 +126,12 @@ def test_between_records_nothing_is_waited_for() -> None:
     assert waits_of_a_step(0, 1, is_recorded=True) == waits_of_a_step(0, 1, is_recorded=False) == {}
 
 
+def test_with_a_capacity_only_the_number_of_rows_is() -> None:
+    moe = MOE | {"capacity_factor": 1.0, "input_jitter": 0.1}
+    recorded = waits_of_a_step(0, 1, True, moe)
+    assert recorded == waits_of_a_step(0, 1, False, moe) == {"tolist": 2 * 4}  # of two steps and four MoE layers
+
+
 def test_on_several_ranks_only_the_split_sizes_are(pool2: RankPool) -> None:
     recorded = pool2.run(waits_of_a_step, True, timeout=60)
     assert recorded == pool2.run(waits_of_a_step, False, timeout=60)
@@ -121,7 +145,27 @@ def test_the_counter_would_see_a_wait() -> None:
         x.tolist()
         if x.sum() > 1:
             x.cpu()
-    assert found["__float__"] == found["tolist"] == found["__bool__"] == found["cpu"] == 1 and found["scalar"] >= 2
+        x[x > 0]
+        x.masked_select(x > 0)
+        (x > 0).nonzero()
+        torch.bincount(x.long())
+        x.unique()
+        torch.equal(x, x)
+        x.repeat_interleave(x.long())
+        x[torch.tensor([0, 1])]  # these two do not
+        x.repeat_interleave(x.long(), output_size=3)
+    for name in (
+        "__float__",
+        "tolist",
+        "__bool__",
+        "cpu",
+        "masked_select",
+        "bincount",
+        "_unique2",
+        "repeat_interleave",
+    ):
+        assert found[name] == 1, (name, found)
+    assert found["index"] == 1 and found["nonzero"] >= 1 and found["equal"] == 1 and found["_local_scalar_dense"] >= 2
 
 
 @pytest.fixture
@@ -160,3 +204,69 @@ def test_a_record_covers_the_steps_since_the_last(recorded: tuple[StepRecorder, 
     assert first["moe/dead_experts"] == 0 and "moe/alarms" not in first
     assert second["moe/dead_experts"] == second["moe/dead_experts/layer_01"] == 1
     assert second["moe/alarms"] == ["layer 01, expert 3: no token for 6 steps"]
+
+
+def test_times_are_of_steps_and_traffic_of_ranks(recorded: tuple[StepRecorder, Path], monkeypatch) -> None:
+    """Milliseconds of a step and of its all-to-alls, by a clock that the test moves."""
+    recorder, folder = recorded
+    now = [10.0]
+    monkeypatch.setattr("moe_train.train.recorder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("moe_train.parallel.traffic.time.perf_counter", lambda: now[0])
+    for step in range(4):
+        with recorder.step():
+            now[0] += 1.5
+            with recorder._meter.measure(1000):
+                now[0] += 0.5
+            recorder.add(result_of(0, step))
+        now[0] += 100.0  # between steps: validation, saving
+        if step in (1, 3):
+            if step == 3:  # what the host waits for in the reduction is the steps' own time
+                monkeypatch.setattr(recorder._window, "reduce", waiting(recorder._window.reduce, now, 4.0))
+            recorder.measure(step + 1, 0.1, result_of(0, step), is_shown=False)
+            recorder.write(step + 1, recorder.take(step + 1))
+    recorder.close()
+    first, second = read_records(folder / "metrics.jsonl")
+    assert first["perf/step_ms"] == pytest.approx(2000) and second["perf/step_ms"] == pytest.approx(4000)
+    assert first["perf/tokens_per_second"] == pytest.approx(4 * 8 / 2.0)
+    for line in (first, second):
+        assert line["moe/all_to_all_ms"] == pytest.approx(500) and line["moe/all_to_all_bytes"] == 1000
+    assert first["moe/all_to_all_fraction"] == pytest.approx(0.25)
+    assert second["moe/all_to_all_fraction"] == pytest.approx(0.125)
+
+
+def waiting(action: Callable, now: list[float], seconds: float) -> Callable:
+    def act(*arguments: Any) -> Any:
+        now[0] += seconds
+        return action(*arguments)
+
+    return act
+
+
+def test_a_skipped_step_is_not_in_the_sums(recorded: tuple[StepRecorder, Path]) -> None:
+    recorder, _ = recorded
+    results = [result_of(0), replace(result_of(0), skipped=True), replace(result_of(0), skipped=True)]
+    for i, result in enumerate(results):
+        with recorder.step():
+            recorder.add(result)
+        if i == 1:
+            assert recorder.measure(i + 1, 0.1, result, is_shown=False).window.num_steps == 1
+            assert recorder.take(i + 1)["moe/steps"] == 1
+    assert recorder.measure(3, 0.1, results[2], is_shown=False).window is None  # nothing but skipped steps
+    record = recorder.take(3)
+    assert "moe/steps" not in record and record["train/loss"] == 2.0
+
+
+def reduce_traffic(rank: int, world_size: int) -> tuple[float, float]:
+    meter = TrafficMeter(CPU)
+    window = StepWindow(meter)
+    meter._seconds, meter._num_bytes = 2.0 + rank, 100 * (rank + 1)
+    for _ in range(2):
+        window.add(result_of(rank))
+    found = window.reduce(result_of(rank), rank, world_size).window
+    assert found is not None
+    return found.all_to_all_seconds, found.all_to_all_bytes
+
+
+def test_traffic_is_a_step_and_a_rank(pool2: RankPool) -> None:
+    # Seconds: the mean of 2 and 3 over two steps; bytes: 100 + 200 over two steps.
+    assert pool2.run(reduce_traffic) == [(1.25, 150.0)] * 2

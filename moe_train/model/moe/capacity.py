@@ -21,7 +21,7 @@ class CapacityLimit:
         factor: Capacity in training as a multiple of the mean assignments an expert; None: dropless.
         eval_factor: Likewise in evaluation.
         per_sequence: True: each sequence is counted for itself, so that no drop depends on the layout of ranks; False:
-            all of a rank's micro-batch.
+            in training, all of a rank's micro-batch. In evaluation, where a batch may be filled up, always True.
         policy: probability: the lowest gates go; position: the last tokens go.
     """
 
@@ -41,7 +41,7 @@ class CapacityLimit:
         factor = self.factor if training else self.eval_factor
         num_tokens, top_k = routing.experts_TK.shape
         num_experts = routing.logits_TE.shape[1]
-        scopes = num_sequences if self.per_sequence else 1
+        scopes = num_sequences if self.per_sequence or not training else 1
         if factor is None or num_tokens == 0:
             return routing
         capacity = expert_capacity(num_tokens // scopes, top_k, num_experts, factor)

@@ -56,7 +56,8 @@ class FlatDispatcher:
         if group is None and routing.kept_TK is None:
             send = receive = (num_assignments,)  # known without looking
         else:
-            # Host synchronisation: the only one; the all-to-all needs its split sizes as numbers.
+            # Host synchronisation: the only one; the all-to-all needs its split sizes as numbers, and the experts how
+            # many rows are left where there is a capacity.
             send, receive = (tuple(row) for row in torch.stack((sent_Pe.sum(1), received_Pe.sum(1))).tolist())
         order_Q = order_A[: sum(send)]
         inverse_A = invert_order(order_Q, num_assignments)

@@ -185,3 +185,13 @@ def test_the_limit_of_a_micro_batch_counts_all_its_tokens():
     by_sequence = make_layer(replace(whole.capacity, per_sequence=True))
     dropped = [int(layer(x, keys)[1].sums.dropped.sum()) for layer in (whole, by_sequence)]
     assert 0 < dropped[0] < dropped[1]  # unevenness between sequences is no reason to drop
+
+
+def test_evaluation_counts_every_sequence_for_itself():
+    """A batch may be filled up with padding, which must not take the room of what is evaluated."""
+    x, keys, _ = inputs()
+    layer = make_layer(CapacityLimit(1.0, 1.0, per_sequence=False)).eval()
+    whole, _ = layer(x, keys)
+    part, _ = layer(x[:3], keys[:3])
+    torch.testing.assert_close(part, whole[:3], rtol=0, atol=1e-12)  # fp64
+    assert layer(x, keys)[1].sums.dropped.sum() > 0

@@ -1,7 +1,8 @@
 """The Switch / GShard balance term.
 
 Source: Fedus et al. 2021 (Switch), arXiv 2101.03961, equations 4-6; Lepikhin et al. 2020 (GShard), arXiv 2006.16668;
-per sequence: DeepSeek-V3, arXiv 2412.19437, equations 17-20.
+per sequence: DeepSeek-V3, arXiv 2412.19437, equations 17-20, but with the experts really chosen,
+bias and groups included.
 Legend: L MoE layers, E experts.
 """
 

@@ -57,8 +57,13 @@ def build_router(config: ModelConfig, layer: int, seed: int, measures: bool) -> 
         measures: Whether sums that only telemetry needs are formed.
     """
     moe = config.moe
+    sums = {"entropy", "squared_logsumexp"} if measures else set()
+    if moe.switch_aux_coef:
+        sums.add("sequence_balance" if moe.switch_scope == "sequence" else "probability")
+    if moe.z_loss_coef:
+        sums.add("squared_logsumexp")
     jitter = InputJitter(moe.input_jitter, make_key(seed, "router_jitter", layer)) if moe.input_jitter else None
-    return ROUTERS[moe.router](config, layer, seed, RouterOptions(jitter, moe.bias_update_rate > 0, measures))
+    return ROUTERS[moe.router](config, layer, seed, RouterOptions(jitter, moe.bias_update_rate > 0, frozenset(sums)))
 
 
 __all__ = [

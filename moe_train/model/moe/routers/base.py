@@ -14,6 +14,7 @@ from moe_train.model.parameters import Constant, InitialValue
 from moe_train.ops.keyed_random import combine, make_key, uniform
 
 _TIE_KEY = make_key("router_tie_break")
+_GROUP_TIE_KEY = make_key("router_group_tie_break")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class InputJitter:
         return x_TD.to(wide) * (1.0 + self.size * (2.0 * uniform(keys_TD) - 1.0)).to(wide)
 
 
+# Sums that not every run needs; one that nobody asks for is zero.
+OPTIONAL_SUMS = frozenset({"probability", "sequence_balance", "squared_logsumexp", "entropy"})
+
+
 @dataclass(frozen=True)
 class RouterOptions:
     """What every router can do beside its own.
@@ -42,12 +47,12 @@ class RouterOptions:
     Attributes:
         jitter: Of the input in training, or None.
         has_selection_bias: Whether a bias that is not trained takes part in the choice (loss-free balancing).
-        measures: Whether sums that no loss needs, such as the entropy, are formed for telemetry.
+        optional_sums: Of OPTIONAL_SUMS, those that a loss or telemetry needs.
     """
 
     jitter: InputJitter | None = None
     has_selection_bias: bool = False
-    measures: bool = True
+    optional_sums: frozenset[str] = OPTIONAL_SUMS
 
 
 PLAIN = RouterOptions()
@@ -102,7 +107,7 @@ class Router(nn.Module, ABC):
         if self.training and self.options.jitter is not None:
             x_TD = self.options.jitter(x_TD, token_keys_T)
         choice = self.choose(x_TD, token_keys_T)
-        sums = sum_over_tokens(choice, num_sequences, self.options.measures)
+        sums = sum_over_tokens(choice, num_sequences, self.options.optional_sums)
         return Routing(choice.gates_TK, choice.experts_TK, choice.logits_TE, sums)
 
     def with_bias(self, scores_TE: Tensor) -> Tensor:
@@ -110,7 +115,12 @@ class Router(nn.Module, ABC):
         return scores_TE if self.selection_bias is None else scores_TE + self.selection_bias
 
 
-def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int) -> Tensor:
+def choose_groups(scores_TG: Tensor, token_keys_T: Tensor, top_k_groups: int) -> Tensor:
+    """`choose_experts` among groups, with draws of their own. int64 [T, top_k_groups]."""
+    return choose_experts(scores_TG, token_keys_T, top_k_groups, _GROUP_TIE_KEY)
+
+
+def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int, tie_key: int = _TIE_KEY) -> Tensor:
     """The K best experts of every token, best first; equal scores are ordered by a keyed draw, not by expert number.
 
     Without that, the zero logits of an untrained router would send every token to the first experts.
@@ -119,11 +129,12 @@ def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int) -> Tenso
         scores_TE: What decides.
         token_keys_T: int64 random key of each token.
         top_k: K.
+        tie_key: 64-bit key of the draws.
 
     Returns:
         int64 [T, K].
     """
-    shuffle_TE = expert_keys(token_keys_T, _TIE_KEY, scores_TE.shape[1]).argsort(dim=1)
+    shuffle_TE = expert_keys(token_keys_T, tie_key, scores_TE.shape[1]).argsort(dim=1)
     # A stable sort of the shuffled scores: the draw decides between equal scores and nothing else.
     ranked_TE = scores_TE.detach().gather(1, shuffle_TE).argsort(dim=1, descending=True, stable=True)
     return shuffle_TE.gather(1, ranked_TE[:, :top_k])
@@ -142,13 +153,13 @@ def expert_keys(token_keys_T: Tensor, layer_key: int, num_experts: int) -> Tenso
     return combine(combine(token_keys_T, layer_key).unsqueeze(1), experts_E)  # (T, 1) x (E) -> (T, E)
 
 
-def sum_over_tokens(choice: Choice, num_sequences: int, measures: bool) -> RoutingSums:
+def sum_over_tokens(choice: Choice, num_sequences: int, wanted: frozenset[str] = OPTIONAL_SUMS) -> RoutingSums:
     """The sums of one micro-batch; dropped and rows are zero, for they are not known to a router.
 
     Args:
         choice: What the router decided.
         num_sequences: N.
-        measures: Whether the entropy is wanted; else it is zero.
+        wanted: Of OPTIONAL_SUMS; the others are zero.
     """
     logits_TE, experts_TK, gates_TK = choice.logits_TE, choice.experts_TK, choice.gates_TK
     (num_tokens, num_experts), top_k = logits_TE.shape, experts_TK.shape[1]
@@ -158,19 +169,23 @@ def sum_over_tokens(choice: Choice, num_sequences: int, measures: bool) -> Routi
     counts_NE = torch.zeros(num_sequences, num_experts, dtype=torch.int64, device=flat_A.device)
     per_sequence = experts_TK.reshape(num_sequences, length * top_k)  # (T, K) -> (N, S*K)
     counts_NE.scatter_add_(1, per_sequence, torch.ones_like(per_sequence))
-    probability_NE = choice.probability_TE.view(num_sequences, length, num_experts).sum(1)
-    counts_E = counts_NE.sum(0)
-    logsumexp_T = logits_TE.logsumexp(1)
-    scale = num_experts / max(1, top_k * length * length)  # E f p = E (counts / (K S)) (probability / S)
+    counts_E, zero = counts_NE.sum(0), gates_TK.new_zeros(())
+    probability_E, balance = torch.zeros_like(importance_E), zero
+    if "probability" in wanted:
+        probability_E = choice.probability_TE.sum(0)
+    if "sequence_balance" in wanted:
+        probability_NE = choice.probability_TE.view(num_sequences, length, num_experts).sum(1)
+        # E f p = E (counts / (K S)) (probability / S)
+        balance = (counts_NE * probability_NE).sum() * (num_experts / max(1, top_k * length * length))
     return RoutingSums(
         importance=importance_E,
         load=counts_E.to(gates_TK.dtype) if choice.load_E is None else choice.load_E,
-        probability=probability_NE.sum(0),
+        probability=probability_E,
         counts=counts_E,
         dropped=torch.zeros_like(counts_E),
-        sequence_balance=(counts_NE * probability_NE).sum() * scale,
-        squared_logsumexp=logsumexp_T.square().sum(),
-        entropy=_entropy(choice.probability_TE) if measures else logits_TE.new_zeros(()),
+        sequence_balance=balance,
+        squared_logsumexp=logits_TE.logsumexp(1).square().sum() if "squared_logsumexp" in wanted else zero,
+        entropy=_entropy(choice.probability_TE) if "entropy" in wanted else zero,
         tokens=counts_E.new_full((), num_tokens),
         sequences=counts_E.new_full((), num_sequences),
         rows=counts_E.new_zeros(()),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_train.model.layers import WideLinear
-from moe_train.model.moe.routers.base import PLAIN, Choice, Router, RouterOptions, choose_experts
+from moe_train.model.moe.routers.base import PLAIN, Choice, Router, RouterOptions, choose_experts, choose_groups
 
 _TINY = 1e-20  # where every score underflows to zero
 
@@ -62,6 +62,6 @@ def outside_best_groups(scores_TE: Tensor, token_keys_T: Tensor, num_groups: int
     """
     groups_TGe = scores_TE.detach().unflatten(1, (num_groups, -1))  # (T, E) -> (T, G, E/G)
     score_TG = groups_TGe.topk(min(2, groups_TGe.shape[2]), dim=2).values.sum(2)
-    best_T = choose_experts(score_TG, token_keys_T, top_k_groups)
-    outside_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter(1, best_T, False)
+    best_Tg = choose_groups(score_TG, token_keys_T, top_k_groups)
+    outside_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter(1, best_Tg, False)
     return outside_TG.repeat_interleave(scores_TE.shape[1] // num_groups, dim=1)

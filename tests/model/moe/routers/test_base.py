@@ -12,7 +12,15 @@ from moe_train.model.moe.routers import (
     SigmoidTopKRouter,
     SoftmaxTopKRouter,
 )
-from moe_train.model.moe.routers.base import Choice, choose_experts, expert_keys, gates_of, sum_over_tokens
+from moe_train.model.moe.routers.base import (
+    OPTIONAL_SUMS,
+    Choice,
+    choose_experts,
+    expert_keys,
+    gates_of,
+    sum_over_tokens,
+)
+from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key
 
 
@@ -100,7 +108,7 @@ def make_choice(tokens: int, experts: int, top_k: int) -> Choice:
 def test_sums_of_known_gates():
     gates = torch.tensor([[0.5, 0.25], [0.75, 0.125]], dtype=torch.float64, requires_grad=True)
     experts, flat = torch.tensor([[3, 0], [3, 1]]), torch.zeros(2, 5, dtype=torch.float64)
-    sums = sum_over_tokens(Choice(flat, flat.softmax(1), experts, gates), 1, measures=True)
+    sums = sum_over_tokens(Choice(flat, flat.softmax(1), experts, gates), 1)
     assert sums.importance.tolist() == [0.25, 0.125, 0, 1.25, 0]
     assert sums.counts.tolist() == [1, 1, 0, 2, 0]
     assert sums.counts.dtype == torch.int64
@@ -109,7 +117,7 @@ def test_sums_of_known_gates():
     (grad,) = torch.autograd.grad(sums.importance @ torch.arange(5.0, dtype=torch.float64), gates)
     assert grad.tolist() == experts.tolist()
     load = torch.arange(5.0)
-    assert sum_over_tokens(Choice(flat, flat.softmax(1), experts, gates, load), 1, measures=True).load is load
+    assert sum_over_tokens(Choice(flat, flat.softmax(1), experts, gates, load), 1).load is load
     assert sums.entropy.item() == pytest.approx(2 * math.log(5))
     assert sums.squared_logsumexp.item() == pytest.approx(2 * math.log(5) ** 2)
 
@@ -117,7 +125,7 @@ def test_sums_of_known_gates():
 @pytest.mark.parametrize(("sequences", "length", "top_k"), [(1, 12, 2), (3, 4, 2), (12, 1, 3), (2, 6, 1)])
 def test_sums_against_a_loop(sequences, length, top_k):
     choice = make_choice(sequences * length, 5, top_k)
-    sums = sum_over_tokens(choice, sequences, measures=True)
+    sums = sum_over_tokens(choice, sequences)
     probability = choice.probability_TE.tolist()
     by_sequence = 0.0
     for n in range(sequences):
@@ -135,9 +143,15 @@ def test_sums_against_a_loop(sequences, length, top_k):
     assert not sums.entropy.requires_grad and sums.sequence_balance.requires_grad
 
 
-def test_what_nobody_measures_is_not_formed():
-    sums = sum_over_tokens(make_choice(8, 5, 2), 2, measures=False)
-    assert sums.entropy == 0 and sums.squared_logsumexp > 0
+@pytest.mark.parametrize("wanted", [set(), {"probability"}, {"sequence_balance", "entropy"}, {"squared_logsumexp"}])
+def test_what_nobody_asks_for_is_not_formed(wanted):
+    whole = sum_over_tokens(make_choice(8, 5, 2), 2)
+    sums = sum_over_tokens(make_choice(8, 5, 2), 2, frozenset(wanted))
+    for name in RoutingSums.__dataclass_fields__:
+        expected = getattr(whole, name)
+        if name in OPTIONAL_SUMS - wanted:
+            expected = torch.zeros_like(expected)
+        assert torch.equal(getattr(sums, name), expected), name
 
 
 def test_jitter_is_uniform_belongs_to_the_token_and_is_for_training_only():

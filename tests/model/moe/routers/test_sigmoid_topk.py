@@ -72,6 +72,17 @@ def test_equal_groups_are_drawn_evenly():
     assert (share - count / 4).abs().max() < 6 * (count * 0.25 * 0.75) ** 0.5  # six standard deviations
 
 
+@pytest.mark.parametrize(("num_groups", "top_k_groups", "top_k"), [(4, 1, 1), (4, 2, 2), (12, 3, 2)])
+def test_equal_experts_of_equal_groups_are_drawn_evenly(num_groups, top_k_groups, top_k):
+    """A group's draw must not be that of the expert with its number."""
+    router = make(top_k, num_groups, top_k_groups)
+    router.gate.weight.data.zero_()
+    count = 12_000
+    counts = router(torch.zeros(count, HIDDEN, dtype=torch.float64), tokens(count)[1]).sums.counts
+    share = top_k / EXPERTS
+    assert (counts - count * share).abs().max() < 6 * (count * share * (1 - share)) ** 0.5  # six standard deviations
+
+
 def test_a_score_does_not_depend_on_the_other_experts():
     router = make(3, renormalize=False)
     x, keys = tokens()
