@@ -33,7 +33,7 @@ def train_rows(options: argparse.Namespace, folder: Path) -> list[RowResult]:
     runs: dict[TrainingRun, Row] = {}
     for number, row in enumerate(ROWS):
         shared = (f"--config={CONFIG}", f"--train.steps={options.steps}", f"--train.seed={options.seed}")
-        warmup = f"--optim.warmup_steps={options.steps // 7}"
+        warmup = f"--optim.warmup_steps={options.steps // 3}"
         name = f"{number:02d}_{row.router}_{row.w_importance:g}_{row.w_load:g}"
         runs[TrainingRun(name, folder / name, (*shared, warmup, *row.options(options.steps)))] = row
     results: dict[TrainingRun, RowResult] = {}
