@@ -55,7 +55,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="balance.py",
         description=__doc__.split("\n\n")[0],
-        epilog="Six to ten minutes on two cores; the figures are means over the last tenth of the steps.",
+        epilog="Ten minutes or so on two cores; the figures are means over the last tenth of the steps.",
         allow_abbrev=False,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
