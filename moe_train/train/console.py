@@ -68,8 +68,8 @@ class RunConsole:
 
     @contextmanager
     def progress(self, first_step: int, num_steps: int) -> Iterator[None]:
-        """Show progress from first_step to num_steps while the block runs."""
-        if self._console is None or not self._console.is_terminal:
+        """Show progress from first_step to num_steps while the block runs, where a terminal can move its cursor."""
+        if self._console is None or not self._console.is_terminal or self._console.is_dumb_terminal:
             yield
             return
         columns = (

@@ -40,7 +40,8 @@ def test_a_closed_output_does_not_end_the_run(capfd) -> None:
     assert capfd.readouterr().out.count("standard output is closed") == 1
 
 
-def test_a_closed_terminal_does_not_end_the_run(capfd) -> None:
+def test_a_closed_terminal_does_not_end_the_run(capfd, monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     leader, follower = pty.openpty()
     console = RunConsole(os.fdopen(follower, "w", buffering=1))
     with console.progress(0, 10):
@@ -54,6 +55,7 @@ def test_a_closed_terminal_does_not_end_the_run(capfd) -> None:
 
 
 def test_the_bar_moves_between_figures_but_not_too_often(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     leader, follower = pty.openpty()
     console = RunConsole(os.fdopen(follower, "w", buffering=1))
     now = [100.0]
@@ -71,3 +73,17 @@ def test_the_bar_moves_between_figures_but_not_too_often(monkeypatch) -> None:
     assert " 4/10" not in text
     os.close(leader)
     RunConsole(io.StringIO()).tick(1)  # without a terminal there is no bar
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    leader, follower = pty.openpty()
+    console = RunConsole(os.fdopen(follower, "w", buffering=1))
+    with console.progress(0, 10):
+        console.tick(1)
+        console.step(LINE, is_due=True)
+    text = os.read(leader, 65536).decode()
+    assert "loss" in text
+    assert "/10" in text
+    assert "\x1b" not in text
+    os.close(leader)
