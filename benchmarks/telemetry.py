@@ -166,7 +166,7 @@ def measure(config: Config, data: PreparedData, world: World, device, folder: Pa
             barrier()
             began, cpu_began, recorded = time.perf_counter(), time.process_time(), 0.0
             for step in range(block * config.telemetry.every, (block + 1) * config.telemetry.every):
-                batches = micro_batches(data.train, plan, step, mark, device)
+                batches = micro_batches(data.train, plan, progress_at(step, plan), mark, device)
                 if not is_on:
                     engines[False].train_step(batches, rate)
                     continue
@@ -174,7 +174,7 @@ def measure(config: Config, data: PreparedData, world: World, device, folder: Pa
                     result = engines[True].train_step(batches, rate)
                     recorded += timed(recorder.add, result)
             if is_on:
-                recorded += timed(record, recorder, step + 1, rate, result)
+                recorded += timed(record, recorder, progress_at(step + 1, plan), rate, result)
             finish(device)
             barrier()
             seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
@@ -186,10 +186,17 @@ def measure(config: Config, data: PreparedData, world: World, device, folder: Pa
     return Costs(wall[True], wall[False], cpu[True], cpu[False], recording)
 
 
-def record(recorder, done: int, rate: float, result) -> None:
+def progress_at(step: int, plan):
+    """Where a run is after some steps."""
+    from moe_train.train.progress import Progress
+
+    return Progress(step, step * plan.global_batch_size)
+
+
+def record(recorder, progress, rate: float, result) -> None:
     """What the training loop does when a record is due."""
-    recorder.measure(done, rate, result, is_shown=False)
-    recorder.write(done, recorder.take(done))
+    recorder.measure(progress, rate, result, is_shown=False)
+    recorder.write(progress.step, recorder.take(progress.step))
 
 
 def timed(action, *arguments) -> float:
@@ -217,7 +224,7 @@ def make_recorder(config: Config, plan, meter, folder: Path):
     writer = watch = None
     layers = config.model.moe_layer_indices
     if plan.rank == 0:
-        writer = MetricsWriter(folder, 0, use_tensorboard=True)
+        writer = MetricsWriter(folder, 0, use_tensorboard=True, say=print)
         writer.describe(layers, [], "")
         watch = ExpertWatch(layers, Bounds.of(config.telemetry, config.model.moe))
     return StepRecorder(config, plan, RunConsole(None), meter, writer, watch)

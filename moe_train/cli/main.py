@@ -12,6 +12,7 @@ from moe_train.parallel.bootstrap import is_first_rank, leave_process_group
 SUBCOMMANDS = {
     "train": "train a model (start it with deepspeed, torchrun, mpirun or srun for more than one process)",
     "load": "show how the experts of a run share the tokens, the worst layers first",
+    "checkpoint": "list, verify, inspect, compare, remove and export the checkpoints of a run",
     "params": "count a configuration's parameters without allocating them",
     "parity": "check that every layout of ranks gives the same losses and gradient norms, here or on a cluster",
 }

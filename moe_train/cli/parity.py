@@ -5,6 +5,7 @@ so that the hosts, the network and the devices of a cluster are what is checked.
 """
 
 import argparse
+import contextlib
 import json
 import signal
 import subprocess
@@ -26,9 +27,25 @@ from moe_train.parallel.bootstrap import (
     discover_world,
     init_process_group,
 )
+from moe_train.parallel.forked import ForkServer, wait_for_all
 from moe_train.parallel.world import World
 
 RUN_TIMEOUT_SECONDS = 600
+# What training imports from the first line to the last, for ranks that are forked.
+TRAINING_MODULES = (
+    "torch",
+    "moe_train.cli.main",
+    "moe_train.cli.train",
+    "moe_train.cli.assembly",
+    "moe_train.infer.generate",
+    "moe_train.model.count",
+    "moe_train.train.assemble",
+    "moe_train.train.loop",
+    "moe_train.train.resume",
+    "moe_train.train.summary",
+    "setuptools",  # DeepSpeed imports it when an engine is made
+    "deepspeed.runtime.zero.muon.original_muon",  # likewise, and it compiles a function: half of all imports
+)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -74,16 +91,18 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
     reference: dict[bool, list[Record]] = {}
     results: list[Comparison] = []
     skipped: list[Layout] = [layout for layout in wanted if layout not in compared]
-    for index, layout in enumerate(compared):
-        folder = scratch / f"layout_{index}"
-        arguments = [*OPTIONS, *layout.options(), *extra, f"--train.run_dir={folder}"]
-        _run_layout([*arguments, f"--parallel.device={device.type}"], layout.world_size, world, ports[index])
-        barrier()
-        if world.rank == 0:
-            records = read_records(folder / "metrics.jsonl")
-            results.append(compare(layout, records, reference.setdefault(layout.balance, records)))
-            if not options.json:
-                print(f"{'same ' if results[-1].passed else 'OTHER'}  {layout.name}", flush=True)
+    with _fork_server(world, device.type) as server:
+        for index, layout in enumerate(compared):
+            folder = scratch / f"layout_{index}"
+            arguments = [*OPTIONS, *layout.options(), *extra, f"--train.run_dir={folder}"]
+            arguments.append(f"--parallel.device={device.type}")
+            _run_layout(arguments, layout.world_size, world, ports[index], server)
+            barrier()
+            if world.rank == 0:
+                records = read_records(folder / "metrics.jsonl")
+                results.append(compare(layout, records, reference.setdefault(layout.balance, records)))
+                if not options.json:
+                    print(f"{'same ' if results[-1].passed else 'OTHER'}  {layout.name}", flush=True)
     if world.rank != 0:
         return 0
     passed = all(result.passed for result in results)
@@ -100,28 +119,50 @@ def _rank_limit(wanted: int | None, world: World, device_type: str) -> int:
     return wanted or available or 4
 
 
-def _run_layout(arguments: list[str], world_size: int, world: World, port: int) -> None:
+def _fork_server(world: World, device_type: str) -> contextlib.AbstractContextManager[ForkServer | None]:
+    """Where all ranks are this machine's and on the CPU; CUDA is not to be forked."""
+    if world.world_size > 1 or device_type != "cpu":
+        return contextlib.nullcontext()
+    environment = child_environment(_place(0, 1, world, 0), one_thread=True)
+    return ForkServer(TRAINING_MODULES, environment | {"DS_ACCELERATOR": device_type})
+
+
+def _run_layout(arguments: list[str], world_size: int, world: World, port: int, server: ForkServer | None) -> None:
     ranks = range(world_size) if world.world_size == 1 else [r for r in (world.rank,) if r < world_size]
+    places = [_place(rank, world_size, world, port) for rank in ranks]
+    environments = [child_environment(place, one_thread=world.world_size == 1) for place in places]
+    run = _run_commands(arguments, environments) if server is None else _run_forked(arguments, environments, server)
+    failed = [(code, text) for code, text in run if code]
+    if failed:
+        code, text = failed[0]
+        message = f"a rank of {world_size} ended with code {code}:\n{text[-3000:]}"
+        raise UsageError(message) if code == 2 else RuntimeError(message)
+
+
+def _run_forked(arguments: list[str], environments: list[dict[str, str]], server: ForkServer) -> list[tuple[int, str]]:
+    """Exit codes and outputs of training ranks that are forked from the server."""
+    command = ["train", *arguments]
+    ranks = [server.start("moe_train.cli.main:main", command, environment) for environment in environments]
+    results = wait_for_all(ranks, RUN_TIMEOUT_SECONDS)
+    return [(result.returncode, result.stdout + result.stderr) for result in results]
+
+
+def _run_commands(arguments: list[str], environments: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """Exit codes and outputs of training ranks, each an interpreter of its own."""
     command = [sys.executable, "-m", "moe_train", "train", *arguments]
-    children = []
-    for rank in ranks:
-        place = _place(rank, world_size, world, port)
-        environment = child_environment(place, one_thread=world.world_size == 1)
-        children.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+    children: list[subprocess.Popen[str]] = []
     try:
+        for environment in environments:
+            children.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
         outputs = [child.communicate(timeout=RUN_TIMEOUT_SECONDS)[0] for child in children]
     finally:
         for child in children:
             if child.poll() is None:
                 child.kill()
                 child.wait()
-    failed = [(c.returncode, text) for c, text in zip(children, outputs, strict=True) if c.returncode]
-    if failed:
-        code, text = failed[0]
-        message = f"a rank of {world_size} ended with code {code}:\n{text[-3000:]}"
-        raise UsageError(message) if code == 2 else RuntimeError(message)
+    return [(child.returncode, output) for child, output in zip(children, outputs, strict=True)]
 
 
 def _place(rank: int, world_size: int, world: World, port: int) -> World:

@@ -9,11 +9,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from moe_train.config.deepspeed import check_additions, deepspeed_config
-from moe_train.config.errors import UsageError
-from moe_train.config.load import dump_yaml, load_config
+from moe_train.config.errors import EXIT_STOPPED, UsageError
+from moe_train.config.load import load_config
 from moe_train.config.root import Config, check_world
 from moe_train.data import PreparedData, check_data, prepare_data
 from moe_train.parallel.bootstrap import (
@@ -29,18 +30,17 @@ from moe_train.parallel.world import World
 if TYPE_CHECKING:
     import torch
 
-    from moe_train.train.alarms import ExpertWatch
     from moe_train.train.console import RunConsole
-    from moe_train.train.loop import Run
-    from moe_train.train.manifest import Manifest
+    from moe_train.train.loop import Run, TrainResult
+    from moe_train.train.resilience.lifelines import Lifelines
+    from moe_train.train.resume import Found
     from moe_train.train.run_folder import RunFolder
-    from moe_train.train.telemetry import MetricsWriter
 
 DESCRIPTION = "Train a Mixture-of-Experts language model. Dotted options override the fields of the YAML file."
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """What is known before ranks meet."""
 
     config: Config
@@ -54,13 +54,13 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
     """Train; the exit code. Collective: all ranks of the world."""
     config = load_config(arguments, program=program, description=DESCRIPTION)
     world = discover_world()
-    config = check_world(config, world.world_size, world.local_world_size)
+    config = check_world(_with_saved_batch(config), world.world_size, world.local_world_size)
     check_additions(config)
     check_data(config.data)
     setting = _prepare(config, world)
     output, errors = _redirect(setting)
     try:
-        code = _train(setting, output)
+        code = _train(setting, output, errors)
     except UsageError:
         sys.stderr = errors  # where the message belongs
         raise
@@ -74,7 +74,19 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
     return code
 
 
-def _prepare(config: Config, world: World) -> _Setting:
+def _with_saved_batch(config: Config) -> Config:
+    """Where no global batch is given, that of the checkpoint: the run goes on with it on any number of ranks."""
+    checkpoints = Path(config.train.run_dir) / "checkpoints"
+    is_resumable = checkpoints.is_dir() or Path(config.checkpoint.resume).is_dir()
+    if config.train.global_batch_size is not None or not is_resumable:
+        return config
+    from moe_train.train.resume import saved_global_batch_size
+
+    saved = saved_global_batch_size(config.checkpoint.resume, checkpoints)
+    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": saved})})
+
+
+def _prepare(config: Config, world: World) -> Setting:
     from moe_train.parallel.precision import resolve_precision
     from moe_train.train.run_folder import open_run_folder
 
@@ -96,7 +108,7 @@ def _prepare(config: Config, world: World) -> _Setting:
         local_rank=world.local_rank,
         show_progress=world.local_rank == 0,
     )
-    return _Setting(_resolve_vocabulary(config, data), world, device, folder, data)
+    return Setting(_resolve_vocabulary(config, data), world, device, folder, data)
 
 
 def _resolve_vocabulary(config: Config, data: PreparedData) -> Config:
@@ -107,7 +119,7 @@ def _resolve_vocabulary(config: Config, data: PreparedData) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def _redirect(setting: _Setting) -> tuple[TextIO, TextIO]:
+def _redirect(setting: Setting) -> tuple[TextIO, TextIO]:
     from moe_train.train.run_folder import redirect_output
 
     output, errors = redirect_output(setting.folder.log(setting.world.rank))
@@ -115,10 +127,9 @@ def _redirect(setting: _Setting) -> tuple[TextIO, TextIO]:
     return output, errors
 
 
-def _train(setting: _Setting, output: TextIO) -> int:
-    from moe_train.parallel.collectives import barrier
+def _train(setting: Setting, output: TextIO, errors: TextIO) -> int:
     from moe_train.train.console import RunConsole
-    from moe_train.train.loop import train
+    from moe_train.train.resilience.lifelines import connect
 
     config, world = setting.config, setting.world
     console = RunConsole(output if world.rank == 0 else None)
@@ -126,103 +137,92 @@ def _train(setting: _Setting, output: TextIO) -> int:
     layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
     init_process_group(world, setting.device, config.parallel.timeout_seconds)
-    manifest = _agree(setting)
-    training = _assemble(setting, manifest, console)
-    result = train(training, manifest.step if manifest is not None else 0)
+    lifelines = connect(
+        world.master_addr,
+        world.rank,
+        world.world_size,
+        step_timeout_seconds=config.train.step_timeout_seconds,
+        peer_timeout_seconds=config.parallel.peer_timeout_seconds,
+        streams=(sys.stderr, errors),
+    )
+    try:
+        code = _train_watched(setting, lifelines, console, errors)
+    except UsageError:
+        lifelines.leave()
+        raise
+    except BaseException as error:
+        traceback.print_exc()  # to the log, before others are asked
+        reason, code = lifelines.explain(error)
+        with contextlib.suppress(OSError):
+            print(f"rank {world.rank}: {reason}; its log is {setting.folder.log(world.rank)}", file=errors)
+        return code
+    lifelines.leave()
+    return code
+
+
+def _train_watched(setting: Setting, lifelines: "Lifelines", console: "RunConsole", errors: TextIO) -> int:
+    from moe_train.cli.assembly import assemble
+    from moe_train.parallel.collectives import barrier
+    from moe_train.train.loop import train
+    from moe_train.train.resilience.signals import StopSignals
+
+    rank = setting.world.rank
+
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print(f"rank {rank}: {text}", file=errors, flush=True)
+
+    found = _agree(setting)
+    with StopSignals(say) as signals:
+        training, first = assemble(setting, found, lifelines, signals, console)
+        result = train(training, first)
+    if result.stopped is not None:
+        console.say(f"stopped by {result.stopped}; saved in {result.checkpoint}: the same command goes on from there")
+    else:
+        _conclude(training, result)
+    training.recorder.close()
+    barrier()  # no rank leaves while another still needs its experts or its store
+    return EXIT_STOPPED if result.stopped is not None else 0
+
+
+def _conclude(training: "Run", result: "TrainResult") -> None:
+    """The closing summary, on rank 0; all ranks sample its text together."""
     sample = _sample(training)
-    if world.rank == 0:
+    if training.plan.rank == 0:
         from moe_train.model.count import count_parameters
         from moe_train.train.summary import make_summary, show_summary, write_summary
 
-        parameters = count_parameters(config.model, config.model.vocab_size or 0)
-        summary = make_summary(training, result, parameters, sample)
-        write_summary(setting.folder.summary, summary)
+        model = training.config.model
+        summary = make_summary(training, result, count_parameters(model, model.vocab_size or 0), sample)
+        write_summary(training.folder.summary, summary)
         show_summary(training, summary)
-    training.recorder.close()
-    barrier()  # no rank leaves while another still needs its experts or its store
-    return 0
 
 
-def _agree(setting: _Setting) -> "Manifest | None":
+def _agree(setting: Setting) -> "Found":
     """The checkpoint to go on from; everything that each rank found out for itself must be the same on all."""
     from moe_train.train.agreement import together
+    from moe_train.train.checkpoint.folders import remove_leftovers
     from moe_train.train.records import read_records
     from moe_train.train.resume import check_resumable, field_values, find_checkpoint
 
-    config, data = setting.config, setting.data
+    config, data, world, folder = setting.config, setting.data, setting.world, setting.folder
 
-    def find() -> "Manifest | None":
-        if setting.world.rank == 0:
-            read_records(setting.folder.metrics)  # a damaged one is said before the ranks begin
-        manifest = find_checkpoint(config, setting.folder)
-        if manifest is not None:
-            check_resumable(manifest, config, data.tokenizer.fingerprint)
-        return manifest
+    def tidy() -> None:
+        if world.rank == 0:
+            read_records(folder.metrics)  # a damaged one is said before the ranks begin
+            remove_leftovers(folder.checkpoints)
 
-    def describe(manifest: "Manifest | None") -> dict[str, str]:
+    def describe(_: None) -> dict[str, str]:
         return {
             **{name: str(value) for name, value in field_values(config.model_dump(mode="json"))},
             "the data": " ".join(folder.name for folder in data.cache_dirs),
-            "the checkpoint to go on from": str(manifest.step) if manifest is not None else "none",
         }
 
-    return together(find, describe)
-
-
-def _assemble(setting: _Setting, manifest: "Manifest | None", console: "RunConsole") -> "Run":
-    from moe_train.parallel.traffic import TrafficMeter
-    from moe_train.train.assemble import make_engine
-    from moe_train.train.batches import BatchPlan
-    from moe_train.train.checkpoint import load_checkpoint
-    from moe_train.train.loop import Run
-    from moe_train.train.recorder import StepRecorder
-    from moe_train.train.resume import changed_fields
-
-    config, world, folder = setting.config, setting.world, setting.folder
-    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    assert micro != "auto" and batch is not None
-    settings = deepspeed_config(config, world.world_size, config.train.precision)
-    meter = None
-    if config.telemetry.experts and config.model.moe_layer_indices:
-        meter = TrafficMeter(setting.device)
-    engine = make_engine(config, settings, setting.device, meter)
-    first_step = 0
-    if manifest is not None:
-        load_checkpoint(engine, manifest, world.rank, world.world_size)
-        first_step = manifest.step
-        left = config.train.steps - first_step
-        console.say(f"going on from {manifest.folder}: {first_step} steps done, {left} to do")
-        for change in changed_fields(manifest, config):
-            console.say(f"  changed since: {change}")
-    writer, watch = _open_records(setting, first_step) if world.rank == 0 else (None, None)
-    plan = BatchPlan(micro, batch, world.rank, world.world_size)
-    recorder = StepRecorder(config, plan, console, meter, writer, watch)
-    return Run(config, folder, setting.data, engine, plan, setting.device, console, recorder)
-
-
-def _open_records(setting: _Setting, first_step: int) -> "tuple[MetricsWriter, ExpertWatch | None]":
-    from moe_train.train.alarms import Bounds, ExpertWatch
-    from moe_train.train.records import read_records
-    from moe_train.train.resume import field_values
-    from moe_train.train.run_folder import save_config
-    from moe_train.train.telemetry import MetricsWriter
-
-    config, folder, layers = setting.config, setting.folder, setting.config.model.moe_layer_indices
-    save_config(folder, config)
-    writer = MetricsWriter(folder.root, first_step, config.telemetry.tensorboard)
-    # What is compared between runs; where a run is kept, and what is the default everywhere, is not.
-    fields = [
-        (name, value)
-        for name, value in field_values(config.model_dump(mode="json"))
-        if name.startswith(("model.", "optim.", "parallel.", "train."))
-        and name != "train.run_dir"
-        and value is not None
-    ]
-    writer.describe(layers if config.telemetry.experts else (), fields, f"```yaml\n{dump_yaml(config)}```")
-    if not (config.telemetry.experts and layers):
-        return writer, None
-    bounds = Bounds.of(config.telemetry, config.model.moe)
-    return writer, ExpertWatch(layers, bounds, read_records(folder.metrics))
+    together(tidy, describe)
+    found = find_checkpoint(config.checkpoint.resume, folder.checkpoints, world.rank, world.world_size)
+    if found.manifest is not None:
+        check_resumable(found.manifest, config, data.tokenizer.fingerprint)
+    return found
 
 
 def _sample(training: "Run") -> str | None:

@@ -24,6 +24,9 @@ class ParallelConfig(Section):
     """CPU threads of one rank; auto: the cores of the node shared among its ranks."""
     timeout_seconds: PositiveInt = 600
     """Seconds after which a collective operation that does not complete is an error."""
+    peer_timeout_seconds: int = Field(20, ge=5)
+    """Seconds without a sign of life after which a rank counts as lost: the others name it and end with exit code 70.
+    Signs are given by a thread of their own, also while a rank computes."""
 
 
 class OptimConfig(Section):
@@ -91,6 +94,15 @@ class TrainConfig(Section):
     """Held-out sequences of a periodic validation, spread over the held-out text; None: all, as at the end."""
     sample_tokens: int = Field(64, ge=0)
     """Tokens of the text sampled at the end; 0: none."""
+    max_grad_norm_ratio: float | None = Field(10.0, gt=1.0)
+    """A step whose gradient norm is over this many times the median of the last 128 steps taken is skipped, once 32 are
+    known; None: only a loss or gradient that is not finite makes a step be skipped."""
+    max_skipped_steps: PositiveInt = 5
+    """Skipped steps in a row after which the run goes back to the last checkpoint and passes over the data since; a
+    second time before the next checkpoint it ends with a diagnosis."""
+    step_timeout_seconds: PositiveInt = 600
+    """Seconds after which a step that does not end counts as hanging: every rank writes where it is, and the run ends
+    with exit code 70, on which a launcher can start it again."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -111,8 +123,16 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep_last: PositiveInt = 2
     """Newest checkpoints kept; older ones are removed after a newer one is complete."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that are a multiple of this are kept beside the newest; 0: none."""
+    asynchronous: bool = True
+    """True: a save copies the state to host memory, and training goes on while it is written; False: training waits."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """After a save that failed, such as for a full disk. continue: it is reported, the last good checkpoint stays, and
+    the next is tried when it is due (the last one of the run must succeed); stop: the run ends."""
     resume: str = "auto"
-    """auto: the newest checkpoint of the run folder; never: refuse a folder that has one; or a checkpoint's path."""
+    """auto: the newest checkpoint of the run folder that is whole; never: refuse a folder that has one; or a
+    checkpoint's path."""
 
 
 class TelemetryConfig(Section):

@@ -17,6 +17,8 @@ from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers import Router, build_router
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.collectives import Group
+from moe_train.parallel.position import Position
+from moe_train.parallel.probe import Probe
 from moe_train.parallel.traffic import TrafficMeter
 
 
@@ -30,6 +32,7 @@ class ExpertPlacement:
         group: Their process group; None for one process.
         dispatch: Name of the dispatcher.
         meter: Told what the dispatcher's all-to-alls cost; None: nobody asks.
+        position: Told that this process is in one of them, and in which layer; None: nobody asks.
     """
 
     rank: int = 0
@@ -37,6 +40,12 @@ class ExpertPlacement:
     group: Group | None = None
     dispatch: str = "flat"
     meter: TrafficMeter | None = None
+    position: Position | None = None
+
+    def probe(self, layer: int) -> Probe | None:
+        """What the dispatcher of a layer tells of its all-to-alls."""
+        is_asked = self.meter is not None or self.position is not None
+        return Probe(self.meter, self.position, layer) if is_asked else None
 
 
 def build_model(
@@ -81,7 +90,7 @@ def _build_block(
     feed_forward: nn.Module
     if layer in config.moe_layer_indices:
         router = build_router(config, layer, seed, measures)
-        feed_forward = _build_moe(config, router, place, output_std)
+        feed_forward = _build_moe(config, layer, router, place, output_std)
     else:
         feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, config.init_std, output_std)
     norms = [make_norm(config.norm, config.hidden_size, config.norm_epsilon) for _ in range(2)]
@@ -89,7 +98,7 @@ def _build_block(
     return Block(mixer, feed_forward, norms[0], norms[1], config.norm_position)
 
 
-def _build_moe(config: ModelConfig, router: Router, place: ExpertPlacement, output_std: float) -> MoELayer:
+def _build_moe(config: ModelConfig, layer: int, router: Router, place: ExpertPlacement, output_std: float) -> MoELayer:
     moe, width = config.moe, config.expert_intermediate_size
     num_local = moe.num_experts // place.size
     experts = GroupedExperts(
@@ -109,5 +118,5 @@ def _build_moe(config: ModelConfig, router: Router, place: ExpertPlacement, outp
     if moe.num_shared_experts:
         # The sum of n SwiGLUs is one of n times the width.
         shared = SwiGLU(config.hidden_size, moe.num_shared_experts * width, config.init_std, output_std)
-    dispatcher = DISPATCHERS[place.dispatch](place.meter)
+    dispatcher = DISPATCHERS[place.dispatch](place.probe(layer))
     return MoELayer(router, dispatcher, experts, moe.num_experts, place.group, capacity, shared)

@@ -7,6 +7,8 @@ import torch.distributed as dist
 
 from moe_train.parallel.collectives import Group
 
+_BACKGROUND_HOURS = 4
+
 
 @dataclass(frozen=True)
 class ExpertGroups:
@@ -55,6 +57,18 @@ def create_expert_groups(ep_size: int, timeout_seconds: int) -> ExpertGroups:
     ep_group, ep_ranks = _create(expert_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
     edp_group, edp_ranks = _create(expert_data_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
     return ExpertGroups(ep_group, ep_ranks, ep_ranks.index(rank), edp_group, edp_ranks)
+
+
+def create_background_group() -> Group | None:
+    """A gloo group of all ranks for a thread beside training; None for one process.
+
+    Its operations wait long, because ranks finish writing a checkpoint at different times.
+
+    Collective: All ranks.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=_BACKGROUND_HOURS))
 
 
 def _create(layout: list[tuple[int, ...]], rank: int, timeout_seconds: int) -> tuple[Group, tuple[int, ...]]:

@@ -1,22 +1,75 @@
 """Ranks that each find something out for themselves go on only if all found the same; else all end alike."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from moe_train.config.errors import UsageError
-from moe_train.parallel.collectives import gather_objects
+from moe_train.parallel.collectives import Group, gather_objects
 
 Result = TypeVar("Result")
 
 
-def together(action: Callable[[], Result], describe: Callable[[Result], dict[str, str]] | None = None) -> Result:
+@dataclass(frozen=True)
+class Failure:
+    """What a rank met.
+
+    Attributes:
+        rank: The rank.
+        message: Of the error.
+        kind: Its class.
+    """
+
+    rank: int
+    message: str
+    kind: type[Exception]
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[Result]):
+    """How something went that every rank did.
+
+    Attributes:
+        result: This rank's; None if it failed here.
+        failure: Of the first rank that failed, the same on every rank; None: it went well everywhere.
+    """
+
+    result: Result | None
+    failure: Failure | None
+
+
+def attempt(action: Callable[[], Result], group: Group | None = None) -> Attempt[Result]:
+    """Do something on every rank, and know on every rank whether it failed on one.
+
+    Args:
+        action: What each rank does; it may raise UsageError, OSError or ValueError. It enters no collective.
+        group: Of all ranks; None: the default one.
+
+    Collective: All ranks.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except (UsageError, OSError, ValueError) as error:
+        failure = (f"{error}" if str(error) else type(error).__name__, type(error))
+    found = gather_objects(failure, group)
+    first = next((Failure(rank, *failed) for rank, failed in enumerate(found) if failed is not None), None)
+    return Attempt(result, first)
+
+
+def together(
+    action: Callable[[], Result],
+    describe: Callable[[Result], dict[str, str]] | None = None,
+    group: Group | None = None,
+) -> Result:
     """Do something on every rank, and fail on every rank where it fails on one.
 
     A rank that raised alone would leave the others waiting in their next collective operation.
 
     Args:
-        action: What each rank does; it may raise UsageError, OSError or ValueError. It enters no collective.
+        action: As in `attempt`.
         describe: Named parts of the result that must be the same on all ranks.
+        group: As in `attempt`.
 
     Returns:
         This rank's result.
@@ -27,19 +80,23 @@ def together(action: Callable[[], Result], describe: Callable[[Result], dict[str
 
     Collective: All ranks.
     """
-    result, failure, parts = None, None, {}
-    try:
+    parts: dict[str, str] = {}
+
+    def act() -> Result:
         result = action()
-        parts = describe(result) if describe is not None else {}
-    except (UsageError, OSError, ValueError) as error:
-        failure = (isinstance(error, UsageError), f"{error}" if str(error) else type(error).__name__)
-    found = gather_objects((failure, parts))
-    for rank, (failed, _) in enumerate(found):
-        if failed is not None:
-            is_usage, message = failed
-            raise UsageError(message) if is_usage else RuntimeError(f"rank {rank}: {message}")
-    for rank, (_, others) in enumerate(found):
-        for name, value in found[0][1].items():
-            if others[name] != value:
-                raise UsageError(f"{name} differs between ranks: {value} on rank 0, {others[name]} on rank {rank}")
-    return result  # type: ignore[return-value]  # no failure: the action has returned
+        if describe is not None:
+            parts.update(describe(result))
+        return result
+
+    tried = attempt(act, group)
+    if tried.failure is not None:
+        failed = tried.failure
+        is_usage = issubclass(failed.kind, UsageError)
+        raise failed.kind(failed.message) if is_usage else RuntimeError(f"rank {failed.rank}: {failed.message}")
+    if describe is not None:
+        found = gather_objects(parts, group)
+        for rank, others in enumerate(found):
+            for name, value in found[0].items():
+                if others[name] != value:
+                    raise UsageError(f"{name} differs between ranks: {value} on rank 0, {others[name]} on rank {rank}")
+    return tried.result  # type: ignore[return-value]  # no failure: the action has returned

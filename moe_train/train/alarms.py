@@ -57,6 +57,10 @@ class ExpertWatch:
             if "moe/steps" in record:
                 self.observe(record)
 
+    def begun_anew(self, records: Iterable[Record]) -> "ExpertWatch":
+        """A watch of the same layers and bounds over other records."""
+        return ExpertWatch(self._layers, self._bounds, records)
+
     def observe(self, record: Record) -> list[str]:
         """Take in a record; returns what has just become worth a warning."""
         steps, warnings = record["moe/steps"], []

@@ -11,13 +11,18 @@ from moe_train.model.parameters import materialize
 from moe_train.model.transformer import TrainingObjective
 from moe_train.parallel.collectives import world_group
 from moe_train.parallel.groups import create_expert_groups
+from moe_train.parallel.position import Position
 from moe_train.parallel.precision import torch_dtype
 from moe_train.parallel.traffic import TrafficMeter
 from moe_train.train.engine import TrainEngine
 
 
 def make_engine(
-    config: Config, settings: dict[str, Any], device: torch.device, meter: TrafficMeter | None = None
+    config: Config,
+    settings: dict[str, Any],
+    device: torch.device,
+    meter: TrafficMeter | None = None,
+    position: Position | None = None,
 ) -> TrainEngine:
     """The model of this rank under DeepSpeed.
 
@@ -26,6 +31,7 @@ def make_engine(
         settings: DeepSpeed's configuration.
         device: Of this rank.
         meter: Told what all-to-alls cost; None: nobody asks.
+        position: Told which part of a step and which all-to-all this process is in; None: nobody asks.
 
     Collective: All ranks.
     """
@@ -37,11 +43,11 @@ def make_engine(
         model.vocab_size,
         seed=config.train.seed,
         placement=ExpertPlacement(
-            groups.ep_rank, size, groups.ep_group if size > 1 else None, config.parallel.dispatch, meter
+            groups.ep_rank, size, groups.ep_group if size > 1 else None, config.parallel.dispatch, meter, position
         ),
         recompute_activations=config.train.recompute_activations,
         measures=config.telemetry.experts,
     )
     materialize(transformer, seed=config.train.seed, dtype=torch_dtype(config.train.precision), device=device)
     objective = TrainingObjective(transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe))
-    return TrainEngine(objective, groups, config.optim, settings)
+    return TrainEngine(objective, groups, config.optim, settings, position)

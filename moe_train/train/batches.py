@@ -1,6 +1,6 @@
 """This rank's part of every global batch.
 
-Sequence i of the run belongs to step i // global_batch_size; inside a step, micro-step m takes the next
+A step takes the next global_batch_size sequences of the run; inside a step, micro-step m takes the next
 micro_batch_size x ranks sequences, and rank r the r-th run of micro_batch_size among them. So the tokens of a
 micro-step do not depend on how many ranks share it.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_train.data import TrainingSequences, document_ids
 from moe_train.model.transformer import Tokens
+from moe_train.train.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class BatchPlan:
         """Micro-steps of one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
-    def indices(self, step: int, micro_step: int) -> np.ndarray:
-        """Global indices of this rank's sequences. int64 [micro_batch_size]."""
-        start = step * self.global_batch_size
-        start += (micro_step * self.world_size + self.rank) * self.micro_batch_size
+    def indices(self, first_sequence: int, micro_step: int) -> np.ndarray:
+        """Global indices of this rank's sequences in a step that begins with a sequence. int64 [micro_batch_size]."""
+        start = first_sequence + (micro_step * self.world_size + self.rank) * self.micro_batch_size
         return np.arange(start, start + self.micro_batch_size, dtype=np.int64)
 
 
@@ -68,19 +68,23 @@ def make_tokens(
 
 
 def micro_batches(
-    sequences: TrainingSequences, plan: BatchPlan, step: int, end_of_document: int | None, device: torch.device
+    sequences: TrainingSequences,
+    plan: BatchPlan,
+    progress: Progress,
+    end_of_document: int | None,
+    device: torch.device,
 ) -> Iterator[tuple[Tokens, Tensor]]:
     """This rank's micro-batches of a step: tokens and the next tokens to predict.
 
     Args:
         sequences: The training data.
         plan: Sizes and rank.
-        step: Optimizer step, from 0.
+        progress: Before the step.
         end_of_document: As in `make_tokens`.
         device: Where the model is.
     """
     for micro_step in range(plan.num_micro_steps):
-        indices = plan.indices(step, micro_step)
+        indices = plan.indices(progress.consumed_sequences, micro_step)
         ids = sequences.batch(indices)
         targets_BS = torch.from_numpy(np.ascontiguousarray(ids[:, 1:])).to(device)
-        yield make_tokens(ids[:, :-1], indices, step, end_of_document, device), targets_BS
+        yield make_tokens(ids[:, :-1], indices, progress.step, end_of_document, device), targets_BS

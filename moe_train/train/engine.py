@@ -4,8 +4,8 @@ DeepSpeed believes in experts only where it finds its own layer classes. `_Exper
 contract is that an expert parameter carries allreduce = False and the name of its group (deepspeed 0.19.8).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -14,6 +14,7 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -21,49 +22,13 @@ from torch import Tensor, nn
 from moe_train.config.run import OptimConfig
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.model.parameters import ExpertParameter, LogicalTensor, logical_tensor
-from moe_train.model.transformer import Losses, Tokens, TrainingObjective, Transformer
+from moe_train.model.transformer import Tokens, TrainingObjective, Transformer
 from moe_train.parallel.collectives import group_rank
 from moe_train.parallel.groups import ExpertGroups
-
-STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weight and Adam's moments
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gave on this rank.
-
-    Attributes:
-        loss: Mean over micro-batches of the total loss; fp32 scalar on the device.
-        cross_entropy: Mean over micro-batches of the cross-entropy, nats a token; fp32 scalar on the device.
-        sums: Routing sums over the micro-batches, [L, ...], or None without MoE layers.
-        grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; scalar.
-        skipped: Whether fp16's loss scaler skipped the update.
-        loss_scale: fp16's loss scale; 1 otherwise.
-    """
-
-    loss: Tensor
-    cross_entropy: Tensor
-    sums: RoutingSums | None
-    grad_norm: Tensor
-    skipped: bool
-    loss_scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A flat range of a logical tensor that this rank alone owns, with its optimizer state: views, not copies.
-
-    Attributes:
-        tensor: The logical tensor.
-        start: First element of the range in the flattened global tensor.
-        numel: Elements of the range.
-        states: fp32, 1-D, by the names of STATE_KINDS.
-    """
-
-    tensor: LogicalTensor
-    start: int
-    numel: int
-    states: dict[str, Tensor]
+from moe_train.parallel.position import Position
+from moe_train.train.fragments import STATE_KINDS, Fragment
+from moe_train.train.step_result import Gradients, Judge, StepResult
+from moe_train.train.tuple_objective import TupleObjective
 
 
 class _ExpertEngine(DeepSpeedEngine):
@@ -89,27 +54,16 @@ class _ExpertEngine(DeepSpeedEngine):
         return ZERO_OPTIMIZATION
 
 
-class _TupleObjective(nn.Module):
-    """The objective with a flat tuple of tensors as its result: DeepSpeed hooks the tensors that it finds in a tuple.
-
-    Only the loss keeps its graph, because DeepSpeed scales the gradient of every output that has one.
-    """
-
-    def __init__(self, objective: TrainingObjective) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, tokens: Tokens, targets_BS: Tensor) -> tuple[Tensor, ...]:
-        losses: Losses = self.objective(tokens, targets_BS)
-        routing = () if losses.sums is None else tuple(tensor.detach() for tensor in losses.sums.tensors)
-        return losses.total, losses.cross_entropy.detach(), *routing
-
-
 class TrainEngine:
     """Trains a model under DeepSpeed ZeRO."""
 
     def __init__(
-        self, objective: TrainingObjective, expert_groups: ExpertGroups, optim: OptimConfig, settings: dict[str, Any]
+        self,
+        objective: TrainingObjective,
+        expert_groups: ExpertGroups,
+        optim: OptimConfig,
+        settings: dict[str, Any],
+        position: Position | None = None,
     ) -> None:
         """Shard the model's state.
 
@@ -118,9 +72,11 @@ class TrainEngine:
             expert_groups: The groups the experts are spread over.
             optim: Optimizer settings.
             settings: DeepSpeed's configuration.
+            position: Told which part of a step is under way; None: nobody asks.
 
         Collective: All ranks.
         """
+        self._position = position or Position()
         self._tensors = [(p, logical_tensor(n, p)) for n, p in objective.model.named_parameters()]
         self._model, self._objective = objective.model, objective
         self._stage: int = settings["zero_optimization"]["stage"]
@@ -129,12 +85,16 @@ class TrainEngine:
         _mark_experts(objective.model, expert_groups)
         self._engine = _ExpertEngine(
             args=None,
-            model=_TupleObjective(objective),
+            model=TupleObjective(objective),
             optimizer=_make_adamw(objective.model, optim),
             config=settings,
             config_class=DeepSpeedConfig(settings),
         )
         self._zero = self._engine.optimizer
+        self._judge: Judge | None = None
+        self._mean_loss = self._grad_norm = torch.zeros(())
+        self._last_gradients: dict[str, Tensor] = {}
+        self._ask_before_update()
 
     @property
     def model(self) -> Transformer:
@@ -146,12 +106,15 @@ class TrainEngine:
         """Every tensor of the model as all ranks together see it."""
         return [tensor for _, tensor in self._tensors]
 
-    def train_step(self, micro_batches: Iterable[tuple[Tokens, Tensor]], learning_rate: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Iterable[tuple[Tokens, Tensor]], learning_rate: float, judge: Judge | None = None
+    ) -> StepResult:
         """One optimizer step.
 
         Args:
             micro_batches: As many as the configured accumulation: tokens and targets.
             learning_rate: Of this step.
+            judge: Asked between the gradients and the update whether to leave out the update; None: never.
 
         Collective: All ranks.
         """
@@ -161,20 +124,25 @@ class TrainEngine:
         total: list[Tensor] = []
         num_micro_batches, step, skipped_before = 0, 0, self._engine.skipped_steps
         for tokens, targets_BS in micro_batches:
+            self._position.at("forward")
             outputs = self._engine(tokens, targets_BS)
-            self._engine.backward(outputs[0])
-            self._engine.step()
             parts = [output.detach() for output in outputs]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
             num_micro_batches, step = num_micro_batches + 1, tokens.step
+            self._position.at("backward")
+            self._engine.backward(outputs[0])
+            self._position.at("update")
+            self._mean_loss, self._judge = total[0].float() / num_micro_batches, judge
+            self._engine.step()
+            self._position.at("data")
         sums, skipped = RoutingSums(*total[2:]) if len(total) > 2 else None, self._engine.skipped_steps > skipped_before
         if sums is not None and not skipped:
             self._objective.after_step(sums.counts, step)
         return StepResult(
-            loss=total[0].float() / num_micro_batches,
+            loss=self._mean_loss,
             cross_entropy=total[1].float() / num_micro_batches,
             sums=sums,
-            grad_norm=torch.as_tensor(self._engine.get_global_grad_norm()),
+            grad_norm=self._grad_norm,
             skipped=skipped,
             loss_scale=self.loss_scale,
         )
@@ -224,9 +192,64 @@ class TrainEngine:
         """fp16's loss scale; 1 otherwise."""
         return float(self._zero.loss_scale)
 
+    def tensor_sums(self) -> dict[str, Tensor]:
+        """This rank's part of a diagnosis, by logical tensor, to be added over ranks. fp64 [4]: sum of squares and
+        number of values that are not finite, of the weights, and of the gradients where the last step was skipped.
+        """
+        sums = {tensor.name: torch.zeros(4, dtype=torch.float64) for tensor in self.logical_tensors}
+        for fragment in self.fragments():
+            sums[fragment.tensor.name][:2] = _squares_and_faults(fragment.states[STATE_KINDS[0]])
+        for name, found in self._last_gradients.items():
+            sums[name][2:] = found
+        return sums
+
+    def _sum_gradients(self) -> dict[str, Tensor]:
+        sums = {}
+        for parameter, tensor in self._tensors:
+            if self._stage == 3:
+                gradient = self._zero.get_local_fp32_grad_for_param(parameter)
+            elif parameter._hp_mapping is None:
+                continue
+            else:
+                place = parameter._hp_mapping.lp_fragment_address
+                gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+                if gradient.numel() == parameter.numel():  # bf16 keeps a buffer of the whole on each rank
+                    gradient = gradient.narrow(0, place.start, place.numel)
+            sums[tensor.name] = _squares_and_faults(gradient)
+        return sums
+
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers by name, the same on every rank: what is neither weight nor optimizer state."""
         return dict(self._model.named_buffers())
+
+    def _ask_before_update(self) -> None:
+        """Have DeepSpeed's optimizer ask the judge.
+
+        Every ZeRO stage forms the norm of the gradients, then tells its loss scaler whether they overflowed, and then
+        leaves out the update where `overflow` is set (deepspeed 0.19.8). So the norm is noted where it is formed, and
+        the judge is asked where the scaler is told.
+        """
+        norms: list[Tensor] = []
+        zero, update_scale = self._zero, self._zero._update_scale
+        if self._stage == 3:
+            norm_groups = zero._get_norm_groups
+            zero._get_norm_groups = lambda: _noted(norms, norm_groups(), combine_grad_norm_groups)
+        else:
+            global_norm = zero.scaled_global_norm
+            zero.scaled_global_norm = lambda *args: _noted(norms, global_norm(*args), lambda norm: norm)
+
+        def tell_scaler(has_overflow: bool) -> None:
+            norm = norms.pop() / zero.loss_scale if norms else torch.full((), math.inf)
+            norms.clear()
+            self._grad_norm = norm
+            if self._judge is not None:
+                overflowed = has_overflow and self._is_fp16
+                is_bad = self._judge(Gradients(self._mean_loss, norm, overflowed))
+                zero.overflow = is_bad or overflowed
+                self._last_gradients = self._sum_gradients() if is_bad else {}
+            update_scale(has_overflow)  # the scale is lowered for an overflow alone
+
+        zero._update_scale = tell_scaler
 
     def _flat_partitions(self) -> list[Tensor]:
         # The fp32 partitions are what the inner AdamW updates and keys its state by.
@@ -238,9 +261,7 @@ class TrainEngine:
         states = self._zero.optimizer.state
         for flat in self._flat_partitions():
             if not states[flat]:
-                moments = {
-                    kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in STATE_KINDS[1:]
-                }
+                moments = {k: torch.zeros_like(flat, memory_format=torch.preserve_format) for k in STATE_KINDS[1:]}
                 states[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
 
     def _mapped_fragment(self, parameter: nn.Parameter, tensor: LogicalTensor) -> Fragment | None:
@@ -274,6 +295,17 @@ class TrainEngine:
             zero._reassign_or_swap_out_partitioned_parameters(index)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _squares_and_faults(values: Tensor) -> Tensor:
+    is_finite = torch.isfinite(values)
+    squares = torch.where(is_finite, values, 0).double().square().sum()
+    return torch.stack((squares, (~is_finite).sum().double())).cpu()
+
+
+def _noted(notes: list[Tensor], found: Any, norm_of: Callable[[Any], Tensor]) -> Any:
+    notes[:] = [torch.as_tensor(norm_of(found))]
+    return found
 
 
 def _join_process_group(expert_groups: ExpertGroups) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_train.model.moe.balance import cv_squared
+from moe_train.model.moe.steps import RoutingSums
 from moe_train.train.records import EXPERT_FIGURES, Record, by_layer
 from moe_train.train.step_window import GlobalWindow
 
@@ -33,16 +34,7 @@ def routing_record(window: GlobalWindow, layers: Sequence[int]) -> Record:
         moe/all_to_all_ms and moe/all_to_all_bytes: of a step, see `GlobalWindow`.
     """
     sums = window.sums
-    assignments_L, tokens_L = sums.counts.sum(-1).clamp(min=1), sums.tokens.clamp(min=1)
-    per_layer = {
-        "moe/max_violation": max_violation(sums.counts),
-        "moe/importance_cv2": cv_squared(sums.importance),
-        "moe/load_cv2": cv_squared(sums.load),
-        "moe/router_entropy": sums.entropy / tokens_L,
-        "moe/dropped_fraction": sums.dropped.sum(-1) / assignments_L,
-        "moe/rank_overload": _max_over_mean(window.rows_LW),
-        "moe/z_loss": sums.squared_logsumexp / tokens_L,
-    }
+    per_layer = layer_figures(sums) | {"moe/rank_overload": _max_over_mean(window.rows_LW)}
     record: Record = {name: worst(per_layer[name].tolist()) for name, worst in EXPERT_FIGURES.items()}
     for name, values in per_layer.items():
         record |= by_layer(name, values.tolist(), layers)
@@ -52,6 +44,19 @@ def routing_record(window: GlobalWindow, layers: Sequence[int]) -> Record:
         "moe/steps": window.num_steps,
         "moe/all_to_all_ms": window.all_to_all_seconds * 1e3,
         "moe/all_to_all_bytes": window.all_to_all_bytes,
+    }
+
+
+def layer_figures(sums: RoutingSums) -> dict[str, Tensor]:
+    """What global sums tell of each layer, under the names of the record. fp64 [L] each."""
+    assignments_L, tokens_L = sums.counts.sum(-1).clamp(min=1), sums.tokens.clamp(min=1)
+    return {
+        "moe/max_violation": max_violation(sums.counts),
+        "moe/importance_cv2": cv_squared(sums.importance),
+        "moe/load_cv2": cv_squared(sums.load),
+        "moe/router_entropy": sums.entropy / tokens_L,
+        "moe/dropped_fraction": sums.dropped.sum(-1) / assignments_L,
+        "moe/z_loss": sums.squared_logsumexp / tokens_L,
     }
 
 

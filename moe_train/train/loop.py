@@ -1,6 +1,5 @@
 """The training loop, to be read from top to bottom."""
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,20 @@ import torch
 
 from moe_train.config.root import Config
 from moe_train.data import PreparedData
+from moe_train.parallel.position import Position
 from moe_train.train.batches import BatchPlan, micro_batches
-from moe_train.train.checkpoint import prune_checkpoints, save_checkpoint
 from moe_train.train.console import RunConsole
 from moe_train.train.engine import TrainEngine
+from moe_train.train.progress import Progress
 from moe_train.train.recorder import StepRecorder
 from moe_train.train.records import Record
+from moe_train.train.resilience.guard import StepGuard, Verdict
+from moe_train.train.resilience.recovery import Recovery
+from moe_train.train.resilience.watchdog import Watchdog
 from moe_train.train.run_folder import RunFolder
+from moe_train.train.saving import Saver
 from moe_train.train.schedule import learning_rate
-from moe_train.train.step_window import GlobalStep
+from moe_train.train.step_result import StepResult
 from moe_train.train.validate import ValidationResult, validate
 
 
@@ -34,6 +38,11 @@ class Run:
         device: Where the model is.
         console: What one sees.
         recorder: Follows the steps.
+        position: Where this process is, for the watchdog.
+        guard: Judges each step before its update.
+        saver: Saves.
+        recovery: Goes back where the numbers went wrong.
+        watchdog: Ends a step that hangs.
     """
 
     config: Config
@@ -44,6 +53,11 @@ class Run:
     device: torch.device
     console: RunConsole
     recorder: StepRecorder
+    position: Position
+    guard: StepGuard
+    saver: Saver
+    recovery: Recovery
+    watchdog: Watchdog
 
     @property
     def isolation_mark(self) -> int | None:
@@ -57,62 +71,77 @@ class TrainResult:
 
     Attributes:
         validation: Over all held-out text, or None where nothing is held out.
-        checkpoint: The last one.
+        checkpoint: The last one; None where no step was taken.
         steps: Steps taken by this process; fewer than the run's where it went on from a checkpoint.
         seconds: Spent on them, validation and saving included.
+        stopped: The signal that ended it before its last step, and the rank that got it; None: it is complete.
     """
 
     validation: ValidationResult | None
-    checkpoint: Path
+    checkpoint: Path | None
     steps: int
     seconds: float
+    stopped: str | None = None
 
 
-def train(run: Run, first_step: int) -> TrainResult:
-    """Train from first_step to the end of the run, validate and save.
+def train(run: Run, first: Progress) -> TrainResult:
+    """Train to the end of the run, or until a signal asks to stop; validate and save.
+
+    Raises:
+        SaveFailed: On every rank, if a checkpoint that had to be written could not be.
+        RuntimeError: On every rank, if the numbers go wrong for good.
 
     Collective: All ranks.
     """
     config, recorder, started = run.config, run.recorder, time.monotonic()
-    num_steps, validation = config.train.steps, None
-    checkpoint = run.folder.checkpoints / f"step_{first_step:08d}"
-    with run.console.progress(first_step, num_steps):
-        for step in range(first_step, num_steps):
-            done, rate = step + 1, learning_rate(step, num_steps, config.optim)
-            is_last = done == num_steps
-            is_shown = is_last or _is_due(config.train.log_every, done)
-            is_written = is_last or _is_due(config.telemetry.every, done)
-            is_saved = is_last or _is_due(config.checkpoint.every, done)
-            record: Record = {}
-            with recorder.step():
-                batches = micro_batches(run.data.train, run.plan, step, run.isolation_mark, run.device)
-                result = run.engine.train_step(batches, rate)
-                recorder.add(result)
+    num_steps, num_taken, progress = config.train.steps, 0, first
+    validation, checkpoint, stopped = None, None, None
+    with run.console.progress(first.step, num_steps):
+        while progress.step < num_steps and stopped is None:
+            rate = learning_rate(progress.step, num_steps, config.optim)
+            result, verdict = _take_step(run, progress, rate)
+            if verdict.save_ended:
+                run.saver.settle()
+            if verdict.is_exhausted:
+                progress = run.recovery.go_back(progress, result)
+                continue
+            progress, num_taken, stopped = progress.after(run.plan.global_batch_size), num_taken + 1, verdict.stop
+            done = progress.step
             run.console.tick(done)
-            if is_shown or is_written or is_saved:
-                _refuse_non_finite(run, done, recorder.measure(done, rate, result, is_shown))
+            is_last = done == num_steps
+            is_written = is_last or stopped is not None or _is_due(config.telemetry.every, done)
+            is_shown = is_last or _is_due(config.train.log_every, done)
+            record: Record = {}
+            if is_shown or is_written:
+                recorder.measure(progress, rate, result, is_shown)
             if is_written:
                 record = recorder.take(done)
-            if is_saved:
-                checkpoint = _save(run, done)
-            if is_last or _is_due(config.train.validate_every, done):
+            if is_last or stopped is not None or (_is_due(config.checkpoint.every, done) and not run.guard.streak):
+                run.position.at("save")
+                run.saver.save(progress)
+            if is_last or (stopped is None and _is_due(config.train.validate_every, done)):
                 validation = _validate(run, done, None if is_last else config.train.validation_sequences)
                 record |= _validation_record(validation)
             recorder.write(done, record)
-    if first_step == num_steps:
+    if num_taken:
+        checkpoint = run.saver.finish(progress).folder
+    if first.step == num_steps:
         validation = _validate(run, num_steps, None)
-    return TrainResult(validation, checkpoint, num_steps - first_step, time.monotonic() - started)
+    # A signal that comes with the last step has nothing left to stop.
+    stopped = stopped if progress.step < num_steps else None
+    return TrainResult(validation, checkpoint, num_taken, time.monotonic() - started, stopped)
 
 
-def _refuse_non_finite(run: Run, done: int, measured: GlobalStep) -> None:
-    # The numbers are the same on all ranks, so that all end here. fp16's loss scaler skips such steps by itself, and
-    # DeepSpeed gives a norm that is not finite as -1 or inf, by stage.
-    is_finite = math.isfinite(measured.loss) and math.isfinite(measured.grad_norm) and measured.grad_norm >= 0
-    if not is_finite and run.config.train.precision != "fp16":
-        raise RuntimeError(
-            f"step {done}: loss {measured.loss}, gradient norm {measured.grad_norm}: training ends "
-            "before this is saved; the last checkpoint is untouched (a lower optim.learning_rate may help)"
-        )
+def _take_step(run: Run, progress: Progress, rate: float) -> tuple[StepResult, Verdict]:
+    run.position.at("data", progress.step + 1)
+    with run.watchdog.watching(f"step {progress.step + 1}"), run.recorder.step():
+        batches = micro_batches(run.data.train, run.plan, progress, run.isolation_mark, run.device)
+        result = run.engine.train_step(batches, rate, run.guard.judge)
+        run.recorder.add(result)
+    verdict = run.guard.conclude(progress, run.plan.global_batch_size)
+    if verdict.skipped is not None:
+        run.console.say(f"step {progress.step + 1:6d}  skipped: {verdict.skipped.reason}")
+    return result, verdict
 
 
 def _is_due(every: int, done: int) -> bool:
@@ -122,7 +151,10 @@ def _is_due(every: int, done: int) -> bool:
 def _validate(run: Run, done: int, num_sequences: int | None) -> ValidationResult | None:
     if run.data.held_out is None:
         return None
-    result = validate(run.engine, run.data.held_out, run.plan, num_sequences, run.isolation_mark, run.device)
+    run.position.at("validate")
+    result = validate(
+        run.engine, run.data.held_out, run.plan, num_sequences, run.isolation_mark, run.device, run.watchdog.watching
+    )
     run.console.say(
         f"step {done:6d}  held out: {result.bits_per_byte:.4f} bits/byte, {result.cross_entropy:.4f} nats/token"
     )
@@ -133,18 +165,3 @@ def _validation_record(result: ValidationResult | None) -> Record:
     if result is None:
         return {}
     return {"val/bits_per_byte": result.bits_per_byte, "val/cross_entropy": result.cross_entropy}
-
-
-def _save(run: Run, done: int) -> Path:
-    folder = save_checkpoint(
-        run.engine,
-        run.folder.checkpoints,
-        run.plan.rank,
-        step=done,
-        consumed_sequences=done * run.plan.global_batch_size,
-        tokenizer=run.data.tokenizer.fingerprint,
-        config=run.config.model_dump(mode="json"),
-    )
-    if run.plan.rank == 0:
-        prune_checkpoints(run.folder.checkpoints, run.config.checkpoint.keep_last)
-    return folder

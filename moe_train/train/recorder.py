@@ -10,9 +10,10 @@ from moe_train.parallel.traffic import TrafficMeter
 from moe_train.train.alarms import ExpertWatch
 from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole, StepLine
-from moe_train.train.engine import StepResult
 from moe_train.train.expert_figures import routing_record
+from moe_train.train.progress import Progress
 from moe_train.train.records import Record
+from moe_train.train.step_result import StepResult
 from moe_train.train.step_window import GlobalStep, StepWindow, reduce_step
 from moe_train.train.telemetry import MetricsWriter
 
@@ -83,6 +84,7 @@ class StepRecorder:
         self._window = StepWindow(meter) if meter is not None else None
         self._clock = _Clock()
         self._record: Record = {}
+        self._num_skipped = 0  # since the last record
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -92,14 +94,15 @@ class StepRecorder:
 
     def add(self, result: StepResult) -> None:
         """Take in what a step gave. No synchronisation. A step that fp16 skipped has sums that are not finite."""
+        self._num_skipped += result.skipped
         if self._window is not None and not result.skipped:
             self._window.add(result)
 
-    def measure(self, done: int, rate: float, result: StepResult, is_shown: bool) -> GlobalStep:
+    def measure(self, progress: Progress, rate: float, result: StepResult, is_shown: bool) -> GlobalStep:
         """The step over all ranks, in one all-reduce; on rank 0 it is shown.
 
         Args:
-            done: Steps done.
+            progress: After the step.
             rate: Learning rate of the step.
             result: What it gave.
             is_shown: Whether a line is due where there is no terminal.
@@ -117,8 +120,8 @@ class StepRecorder:
                 measured = self._window.reduce(result, plan.rank, plan.world_size)
         seconds = self._clock.measure()
         if self._writer is not None:
-            self._record = self._make_record(done, rate, result, measured, seconds)
-            self._console.step(self._line(done), is_shown)
+            self._record = self._make_record(progress, rate, result, measured, seconds)
+            self._console.step(self._line(progress.step), is_shown)
         return measured
 
     def take(self, done: int) -> Record:
@@ -130,9 +133,7 @@ class StepRecorder:
         Returns:
             Empty on other ranks than 0.
         """
-        self._clock.reset()
-        if self._window is not None:
-            self._window.reset()
+        self._begin_window()
         if self._watch is None or "moe/steps" not in self._record:
             return dict(self._record)
         warnings = self._watch.observe(self._record)
@@ -145,27 +146,44 @@ class StepRecorder:
         if self._writer is not None and record:
             self._writer.write(done, record)
 
+    def rewind(self, step: int) -> None:
+        """Go back to a step: what was recorded of later ones is dropped, and a new window begins."""
+        self._begin_window()
+        if self._writer is not None:
+            self._writer.rewind(step)
+            if self._watch is not None:
+                self._watch = self._watch.begun_anew(self._writer.records())
+
     def close(self) -> None:
         """Write what is buffered."""
         if self._writer is not None:
             self._writer.close()
 
+    def _begin_window(self) -> None:
+        self._clock.reset()
+        self._num_skipped = 0
+        if self._window is not None:
+            self._window.reset()
+
     @property
     def _tokens_per_step(self) -> int:
         return self._plan.global_batch_size * self._config.train.sequence_length
 
-    def _make_record(self, done: int, rate: float, result: StepResult, measured: GlobalStep, seconds: float) -> Record:
+    def _make_record(
+        self, progress: Progress, rate: float, result: StepResult, measured: GlobalStep, seconds: float
+    ) -> Record:
         record: Record = {
             "train/loss": measured.loss,
             "train/cross_entropy": measured.cross_entropy,
             "train/lr": rate,
             "train/grad_norm": measured.grad_norm,
-            "train/tokens": done * self._tokens_per_step,
+            "train/skipped": self._num_skipped,
+            "train/tokens": progress.consumed_sequences * self._config.train.sequence_length,
             "perf/step_ms": seconds * 1e3,
             "perf/tokens_per_second": self._tokens_per_step / seconds,
         }
         if self._config.train.precision == "fp16":
-            record |= {"train/loss_scale": result.loss_scale, "train/skipped": int(result.skipped)}
+            record["train/loss_scale"] = result.loss_scale
         if measured.window is not None:
             record |= routing_record(measured.window, self._config.model.moe_layer_indices)
             record["moe/all_to_all_fraction"] = measured.window.all_to_all_seconds / seconds

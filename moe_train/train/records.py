@@ -1,5 +1,6 @@
 """The records of a run in metrics.jsonl: one JSON object a line, keys are TensorBoard tags, and the step."""
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,6 +57,26 @@ def read_records(path: Path) -> list[Record]:
             raise UsageError(f"{path}: line {number} is not a record ({error}): repair or remove it") from error
         records.append(record)
     return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Write a record as a line behind the others: whole, or not at all.
+
+    The file is opened for each, so that a folder that was moved away or remade is written to where it is now.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "no space left")
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def drop_records_from(path: Path, first_step: int) -> None:

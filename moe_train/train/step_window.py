@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.parallel.collectives import all_reduce_sum, world_group
 from moe_train.parallel.traffic import TrafficMeter
-from moe_train.train.engine import StepResult
+from moe_train.train.step_result import StepResult
 
 
 @dataclass(frozen=True)

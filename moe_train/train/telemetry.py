@@ -4,9 +4,8 @@ This is the one door to TensorBoard.
 Legend: L MoE layers, E experts.
 """
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,15 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from moe_train.train.heatmap import draw_load, encode_png
-from moe_train.train.records import EXPERT_FIGURES, Record, drop_records_from, expert_counts, layer_name
+from moe_train.train.records import (
+    EXPERT_FIGURES,
+    Record,
+    append_record,
+    drop_records_from,
+    expert_counts,
+    layer_name,
+    read_records,
+)
 
 # The experts one by one, which TensorBoard shows in a chart a layer; metrics.jsonl has their counts as a list. The name
 # stands behind all others, so that the scalars begin with those of whole layers.
@@ -25,17 +32,39 @@ _HPARAM_METRICS = ("train/loss", "val/bits_per_byte", "moe/max_violation")
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and, if wanted, to TensorBoard."""
+    """Appends records to metrics.jsonl and, if wanted, to TensorBoard. A full disk ends no run: it is said once."""
 
-    def __init__(self, run_dir: Path, first_step: int, use_tensorboard: bool) -> None:
-        """Open the run's records; those of steps from first_step on are dropped, for they are made again."""
-        self._path = run_dir / "metrics.jsonl"
-        drop_records_from(self._path, first_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = None
-        if use_tensorboard:
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+    def __init__(self, run_dir: Path, first_step: int, use_tensorboard: bool, say: Callable[[str], None]) -> None:
+        """Open the run's records; those of steps from first_step on are dropped, for they are made again.
+
+        Args:
+            run_dir: The run's folder.
+            first_step: Step that the run begins or goes on with, from 0.
+            use_tensorboard: Whether TensorBoard's files are written too.
+            say: Told where records cannot be written.
+        """
+        self._run_dir, self._path, self._say = run_dir, run_dir / "metrics.jsonl", say
+        self._uses_tensorboard = use_tensorboard
+        self._num_lost = 0
         self._closing: Summary | None = None
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        drop_records_from(self._path, first_step)
+        self._board: SummaryWriter | None = None
+        if self._uses_tensorboard:
+            board = str(self._run_dir / "tensorboard")
+            self._board = SummaryWriter(board, purge_step=first_step + 1 if first_step else None)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records behind a step: they are made again."""
+        if self._board is not None:
+            self._board.close()
+        self._open(step)
+
+    def records(self) -> list[Record]:
+        """What was written so far."""
+        return read_records(self._path)
 
     def describe(self, layers: Sequence[int], fields: Iterable[tuple[str, Any]], config_text: str) -> None:
         """Tell TensorBoard what the run is: its layout of charts, hyper-parameters and configuration.
@@ -59,13 +88,22 @@ class MetricsWriter:
         JSON has no infinity, which fp16's gradient norm is where its scale was too large: it becomes null.
         """
         finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
-        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._board is not None:
+        try:
+            append_record(self._path, {"step": step} | finite)
+        except OSError as error:
+            if self._num_lost == 0:
+                self._say(f"warning: step {step}: {self._path} cannot be written ({error}); the run goes on")
+            self._num_lost += 1
+        if self._board is None:
+            return
+        try:
             # One event with everything: a tenth of the time of one call a number.
             self._add(record_summary(record), step)
             for warning in record.get("moe/alarms", ()):
                 self._board.add_text("moe/alarms", warning, step)
+        except OSError as error:
+            self._board = None  # its thread has ended
+            self._say(f"warning: step {step}: TensorBoard's files cannot be written ({error}); it gets no more records")
 
     def _add(self, summary: Summary, step: int | None = None) -> None:
         assert self._board is not None and self._board.file_writer is not None, "open until `close`"
@@ -73,11 +111,16 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._file.close()
-        if self._board is not None:
+        if self._num_lost:
+            self._say(f"warning: {self._num_lost} records could not be written to {self._path}")
+        if self._board is None:
+            return
+        try:
             if self._closing is not None:
                 self._add(self._closing)
             self._board.close()
+        except OSError as error:
+            self._say(f"warning: TensorBoard's files could not be completed ({error})")
 
 
 def record_summary(record: Record) -> Summary:

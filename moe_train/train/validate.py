@@ -1,6 +1,8 @@
 """Loss on the held-out text."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,7 @@ def validate(
     num_sequences: int | None,
     end_of_document: int | None,
     device: torch.device,
+    watching: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> ValidationResult:
     """Evaluate without router noise; the same number for any number of ranks.
 
@@ -45,6 +48,7 @@ def validate(
         num_sequences: Sequences to take, evenly spread over the text; None: all.
         end_of_document: As in `make_tokens`.
         device: Where the model is.
+        watching: Around each batch, which it is told the name of.
 
     Collective: All ranks.
     """
@@ -59,9 +63,10 @@ def validate(
         indices = np.where(places < wanted, chosen[np.minimum(places, wanted - 1)], available)
         ids_BS, targets = held_out.batch(indices)
         targets_BS = torch.from_numpy(targets).to(device)
-        logits_BSV = engine.evaluate(make_tokens(ids_BS, indices, 0, end_of_document, device))
-        sums[0] += token_cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()).double().sum()
-        sums[1] += (targets_BS != IGNORED_TARGET).sum()
+        with watching(f"validation from sequence {start}"):
+            logits_BSV = engine.evaluate(make_tokens(ids_BS, indices, 0, end_of_document, device))
+            sums[0] += token_cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()).double().sum()
+            sums[1] += (targets_BS != IGNORED_TARGET).sum()
     total, count = all_reduce_sum(sums, world_group()).tolist()
     mean = total / count
     return ValidationResult(mean, mean / math.log(2) * held_out.num_tokens / held_out.num_bytes, int(count))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_train.parallel.collectives import all_to_all_counts, all_to_all_rows, world_group
+from moe_train.parallel.probe import Probe
 from moe_train.parallel.traffic import Traffic, TrafficMeter
 
 CPU = torch.device("cpu")
@@ -47,12 +48,12 @@ def exchange(rank, world_size):
     receive = [(s + 1) * (rank + 1) for s in range(world_size)]
     rows = torch.ones(sum(send), WIDTH, requires_grad=True)
     with meter.counting():
-        all_to_all_counts(torch.ones(world_size, 2, dtype=torch.int64), group, meter)
+        all_to_all_counts(torch.ones(world_size, 2, dtype=torch.int64), group, Probe(meter))
         after_counts = meter.read().num_bytes
-        arrived = all_to_all_rows(rows, send, receive, group, meter)
+        arrived = all_to_all_rows(rows, send, receive, group, Probe(meter))
         after_forward = meter.read().num_bytes
         arrived.sum().backward()
-    all_to_all_rows(rows.detach(), send, receive, group, meter)  # not counted
+    all_to_all_rows(rows.detach(), send, receive, group, Probe(meter))  # not counted
     found = meter.read()
     return after_counts, after_forward - after_counts, found.num_bytes - after_forward, found.seconds
 
@@ -71,8 +72,8 @@ def test_bytes_that_leave_a_rank_in_both_passes(world_size, request) -> None:
 def test_one_process_sends_nothing() -> None:
     meter = TrafficMeter(CPU)
     with meter.counting():
-        all_to_all_counts(torch.ones(1, 4, dtype=torch.int64), None, meter)
-        all_to_all_rows(torch.ones(5, WIDTH), [5], [5], None, meter)
+        all_to_all_counts(torch.ones(1, 4, dtype=torch.int64), None, Probe(meter))
+        all_to_all_rows(torch.ones(5, WIDTH), [5], [5], None, Probe(meter))
     assert meter.read() == Traffic(0.0, 0)
 
 

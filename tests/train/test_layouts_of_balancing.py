@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from moe_train.train.manifest import read_manifest
+from moe_train.train.checkpoint.manifest import encode_manifest, read_manifest
 from moe_train.train.records import EXPERT_FIGURES
-from tests.train.runs import SMALL, records, train_alone, train_under_torchrun
+from tests.train.runs import SMALL, records, train_forked
 
 NUM_STEPS = 8
 # Everything that is linear in tokens or sequences, so that the number of micro-steps makes no difference.
@@ -73,11 +73,7 @@ LAYOUTS = (
 
 def train_in(layout: Layout, *arguments: str) -> None:
     """A run in a layout."""
-    options = [*EVERYTHING, *layout.options, *arguments]
-    if layout.world_size == 1:
-        result = train_alone(*options)
-    else:
-        result = train_under_torchrun(layout.world_size, *options)
+    result = train_forked(layout.world_size, *EVERYTHING, *layout.options, *arguments)
     assert result.returncode == 0, result
 
 
@@ -163,8 +159,9 @@ def test_a_bias_of_another_length_is_refused(runs: list[Path], tmp_path: Path) -
     path = folder / "checkpoints" / f"step_{NUM_STEPS:08d}" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["buffers"] = {name: values[:-1] for name, values in manifest["buffers"].items()}
-    path.write_text(json.dumps(manifest))
-    result = train_alone(*EVERYTHING, *LAYOUTS[0].options, f"--train.run_dir={folder}", "--train.steps=9")
+    del manifest["digest"]
+    path.write_text(encode_manifest(manifest))
+    result = train_forked(1, *EVERYTHING, *LAYOUTS[0].options, f"--train.run_dir={folder}", "--train.steps=9")
     assert result.returncode == 2 and "selection_bias has 7 values" in result.stderr, result
 
 
@@ -173,9 +170,9 @@ def test_a_learned_bias_is_not_thrown_away(runs: list[Path], tmp_path: Path) -> 
     shutil.copytree(runs[0], folder)
     options = [option for option in EVERYTHING if "coef_schedules" not in option]
     frozen = [*options, *LAYOUTS[0].options, f"--train.run_dir={folder}", f"--train.steps={NUM_STEPS + 1}"]
-    result = train_alone(*frozen, "--model.moe.bias_update_rate=0")
+    result = train_forked(1, *frozen, "--model.moe.bias_update_rate=0")
     assert result.returncode == 2 and "bias_update_rate" in result.stderr and "held still" in result.stderr, result
-    result = train_alone(*frozen, '--model.moe.coef_schedules={"bias_update_rate": [[0, 0]]}')
+    result = train_forked(1, *frozen, '--model.moe.coef_schedules={"bias_update_rate": [[0, 0]]}')
     assert result.returncode == 0, result
     assert biases(folder, NUM_STEPS + 1) == biases(runs[0], NUM_STEPS)
 
@@ -184,7 +181,7 @@ def test_a_bias_stays_wide_in_a_narrow_run(tmp_path: Path) -> None:
     """In bf16 a bias of a half could not take a step of a thousandth."""
     unscheduled = [option for option in EVERYTHING if "coef_schedules" not in option]
     options = [*unscheduled, *LAYOUTS[0].options, f"--train.run_dir={tmp_path}", "--train.precision=bf16"]
-    result = train_alone(*options, "--model.moe.bias_update_rate=0.001")
+    result = train_forked(1, *options, "--model.moe.bias_update_rate=0.001")
     assert result.returncode == 0, result
     ((_, values),) = biases(tmp_path, NUM_STEPS).items()
     for value in values:  # sums of eight steps of +-0.001 in fp32, where bf16 has three digits
@@ -210,8 +207,8 @@ def test_a_bias_stays_wide_in_a_narrow_run(tmp_path: Path) -> None:
 )
 def test_other_combinations_learn(tmp_path: Path, options: tuple[str, ...]) -> None:
     base = [*SMALL, "--model.moe.num_experts=8", "--model.moe.importance_cv2_coef=0", "--model.moe.load_cv2_coef=0"]
-    result = train_alone(
-        *base, "--train.steps=12", "--optim.learning_rate=1e-2", f"--train.run_dir={tmp_path}", *options
+    result = train_forked(
+        1, *base, "--train.steps=12", "--optim.learning_rate=1e-2", f"--train.run_dir={tmp_path}", *options
     )
     assert result.returncode == 0, result
     lines = records(tmp_path)

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from moe_train.config import UsageError
-from moe_train.train.checkpoint import list_checkpoints
-from moe_train.train.manifest import read_manifest
+from moe_train.train.checkpoint.folders import list_checkpoints
+from moe_train.train.checkpoint.manifest import read_manifest
 from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, choose_layouts, compare
 from moe_train.train.records import EXPERT_FIGURES, read_records
 from tests.processes import run_process

@@ -21,9 +21,10 @@ from moe_train.parallel.traffic import TrafficMeter
 from moe_train.train.alarms import Bounds, ExpertWatch
 from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole
-from moe_train.train.engine import StepResult
+from moe_train.train.progress import Progress
 from moe_train.train.recorder import StepRecorder
 from moe_train.train.records import read_records
+from moe_train.train.step_result import StepResult
 from moe_train.train.step_window import StepWindow
 from moe_train.train.telemetry import MetricsWriter
 from tests.model.small import random_ids, small_config, small_model, tokens_of
@@ -92,6 +93,11 @@ def counted_waits() -> Iterator[Counter]:
     finally:
         for name, original in originals.items():
             setattr(torch.Tensor, name, original)
+
+
+def at(step: int) -> Progress:
+    """After some steps of 4 sequences."""
+    return Progress(step, step * 4)
 
 
 def waits_of_a_step(rank: int, world_size: int, is_recorded: bool, moe: dict[str, Any] = MOE) -> dict[str, int]:
@@ -178,7 +184,7 @@ def recorded(tmp_path: Path) -> tuple[StepRecorder, Path]:
         }
     )
     watch = ExpertWatch((1, 3), Bounds(dead_after_steps=4, max_violation=9, entropy=0.0, after_steps=9))
-    writer = MetricsWriter(tmp_path, 0, use_tensorboard=False)
+    writer = MetricsWriter(tmp_path, 0, use_tensorboard=False, say=print)
     plan = BatchPlan(2, 4, 0, 1)
     return StepRecorder(config, plan, RunConsole(None), TrafficMeter(CPU), writer, watch), tmp_path
 
@@ -190,9 +196,9 @@ def test_a_record_covers_the_steps_since_the_last(recorded: tuple[StepRecorder, 
             result = result_of(0, step)
             recorder.add(result)
         if step == 1:  # shown, but not written: what was added up goes on
-            assert recorder.measure(step + 1, 0.1, result, is_shown=True).window.num_steps == 2
+            assert recorder.measure(at(step + 1), 0.1, result, is_shown=True).window.num_steps == 2
         if step in (2, 5):
-            recorder.measure(step + 1, 0.1, result, is_shown=False)
+            recorder.measure(at(step + 1), 0.1, result, is_shown=False)
             recorder.write(step + 1, recorder.take(step + 1))
     recorder.close()
     first, second = read_records(folder / "metrics.jsonl")
@@ -222,7 +228,7 @@ def test_times_are_of_steps_and_traffic_of_ranks(recorded: tuple[StepRecorder, P
         if step in (1, 3):
             if step == 3:  # what the host waits for in the reduction is the steps' own time
                 monkeypatch.setattr(recorder._window, "reduce", waiting(recorder._window.reduce, now, 4.0))
-            recorder.measure(step + 1, 0.1, result_of(0, step), is_shown=False)
+            recorder.measure(at(step + 1), 0.1, result_of(0, step), is_shown=False)
             recorder.write(step + 1, recorder.take(step + 1))
     recorder.close()
     first, second = read_records(folder / "metrics.jsonl")
@@ -249,9 +255,9 @@ def test_a_skipped_step_is_not_in_the_sums(recorded: tuple[StepRecorder, Path]) 
         with recorder.step():
             recorder.add(result)
         if i == 1:
-            assert recorder.measure(i + 1, 0.1, result, is_shown=False).window.num_steps == 1
+            assert recorder.measure(at(i + 1), 0.1, result, is_shown=False).window.num_steps == 1
             assert recorder.take(i + 1)["moe/steps"] == 1
-    assert recorder.measure(3, 0.1, results[2], is_shown=False).window is None  # nothing but skipped steps
+    assert recorder.measure(at(3), 0.1, results[2], is_shown=False).window is None  # nothing but skipped steps
     record = recorder.take(3)
     assert "moe/steps" not in record and record["train/loss"] == 2.0
 

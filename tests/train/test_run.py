@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moe_train.config.load import validate_config
 from tests.processes import ProcessResult
-from tests.train.runs import SMALL, records, train_alone
+from tests.train.runs import SMALL, records, train_alone, train_forked
 
 NAMES = (
     "train/loss",
@@ -101,7 +101,7 @@ def test_documents_isolated_post_norm_layernorm_recomputed_and_mlkv_train(tmp_pa
         "--optim.learning_rate=1e-2",
         f"--train.run_dir={tmp_path}",
     ]
-    result = train_alone(*arguments)
+    result = train_forked(1, *arguments)
     assert result.returncode == 0, result
     lines = records(tmp_path)
     assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.1
@@ -109,13 +109,13 @@ def test_documents_isolated_post_norm_layernorm_recomputed_and_mlkv_train(tmp_pa
 
 def test_the_same_command_goes_on_and_a_longer_run_continues(tmp_path: Path) -> None:
     base = [*SMALL, f"--train.run_dir={tmp_path}", "--train.sample_tokens=0"]
-    assert train_alone(*base, "--train.steps=3").returncode == 0
+    assert train_forked(1, *base, "--train.steps=3").returncode == 0
     first = records(tmp_path)
     result = train_alone(*base, "--train.steps=5")
     assert result.returncode == 0, result
     assert "going on from" in result.stdout and "3 steps done, 2 to do" in result.stdout
     assert records(tmp_path)[:2] == first[:2]
     assert [line["step"] for line in records(tmp_path)] == [1, 2, 3, 4, 5]
-    again = train_alone(*base, "--train.steps=5")
+    again = train_forked(1, *base, "--train.steps=5")
     assert again.returncode == 0 and "0 to do" in again.stdout
     assert [line["step"] for line in records(tmp_path)] == [1, 2, 3, 4, 5]

@@ -8,8 +8,8 @@ import torch
 
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.parallel.traffic import TrafficMeter
-from moe_train.train.engine import StepResult
 from moe_train.train.expert_figures import max_violation, routing_record
+from moe_train.train.step_result import StepResult
 from moe_train.train.step_window import GlobalStep, StepWindow, reduce_step
 from tests.model.small import sums_with
 from tests.ranks import RankPool

@@ -28,7 +28,7 @@ def test_records_of_steps_to_be_made_again_are_dropped(tmp_path: Path) -> None:
     assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4, 5]  # a kill may cut the last line
     drop_records_from(path, 3)
     assert [record["step"] for record in read_records(path)] == [1, 2, 3]
-    writer = MetricsWriter(tmp_path, 2, use_tensorboard=False)
+    writer = MetricsWriter(tmp_path, 2, use_tensorboard=False, say=print)
     writer.write(3, {"x": 30})
     writer.close()
     assert [record["x"] for record in read_records(path)] == [1, 2, 30]
@@ -43,7 +43,7 @@ def test_layers_are_read_from_the_names_of_a_record() -> None:
 def board(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
     """What TensorBoard reads of one record and its description."""
     folder = tmp_path_factory.mktemp("board")
-    writer = MetricsWriter(folder, 0, use_tensorboard=True)
+    writer = MetricsWriter(folder, 0, use_tensorboard=True, say=print)
     writer.describe((1, 3), [("model.hidden_size", 32), ("model.norm", "rmsnorm"), ("x.none", None)], "the text")
     writer.write(7, RECORD)
     writer.close()
@@ -100,7 +100,7 @@ def test_the_layout_shows_all_experts_of_a_layer_in_one_chart(board: EventAccumu
 
 
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, 0, use_tensorboard=True)
+    writer = MetricsWriter(tmp_path, 0, use_tensorboard=True, say=print)
     writer.write(1, {"train/grad_norm": math.inf, "train/loss": 1.0})
     writer.close()
     assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "train/grad_norm": None, "train/loss": 1.0}]

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_train.model.moe.steps import Dispatched, Routing
 from moe_train.ops.permute import expand_rows, gather_rows, invert_order, sort_assignments, weighted_sum
 from moe_train.parallel.collectives import Group, all_to_all_counts, all_to_all_rows, group_size
-from moe_train.parallel.traffic import TrafficMeter
+from moe_train.parallel.probe import Probe
 
 
 class Dispatcher(Protocol):
@@ -33,10 +33,10 @@ class FlatDispatcher:
     """One row an assignment.
 
     Attributes:
-        meter: Told what the all-to-alls cost; None: nobody asks.
+        probe: Told of the layer's all-to-alls; None: nobody asks.
     """
 
-    meter: TrafficMeter | None = None
+    probe: Probe | None = None
 
     def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int, group: Group | None) -> Dispatched:
         """Send each token's row once to each of its K experts that has room for it.
@@ -52,7 +52,7 @@ class FlatDispatcher:
         num_assignments, top_k = routing.experts_TK.numel(), routing.experts_TK.shape[1]
         order_A, counts_E = sort_assignments(routing.experts_TK, num_experts, routing.kept_TK)
         sent_Pe = counts_E.view(group_size(group), -1)  # (E) -> (ranks, e)
-        received_Pe = all_to_all_counts(sent_Pe, group, self.meter)
+        received_Pe = all_to_all_counts(sent_Pe, group, self.probe)
         if group is None and routing.kept_TK is None:
             send = receive = (num_assignments,)  # known without looking
         else:
@@ -61,7 +61,7 @@ class FlatDispatcher:
             send, receive = (tuple(row) for row in torch.stack((sent_Pe.sum(1), received_Pe.sum(1))).tolist())
         order_Q = order_A[: sum(send)]
         inverse_A = invert_order(order_Q, num_assignments)
-        rows_RD = all_to_all_rows(expand_rows(x_TD, order_Q, inverse_A, top_k), send, receive, group, self.meter)
+        rows_RD = all_to_all_rows(expand_rows(x_TD, order_Q, inverse_A, top_k), send, receive, group, self.probe)
         regroup_R = regroup_inverse_R = None
         if group is not None:
             regroup_R = _order_by_local_expert(received_Pe, sum(receive))
@@ -94,11 +94,11 @@ class FlatDispatcher:
         """
         if dispatched.regroup_R is not None and dispatched.regroup_inverse_R is not None:
             rows_RD = gather_rows(rows_RD, dispatched.regroup_inverse_R, dispatched.regroup_R)
-        rows_QD = all_to_all_rows(rows_RD, dispatched.receive, dispatched.send, group, self.meter)
+        rows_QD = all_to_all_rows(rows_RD, dispatched.receive, dispatched.send, group, self.probe)
         return weighted_sum(rows_QD, dispatched.gates_TK, dispatched.inverse_A, dispatched.order_Q)
 
 
-DISPATCHERS: dict[str, Callable[[TrafficMeter | None], Dispatcher]] = {"flat": FlatDispatcher}
+DISPATCHERS: dict[str, Callable[[Probe | None], Dispatcher]] = {"flat": FlatDispatcher}
 
 
 def _order_by_local_expert(received_Pe: Tensor, num_rows: int) -> Tensor:

@@ -1,0 +1,15 @@
+"""Checkpoints of flat ranges: every rank writes what it owns, and any layout reads what it needs.
+
+A step's folder holds one safetensors file a rank and manifest.json with every tensor's global shape and where its
+ranges are. It is written under a temporary name and renamed when complete; `latest` is replaced last. Nothing is
+unpickled.
+
+    manifest   what a checkpoint says of itself, read without trust
+    files      tensor files: written with their digest, and verified
+    folders    the checkpoints of a run: found, completed, kept and removed
+    snapshot   a copy of a rank's state in host memory
+    writer     snapshots to files, while training goes on
+    ranges     ranges of tensors, read from the files that hold them
+    reader     files to the state of an engine in any layout
+    export     weights alone, as whole tensors
+"""

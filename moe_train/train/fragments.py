@@ -1,0 +1,26 @@
+"""A rank's part of the training state: flat ranges of logical tensors."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_train.model.parameters import LogicalTensor
+
+STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weight and Adam's moments
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A flat range of a logical tensor that this rank alone owns, with its optimizer state: views, not copies.
+
+    Attributes:
+        tensor: The logical tensor.
+        start: First element of the range in the flattened global tensor.
+        numel: Elements of the range.
+        states: fp32, 1-D, by the names of STATE_KINDS.
+    """
+
+    tensor: LogicalTensor
+    start: int
+    numel: int
+    states: dict[str, Tensor]

@@ -1,0 +1,48 @@
+"""What an optimizer step gives, and what is asked of it between its gradients and its update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_train.model.moe.steps import RoutingSums
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is known of a step between its gradients and its update.
+
+    Attributes:
+        loss: Mean over this rank's micro-batches of the total loss; fp32 scalar on the device.
+        grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; negative or not finite
+            where a gradient is not finite; scalar on the device.
+        overflowed: Whether fp16's loss scale was too large for the step, which is no fault.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    overflowed: bool
+
+
+Judge = Callable[[Gradients], bool]  # whether to skip the update: the same answer on all ranks
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave on this rank.
+
+    Attributes:
+        loss: Mean over micro-batches of the total loss; fp32 scalar on the device.
+        cross_entropy: Mean over micro-batches of the cross-entropy, nats a token; fp32 scalar on the device.
+        sums: Routing sums over the micro-batches, [L, ...], or None without MoE layers.
+        grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; scalar.
+        skipped: Whether the update was skipped, by fp16's loss scaler or by the judge.
+        loss_scale: fp16's loss scale; 1 otherwise.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    sums: RoutingSums | None
+    grad_norm: Tensor
+    skipped: bool
+    loss_scale: float = 1.0
