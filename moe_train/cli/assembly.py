@@ -8,11 +8,10 @@ from moe_train.config.deepspeed import deepspeed_config
 from moe_train.config.load import dump_yaml
 from moe_train.parallel.groups import create_background_group
 from moe_train.parallel.traffic import TrafficMeter
-from moe_train.train.agreement import together
 from moe_train.train.alarms import Bounds, ExpertWatch
 from moe_train.train.assemble import make_engine
 from moe_train.train.batches import BatchPlan
-from moe_train.train.checkpoint.folders import Retention, set_aside
+from moe_train.train.checkpoint.folders import Retention
 from moe_train.train.checkpoint.reader import load_checkpoint
 from moe_train.train.checkpoint.writer import CheckpointWriter
 from moe_train.train.console import RunConsole
@@ -25,7 +24,7 @@ from moe_train.train.resilience.guard import StepGuard
 from moe_train.train.resilience.lifelines import Lifelines
 from moe_train.train.resilience.recovery import Recovery
 from moe_train.train.resilience.signals import StopSignals
-from moe_train.train.resume import Found, changed_fields, field_values
+from moe_train.train.resume import Found, changed_fields, field_values, set_damaged_aside
 from moe_train.train.run_folder import save_config
 from moe_train.train.saving import Saver
 from moe_train.train.telemetry import MetricsWriter
@@ -78,14 +77,12 @@ def assemble(
 
 def _restore(setting: Setting, found: Found, engine: TrainEngine, console: RunConsole) -> Progress:
     """The state of the checkpoint, if there is one, and where it was."""
-
     manifest, config = found.manifest, setting.config
     if manifest is None:
         return Progress()
     load_checkpoint(engine, manifest)
-    for damage in found.damaged:
-        aside = together(lambda damage=damage: set_aside(damage.folder) if setting.world.rank == 0 else None)  # type: ignore[misc]
-        console.say(f"warning: passed over: {damage.reason}; it is now {aside}")
+    for line in set_damaged_aside(found, setting.world.rank):
+        console.say(line)
     left = config.train.steps - manifest.step
     console.say(f"going on from {manifest.folder}: {manifest.step} steps done, {left} to do")
     for change in changed_fields(manifest, config):
@@ -94,7 +91,6 @@ def _restore(setting: Setting, found: Found, engine: TrainEngine, console: RunCo
 
 
 def _open_records(setting: Setting, first_step: int, console: RunConsole) -> tuple[MetricsWriter, ExpertWatch | None]:
-
     config, folder, layers = setting.config, setting.folder, setting.config.model.moe_layer_indices
     save_config(folder, config)
     writer = MetricsWriter(folder.root, first_step, config.telemetry.tensorboard, console.say)

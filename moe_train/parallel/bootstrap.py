@@ -10,6 +10,8 @@ import contextlib
 import os
 import socket
 import sys
+import time
+import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from datetime import timedelta
@@ -238,12 +240,38 @@ def init_process_group(world: World, device: torch.device, timeout_seconds: floa
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     if world.world_size == 1:
         options["store"] = dist.HashStore()  # no port: nothing can clash
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        held = dist.TCPStore(world.master_addr, world.master_port, is_master=False, timeout=options["timeout"])
+        options["store"] = dist.PrefixStore(_meet(held, world), held)
     elif world.launcher == "torchrun":
-        options["init_method"] = "env://"  # the agent may hold the store
+        options["init_method"] = "env://"
     else:
         host = f"[{world.master_addr}]" if ":" in world.master_addr else world.master_addr
         options["init_method"] = f"tcp://{host}:{world.master_port}"
     dist.init_process_group(rank=world.rank, world_size=world.world_size, **options)
+
+
+def _meet(store: Any, world: World) -> str:
+    """A name that the ranks of this life agree on, for a store that torchrun's agent holds.
+
+    The agent keeps one store for all restarts, and torch 2.13 puts no prefix before each one's keys: ranks that were
+    started again would take the addresses of those that are gone, and wait for them. Its count of restarts is no such
+    name: two agents count apart, and not where a node comes or goes. So each rank asks under a name of its own, and
+    rank 0 answers whoever has asked, also those of an earlier life, until all of this one have heard it.
+    Collective: all ranks.
+    """
+    own = uuid.uuid4().hex
+    if world.rank > 0:
+        store.set(f"ask/{world.rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.add(f"heard/{name}", 1)
+        return name
+    questions = [f"ask/{rank}" for rank in range(1, world.world_size)]
+    while store.add(f"heard/{own}", 0) < len(questions):
+        asking = [f"answer/{name.decode()}" for name in store.multi_get(questions)]
+        store.multi_set(asking, [own] * len(asking))
+        time.sleep(0.02)
+    return own
 
 
 def leave_process_group(code: int) -> None:
@@ -280,6 +308,13 @@ def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, s
     kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size), "MASTER_ADDR": world.master_addr}
     kept |= {"MASTER_PORT": str(world.master_port)}
     return kept | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+
+
+def local_rank_environments(num_ranks: int, environ: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
+    """The environments of CPU ranks that are all processes of this machine, with a free port and one thread each."""
+    port = free_port()
+    worlds = [World(r, num_ranks, r, num_ranks, 1, 0, LOOPBACK, port, "environment") for r in range(num_ranks)]
+    return [child_environment(w, one_thread=True, environ=environ) | {"DS_ACCELERATOR": "cpu"} for w in worlds]
 
 
 def num_devices(device_type: str) -> int | None:

@@ -10,7 +10,7 @@ from moe_train.config.root import Config
 from moe_train.parallel.collectives import gather_objects
 from moe_train.train.agreement import attempt, together
 from moe_train.train.checkpoint.files import verify_files
-from moe_train.train.checkpoint.folders import list_checkpoints, step_of
+from moe_train.train.checkpoint.folders import list_checkpoints, point_latest, set_aside, step_of
 from moe_train.train.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest
 
 # What may differ from the checkpoint's configuration without being worth a word.
@@ -103,6 +103,24 @@ def newest_whole(checkpoints: Path, rank: int, world_size: int) -> Found:
             raise UsageError(tried.failure.message)
         damaged.append(Damage(folder, tried.failure.message))
     return Found(None, tuple(damaged))
+
+
+def set_damaged_aside(found: Found, rank: int) -> list[str]:
+    """Rename the damaged checkpoints that are newer than the one found, and say so in a line each, on rank 0.
+
+    Collective: All ranks.
+    """
+
+    def rename() -> list[str]:
+        lines = []
+        for damage in found.damaged:
+            aside = set_aside(damage.folder)
+            lines.append(f"warning: passed over: {damage.reason}; it is now {aside}")
+        if found.damaged and found.manifest is not None:
+            point_latest(found.manifest.folder)
+        return lines
+
+    return together(lambda: rename() if rank == 0 else [])
 
 
 def _read_whole(folder: Path, rank: int, world_size: int) -> Manifest:

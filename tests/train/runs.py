@@ -3,7 +3,6 @@
 import atexit
 import functools
 import json
-import os
 import socket
 import sys
 import time
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.cli.parity import TRAINING_MODULES
-from moe_train.parallel.bootstrap import child_environment
+from moe_train.parallel.bootstrap import local_rank_environments
 from moe_train.parallel.forked import ForkedRank, ForkServer, wait_for_all
-from moe_train.parallel.world import LOOPBACK, World
 from tests.processes import ProcessResult, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,9 +76,7 @@ def train_forked(world_size: int, *arguments: str, timeout: float = 120) -> Proc
 
 def start_forked(world_size: int, *arguments: str) -> Sequence[ForkedRank]:
     """Starts the ranks of a training and leaves them running: to poll, to kill, and to wait for."""
-    port = free_port()
-    worlds = [World(r, world_size, r, world_size, 1, 0, LOOPBACK, port, "environment") for r in range(world_size)]
-    environments = [child_environment(world, one_thread=True, environ={**os.environ, **CPU}) for world in worlds]
+    environments = local_rank_environments(world_size)
     server = fork_server()
     return [server.start("moe_train.cli.main:main", ["train", *arguments], each, ROOT) for each in environments]
 
@@ -94,7 +90,7 @@ def fork_server() -> ForkServer:
 
 @functools.cache
 def _make_fork_server() -> ForkServer:
-    server = ForkServer(TRAINING_MODULES, {**os.environ, **CPU})
+    server = ForkServer(TRAINING_MODULES, local_rank_environments(1)[0])
     atexit.register(server.close)
     return server
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.config import UsageError
+from moe_train.train.checkpoint.files import file_digest
 from moe_train.train.checkpoint.folders import Retention, list_checkpoints, remove_checkpoint, superfluous
 from moe_train.train.checkpoint.manifest import encode_manifest, read_manifest
 from moe_train.train.parity import LAYOUTS, OPTIONS
@@ -174,3 +175,70 @@ def test_what_changed_since_the_checkpoint_is_said(copied: Path) -> None:
     result = train_forked(1, *arguments, "--optim.learning_rate=1e-4")
     assert result.returncode == 0, result
     assert "changed since: optim.learning_rate: 0.003 -> 0.0001" in result.stdout
+
+
+def damage_a_tensor_file(checkpoint: Path) -> None:
+    file = checkpoint / "rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 64
+    file.write_bytes(content)
+
+
+def truncate_the_manifest(checkpoint: Path) -> None:
+    path = checkpoint / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_a_tensor_file, "digest differs"),
+        (truncate_the_manifest, "not a manifest"),
+        (lambda checkpoint: (checkpoint / "rank_00000.safetensors").unlink(), "cannot be read"),
+        (lambda checkpoint: (checkpoint / "manifest.json").unlink(), "not a manifest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(copied: Path, damage, words: str) -> None:
+    whole = copied / "checkpoints" / "step_00000020"
+    newer = copied / "checkpoints" / "step_00000030"
+    shutil.copytree(whole, newer)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    del manifest["digest"]
+    (newer / "manifest.json").write_text(encode_manifest(manifest | {"step": 30, "consumed_sequences": 480}))
+    damage(newer)
+    arguments = (*OPTIONS, *LAYOUTS[0].options(), f"--train.run_dir={copied}", "--train.steps=21")
+    result = train_forked(1, *arguments)
+    assert result.returncode == 0, result
+    assert f"warning: passed over: {newer}" in result.stdout and words in result.stdout
+    assert "step_00000020: 20 steps done, 1 to do" in result.stdout
+    kept = sorted(folder.name for folder in (copied / "checkpoints").iterdir())
+    assert kept == ["latest", "step_00000020", "step_00000021", "step_00000030.damaged"]
+    assert records(copied)[-1]["step"] == 21
+
+
+def test_the_batch_of_the_checkpoint_is_kept_on_other_ranks(copied: Path) -> None:
+    """Without train.global_batch_size it would be micro-batch x ranks."""
+    arguments = [option for option in LAYOUTS[0].options() if "global_batch" not in option and "micro" not in option]
+    result = train_forked(
+        2, *OPTIONS, *arguments, "--train.micro_batch_size=2", f"--train.run_dir={copied}", "--train.steps=22"
+    )
+    assert result.returncode == 0, result
+    assert records(copied)[-1]["train/tokens"] == 22 * 16 * 64
+
+
+def test_old_formats_are_read(copied: Path) -> None:
+    """Format 2 had blake2b digests, and neither sizes nor a digest of its own; 1 no buffers either."""
+    (checkpoint,) = list_checkpoints(copied / "checkpoints")
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("digest", "guard", "layout"):
+        del manifest[name]
+    for file, entry in manifest["files"].items():
+        digest = file_digest(checkpoint / file, "blake2b")
+        manifest["files"][file] = {"blake2b": digest, "ranges": entry["ranges"]}
+    path.write_text(json.dumps(manifest | {"format_version": 2}, indent=1))
+    code, message = resume(copied)
+    assert code == 0, message
+    del manifest["buffers"]
+    path.write_text(json.dumps(manifest | {"format_version": 1}, indent=1))
+    assert read_manifest(checkpoint).buffers == {}

@@ -82,11 +82,16 @@ def complete_checkpoint(part: Path, values: Mapping[str, Any]) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     else:
         part.replace(final)
+    point_latest(final)
+    return final
+
+
+def point_latest(final: Path) -> None:
+    """Let `latest` name a checkpoint."""
     latest = final.with_name(f"{LATEST}.part")
     write_durably(latest, f"{final.name}\n")
     latest.replace(final.with_name(LATEST))
     sync_folder(final.parent)
-    return final
 
 
 def set_aside(folder: Path) -> Path:

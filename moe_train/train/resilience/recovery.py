@@ -10,7 +10,7 @@ from moe_train.train.progress import Progress
 from moe_train.train.recorder import StepRecorder
 from moe_train.train.resilience.diagnosis import diagnose, summarize, write_diagnosis
 from moe_train.train.resilience.guard import StepGuard
-from moe_train.train.resume import newest_whole
+from moe_train.train.resume import newest_whole, set_damaged_aside
 from moe_train.train.saving import Saver
 from moe_train.train.step_result import StepResult
 
@@ -71,8 +71,8 @@ class Recovery:
                 self._console.say(f"warning: {path} could not be written: {error}")
         self._saver.settle()
         found = newest_whole(self._checkpoints, self._plan.rank, self._plan.world_size)
-        for damage in found.damaged:
-            self._console.say(f"warning: passed over: {damage.reason}")
+        for line in set_damaged_aside(found, self._plan.rank):
+            self._console.say(line)
         manifest, before = found.manifest, self._gone_back_from
         if manifest is None:
             raise RuntimeError(f"{summary}; there is no checkpoint to go back to; more in {path}")
