@@ -134,6 +134,14 @@ class CheckpointConfig(Section):
     """auto: the newest checkpoint of the run folder that is whole; never: refuse a folder that has one; or a
     checkpoint's path."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.keep_every and self.every == 0:
+            raise ValueError(f"keep_every ({self.keep_every}) has no effect with every (0): only the end is saved")
+        if self.every and self.keep_every % self.every:
+            raise ValueError(f"keep_every ({self.keep_every}) must be a multiple of every ({self.every})")
+        return self
+
 
 class TelemetryConfig(Section):
     """What is written to TensorBoard and metrics.jsonl, and what is warned of."""
