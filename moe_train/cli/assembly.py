@@ -6,7 +6,7 @@ It imports all that training needs, so that cli/train.py imports it only when th
 from moe_train.cli.train import Setting
 from moe_train.config.deepspeed import deepspeed_config
 from moe_train.config.load import dump_yaml
-from moe_train.parallel.groups import create_background_group
+from moe_train.parallel.collectives import Group
 from moe_train.parallel.traffic import TrafficMeter
 from moe_train.train.alarms import Bounds, ExpertWatch
 from moe_train.train.assemble import make_engine
@@ -31,9 +31,14 @@ from moe_train.train.telemetry import MetricsWriter
 
 
 def assemble(
-    setting: Setting, found: Found, lifelines: Lifelines, signals: StopSignals, console: RunConsole
+    setting: Setting,
+    found: Found,
+    lifelines: Lifelines,
+    signals: StopSignals,
+    console: RunConsole,
+    group: Group | None,
 ) -> tuple[Run, Progress]:
-    """A run that is ready to train, and where it begins. Collective: all ranks."""
+    """A run that is ready to train, and where it begins; `group` is for writing checkpoints. Collective: all ranks."""
     config, world, folder = setting.config, setting.world, setting.folder
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     assert micro != "auto" and batch is not None
@@ -47,7 +52,7 @@ def assemble(
     plan = BatchPlan(micro, batch, world.rank, world.world_size)
     recorder = StepRecorder(config, plan, console, meter, records, watch)
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
-    writer = CheckpointWriter(folder.checkpoints, world.rank, create_background_group(), retention)
+    writer = CheckpointWriter(folder.checkpoints, world.rank, group, retention)
     guard = StepGuard(
         max_norm_ratio=config.train.max_grad_norm_ratio,
         max_skipped=config.train.max_skipped_steps,
@@ -70,7 +75,7 @@ def assemble(
         position=lifelines.position,
         guard=guard,
         saver=saver,
-        recovery=Recovery(engine, guard, saver, recorder, console, plan, folder.checkpoints, layers),
+        recovery=Recovery(engine, guard, saver, recorder, console, plan, folder.checkpoints, layers, group),
         watchdog=lifelines.watchdog,
     ), first
 

@@ -30,6 +30,7 @@ from moe_train.parallel.world import World
 if TYPE_CHECKING:
     import torch
 
+    from moe_train.parallel.collectives import Group
     from moe_train.train.console import RunConsole
     from moe_train.train.loop import Run, TrainResult
     from moe_train.train.resilience.lifelines import Lifelines
@@ -163,6 +164,7 @@ def _train(setting: Setting, output: TextIO, errors: TextIO) -> int:
 def _train_watched(setting: Setting, lifelines: "Lifelines", console: "RunConsole", errors: TextIO) -> int:
     from moe_train.cli.assembly import assemble
     from moe_train.parallel.collectives import barrier
+    from moe_train.parallel.groups import create_background_group
     from moe_train.train.loop import train
     from moe_train.train.resilience.signals import StopSignals
 
@@ -172,9 +174,10 @@ def _train_watched(setting: Setting, lifelines: "Lifelines", console: "RunConsol
         with contextlib.suppress(OSError):  # nobody may read it any more
             print(f"rank {rank}: {text}", file=errors, flush=True)
 
-    found = _agree(setting)
+    group = create_background_group()
+    found = _agree(setting, group)
     with StopSignals(say) as signals:
-        training, first = assemble(setting, found, lifelines, signals, console)
+        training, first = assemble(setting, found, lifelines, signals, console, group)
         result = train(training, first)
     if result.stopped is not None:
         console.say(f"stopped by {result.stopped}; saved in {result.checkpoint}: the same command goes on from there")
@@ -198,7 +201,7 @@ def _conclude(training: "Run", result: "TrainResult") -> None:
         show_summary(training, summary)
 
 
-def _agree(setting: Setting) -> "Found":
+def _agree(setting: Setting, group: "Group | None") -> "Found":
     """The checkpoint to go on from; everything that each rank found out for itself must be the same on all."""
     from moe_train.train.agreement import together
     from moe_train.train.checkpoint.folders import remove_leftovers
@@ -219,7 +222,7 @@ def _agree(setting: Setting) -> "Found":
         }
 
     together(tidy, describe)
-    found = find_checkpoint(config.checkpoint.resume, folder.checkpoints, world.rank, world.world_size)
+    found = find_checkpoint(config.checkpoint.resume, folder.checkpoints, world.rank, world.world_size, group)
     if found.manifest is not None:
         check_resumable(found.manifest, config, data.tokenizer.fingerprint)
     return found

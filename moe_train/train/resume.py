@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_train.config.errors import UsageError
 from moe_train.config.root import Config
-from moe_train.parallel.collectives import gather_objects
+from moe_train.parallel.collectives import Group, gather_objects
 from moe_train.train.agreement import attempt, together
 from moe_train.train.checkpoint.files import verify_files
 from moe_train.train.checkpoint.folders import list_checkpoints, point_latest, set_aside, step_of
@@ -50,7 +50,7 @@ class Found:
     damaged: tuple[Damage, ...] = ()
 
 
-def find_checkpoint(setting: str, checkpoints: Path, rank: int, world_size: int) -> Found:
+def find_checkpoint(setting: str, checkpoints: Path, rank: int, world_size: int, group: Group | None = None) -> Found:
     """The checkpoint that checkpoint.resume names. All its bytes are read, by all ranks together.
 
     Args:
@@ -58,6 +58,7 @@ def find_checkpoint(setting: str, checkpoints: Path, rank: int, world_size: int)
         checkpoints: The run's folder for checkpoints.
         rank: This rank.
         world_size: Ranks.
+        group: Of all ranks, which may wait long: ranks read at different speeds. None: the default one.
 
     Raises:
         UsageError: If it is not there or damaged, if no checkpoint of the folder is whole, or if the run would be
@@ -73,8 +74,8 @@ def find_checkpoint(setting: str, checkpoints: Path, rank: int, world_size: int)
     if setting == "never":
         return Found(None)
     if setting != "auto":
-        return Found(_read_named(Path(setting), checkpoints, rank, world_size))
-    found = newest_whole(checkpoints, rank, world_size)
+        return Found(_read_named(Path(setting), checkpoints, rank, world_size, group))
+    found = newest_whole(checkpoints, rank, world_size, group)
     if found.manifest is None and found.damaged:
         reasons = "; ".join(damage.reason for damage in found.damaged)
         raise UsageError(
@@ -84,7 +85,7 @@ def find_checkpoint(setting: str, checkpoints: Path, rank: int, world_size: int)
     return found
 
 
-def newest_whole(checkpoints: Path, rank: int, world_size: int) -> Found:
+def newest_whole(checkpoints: Path, rank: int, world_size: int, group: Group | None = None) -> Found:
     """The newest checkpoint of a folder that is whole, and the newer ones that are not.
 
     Raises:
@@ -93,10 +94,10 @@ def newest_whole(checkpoints: Path, rank: int, world_size: int) -> Found:
     Collective: All ranks.
     """
     # As rank 0 sees the folder: a network file system may show other ranks an older state of it.
-    names = gather_objects([folder.name for folder in list_checkpoints(checkpoints)])[0]
+    names = gather_objects([folder.name for folder in list_checkpoints(checkpoints)], group)[0]
     damaged: list[Damage] = []
     for folder in (checkpoints / name for name in reversed(names)):
-        tried = attempt(lambda folder=folder: _read_whole(folder, rank, world_size))  # type: ignore[misc]
+        tried = attempt(lambda folder=folder: _read_whole(folder, rank, world_size), group)  # type: ignore[misc]
         if tried.failure is None:
             return Found(tried.result, tuple(damaged))
         if not issubclass(tried.failure.kind, DamagedCheckpoint):
@@ -129,7 +130,7 @@ def _read_whole(folder: Path, rank: int, world_size: int) -> Manifest:
     return manifest
 
 
-def _read_named(folder: Path, checkpoints: Path, rank: int, world_size: int) -> Manifest:
+def _read_named(folder: Path, checkpoints: Path, rank: int, world_size: int, group: Group | None) -> Manifest:
     def read() -> Manifest:
         if not folder.is_dir():
             raise UsageError(
@@ -144,7 +145,7 @@ def _read_named(folder: Path, checkpoints: Path, rank: int, world_size: int) -> 
             )
         return manifest
 
-    return together(read)
+    return together(read, group=group)
 
 
 def check_resumable(manifest: Manifest, config: Config, tokenizer: str) -> None:

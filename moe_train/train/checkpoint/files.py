@@ -65,7 +65,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Have the disk set the file's room aside: writing it takes about a tenth less time (ext4), and a full disk is found
+    """Have the disk set the file's room aside: writing takes about a tenth less time (ext4), and a full disk is found
     before anything is written.
     """
     try:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moe_train.parallel.collectives import Group
 from moe_train.train.batches import BatchPlan
 from moe_train.train.checkpoint.reader import load_checkpoint
 from moe_train.train.console import RunConsole
@@ -28,6 +29,7 @@ class Recovery:
         plan: BatchPlan,
         checkpoints: Path,
         layers: tuple[int, ...],
+        group: Group | None,
     ) -> None:
         """Prepare.
 
@@ -40,7 +42,9 @@ class Recovery:
             plan: Sizes of a batch and this rank's place.
             checkpoints: The run's folder for checkpoints; the diagnosis goes beside it.
             layers: Index of each MoE layer in the model.
+            group: The writer's: it is idle when a checkpoint is read.
         """
+        self._group = group
         self._engine, self._guard, self._saver, self._recorder = engine, guard, saver, recorder
         self._console, self._plan, self._checkpoints, self._layers = console, plan, checkpoints, layers
         self._gone_back_from: int | None = None  # step, from 0, that the last return was for
@@ -70,7 +74,7 @@ class Recovery:
             except OSError as error:
                 self._console.say(f"warning: {path} could not be written: {error}")
         self._saver.settle()
-        found = newest_whole(self._checkpoints, self._plan.rank, self._plan.world_size)
+        found = newest_whole(self._checkpoints, self._plan.rank, self._plan.world_size, self._group)
         for line in set_damaged_aside(found, self._plan.rank):
             self._console.say(line)
         manifest, before = found.manifest, self._gone_back_from
