@@ -15,6 +15,7 @@
 #   0    done. Where the run folder is known, 0 without a new summary.json is a fault: deepspeed also returns 0 when its
 #        own launcher was killed, and MPICH's mpirun when a rank failed.
 #   2    a usage error, which would come again
+#   65   the numbers went wrong for good: diagnosis.json in the run folder says where
 #   75   stopped by a signal after saving
 #   any  after SIGTERM, SIGINT, SIGUSR1 or SIGHUP to this script. It lets the ranks finish their step and save, waits
 #        for them, and starts nothing any more. A second signal is handed on too, and ends the ranks at once.
@@ -149,7 +150,7 @@ while :; do
     say "exit code 0, but $run_dir/summary.json was not written: a fault"
     code=1
   fi
-  if [[ $code == 0 || $code == 2 || $code == 75 ]]; then
+  if [[ $code == 0 || $code == 2 || $code == 65 || $code == 75 ]]; then
     end_left_over 5
     exit "$code"
   fi

@@ -47,7 +47,7 @@ def assemble(
         meter = TrafficMeter(setting.device)
     settings = deepspeed_config(config, world.world_size, config.train.precision)
     engine = make_engine(config, settings, setting.device, meter, lifelines.position)
-    first = _restore(setting, found, engine, console)
+    first = _restore(setting, found, engine, console, group)
     records, watch = _open_records(setting, first.step, console) if world.rank == 0 else (None, None)
     plan = BatchPlan(micro, batch, world.rank, world.world_size)
     recorder = StepRecorder(config, plan, console, meter, records, watch)
@@ -75,17 +75,19 @@ def assemble(
         position=lifelines.position,
         guard=guard,
         saver=saver,
-        recovery=Recovery(engine, guard, saver, recorder, console, plan, folder.checkpoints, layers, group),
+        recovery=Recovery(
+            engine, guard, saver, recorder, console, plan, folder.checkpoints, layers, group, found.manifest
+        ),
         watchdog=lifelines.watchdog,
     ), first
 
 
-def _restore(setting: Setting, found: Found, engine: TrainEngine, console: RunConsole) -> Progress:
+def _restore(setting: Setting, found: Found, engine: TrainEngine, console: RunConsole, group: Group | None) -> Progress:
     """The state of the checkpoint, if there is one, and where it was."""
     manifest, config = found.manifest, setting.config
     if manifest is None:
         return Progress()
-    load_checkpoint(engine, manifest)
+    load_checkpoint(engine, manifest, group)
     for line in set_damaged_aside(found, setting.world.rank):
         console.say(line)
     left = config.train.steps - manifest.step

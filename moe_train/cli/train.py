@@ -148,11 +148,12 @@ def _train(setting: Setting, output: TextIO, errors: TextIO) -> int:
     )
     try:
         code = _train_watched(setting, lifelines, console, errors)
-    except UsageError:
-        lifelines.leave()
+    except UsageError as error:
+        lifelines.peers.fail(str(error))  # mostly all find the same, but none must wait for one that has left
         raise
     except BaseException as error:
-        traceback.print_exc()  # to the log, before others are asked
+        with contextlib.suppress(OSError):
+            traceback.print_exc()  # to the log, before others are asked
         reason, code = lifelines.explain(error)
         with contextlib.suppress(OSError):
             print(f"rank {world.rank}: {reason}; its log is {setting.folder.log(world.rank)}", file=errors)
@@ -174,11 +175,13 @@ def _train_watched(setting: Setting, lifelines: "Lifelines", console: "RunConsol
         with contextlib.suppress(OSError):  # nobody may read it any more
             print(f"rank {rank}: {text}", file=errors, flush=True)
 
-    group = create_background_group()
-    found = _agree(setting, group)
     with StopSignals(say) as signals:
+        group = create_background_group()
+        found = _agree(setting, group)
         training, first = assemble(setting, found, lifelines, signals, console, group)
         result = train(training, first)
+        if result.stopped is not None:
+            signals.ignore()
     if result.stopped is not None:
         console.say(f"stopped by {result.stopped}; saved in {result.checkpoint}: the same command goes on from there")
     else:
@@ -197,7 +200,10 @@ def _conclude(training: "Run", result: "TrainResult") -> None:
 
         model = training.config.model
         summary = make_summary(training, result, count_parameters(model, model.vocab_size or 0), sample)
-        write_summary(training.folder.summary, summary)
+        try:
+            write_summary(training.folder.summary, summary)
+        except OSError as error:  # all that was trained is saved
+            training.console.say(f"warning: {training.folder.summary} could not be written: {error}")
         show_summary(training, summary)
 
 

@@ -76,6 +76,10 @@ def check_additions(config: Config, ours: dict[str, Any] | None = None) -> None:
             raise UsageError(
                 f"deepspeed.{section} ({config.deepspeed[section]!r}) has its home in {home}: set it there"
             )
+    if _lookup(config.deepspeed, "zero_optimization.compute_grad_norm") is False:
+        raise UsageError(
+            "deepspeed.zero_optimization.compute_grad_norm (False): a step is judged by its gradient norm; leave it out"
+        )
     for key, value in config.deepspeed.items():
         if key in ("zero_optimization", "bf16", "fp16", "data_types") and not isinstance(value, dict):
             raise UsageError(f"deepspeed.{key} ({value!r}) must be a mapping: it is merged with what the fields give")

@@ -42,7 +42,7 @@ def attempt(action: Callable[[], Result], group: Group | None = None) -> Attempt
     """Do something on every rank, and know on every rank whether it failed on one.
 
     Args:
-        action: What each rank does; it may raise UsageError, OSError or ValueError. It enters no collective.
+        action: What each rank does; it may raise. It enters no collective.
         group: Of all ranks; None: the default one.
 
     Collective: All ranks.
@@ -50,8 +50,10 @@ def attempt(action: Callable[[], Result], group: Group | None = None) -> Attempt
     result, failure = None, None
     try:
         result = action()
-    except (UsageError, OSError, ValueError) as error:
-        failure = (f"{error}" if str(error) else type(error).__name__, type(error))
+    except Exception as error:  # whatever it is: the other ranks wait in the next line
+        name, is_usage = type(error).__name__, isinstance(error, UsageError)
+        # A user's error speaks for itself; a class that is not ours may not exist where others look for it.
+        failure = (f"{error}" if is_usage else f"{name}: {error}", type(error) if is_usage else RuntimeError)
     found = gather_objects(failure, group)
     first = next((Failure(rank, *failed) for rank, failed in enumerate(found) if failed is not None), None)
     return Attempt(result, first)

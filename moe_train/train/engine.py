@@ -26,7 +26,7 @@ from moe_train.model.transformer import Tokens, TrainingObjective, Transformer
 from moe_train.parallel.collectives import group_rank
 from moe_train.parallel.groups import ExpertGroups
 from moe_train.parallel.position import Position
-from moe_train.train.fragments import STATE_KINDS, Fragment
+from moe_train.train.fragments import STATE_KINDS, Fragment, squares_and_faults
 from moe_train.train.step_result import Gradients, Judge, StepResult
 from moe_train.train.tuple_objective import TupleObjective
 
@@ -162,23 +162,29 @@ class TrainEngine:
             if fragment is not None and fragment.numel:
                 yield fragment
 
-    def load_state(self, read: Callable[[Fragment, str], Tensor], optimizer_step: int, loss_scale: float) -> None:
-        """Replace weights and optimizer state.
+    def read_state(self, read: Callable[[Fragment, str], Tensor]) -> None:
+        """Replace this rank's weights and optimizer state; `adopt_state` has to follow.
 
         Args:
             read: Gives a state kind of a fragment's range as a 1-D fp32 tensor.
-            optimizer_step: Updates that Adam has made, for its bias correction.
-            loss_scale: fp16's loss scale; no effect in another precision.
-
-        Collective: All ranks.
         """
         for fragment in self.fragments():
             for kind, state in fragment.states.items():
                 state.copy_(read(fragment, kind))
+
+    def adopt_state(self, optimizer_step: int, loss_scale: float | None) -> None:
+        """Go on with the state that was read on every rank.
+
+        Args:
+            optimizer_step: Updates that Adam has made, for its bias correction.
+            loss_scale: fp16's loss scale; None: begin with the configured one. No effect in another precision.
+
+        Collective: All ranks.
+        """
         for flat in self._flat_partitions():
             self._zero.optimizer.state[flat]["step"].fill_(float(optimizer_step))
         self._refresh_working_weights()
-        if self._is_fp16:
+        if self._is_fp16 and loss_scale is not None:
             self._zero.loss_scaler.cur_scale = loss_scale
 
     @property
@@ -193,17 +199,15 @@ class TrainEngine:
         return float(self._zero.loss_scale)
 
     def tensor_sums(self) -> dict[str, Tensor]:
-        """This rank's part of a diagnosis, by logical tensor, to be added over ranks. fp64 [4]: sum of squares and
-        number of values that are not finite, of the weights, and of the gradients where the last step was skipped.
-        """
+        """This rank's part of each tensor's `squares_and_faults`: weights, gradients of a skipped step. fp64 [4]."""
         sums = {tensor.name: torch.zeros(4, dtype=torch.float64) for tensor in self.logical_tensors}
         for fragment in self.fragments():
-            sums[fragment.tensor.name][:2] = _squares_and_faults(fragment.states[STATE_KINDS[0]])
+            sums[fragment.tensor.name][:2] = squares_and_faults(fragment.states[STATE_KINDS[0]])
         for name, found in self._last_gradients.items():
             sums[name][2:] = found
         return sums
 
-    def _sum_gradients(self) -> dict[str, Tensor]:
+    def _sum_gradients(self, scale: float) -> dict[str, Tensor]:
         sums = {}
         for parameter, tensor in self._tensors:
             if self._stage == 3:
@@ -215,7 +219,7 @@ class TrainEngine:
                 gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
                 if gradient.numel() == parameter.numel():  # bf16 keeps a buffer of the whole on each rank
                     gradient = gradient.narrow(0, place.start, place.numel)
-            sums[tensor.name] = _squares_and_faults(gradient)
+            sums[tensor.name] = squares_and_faults(gradient / scale)
         return sums
 
     def buffers(self) -> dict[str, Tensor]:
@@ -239,15 +243,17 @@ class TrainEngine:
             zero.scaled_global_norm = lambda *args: _noted(norms, global_norm(*args), lambda norm: norm)
 
         def tell_scaler(has_overflow: bool) -> None:
-            norm = norms.pop() / zero.loss_scale if norms else torch.full((), math.inf)
+            scale = zero.loss_scale
+            self._grad_norm = norms.pop() / scale if norms else torch.full((), math.inf)
             norms.clear()
-            self._grad_norm = norm
+            is_bad = False
             if self._judge is not None:
-                overflowed = has_overflow and self._is_fp16
-                is_bad = self._judge(Gradients(self._mean_loss, norm, overflowed))
+                # A scale that can go no lower is no reason for an overflow.
+                overflowed = has_overflow and scale > getattr(zero.loss_scaler, "min_scale", scale)
+                is_bad = self._judge(Gradients(self._mean_loss, self._grad_norm, overflowed))
                 zero.overflow = is_bad or overflowed
-                self._last_gradients = self._sum_gradients() if is_bad else {}
-            update_scale(has_overflow)  # the scale is lowered for an overflow alone
+                self._last_gradients = self._sum_gradients(scale) if is_bad else {}
+            update_scale(has_overflow and not is_bad)  # the scale is lowered for its own overflow alone
 
         zero._update_scale = tell_scaler
 
@@ -295,12 +301,6 @@ class TrainEngine:
             zero._reassign_or_swap_out_partitioned_parameters(index)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-
-def _squares_and_faults(values: Tensor) -> Tensor:
-    is_finite = torch.isfinite(values)
-    squares = torch.where(is_finite, values, 0).double().square().sum()
-    return torch.stack((squares, (~is_finite).sum().double())).cpu()
 
 
 def _noted(notes: list[Tensor], found: Any, norm_of: Callable[[Any], Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moe_train.model.parameters import LogicalTensor
@@ -24,3 +25,10 @@ class Fragment:
     start: int
     numel: int
     states: dict[str, Tensor]
+
+
+def squares_and_faults(values: Tensor) -> Tensor:
+    """Sum of the squares of finite values, and number of the others. fp64 [2], on the CPU."""
+    is_finite = torch.isfinite(values)
+    squares = torch.where(is_finite, values, 0).double().square().sum()
+    return torch.stack((squares, (~is_finite).sum().double())).cpu()

@@ -10,11 +10,11 @@ from moe_train.config.root import Config
 from moe_train.data import PreparedData
 from moe_train.parallel.position import Position
 from moe_train.train.batches import BatchPlan, micro_batches
+from moe_train.train.checkpoint.folders import step_folder
 from moe_train.train.console import RunConsole
 from moe_train.train.engine import TrainEngine
 from moe_train.train.progress import Progress
 from moe_train.train.recorder import StepRecorder
-from moe_train.train.records import Record
 from moe_train.train.resilience.guard import StepGuard, Verdict
 from moe_train.train.resilience.recovery import Recovery
 from moe_train.train.resilience.watchdog import Watchdog
@@ -71,14 +71,14 @@ class TrainResult:
 
     Attributes:
         validation: Over all held-out text, or None where nothing is held out.
-        checkpoint: The last one; None where no step was taken.
+        checkpoint: The last one.
         steps: Steps taken by this process; fewer than the run's where it went on from a checkpoint.
         seconds: Spent on them, validation and saving included.
         stopped: The signal that ended it before its last step, and the rank that got it; None: it is complete.
     """
 
     validation: ValidationResult | None
-    checkpoint: Path | None
+    checkpoint: Path
     steps: int
     seconds: float
     stopped: str | None = None
@@ -95,7 +95,7 @@ def train(run: Run, first: Progress) -> TrainResult:
     """
     config, recorder, started = run.config, run.recorder, time.monotonic()
     num_steps, num_taken, progress = config.train.steps, 0, first
-    validation, checkpoint, stopped = None, None, None
+    validation, stopped = None, None
     with run.console.progress(first.step, num_steps):
         while progress.step < num_steps and stopped is None:
             rate = learning_rate(progress.step, num_steps, config.optim)
@@ -103,6 +103,7 @@ def train(run: Run, first: Progress) -> TrainResult:
             if verdict.save_ended:
                 run.saver.settle()
             if verdict.is_exhausted:
+                run.position.at("recover")
                 progress = run.recovery.go_back(progress, result)
                 continue
             progress, num_taken, stopped = progress.after(run.plan.global_batch_size), num_taken + 1, verdict.stop
@@ -111,22 +112,19 @@ def train(run: Run, first: Progress) -> TrainResult:
             is_last = done == num_steps
             is_written = is_last or stopped is not None or _is_due(config.telemetry.every, done)
             is_shown = is_last or _is_due(config.train.log_every, done)
-            record: Record = {}
             if is_shown or is_written:
                 recorder.measure(progress, rate, result, is_shown)
-            if is_written:
-                record = recorder.take(done)
+            if is_written:  # before a checkpoint can be there from which this step is not taken again
+                recorder.write(done, recorder.take(done))
             if is_last or stopped is not None or (_is_due(config.checkpoint.every, done) and not run.guard.streak):
                 run.position.at("save")
                 run.saver.save(progress)
             if is_last or (stopped is None and _is_due(config.train.validate_every, done)):
                 validation = _validate(run, done, None if is_last else config.train.validation_sequences)
-                record |= _validation_record(validation)
-            recorder.write(done, record)
-    if num_taken:
-        checkpoint = run.saver.finish(progress).folder
     if first.step == num_steps:
         validation = _validate(run, num_steps, None)
+    run.position.at("finish")
+    checkpoint = run.saver.finish(progress) if num_taken else step_folder(run.folder.checkpoints, first.step)
     # A signal that comes with the last step has nothing left to stop.
     stopped = stopped if progress.step < num_steps else None
     return TrainResult(validation, checkpoint, num_taken, time.monotonic() - started, stopped)
@@ -158,10 +156,6 @@ def _validate(run: Run, done: int, num_sequences: int | None) -> ValidationResul
     run.console.say(
         f"step {done:6d}  held out: {result.bits_per_byte:.4f} bits/byte, {result.cross_entropy:.4f} nats/token"
     )
+    figures = {"val/bits_per_byte": result.bits_per_byte, "val/cross_entropy": result.cross_entropy}
+    run.recorder.complete(done, figures)
     return result
-
-
-def _validation_record(result: ValidationResult | None) -> Record:
-    if result is None:
-        return {}
-    return {"val/bits_per_byte": result.bits_per_byte, "val/cross_entropy": result.cross_entropy}

@@ -146,6 +146,11 @@ class StepRecorder:
         if self._writer is not None and record:
             self._writer.write(done, record)
 
+    def complete(self, done: int, figures: Record) -> None:
+        """Add figures to the record of a step, which is the last one written, or write one with them alone."""
+        if self._writer is not None:
+            self._writer.complete(done, figures)
+
     def rewind(self, step: int) -> None:
         """Go back to a step: what was recorded of later ones is dropped, and a new window begins."""
         self._begin_window()

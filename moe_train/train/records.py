@@ -10,6 +10,7 @@ from moe_train.config.errors import UsageError
 
 Record = dict[str, Any]
 
+_LONGEST_LINE = 1 << 24  # bytes; a record of 64 layers of 1,024 experts has less than one
 # How experts share the work: each is in a record as the worst layer's value and, with /layer_NN, every layer's.
 EXPERT_FIGURES: dict[str, Callable[[Sequence[float]], float]] = {
     "moe/max_violation": max,
@@ -77,6 +78,33 @@ def append_record(path: Path, record: Record) -> None:
         except OSError:
             file.truncate(before)
             raise
+
+
+def complete_record(path: Path, record: Record) -> None:
+    """Add to the last record if it is of the same step; else append one.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    end = path.stat().st_size if path.exists() else 0
+    tail = b""
+    if end:
+        with path.open("rb") as file:
+            file.seek(max(0, end - _LONGEST_LINE))
+            tail = file.read()
+    line = tail[tail.rfind(b"\n", 0, len(tail) - 1) + 1 :]
+    try:
+        last, start = json.loads(line), end - len(line)
+    except ValueError:  # nothing there, or cut off
+        last, start = {}, 0
+    if last.get("step") != record["step"]:
+        append_record(path, record)
+        return
+    # Longer than what it replaces: a kill in the middle leaves a last line that is cut off, which is passed over.
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write((json.dumps(last | record, allow_nan=False) + "\n").encode())
+        file.truncate()
 
 
 def drop_records_from(path: Path, first_step: int) -> None:

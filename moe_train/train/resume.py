@@ -5,23 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from moe_train.config.errors import UsageError
+from moe_train.config.model import ModelConfig
 from moe_train.config.root import Config
 from moe_train.parallel.collectives import Group, gather_objects
 from moe_train.train.agreement import attempt, together
 from moe_train.train.checkpoint.files import verify_files
-from moe_train.train.checkpoint.folders import list_checkpoints, point_latest, set_aside, step_of
+from moe_train.train.checkpoint.folders import list_checkpoints, point_latest, set_aside, step_folder, step_of
 from moe_train.train.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest
 
 # What may differ from the checkpoint's configuration without being worth a word.
 _UNREMARKABLE = ("train.run_dir", "checkpoint.resume", "train.log_every", "parallel.threads_per_rank", "data.cache_dir")
-# What gives the weights their meaning: a checkpoint of another value is of another model.
-_FIXED = (
-    *(f"model.{name}" for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")),
-    *(f"model.{name}" for name in ("kv_layers", "head_dim", "intermediate_size", "moe_every", "moe_layers", "mixer")),
-    *(f"model.{name}" for name in ("norm", "norm_position", "tie_embeddings")),
-    *(f"model.moe.{name}" for name in ("num_experts", "intermediate_size", "num_shared_experts", "router")),
-)
+_MOST_SEQUENCES = 1 << 31  # of a step: a checkpoint that says more is not believed
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,8 @@ def find_checkpoint(setting: str, checkpoints: Path, rank: int, world_size: int,
     """The checkpoint that checkpoint.resume names. All its bytes are read, by all ranks together.
 
     Args:
-        setting: checkpoint.resume.
+        setting: checkpoint.resume. A path counts only until the run has a checkpoint of its own: the same command,
+            started again, goes on from that.
         checkpoints: The run's folder for checkpoints.
         rank: This rank.
         world_size: Ranks.
@@ -66,15 +64,16 @@ def find_checkpoint(setting: str, checkpoints: Path, rank: int, world_size: int,
 
     Collective: All ranks.
     """
-    present = list_checkpoints(checkpoints)
-    if setting == "never" and present:
-        raise UsageError(
-            f"checkpoint.resume ('never') would write over {present[-1]}: choose another train.run_dir, or remove it"
-        )
     if setting == "never":
+        present = gather_objects(list_checkpoints(checkpoints), group)[0]
+        if present:
+            raise UsageError(
+                f"checkpoint.resume ('never') would write over {present[-1]}: choose another train.run_dir, or "
+                "remove it"
+            )
         return Found(None)
     if setting != "auto":
-        return Found(_read_named(Path(setting), checkpoints, rank, world_size, group))
+        return _find_named(setting, checkpoints, rank, world_size, group)
     found = newest_whole(checkpoints, rank, world_size, group)
     if found.manifest is None and found.damaged:
         reasons = "; ".join(damage.reason for damage in found.damaged)
@@ -107,7 +106,8 @@ def newest_whole(checkpoints: Path, rank: int, world_size: int, group: Group | N
 
 
 def set_damaged_aside(found: Found, rank: int) -> list[str]:
-    """Rename the damaged checkpoints that are newer than the one found, and say so in a line each, on rank 0.
+    """Rename the damaged checkpoints that are newer than the one found, let `latest` name that, and say so in a line
+    each, on rank 0.
 
     Collective: All ranks.
     """
@@ -117,8 +117,9 @@ def set_damaged_aside(found: Found, rank: int) -> list[str]:
         for damage in found.damaged:
             aside = set_aside(damage.folder)
             lines.append(f"warning: passed over: {damage.reason}; it is now {aside}")
-        if found.damaged and found.manifest is not None:
-            point_latest(found.manifest.folder)
+        folder = found.manifest.folder if found.manifest is not None else None
+        if folder is not None and list_checkpoints(folder.parent)[-1:] == [folder]:
+            point_latest(folder)  # a kill may have come before it was
         return lines
 
     return together(lambda: rename() if rank == 0 else [])
@@ -126,26 +127,41 @@ def set_damaged_aside(found: Found, rank: int) -> list[str]:
 
 def _read_whole(folder: Path, rank: int, world_size: int) -> Manifest:
     manifest = read_manifest(folder)
+    expected = step_folder(folder.parent, manifest.step).name
+    if folder.name.startswith("step_") and folder.name != expected:
+        raise DamagedCheckpoint(f"{folder} holds the checkpoint of step {manifest.step}, whose folder is {expected}")
     verify_files(manifest, sorted(manifest.files)[rank::world_size])
     return manifest
 
 
-def _read_named(folder: Path, checkpoints: Path, rank: int, world_size: int, group: Group | None) -> Manifest:
+def _find_named(setting: str, checkpoints: Path, rank: int, world_size: int, group: Group | None) -> Found:
+    """A checkpoint by its path; or, where this run went on from it already, the newest that it has made since."""
+    own = newest_whole(checkpoints, rank, world_size, group)
+    if own.manifest is not None and _origin(own.manifest) == setting:
+        return own
+
     def read() -> Manifest:
+        folder = Path(setting)
         if not folder.is_dir():
             raise UsageError(
-                f"checkpoint.resume ({str(folder)!r}): no such folder; give auto, never or a checkpoint's folder"
+                f"checkpoint.resume ({setting!r}): no such folder; give auto, never or a checkpoint's folder"
             )
         manifest = _read_whole(folder, rank, world_size)
-        newer = [other for other in list_checkpoints(checkpoints) if step_of(other) > manifest.step]
-        if newer:
+        others = [other for other in list_checkpoints(checkpoints) if not other.samefile(folder)]
+        is_inside = folder.resolve().parent == checkpoints.resolve()
+        if any(step_of(other) > manifest.step or not is_inside for other in others):
             raise UsageError(
-                f"checkpoint.resume ({str(folder)!r}) is of step {manifest.step}, but train.run_dir "
-                f"({checkpoints.parent}) already has {newer[-1].name}: choose another train.run_dir, or remove it"
+                f"checkpoint.resume ({setting!r}) is of step {manifest.step}, but train.run_dir "
+                f"({checkpoints.parent}) already has {others[-1].name}: choose another train.run_dir, or remove it"
             )
         return manifest
 
-    return together(read, group=group)
+    return Found(together(read, group=group))
+
+
+def _origin(manifest: Manifest) -> Any:
+    section = manifest.config.get("checkpoint")
+    return section.get("resume") if isinstance(section, dict) else None
 
 
 def check_resumable(manifest: Manifest, config: Config, tokenizer: str) -> None:
@@ -161,11 +177,11 @@ def check_resumable(manifest: Manifest, config: Config, tokenizer: str) -> None:
     """
     if manifest.step > config.train.steps:
         raise UsageError(f"train.steps ({config.train.steps}) is below the step of {manifest.folder} ({manifest.step})")
-    before, now = dict(field_values(manifest.config)), dict(field_values(config.model_dump(mode="json")))
-    for name in _FIXED:
-        if name in before and before[name] != now[name]:
+    before, now = _meaning(manifest), _shape_fields(config.model)
+    for name, value in now.items():
+        if name in before and before[name] != value:
             raise UsageError(
-                f"{name} ({now[name]}) differs from that of {manifest.folder} ({before[name]}), and gives its weights "
+                f"{name} ({value}) differs from that of {manifest.folder} ({before[name]}), and gives its weights "
                 "their meaning: set it to the same, or choose another train.run_dir for another model"
             )
     if manifest.tokenizer != tokenizer:
@@ -173,6 +189,35 @@ def check_resumable(manifest: Manifest, config: Config, tokenizer: str) -> None:
             f"data.tokenizer ({config.data.tokenizer!r}) is another than that of {manifest.folder}: the same numbers "
             "would mean other text. A bpe is trained on the data, and changes with it"
         )
+
+
+def _meaning(manifest: Manifest) -> dict[str, Any]:
+    """What gives a checkpoint's weights their meaning; nothing where its configuration is of another version of this
+    program: the shapes of the tensors are compared in any case."""
+    try:
+        return _shape_fields(ModelConfig.model_validate(manifest.config.get("model")))
+    except ValidationError:
+        return {}
+
+
+def _shape_fields(model: ModelConfig) -> dict[str, Any]:
+    """Fields of the model that a checkpoint's must equal, each with what it comes to where it is left out."""
+    plain = ("vocab_size", "hidden_size", "num_layers", "num_heads", "mixer", "norm", "norm_position", "tie_embeddings")
+    fields: dict[str, Any] = {f"model.{name}": getattr(model, name) for name in plain}
+    fields |= {
+        "model.num_kv_heads": model.attention_kv_heads,
+        "model.head_dim": model.attention_head_dim,
+        "model.kv_layers": model.kv_owner_layers,
+        "model.moe_layers": model.moe_layer_indices,
+    }
+    if len(model.moe_layer_indices) < model.num_layers:
+        fields["model.intermediate_size"] = model.intermediate_size
+    if model.moe_layer_indices:
+        fields |= {
+            f"model.moe.{name}": getattr(model.moe, name) for name in ("num_experts", "num_shared_experts", "router")
+        }
+        fields["model.moe.intermediate_size"] = model.expert_intermediate_size
+    return fields
 
 
 def saved_global_batch_size(setting: str, checkpoints: Path) -> int | None:
@@ -187,7 +232,7 @@ def saved_global_batch_size(setting: str, checkpoints: Path) -> int | None:
             size = read_manifest(folder).config["train"]["global_batch_size"]
         except (UsageError, LookupError, TypeError):
             continue  # said when it is looked for in earnest
-        return size if isinstance(size, int) else None
+        return size if type(size) is int and 0 < size <= _MOST_SEQUENCES else None
     return None
 
 

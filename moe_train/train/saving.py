@@ -1,5 +1,7 @@
 """When and how a run saves: in the background, with what is told of it, and what follows where it fails."""
 
+from pathlib import Path
+
 import torch
 
 from moe_train.config.root import Config
@@ -53,7 +55,9 @@ class Saver:
 
         Collective: All ranks.
         """
-        if self._guard.streak and not self._weights_are_finite():
+        # In fp16 steps may have been skipped for their loss scale, which leaves no streak.
+        is_doubtful = self._guard.streak or self._config.train.precision == "fp16"
+        if is_doubtful and not self._weights_are_finite():
             raise RuntimeError(
                 f"step {progress.step}: weights are not finite, and are not saved; the last checkpoint is untouched"
             )
@@ -84,8 +88,8 @@ class Saver:
         """
         self._take(self._writer.wait())
 
-    def finish(self, progress: Progress) -> SaveOutcome:
-        """Wait until the state after the last step is saved.
+    def finish(self, progress: Progress) -> Path:
+        """Wait until the state after the last step is saved; its folder.
 
         Raises:
             SaveFailed: On every rank, if it could not be.
@@ -100,7 +104,7 @@ class Saver:
                 f"step {progress.step} could not be saved: {reason}; "
                 "what was saved before is untouched: the same command goes on from it"
             )
-        return last
+        return last.folder
 
     def _take(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:

@@ -19,6 +19,7 @@ from moe_train.train.records import (
     EXPERT_FIGURES,
     Record,
     append_record,
+    complete_record,
     drop_records_from,
     expert_counts,
     layer_name,
@@ -58,9 +59,12 @@ class MetricsWriter:
 
     def rewind(self, step: int) -> None:
         """Drop the records behind a step: they are made again."""
-        if self._board is not None:
-            self._board.close()
-        self._open(step)
+        try:
+            if self._board is not None:
+                self._board.close()
+            self._open(step)
+        except OSError as error:
+            self._say(f"warning: {self._path}: records behind step {step} could not be dropped ({error})")
 
     def records(self) -> list[Record]:
         """What was written so far."""
@@ -87,9 +91,16 @@ class MetricsWriter:
 
         JSON has no infinity, which fp16's gradient norm is where its scale was too large: it becomes null.
         """
+        self._write(step, record, append_record)
+
+    def complete(self, step: int, figures: Record) -> None:
+        """Add figures to the last record, if it is of this step; else write one with them alone."""
+        self._write(step, figures, complete_record)
+
+    def _write(self, step: int, record: Record, write: Callable[[Path, Record], None]) -> None:
         finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
         try:
-            append_record(self._path, {"step": step} | finite)
+            write(self._path, {"step": step} | finite)
         except OSError as error:
             if self._num_lost == 0:
                 self._say(f"warning: step {step}: {self._path} cannot be written ({error}); the run goes on")

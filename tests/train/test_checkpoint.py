@@ -1,5 +1,6 @@
 """Checkpoints: saved in one layout, loaded in others; damaged and hostile ones refused."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from moe_train.config import UsageError
 from moe_train.train.checkpoint.files import file_digest
 from moe_train.train.checkpoint.folders import Retention, list_checkpoints, remove_checkpoint, superfluous
-from moe_train.train.checkpoint.manifest import encode_manifest, read_manifest
+from moe_train.train.checkpoint.manifest import DamagedCheckpoint, encode_manifest, read_manifest
 from moe_train.train.parity import LAYOUTS, OPTIONS
+from moe_train.train.resume import newest_whole
 from tests.train.conftest import ParityRuns
 from tests.train.runs import losses, records, train_forked, train_under_torchrun
 
@@ -195,7 +197,7 @@ def truncate_the_manifest(checkpoint: Path) -> None:
         (damage_a_tensor_file, "digest differs"),
         (truncate_the_manifest, "not a manifest"),
         (lambda checkpoint: (checkpoint / "rank_00000.safetensors").unlink(), "cannot be read"),
-        (lambda checkpoint: (checkpoint / "manifest.json").unlink(), "not a manifest"),
+        (lambda checkpoint: (checkpoint / "manifest.json").unlink(), "cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(copied: Path, damage, words: str) -> None:
@@ -242,3 +244,40 @@ def test_old_formats_are_read(copied: Path) -> None:
     del manifest["buffers"]
     path.write_text(json.dumps(manifest | {"format_version": 1}, indent=1))
     assert read_manifest(checkpoint).buffers == {}
+
+
+def test_a_checkpoint_by_its_path_begins_a_run_that_goes_on_by_itself(copied: Path, tmp_path: Path) -> None:
+    origin, run_dir = copied / "checkpoints" / "step_00000020", tmp_path / "other"
+    arguments = (*OPTIONS, *LAYOUTS[0].options(), f"--train.run_dir={run_dir}", f"--checkpoint.resume={origin}")
+    result = train_forked(1, *arguments, "--train.steps=21")
+    assert result.returncode == 0 and f"going on from {origin}" in result.stdout, result
+    again = train_forked(1, *arguments, "--train.steps=22")  # the same command: its own checkpoint is newer
+    assert again.returncode == 0 and f"going on from {run_dir / 'checkpoints' / 'step_00000021'}" in again.stdout, again
+    # A folder of another run is not mixed with it.
+    code, message = resume(run_dir, f"--checkpoint.resume={copied / 'checkpoints' / 'step_00000020'}/.")
+    assert code == 2 and "already has step_00000022" in message
+
+
+def test_a_folder_of_another_step_is_damaged(copied: Path) -> None:
+    whole = copied / "checkpoints" / "step_00000020"
+    shutil.copytree(whole, copied / "checkpoints" / "step_00000040")
+    found = newest_whole(copied / "checkpoints", 0, 1)
+    assert found.manifest is not None and found.manifest.folder == whole
+    assert "holds the checkpoint of step 20" in found.damaged[0].reason
+
+
+def test_what_cannot_be_read_now_is_not_damaged(copied: Path, monkeypatch) -> None:
+    def too_many_files(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_bytes", too_many_files)
+    with pytest.raises(UsageError, match="cannot be read now") as raised:
+        newest_whole(copied / "checkpoints", 0, 1)
+    assert not isinstance(raised.value, DamagedCheckpoint)
+
+
+def test_fields_left_out_are_what_they_come_to(copied: Path) -> None:
+    code, message = resume(copied, "--model.head_dim=16")  # 64 / 4 heads
+    assert code == 0, message
+    code, message = resume(copied, "--model.num_kv_heads=4")
+    assert code == 2 and "model.num_kv_heads (4) differs" in message and "(2)" in message

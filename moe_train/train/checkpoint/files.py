@@ -18,7 +18,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_train.train.checkpoint.manifest import DamagedCheckpoint, Manifest, regular_size
+from moe_train.train.checkpoint.manifest import DamagedCheckpoint, Manifest, cannot_read, regular_size
 from moe_train.train.fragments import STATE_KINDS
 
 _BLOCK = 1 << 24  # bytes read, hashed or written at once
@@ -146,7 +146,7 @@ def _verify_file(manifest: Manifest, file: str, expected: dict[str, list[int]], 
             lengths = {name: found.get_shape() for name, found in slices.items()}
             types = {found.get_dtype() for found in slices.values()}
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: from torch, which maps the file
-        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
+        raise cannot_read(path, error) from error
     if lengths != expected or types - {"F32"}:
         raise DamagedCheckpoint(f"{path} does not hold the ranges that the manifest names")
 

@@ -1,5 +1,6 @@
 """The checkpoints of a run: where they are, how one is completed, which are kept."""
 
+import contextlib
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -78,11 +79,16 @@ def complete_checkpoint(part: Path, values: Mapping[str, Any]) -> Path:
         old = final.with_name(f"{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         final.replace(old)
-        part.replace(final)
+        try:
+            part.replace(final)
+        except OSError:
+            old.replace(final)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         part.replace(final)
-    point_latest(final)
+    with contextlib.suppress(OSError):  # the checkpoint is complete, and found without it
+        point_latest(final)
     return final
 
 

@@ -1,5 +1,6 @@
 """What a checkpoint says of itself: manifest.json, read without trust."""
 
+import errno
 import json
 import math
 import re
@@ -19,9 +20,19 @@ MANIFEST = "manifest.json"
 # 1 had no buffers; 1 and 2 had blake2b digests, no digest of their own, no sizes, no layout and no guard.
 _READABLE_VERSIONS = (1, 2, 3)
 _FILE = re.compile(r"rank_[0-9]{5,}\.safetensors")
+# Errors that say nothing of what is on the disk: a checkpoint is not to be set aside for them.
+_PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+_DEEPEST = 30  # of a configuration: what prints it is recursive
 _MOST_BYTES = 1 << 30  # of a manifest; those of the largest models have some megabytes
 _MOST_ELEMENTS = 1 << 62  # of a tensor: more do not fit in an int64 of bytes
 _MOST_DIMENSIONS = 64  # of a tensor, as in torch
+
+
+def cannot_read(path: Path, error: Exception) -> UsageError:
+    """What an error of reading means: damage, or a disk, a limit or a permission that may be better soon."""
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        return UsageError(f"{path} cannot be read now: {error}")
+    return DamagedCheckpoint(f"{path} cannot be read: {error}")
 
 
 class DamagedCheckpoint(UsageError):
@@ -127,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         DamagedCheckpoint: If it is missing, damaged, or names a file outside its folder.
-        UsageError: If it is of another format version.
+        UsageError: If it is of another format version, or cannot be read for a reason that may pass.
     """
     path = folder / MANIFEST
     try:
@@ -145,6 +156,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
+        if isinstance(error, OSError):
+            raise cannot_read(path, error) from error
         raise DamagedCheckpoint(f"{path}: not a manifest of a checkpoint: {type(error).__name__}: {error}") from error
 
 
@@ -195,6 +208,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Manifest:
     guard: dict[str, Any] = raw["guard"] if version >= 3 else {"grad_norms": [], "skipped_steps": 0}
     layout = raw["layout"] if version >= 3 else {}
     config = raw["config"]
+    _check_depth(path, config)
     if not isinstance(config, dict):
         raise DamagedCheckpoint(f"{path}: config is not an object")
     return Manifest(
@@ -203,7 +217,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Manifest:
         step=_whole(path, "step", raw["step"]),
         consumed_sequences=_whole(path, "consumed_sequences", raw["consumed_sequences"]),
         optimizer_step=_whole(path, "optimizer_step", raw["optimizer_step"]),
-        loss_scale=_finite(path, "loss_scale", raw["loss_scale"]),
+        loss_scale=_positive(path, "loss_scale", raw["loss_scale"]),
         tokenizer=str(raw["tokenizer"]),
         shapes=shapes,
         pieces=pieces,
@@ -228,6 +242,21 @@ def _finite(path: Path, name: str, value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise DamagedCheckpoint(f"{path}: {name} ({reprlib.repr(value)}) is not a finite number")
     return float(value)
+
+
+def _check_depth(path: Path, value: Any, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise DamagedCheckpoint(f"{path}: config is nested deeper than {_DEEPEST}")
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        _check_depth(path, child, depth + 1)
+
+
+def _positive(path: Path, name: str, value: Any) -> float:
+    number = _finite(path, name, value)
+    if number <= 0:
+        raise DamagedCheckpoint(f"{path}: {name} ({number:g}) is not above 0")
+    return number
 
 
 def _read_shape(path: Path, name: str, shape: Any) -> tuple[int, ...]:

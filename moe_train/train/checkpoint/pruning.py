@@ -74,15 +74,18 @@ def prune(
         remove = [folder for folder in remove if folder != whole] if whole is not None else []
     leftovers = list_leftovers(checkpoints)
     spared = [folder for folder in leftovers if _is_fresh(folder, time.time() if now is None else now)]
-    restored = [folder for folder in leftovers if folder.suffix == ".old" and not folder.with_suffix("").exists()]
-    gone = [folder for folder in leftovers if folder not in spared and folder not in restored]
+    idle = [folder for folder in leftovers if folder not in spared]
+    restored = [folder for folder in idle if folder.suffix == ".old" and not folder.with_suffix("").exists()]
+    gone = [folder for folder in idle if folder not in restored]
     freed = sum(folder_bytes(folder) for folder in [*remove, *gone])
     kept = [folder.name for folder in list_checkpoints(checkpoints) if folder not in remove]
     if not is_dry:
         for folder in remove:
             if folder.exists():  # else the run itself has removed it
                 remove_checkpoint(folder)
-        remove_leftovers(checkpoints, spared)
+        # Only what was looked at: a run may begin a save at any time.
+        begun = [folder for folder in list_leftovers(checkpoints) if folder not in (*gone, *restored)]
+        remove_leftovers(checkpoints, begun)
         freed -= sum(folder_bytes(folder) for folder in list_leftovers(checkpoints) if folder not in spared)
     names = lambda folders: [folder.name for folder in folders if folder not in spared]  # noqa: E731
     return Pruning(
@@ -102,4 +105,6 @@ def _is_fresh(folder: Path, now: float) -> bool:
         return False  # nobody wants it, whoever removes it
     own = stat_of(folder)
     statuses = [*([own] if own is not None else []), *file_statuses(folder)]
+    if folder.suffix == ".old" and own is not None and now - own.st_ctime < SAVING_SECONDS:
+        return True  # a save under way has just renamed it, which leaves the times of its writing
     return any(now - status.st_mtime < SAVING_SECONDS for status in statuses)

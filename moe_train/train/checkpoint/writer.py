@@ -101,8 +101,8 @@ class CheckpointWriter:
             written = self._write_files(step, snapshot)
             num_bytes = written.num_bytes
             folder = self._complete(step, snapshot, values, written)
-        except (RuntimeError, OSError, ValueError) as problem:  # RuntimeError: also a group whose rank is gone
-            error = f"{problem}"
+        except Exception as problem:  # whatever it is, it is told by `SaveOutcome`: nobody sees this thread's end
+            error = f"{problem}" if str(problem) else type(problem).__name__
             if self._rank == 0:  # the disk may be full
                 shutil.rmtree(self._part(step), ignore_errors=True)
         self._outcome = SaveOutcome(step, folder, error, time.monotonic() - began, num_bytes)
@@ -130,8 +130,8 @@ class CheckpointWriter:
         }
         together(lambda: complete_checkpoint(part, manifest) if self._rank == 0 else None, group=self._group)
         if self._rank == 0:
-            for folder in superfluous(self._checkpoints, self._retention):
-                with contextlib.suppress(OSError):  # what cannot be removed is no reason to call the save failed
+            with contextlib.suppress(OSError):  # what cannot be removed is no reason to call the save failed
+                for folder in superfluous(self._checkpoints, self._retention):
                     remove_checkpoint(folder)
         return part.with_suffix("")
 

@@ -83,13 +83,14 @@ class StepGuard:
         """
         self._max_norm_ratio, self._max_skipped, self._rank = max_norm_ratio, max_skipped, rank
         self._received, self._save_is_done = received, save_is_done
-        self._decided = (_FINE, 0.0, False, 0.0, 0.0)
+        self._decided = (_FINE, 0, 0.0, False, 0.0, 0.0)
+        self._num_skipped = 0
         self.restore(state or GuardState())
 
     def restore(self, state: GuardState) -> None:
         """Take up what a checkpoint remembers."""
         self._norms: deque[float] = deque(state.grad_norms, maxlen=NUM_REMEMBERED)
-        self._num_skipped = state.skipped_steps
+        self._num_skipped = max(self._num_skipped, state.skipped_steps)  # of the whole run, also those gone back over
         self._streak: list[SkippedStep] = []
 
     @property
@@ -118,7 +119,7 @@ class StepGuard:
         stop = 0 if received is None else int(received) * _RANKS + self._rank + 1
         own = torch.stack(
             [
-                self._find_fault(gradients).double(),
+                self._find_fault(gradients).double() * _RANKS + self._rank,
                 torch.tensor(float(stop), dtype=torch.float64, device=gradients.loss.device),
                 torch.tensor(float(not self._save_is_done()), dtype=torch.float64, device=gradients.loss.device),
                 # Norms are the same on all ranks but for rounding; the largest is what all remember.
@@ -126,43 +127,44 @@ class StepGuard:
             ]
         )
         # Host synchronisation: whether the update is made is decided here, and once more for this rank's own loss.
-        fault, signalled, save_is_running, norm = all_reduce_max(own, world_group()).tolist()
-        self._decided = (int(fault), signalled, not save_is_running, float(gradients.loss), norm)
+        code, signalled, save_is_running, norm = all_reduce_max(own, world_group()).tolist()
+        fault, rank = divmod(int(code), _RANKS)
+        self._decided = (fault, rank, signalled, not save_is_running, float(gradients.loss), norm)
         if not gradients.overflowed and fault == _FINE:
             self._norms.append(norm)
-        return bool(fault != _FINE)
+        return fault != _FINE
 
     def _find_fault(self, gradients: Gradients) -> Tensor:
         """A code on the device: nothing is waited for."""
-        if gradients.overflowed:
-            return torch.zeros((), device=gradients.loss.device)
         norm, bound = gradients.grad_norm.to(gradients.loss.device), self.norm_bound
         fault = torch.zeros_like(norm)
         if bound is not None:
             fault = torch.where(norm > bound, _NORM_TOO_LARGE, fault)
         fault = torch.where(torch.isfinite(norm) & (norm >= 0), fault, _NORM_NOT_FINITE)
+        if gradients.overflowed:
+            fault = torch.zeros_like(norm)
         return torch.where(torch.isfinite(gradients.loss), fault, _LOSS_NOT_FINITE)
 
     def conclude(self, progress: Progress, num_sequences: int) -> Verdict:
         """What was decided of the step that begins at `progress`."""
-        fault, signalled, save_ended, loss, norm = self._decided
+        fault, faulty_rank, signalled, save_ended, loss, norm = self._decided
         skipped = None
         if fault == _FINE:
             self._streak.clear()
         else:
-            reason = self._describe(fault, norm)
+            reason = self._describe(fault, faulty_rank, norm)
             skipped = SkippedStep(progress.step, progress.consumed_sequences, num_sequences, loss, norm, reason)
             self._streak.append(skipped)
             self._num_skipped += 1
         stop = None
         if signalled:
-            number, rank = divmod(int(signalled) - 1, _RANKS)
-            stop = f"{signal.Signals(number).name} on rank {rank}"
+            number, stopped_rank = divmod(int(signalled) - 1, _RANKS)
+            stop = f"{signal.Signals(number).name} on rank {stopped_rank}"
         return Verdict(skipped, len(self._streak) >= self._max_skipped, stop, save_ended)
 
-    def _describe(self, fault: int, norm: float) -> str:
+    def _describe(self, fault: int, rank: int, norm: float) -> str:
         if fault == _LOSS_NOT_FINITE:
-            return "the loss of a rank is not finite"
+            return f"the loss of rank {rank} is not finite"
         if fault == _NORM_NOT_FINITE:
             return "the gradient norm is not finite"
         median = statistics.median(self._norms)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from moe_train.config.errors import EXIT_LOST
+from moe_train.config.errors import EXIT_DIVERGED, EXIT_LOST
 from moe_train.parallel.collectives import is_communication_error
 from moe_train.parallel.position import Position
 from moe_train.train.resilience.peers import PeerMonitor, join_peers
+from moe_train.train.resilience.recovery import TrainingDiverged
 from moe_train.train.resilience.report import Reporter
 from moe_train.train.resilience.watchdog import Watchdog
 
@@ -42,7 +43,7 @@ class Lifelines:
             self.peers.fail(f"it lost its connection at {where}")
             return (f"{found or text}; this rank was at {where}", EXIT_LOST)
         self.peers.fail(text)
-        return text, _EXIT_FAULT
+        return text, EXIT_DIVERGED if isinstance(error, TrainingDiverged) else _EXIT_FAULT
 
     def leave(self) -> None:
         """The end in order, after the last collective operation."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moe_train.parallel.collectives import Group
 from moe_train.train.batches import BatchPlan
+from moe_train.train.checkpoint.manifest import Manifest
 from moe_train.train.checkpoint.reader import load_checkpoint
 from moe_train.train.console import RunConsole
 from moe_train.train.engine import TrainEngine
@@ -14,6 +15,10 @@ from moe_train.train.resilience.guard import StepGuard
 from moe_train.train.resume import newest_whole, set_damaged_aside
 from moe_train.train.saving import Saver
 from moe_train.train.step_result import StepResult
+
+
+class TrainingDiverged(RuntimeError):
+    """Numbers that went wrong and would go wrong again."""
 
 
 class Recovery:
@@ -30,6 +35,7 @@ class Recovery:
         checkpoints: Path,
         layers: tuple[int, ...],
         group: Group | None,
+        origin: Manifest | None,
     ) -> None:
         """Prepare.
 
@@ -43,8 +49,9 @@ class Recovery:
             checkpoints: The run's folder for checkpoints; the diagnosis goes beside it.
             layers: Index of each MoE layer in the model.
             group: The writer's: it is idle when a checkpoint is read.
+            origin: What the run went on from, to go back to as long as it has saved nothing itself.
         """
-        self._group = group
+        self._group, self._origin = group, origin
         self._engine, self._guard, self._saver, self._recorder = engine, guard, saver, recorder
         self._console, self._plan, self._checkpoints, self._layers = console, plan, checkpoints, layers
         self._gone_back_from: int | None = None  # step, from 0, that the last return was for
@@ -60,8 +67,8 @@ class Recovery:
             Where to go on.
 
         Raises:
-            RuntimeError: On every rank, with a diagnosis, if there is no checkpoint, or if this happens a second time
-                before a checkpoint of a later step than the first time.
+            TrainingDiverged: On every rank, with a diagnosis, if there is no checkpoint, or if this happens a second
+                time before a checkpoint of a later step than the first time.
 
         Collective: All ranks.
         """
@@ -77,16 +84,16 @@ class Recovery:
         found = newest_whole(self._checkpoints, self._plan.rank, self._plan.world_size, self._group)
         for line in set_damaged_aside(found, self._plan.rank):
             self._console.say(line)
-        manifest, before = found.manifest, self._gone_back_from
+        manifest, before = found.manifest or self._origin, self._gone_back_from
         if manifest is None:
-            raise RuntimeError(f"{summary}; there is no checkpoint to go back to; more in {path}")
+            raise TrainingDiverged(f"{summary}; there is no checkpoint to go back to; more in {path}")
         if before is not None and manifest.step <= before:
-            raise RuntimeError(
+            raise TrainingDiverged(
                 f"{summary}; the run had gone back to {manifest.folder} for this already, from step {before + 1}, and "
                 f"passed over the data; more in {path} (a lower optim.learning_rate may help)"
             )
         self._gone_back_from = progress.step
-        load_checkpoint(self._engine, manifest)
+        load_checkpoint(self._engine, manifest, self._group)
         self._guard.restore(manifest.guard)
         self._recorder.rewind(manifest.step)
         passed = progress.consumed_sequences + self._plan.global_batch_size

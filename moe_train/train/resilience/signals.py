@@ -39,11 +39,19 @@ class StopSignals:
         self._first: tuple[signal.Signals, float] | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._write = -1
+        self._is_leaving = False
 
     @property
     def received(self) -> signal.Signals | None:
         """The first signal, or None."""
         return self._first[0] if self._first is not None else None
+
+    def ignore(self) -> None:
+        """Take no signal seriously any more, also after the block: this rank leaves with its exit code.
+
+        A launcher that sees one rank go ends the others, which are about to go too.
+        """
+        self._is_leaving = True
 
     def __enter__(self) -> Self:
         read, self._write = os.pipe()
@@ -57,8 +65,7 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
-            # A rank that is about to leave with its exit code must not be ended by a launcher that saw another go.
-            signal.signal(number, handler if self._first is None else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if self._is_leaving else handler)
         os.close(self._write)  # the thread ends
 
     def _read(self, pipe: int) -> None:
@@ -75,6 +82,8 @@ class StopSignals:
             self._say(f"{received.name}: this step is finished and saved, then the run stops; a second ends it at once")
             return
         first, when = self._first
+        if self._is_leaving:
+            return
         if now - when < (_SAME_ECHO_SECONDS if received == first else _OTHER_ECHO_SECONDS):
             return
         self._say(f"{received.name} after {first.name}: ended at once, without saving")

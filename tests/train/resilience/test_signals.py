@@ -41,6 +41,7 @@ def test_real_signals_are_noted_and_handlers_put_back() -> None:
         assert signals.received is None
         os.kill(os.getpid(), USR1)
         assert noted.wait(5) and signals.received == USR1
+        signals.ignore()
     # A rank that leaves with its exit code is not to be ended by its launcher any more.
     assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 3
     for number, handler in zip(SIGNALS, before):
