@@ -18,7 +18,7 @@ from tests.train.runs import CPU, ROOT, SMALL, free_port, losses, records, start
 
 KEEP_RUNNING = str(ROOT / "launch" / "keep_running.sh")
 BIN = Path(sys.executable).parent
-STEPS = 20
+STEPS = 60
 RUN = (*SMALL, f"--train.steps={STEPS}", "--checkpoint.every=3")
 TIMEOUT = 200  # seconds; two starts of a launcher with two ranks take 45 on two busy cores
 

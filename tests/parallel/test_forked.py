@@ -202,12 +202,17 @@ time.sleep(600)
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_the_process_that_started_it(signum: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, cwd=ROOT) as owner:
+    command = [sys.executable, "-c", OWNER]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=take_interrupts)
+    try:
         assert owner.stdout is not None
         server, rank = map(int, owner.stdout.readline().split())
         assert is_alive(server) and is_alive(rank)
         owner.send_signal(signum)
         owner.wait(SECONDS)
+    finally:
+        owner.kill()
+        owner.communicate()
     assert eventually(lambda: not is_alive(server) and not is_alive(rank))
 
 
@@ -215,7 +220,8 @@ def test_nothing_outlives_the_process_that_started_it(signum: signal.Signals) ->
 def test_parity_that_is_stopped_leaves_nothing(tmp_path: Path, signum: signal.Signals) -> None:
     command = [sys.executable, "-m", "moe_train", "parity", f"--keep={tmp_path}", "--max-ranks=2", "--layouts=1"]
     with environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
-        parity = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        parity = subprocess.Popen(command, cwd=ROOT, preexec_fn=take_interrupts, **silent)
     try:
         assert eventually(lambda: (tmp_path / "layout_0" / "logs").exists() or parity.poll() is not None, SECONDS)
         started = descendants(parity.pid)
@@ -226,6 +232,11 @@ def test_parity_that_is_stopped_leaves_nothing(tmp_path: Path, signum: signal.Si
     finally:
         parity.kill()
         parity.wait()
+
+
+def take_interrupts() -> None:
+    """In a child that is to be interrupted: it would ignore SIGINT where a shell started the tests in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def descendants(pid: int) -> list[int]:
