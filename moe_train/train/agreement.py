@@ -52,8 +52,9 @@ def attempt(action: Callable[[], Result], group: Group | None = None) -> Attempt
         result = action()
     except Exception as error:  # whatever it is: the other ranks wait in the next line
         name, is_usage = type(error).__name__, isinstance(error, UsageError)
-        # A user's error speaks for itself; a class that is not ours may not exist where others look for it.
-        failure = (f"{error}" if is_usage else f"{name}: {error}", type(error) if is_usage else RuntimeError)
+        # What users and disks cause speaks for itself. A class that is not ours may not exist where others look for it.
+        speaks = isinstance(error, UsageError | OSError) and bool(str(error))
+        failure = (f"{error}" if speaks else f"{name}: {error}", type(error) if is_usage else RuntimeError)
     found = gather_objects(failure, group)
     first = next((Failure(rank, *failed) for rank, failed in enumerate(found) if failed is not None), None)
     return Attempt(result, first)

@@ -67,7 +67,7 @@ def test_by_policy_a_full_disk_stops_the_run(small_disk: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])
 def test_a_disk_that_becomes_read_only(small_disk: Path, policy: str) -> None:
-    options = [*BASE, "--train.steps=120", "--checkpoint.every=20", f"--checkpoint.on_error={policy}"]
+    options = [*BASE, "--train.steps=60", "--checkpoint.every=10", f"--checkpoint.on_error={policy}"]
     ranks = start_forked(2, *options, f"--train.run_dir={small_disk}", "--train.log_every=50")
     deadline = time.monotonic() + 60
     while not list_checkpoints(small_disk / "checkpoints"):
@@ -82,9 +82,9 @@ def test_a_disk_that_becomes_read_only(small_disk: Path, policy: str) -> None:
         subprocess.run(["umount", "--lazy", small_disk], check=True)
     assert [result.returncode for result in results] == [1, 1], results
     if policy == "continue":
-        assert "the run goes on" in results[0].stdout and "step    120/120" in results[0].stdout
+        assert "the run goes on" in results[0].stdout and "step     60/60" in results[0].stdout
     else:
-        assert "checkpoint.on_error is stop" in results[0].stderr and "step    120/120" not in results[0].stdout
+        assert "checkpoint.on_error is stop" in results[0].stderr and "step     60/60" not in results[0].stdout
     assert whole_steps(small_disk)
 
 

@@ -95,6 +95,7 @@ class PeerMonitor:
             with self._lock:
                 if self._heartbeats.num_present() == 0:
                     break
+            self._wake.set()  # hear them now, not with the next beat
             time.sleep(0.05)
         self._closed.set()
 
