@@ -53,11 +53,12 @@ def entries_table(folder: str, entries: Sequence[Entry]) -> Table:
         state = entry.kind if entry.kind != "checkpoint" else "manifest readable"
         if entry.problem is not None and entry.kind == "checkpoint":
             state = f"damaged: {entry.problem}"
-        step = "-" if entry.step is None else f"{entry.step}"
+        state = "" if state == "manifest readable" and entry.is_latest else state
         latest = "latest" if entry.is_latest else ""
         layout = describe_layout(entry.layout)
-        rows.append((entry.name, entry.written, layout, state, latest, step, as_bytes(entry.num_bytes)))
-    return _table(folder, ("folder", "written", "layout", "state", ""), ("step", "size"), rows)
+        written = entry.written[:16].replace("T", " ")  # to the minute; --json has all of it
+        rows.append((entry.name, written, layout, f"{state} {latest}".strip(), as_bytes(entry.num_bytes)))
+    return _table(folder, ("folder", "written", "layout", "state"), ("size",), rows)
 
 
 def verification_table(found: Verification) -> Table:
