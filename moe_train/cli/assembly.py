@@ -4,6 +4,7 @@ It imports all that training needs, so that cli/train.py imports it only when th
 """
 
 from moe_train.cli.train import Setting
+from moe_train.config.base import field_values
 from moe_train.config.deepspeed import deepspeed_config
 from moe_train.config.load import dump_yaml
 from moe_train.parallel.collectives import Group
@@ -24,7 +25,7 @@ from moe_train.train.resilience.guard import StepGuard
 from moe_train.train.resilience.lifelines import Lifelines
 from moe_train.train.resilience.recovery import Recovery
 from moe_train.train.resilience.signals import StopSignals
-from moe_train.train.resume import Found, changed_fields, field_values, set_damaged_aside
+from moe_train.train.resume import Found, changed_fields, set_damaged_aside
 from moe_train.train.run_folder import save_config
 from moe_train.train.saving import Saver
 from moe_train.train.telemetry import MetricsWriter

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from moe_train.config.base import field_values
 from moe_train.config.deepspeed import check_additions, deepspeed_config
 from moe_train.config.errors import EXIT_STOPPED, UsageError
 from moe_train.config.load import load_config
@@ -212,7 +213,7 @@ def _agree(setting: Setting, group: "Group | None") -> "Found":
     from moe_train.train.agreement import together
     from moe_train.train.checkpoint.folders import remove_leftovers
     from moe_train.train.records import read_records
-    from moe_train.train.resume import check_resumable, field_values, find_checkpoint
+    from moe_train.train.resume import check_resumable, find_checkpoint
 
     config, data, world, folder = setting.config, setting.data, setting.world, setting.folder
 

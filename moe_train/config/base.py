@@ -1,5 +1,6 @@
 """The base of every configuration section: frozen, unknown keys refused, field docstrings shown by `--help`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -38,3 +39,12 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             merge(old, value) if key not in _WHOLE and isinstance(old, dict) and isinstance(value, dict) else value
         )
     return merged
+
+
+def field_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a configuration's plain values by its dotted name; an empty mapping is a value."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from field_values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

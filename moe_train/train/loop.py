@@ -89,7 +89,7 @@ def train(run: Run, first: Progress) -> TrainResult:
 
     Raises:
         SaveFailed: On every rank, if a checkpoint that had to be written could not be.
-        RuntimeError: On every rank, if the numbers go wrong for good.
+        TrainingDiverged: On every rank, if the numbers go wrong for good.
 
     Collective: All ranks.
     """

@@ -1,12 +1,12 @@
 """Going on from a checkpoint."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from moe_train.config.base import field_values
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.root import Config
@@ -241,12 +241,3 @@ def changed_fields(manifest: Manifest, config: Config) -> list[str]:
     before, now = dict(field_values(manifest.config)), dict(field_values(config.model_dump(mode="json")))
     changed = [name for name in now if name not in _UNREMARKABLE and before.get(name) != now[name]]
     return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]
-
-
-def field_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a configuration's plain values by its dotted name."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from field_values(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_train.config.base import field_values
 from moe_train.train.checkpoint.inspection import check_sizes, read_chunks
 from moe_train.train.checkpoint.manifest import Manifest
 from moe_train.train.checkpoint.ranges import RangeReader
@@ -127,18 +128,10 @@ def compare_checkpoints(a: Manifest, b: Manifest, tolerance: float | None = None
 
 def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> tuple[FieldDifference, ...]:
     """Fields of nested plain values that differ, by their dotted names."""
-    ours, theirs = dict(_fields(a)), dict(_fields(b))
+    ours, theirs = dict(field_values(a)), dict(field_values(b))
     names = sorted(ours.keys() | theirs.keys())
     found = [FieldDifference(name, ours.get(name), theirs.get(name)) for name in names]
     return tuple(one for one in found if one.a != one.b or type(one.a) is not type(one.b))
-
-
-def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:

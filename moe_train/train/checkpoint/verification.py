@@ -13,7 +13,7 @@ from moe_train.train.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Man
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FileVerdict:
     """What was found of a file.
 
     Attributes:
@@ -40,7 +40,7 @@ class Verification:
     """
 
     folder: str
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[FileVerdict, ...]
     has_vanished: bool = False
 
     @property
@@ -71,19 +71,19 @@ def verify_checkpoint(folder: Path, advance: Advance | None = None) -> Verificat
     return Verification(str(folder), verdicts, has_vanished)
 
 
-def _verdicts(folder: Path, advance: Advance | None) -> list[Verdict]:
+def _verdicts(folder: Path, advance: Advance | None) -> list[FileVerdict]:
     path = folder / MANIFEST
     try:
         manifest = read_manifest(folder)
     except DamagedCheckpoint as error:
-        return [Verdict(str(path), str(error))]
+        return [FileVerdict(str(path), str(error))]
     problem = None
     expected = step_folder(folder.parent, manifest.step).name
     if folder.name.startswith("step_") and folder.name.partition(".")[0] != expected:
         problem = f"{path} is of step {manifest.step}, whose folder is {expected}"
-    verdicts = [Verdict(str(path), problem)]
+    verdicts = [FileVerdict(str(path), problem)]
     for file, damage in check_files(manifest, manifest.files, advance):
-        verdicts.append(Verdict(str(folder / file), str(damage) if damage else None))
+        verdicts.append(FileVerdict(str(folder / file), str(damage) if damage else None))
     return [*verdicts, *_stray_verdicts(_strays_in(folder, manifest))]
 
 
@@ -94,13 +94,13 @@ def _strays_in(folder: Path, manifest: Manifest) -> list[Path]:
         return []
 
 
-def _stray_verdicts(strays: Iterable[Path]) -> list[Verdict]:
-    return [Verdict(str(path), f"{path} is no part of a checkpoint: move it away") for path in strays]
+def _stray_verdicts(strays: Iterable[Path]) -> list[FileVerdict]:
+    return [FileVerdict(str(path), f"{path} is no part of a checkpoint: move it away") for path in strays]
 
 
 def verify_surroundings(checkpoints: Path) -> Verification:
     """Whether `latest` names the newest checkpoint, and only checkpoints lie beside it."""
-    latest = Verdict(str(checkpoints / "latest"), check_latest(checkpoints))
+    latest = FileVerdict(str(checkpoints / "latest"), check_latest(checkpoints))
     return Verification(str(checkpoints), (latest, *_stray_verdicts(strays_among(checkpoints))))
 
 
