@@ -26,7 +26,7 @@ from moe_train.train.resilience.lifelines import Lifelines
 from moe_train.train.resilience.recovery import Recovery
 from moe_train.train.resilience.signals import StopSignals
 from moe_train.train.resume import Found, changed_fields, set_damaged_aside
-from moe_train.train.run_folder import save_config
+from moe_train.train.run_folder import save_config, save_tokenizer
 from moe_train.train.saving import Saver
 from moe_train.train.telemetry import MetricsWriter
 
@@ -101,6 +101,7 @@ def _restore(setting: Setting, found: Found, engine: TrainEngine, console: RunCo
 def _open_records(setting: Setting, first_step: int, console: RunConsole) -> tuple[MetricsWriter, ExpertWatch | None]:
     config, folder, layers = setting.config, setting.folder, setting.config.model.moe_layer_indices
     save_config(folder, config)
+    save_tokenizer(folder, setting.data.tokenizer)
     writer = MetricsWriter(folder.root, first_step, config.telemetry.tensorboard, console.say)
     # What is compared between runs; where a run is kept, and what is the default everywhere, is not.
     fields = [

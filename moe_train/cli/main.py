@@ -11,6 +11,7 @@ from moe_train.parallel.bootstrap import is_first_rank, leave_process_group
 
 SUBCOMMANDS = {
     "train": "train a model (start it with deepspeed, torchrun, mpirun or srun for more than one process)",
+    "generate": "go on with text by a trained model",
     "load": "show how the experts of a run share the tokens, the worst layers first",
     "checkpoint": "list, verify, inspect, compare, remove and export the checkpoints of a run",
     "params": "count a configuration's parameters without allocating them",
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in SUBCOMMANDS:
         print(f"moe-train: unknown subcommand {name!r}; known: {', '.join(SUBCOMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
-    command = importlib.import_module(f"moe_train.cli.{name}")
+    command = importlib.import_module(f"moe_train.cli.{name.replace('-', '_')}")
     return run_command(command.run, arguments[1:], f"moe-train {name}")
 
 

@@ -236,17 +236,15 @@ def _agree(setting: Setting, group: "Group | None") -> "Found":
 
 
 def _sample(training: "Run") -> str | None:
-    from moe_train.infer.generate import generate
+    from moe_train.infer.decode import DecodePlan, Decoder
+    from moe_train.infer.sampling import Sampling
 
     config, tokenizer = training.config, training.data.tokenizer
     if config.train.sample_tokens == 0:
         return None
-    ids = generate(
-        training.engine.model,
-        [tokenizer.end_of_document],
-        config.train.sample_tokens,
-        temperature=0.7,
-        seed=config.train.seed,
-        vocab_size=tokenizer.vocab_size,
-    )
+    sampling = Sampling(temperature=0.7, seed=config.train.seed)
+    mark = tokenizer.end_of_document if config.model.isolate_documents else None
+    plan = DecodePlan(config.train.sample_tokens, tokenizer.vocab_size, sampling, end_of_document=mark)
+    steps = Decoder(training.engine.model, [[tokenizer.end_of_document]], plan)
+    ids = [int(chosen_B) for chosen_B in steps]
     return tokenizer.decode([i for i in ids if i != tokenizer.end_of_document])

@@ -23,6 +23,9 @@ class ModelConfig(Section):
     """Key and value heads of one owner layer: num_heads is MHA, fewer GQA, 1 MQA; None takes num_heads."""
     kv_layers: PositiveInt | tuple[int, ...] | None = None
     """Layers that own keys and values (MLKV): their number, or their list, beginning with 0; None: all layers."""
+    sliding_window: PositiveInt | None = None
+    """Positions that a token sees, its own included, in training and decoding alike: older keys are not kept in the
+    cache; None: all."""
     head_dim: PositiveInt | None = None
     """Width of one head, even; None takes hidden_size / num_heads."""
     intermediate_size: PositiveInt = 1024

@@ -45,7 +45,7 @@ class MoEConfig(Section):
     """Most tokens an expert takes in training, as a multiple of the mean, tokens x top_k / num_experts; what is over
     it keeps the residual stream. None: dropless."""
     eval_capacity_factor: CapacityFactor | None = None
-    """As capacity_factor, in evaluation and generation. None: dropless there."""
+    """As capacity_factor, in evaluation. None: dropless there. Generation is always dropless."""
     capacity_scope: Literal["sequence", "micro_batch"] = "sequence"
     """Tokens that a capacity is counted in: each sequence for itself, which is the same in every layout of ranks; or
     in training all of a rank's micro-batch, which is not."""

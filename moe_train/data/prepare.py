@@ -55,7 +55,7 @@ def check_data(config: DataConfig) -> None:
     Raises:
         UsageError: Naming the field, the value and what is wrong.
     """
-    for source, field in zip(config.sources, _fields(config), strict=True):
+    for source, field in zip(config.sources, source_fields(config), strict=True):
         check_source(source, field)
     if config.tokenizer not in ("bytes", "bpe") and not Path(config.tokenizer).expanduser().is_file():
         raise UsageError(f"data.tokenizer ({config.tokenizer!r}): neither bytes nor bpe nor the path of a file")
@@ -92,10 +92,10 @@ def prepare_data(
     check_data(config)
     wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0
     folder = CacheFolder(cache_root(config.cache_dir), wait_seconds, show_progress)
-    named_sources = zip(config.sources, _fields(config), strict=True)
+    named_sources = zip(config.sources, source_fields(config), strict=True)
     corpora = [open_corpus(source, config, field) for source, field in named_sources]
     fingerprints = [corpus.fingerprint(folder.digest_files) for corpus in corpora]
-    tokenizer = _open_tokenizer(config, corpora, fingerprints, folder)
+    tokenizer = _given_tokenizer(config) or _trained_bpe(config, corpora, fingerprints, folder)
     caches = [folder.tokens(corpus, mark, tokenizer) for corpus, mark in zip(corpora, fingerprints, strict=True)]
     _check_enough(corpora, caches, sequence_length, min_sequences)
     _check_held_out(corpora, caches)
@@ -110,7 +110,23 @@ def prepare_data(
     )
 
 
-def _fields(config: DataConfig) -> list[str]:
+def find_tokenizer(config: DataConfig, *, local_rank: int = 0) -> Tokenizer:
+    """The tokenizer of the data settings alone; a BPE is trained on the data where that has not been done yet.
+
+    Raises:
+        UsageError: If the file, or the data that a BPE is trained on, cannot be read.
+    """
+    given = _given_tokenizer(config)
+    if given is not None:
+        return given
+    check_data(config)
+    folder = CacheFolder(cache_root(config.cache_dir), OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0, False)
+    named_sources = zip(config.sources, source_fields(config), strict=True)
+    corpora = [open_corpus(source, config, field) for source, field in named_sources]
+    return _trained_bpe(config, corpora, [corpus.fingerprint(folder.digest_files) for corpus in corpora], folder)
+
+
+def source_fields(config: DataConfig) -> list[str]:
     """Where each source stands in the configuration, for messages."""
     return [f"data.mixture[{i}]" for i in range(len(config.mixture))] or ["data"]
 
@@ -142,13 +158,12 @@ def _check_held_out(corpora: Sequence[Corpus], caches: Sequence[TokenCache]) -> 
             )
 
 
-def _open_tokenizer(
-    config: DataConfig, corpora: Sequence[Corpus], fingerprints: Sequence[str], folder: CacheFolder
-) -> Tokenizer:
+def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """A tokenizer that needs no data; None for a BPE."""
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer == "bpe":
-        return _trained_bpe(config, corpora, fingerprints, folder)
+        return None
     return load_tokenizer_file(Path(config.tokenizer).expanduser(), config.end_of_document)
 
 

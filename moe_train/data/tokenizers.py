@@ -1,5 +1,6 @@
 """Tokenizers: bytes, a file of the `tokenizers` library, and a byte-level BPE trained on the data."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,13 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without marks, in `token_dtype(vocab_size)`."""
 
+    def encode_known(self, text: str) -> list[int]:
+        """Token ids of a text, without marks.
+
+        Raises:
+            ValueError: If there is no token for a part of it.
+        """
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids; marks and ids that stand for no text are left out, broken UTF-8 becomes U+FFFD."""
 
@@ -71,6 +79,10 @@ class ByteTokenizer:
         """The bytes of each text, uint16."""
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16) for text in texts]
 
+    def encode_known(self, text: str) -> list[int]:
+        """The bytes of a text; half a surrogate pair has none."""
+        return list(text.encode("utf-8"))
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids below 256."""
         values = np.asarray(ids, dtype=np.int64)
@@ -86,18 +98,43 @@ class SubwordTokenizer:
         vocab_size: One more than the largest id, added tokens included.
         end_of_document: Id of the mark between documents.
         fingerprint: Digest of the file it was loaded from and the mark.
+        text: What that file holds.
     """
 
     inner: Any
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    text: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, encoded in parallel."""
         dtype = token_dtype(self.vocab_size)
         encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+
+    def encode_known(self, text: str) -> list[int]:
+        """Token ids of a text, none of which is the token for what is unknown."""
+        text.encode("utf-8")  # raises for half a surrogate pair, at which the library panics
+        try:
+            encoding = self.inner.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception, as for a word without a token
+            raise ValueError(f"cannot be encoded: {error}") from error
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token == self._unknown:
+                raise ValueError(f"the vocabulary has no token for {text[start:end]!r} (character {start})")
+        if text and not encoding.ids:
+            raise ValueError(f"the vocabulary has no token for {text!r}")
+        return list(encoding.ids)
+
+    @property
+    def _unknown(self) -> int | None:
+        """The token that stands for what has none; None: there is no such token."""
+        model = self.inner.model
+        name = getattr(model, "unk_token", None)
+        if name is not None:
+            return self.inner.token_to_id(name)
+        return json.loads(self.text)["model"].get("unk_id")  # of Unigram, which does not tell it otherwise
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids, without end-of-document marks."""
@@ -140,7 +177,7 @@ def load_tokenizer_file(path: Path, end_of_document: str | None, field: str = "d
             "name the token that marks the end of a document"
         )
     vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-    return SubwordTokenizer(inner, vocab_size, mark, digest_of([text, mark]))
+    return SubwordTokenizer(inner, vocab_size, mark, digest_of([text, mark]), text)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:

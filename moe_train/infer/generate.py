@@ -1,63 +1,134 @@
-"""Drawing text from a model, one token at a time.
+"""Going on with prompts as text: shared among ranks, each prompt until it ends, timed."""
 
-Legend: B batch (1 here), S prompt length, V vocab_size.
-"""
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from moe_train.model.transformer import Tokens, Transformer
-from moe_train.ops.keyed_random import combine, make_key, uniform
+from moe_train.data import Tokenizer
+from moe_train.infer.completion import Completion, CompletionBuilder
+from moe_train.infer.decode import DecodePlan, Decoder
+from moe_train.model.transformer import Transformer
+from moe_train.parallel.collectives import Group, all_reduce_max, gather_objects, group_rank, group_size
+
+OnText = Callable[[int, str], None]  # told the prompt's number and its next piece of text
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Generation:
+    """How all prompts went on.
+
+    Attributes:
+        completions: One a prompt, in their order.
+        prefill_tokens: Of all prompts.
+        prefill_seconds: Until the first new token of each was known.
+        decode_tokens: New tokens behind the first of each prompt, as far as they are part of it.
+        decode_seconds: For those.
+        kv_cache_bytes: Set aside over all ranks, for prompt and new tokens.
+        max_length: Tokens of a prompt that the cache has room for.
+    """
+
+    completions: tuple[Completion, ...]
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
+    kv_cache_bytes: int
+    max_length: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Tokens of the prompts over the time until each had its first new token."""
+        return self.prefill_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens behind the first of each prompt over their time; 0 where there was none."""
+        return self.decode_tokens / max(self.decode_seconds, 1e-9)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "text": self.completions[0].text,
+            "completions": [completion.as_dict() for completion in self.completions],
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "max_length": self.max_length,
+        }
+
+
 def generate(
-    model: Transformer, prompt: list[int], num_tokens: int, *, temperature: float, seed: int, vocab_size: int
-) -> list[int]:
-    """Continue a prompt, keeping keys and values of what was read.
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    plan: DecodePlan,
+    *,
+    stop: Sequence[str] = (),
+    ends: bool = True,
+    group: Group | None = None,
+    on_text: OnText | None = None,
+) -> Generation:
+    """Go on with prompts, each rank with its share of them.
 
     Args:
-        model: Put into evaluation mode: no router noise.
-        prompt: Token ids, at least one.
-        num_tokens: Tokens to draw.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        seed: Of the draws.
-        vocab_size: Tokens that exist; rows of the embedding beyond them are padding and never drawn.
+        model: Of this rank.
+        tokenizer: Of the model.
+        prompts: Token ids, the same on every rank; none is empty.
+        plan: How.
+        stop: Texts that end a continuation.
+        ends: Whether the end-of-document mark does.
+        group: Ranks that share the prompts; None: this one has all.
+        on_text: Told of the text of this rank's prompts as it comes.
 
     Returns:
-        The new token ids.
+        The same on every rank; the seconds are rank 0's.
 
-    Collective: All ranks, with prompts of one length: the experts may be on other ranks.
+    Collective: All ranks of the group.
     """
-    model.eval()
-    device = model.embedding.weight.device
-    states, key = model.new_states(), make_key(seed, "generate")
-    new, ids = [], torch.tensor([prompt], device=device)
-    sequence = torch.zeros(1, dtype=torch.int64, device=device)
-    start = 0
-    for place in range(num_tokens):
-        positions_BS = torch.arange(start, start + ids.shape[1], device=device).unsqueeze(0)
-        logits_BSV = model(Tokens(ids, sequence, positions_BS=positions_BS), states).logits_BSV
-        draw = uniform(combine(key, torch.tensor(place, device=device)))
-        chosen = choose_token(logits_BSV[0, -1, :vocab_size], temperature, draw)
-        new.append(int(chosen))  # host synchronisation: the text is wanted there
-        start, ids = start + ids.shape[1], chosen.view(1, 1)
-    return new
+    share = -(-len(prompts) // group_size(group))
+    first = share * group_rank(group)
+    mine = list(prompts[first : first + share])
+    end_token = tokenizer.end_of_document if ends else None
+    builders = [CompletionBuilder(tokenizer, prompt, stop, end_token) for prompt in mine]
+    # A rank without a prompt takes part all the same: it may hold experts of the others' tokens.
+    filler = [[tokenizer.end_of_document]] * (share - len(mine))
+    longest = max(map(len, prompts))
+    decoder = Decoder(model, [*mine, *filler], replace(plan, first_sequence=first), longest)
+    seconds = [0.0, 0.0]
+    began, phase = time.perf_counter(), 0
+    for chosen_B in decoder:
+        chosen = chosen_B.tolist()  # host synchronisation: the text is wanted there
+        seconds[phase] += time.perf_counter() - began
+        for number, (builder, token) in enumerate(zip(builders, chosen, strict=False)):
+            _tell(on_text, first + number, builder.push(token))
+        is_under_way = any(not builder.is_done for builder in builders)
+        if not _any(is_under_way, group, chosen_B.device):
+            break
+        began, phase = time.perf_counter(), 1
+    for number, builder in enumerate(builders):
+        _tell(on_text, first + number, builder.finish())
+    own = [builder.completion() for builder in builders], decoder.cache.nbytes, seconds
+    found = [own] if group is None else gather_objects(own, group)
+    completions = [completion for rank in found for completion in rank[0]]
+    return Generation(
+        completions=tuple(completions),
+        prefill_tokens=sum(map(len, prompts)),
+        prefill_seconds=found[0][2][0],
+        decode_tokens=sum(max(0, len(completion.tokens) - 1) for completion in completions),
+        decode_seconds=found[0][2][1],
+        kv_cache_bytes=sum(rank[1] for rank in found),
+        max_length=decoder.max_length,
+    )
 
 
-def choose_token(logits_V: Tensor, temperature: float, draw: Tensor) -> Tensor:
-    """A token by the inverse of its distribution function; the likeliest where the temperature is 0.
+def _tell(on_text: OnText | None, number: int, text: str) -> None:
+    if on_text is not None and text:
+        on_text(number, text)
 
-    Args:
-        logits_V: Of one position.
-        temperature: Divides the logits.
-        draw: Uniform number in (0, 1), fp64 scalar.
 
-    Returns:
-        int64 scalar.
-    """
-    if temperature == 0.0:
-        return logits_V.argmax()
-    cumulative_V = (logits_V.double() / temperature).softmax(0).cumsum(0)
-    index = torch.searchsorted(cumulative_V, draw * cumulative_V[-1])
-    return index.clamp(max=logits_V.shape[0] - 1)
+def _any(here: bool, group: Group | None, device: torch.device) -> bool:
+    """Whether it holds on a rank of the group."""
+    return here if group is None else bool(all_reduce_max(torch.tensor([float(here)], device=device), group))

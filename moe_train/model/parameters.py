@@ -3,6 +3,7 @@
 Modules that own parameters say how they begin through `initial_values`, so that nothing outside knows their names.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -102,12 +103,41 @@ def materialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torc
         dtype: Of the parameters.
         device: Where they are to be.
     """
+
+    def fill(data: Tensor, place: LogicalTensor, initial: InitialValue) -> None:
+        match initial:
+            case Constant(value):
+                data.fill_(value)
+            case Normal(std):
+                fill_normal_(data, make_key(seed, "parameter", place.name), place.start, std)
+
+    allocate(model, fill, dtype=dtype, device=device)
+
+
+def allocate(
+    model: nn.Module,
+    fill: Callable[[Tensor, LogicalTensor, InitialValue], None],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give a model built on the meta device its memory, one parameter at a time. Buffers get their initial values.
+
+    Args:
+        model: All parameters on the meta device.
+        fill: Writes a parameter's values; it is told which part of which logical tensor it is, and how that begins.
+        dtype: Of the parameters.
+        device: Where they are to be.
+    """
     shared: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in shared:
+                assert isinstance(module, OwnsParameters), f"{type(module).__name__} has no initial values"
                 name = f"{module_name}.{attribute}" if module_name else attribute
-                shared[id(parameter)] = _initial_parameter(module, attribute, name, seed, dtype, device)
+                data = torch.empty(parameter.shape, dtype=dtype, device=device)
+                fill(data, logical_tensor(name, parameter), module.initial_values()[attribute])
+                shared[id(parameter)] = _like(parameter, data)
             setattr(module, attribute, shared[id(parameter)])
         for attribute, buffer in list(module.named_buffers(recurse=False)):
             assert isinstance(module, OwnsParameters), f"{type(module).__name__} has no initial value of {attribute}"
@@ -117,18 +147,7 @@ def materialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torc
             setattr(module, attribute, torch.full(buffer.shape, value.value, dtype=buffer.dtype, device=device))
 
 
-def _initial_parameter(
-    module: nn.Module, attribute: str, name: str, seed: int, dtype: torch.dtype, device: torch.device
-) -> nn.Parameter:
-    assert isinstance(module, OwnsParameters), f"{type(module).__name__} owns {attribute} but has no initial_values"
-    old = module.get_parameter(attribute)
-    place = logical_tensor(name, old)
-    data = torch.empty(old.shape, dtype=dtype, device=device)
-    match module.initial_values()[attribute]:
-        case Constant(value):
-            data.fill_(value)
-        case Normal(std):
-            fill_normal_(data, make_key(seed, "parameter", name), place.start, std)
+def _like(old: nn.Parameter, data: Tensor) -> nn.Parameter:
     if isinstance(old, ExpertParameter):
         return ExpertParameter.create(data, old.num_experts, old.first_expert)
     return nn.Parameter(data)

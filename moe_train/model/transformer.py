@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_train.model.block import Block, BlockOutput
-from moe_train.model.cache import KeyValue, LayerState
+from moe_train.model.cache import Cache, CacheRoom, KeyValue
 from moe_train.model.layers import Embedding, Linear
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.moe.balance import BalanceTerm, BiasRule, Scheduled
@@ -48,7 +48,7 @@ class ModelOutput:
     """What a forward pass gives.
 
     Attributes:
-        logits_BSV: Of the model's dtype.
+        logits_BSV: Of the model's dtype; S is the number of logits asked for.
         sums: [L, ...] routing sums of this rank's micro-batch, or None without MoE layers.
     """
 
@@ -103,12 +103,13 @@ class Transformer(nn.Module):
         self.recompute_activations = recompute_activations
         self.stream_hook = stream_hook
 
-    def forward(self, tokens: Tokens, states: Sequence[LayerState | None] | None = None) -> ModelOutput:
+    def forward(self, tokens: Tokens, cache: Cache | None = None, num_logits: int | None = None) -> ModelOutput:
         """Logits of every next token.
 
         Args:
-            tokens: The micro-batch; with states, only its new tokens, positions given.
-            states: One a block when decoding, from `new_states`.
+            tokens: The micro-batch; with a cache, only its new tokens, positions given.
+            cache: When decoding, from `new_cache`: takes the tokens in.
+            num_logits: Only of the last so many tokens of each sequence; None: of all.
 
         Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
         """
@@ -118,7 +119,7 @@ class Transformer(nn.Module):
             x_BSD, context = self.stream_hook.expand(x_BSD, context)
         key_value, sums = None, []
         for layer, block in enumerate(self._typed_blocks):
-            state = states[layer] if states is not None else None
+            state = cache.state(layer) if cache is not None else None
             here = MixerContext(
                 layer, context.positions_BS, context.documents_BS, context.token_keys_BS, key_value, state
             )
@@ -128,13 +129,23 @@ class Transformer(nn.Module):
                 sums.append(output.stats.sums)
         if self.stream_hook is not None:
             x_BSD = self.stream_hook.contract(x_BSD, context)
+        if num_logits is not None:
+            x_BSD = x_BSD[:, -num_logits:]
         if self.final_norm is not None:
             x_BSD = self.final_norm(x_BSD)
         return ModelOutput(self.head(x_BSD), RoutingSums.stack(sums) if sums else None)
 
-    def new_states(self) -> list[LayerState | None]:
-        """Empty decoding states, one a block."""
-        return [block.mixer.new_state() for block in self._typed_blocks]
+    def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
+        """An empty cache for decoding, its memory set aside.
+
+        Args:
+            batch_size: Sequences that are decoded together.
+            max_length: Most tokens of one of them, padding included.
+            dtype: Of keys and values; None: the model's.
+        """
+        weight = self.embedding.weight
+        room = CacheRoom(batch_size, max_length, dtype or weight.dtype, weight.device)
+        return Cache([block.mixer.new_state(room) for block in self._typed_blocks])
 
     @property
     def routers(self) -> list[Router]:

@@ -8,20 +8,28 @@ from torch import Tensor
 
 
 def causal_mask(
-    positions_BS: Tensor, key_positions_BC: Tensor, documents_BS: Tensor | None, key_documents_BC: Tensor | None
+    positions_BS: Tensor,
+    key_positions_BC: Tensor,
+    documents_BS: Tensor | None,
+    key_documents_BC: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
-    """Which keys a query may see: those at or before its position and, given document ids, of its document.
+    """Which keys a query may see: those at or before its position, in its window and of its document.
 
     Args:
         positions_BS: int64 positions of the queries.
         key_positions_BC: int64 positions of the keys.
         documents_BS: int64 document ids of the queries, or None.
         key_documents_BC: int64 document ids of the keys, or None.
+        window: Most positions that a query sees, its own included; None: all.
 
     Returns:
         bool [B, 1, S, C], True where the key is visible.
     """
-    mask = key_positions_BC[:, None, None, :] <= positions_BS[:, None, :, None]
+    queries_B1S1, keys_B11C = positions_BS[:, None, :, None], key_positions_BC[:, None, None, :]
+    mask = keys_B11C <= queries_B1S1
+    if window is not None:
+        mask = mask & (keys_B11C > queries_B1S1 - window)
     if documents_BS is not None and key_documents_BC is not None:
         mask = mask & (key_documents_BC[:, None, None, :] == documents_BS[:, None, :, None])
     return mask
@@ -34,20 +42,21 @@ def attend(q_BHSd: Tensor, k_BGCd: Tensor, v_BGCd: Tensor, mask_B1SC: Tensor | N
         q_BHSd: Queries.
         k_BGCd: Keys, G dividing H.
         v_BGCd: Values.
-        mask_B1SC: bool, True where visible; None: causal, with S = C.
+        mask_B1SC: bool, True where visible; None: one query sees every key, and of several, S = C, each those up to
+            its own.
 
     Returns:
         [B, H, S, d].
     """
-    groups = q_BHSd.shape[1] // k_BGCd.shape[1]
-    if groups > 1 and mask_B1SC is not None and q_BHSd.is_cuda:
-        # With a mask only the memory-efficient kernel is left, and it wants a key and value head for every query head.
-        k_BGCd, v_BGCd = (x.repeat_interleave(groups, dim=1) for x in (k_BGCd, v_BGCd))
-    return F.scaled_dot_product_attention(
-        q_BHSd,
-        k_BGCd,
-        v_BGCd,
-        attn_mask=mask_B1SC,
-        is_causal=mask_B1SC is None,
-        enable_gqa=q_BHSd.shape[1] != k_BGCd.shape[1],
-    )
+    batch, heads, length, size = q_BHSd.shape
+    kv_heads = k_BGCd.shape[1]
+    if mask_B1SC is None and length > 1:
+        return F.scaled_dot_product_attention(q_BHSd, k_BGCd, v_BGCd, is_causal=True, enable_gqa=kv_heads != heads)
+    # The query heads of a group become further queries of one head: its keys and values are read once and copied
+    # nowhere, on CPU and CUDA, where kernels that take a mask want as many key heads as query heads.
+    groups = heads // kv_heads
+    q_BGsd = q_BHSd.reshape(batch, kv_heads, groups * length, size)  # (B, G*r, S, d) -> (B, G, r*S, d)
+    if mask_B1SC is not None and groups > 1:
+        # (B, 1, S, C) -> (B, 1, r, S, C) -> (B, 1, r*S, C)
+        mask_B1SC = mask_B1SC.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    return F.scaled_dot_product_attention(q_BGsd, k_BGCd, v_BGCd, attn_mask=mask_B1SC).view(q_BHSd.shape)

@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
+"""A run's folder: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ from typing import TextIO
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml
 from moe_train.config.root import Config
+from moe_train.data import SubwordTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.root / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer.json"
 
     @property
     def metrics(self) -> Path:
@@ -61,9 +66,19 @@ def open_run_folder(run_dir: str) -> RunFolder:
 
 def save_config(folder: RunFolder, config: Config) -> None:
     """Write the resolved configuration."""
-    part = folder.config.with_suffix(".part")
-    part.write_text(dump_yaml(config), encoding="utf-8")
-    part.replace(folder.config)
+    _replace(folder.config, dump_yaml(config))
+
+
+def save_tokenizer(folder: RunFolder, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer's file, so that the run can be used where its data is not; bytes need none."""
+    if isinstance(tokenizer, SubwordTokenizer):
+        _replace(folder.tokenizer, tokenizer.text)
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def redirect_output(log: Path) -> tuple[TextIO, TextIO]:

@@ -17,6 +17,7 @@ def _attention(config: ModelConfig, layer: int, output_std: float) -> Mixer:
         owns_key_value=layer in config.kv_owner_layers,
         init_std=config.init_std,
         output_std=output_std,
+        window=config.sliding_window,
     )
 
 

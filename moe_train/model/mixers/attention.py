@@ -6,7 +6,7 @@ Legend: B batch, S sequence, C keys, D hidden_size, H query heads, G key/value h
 
 from torch import Tensor
 
-from moe_train.model.cache import KeyValue, KeyValueState
+from moe_train.model.cache import CacheRoom, KeyValue, KeyValueState
 from moe_train.model.layers import Linear
 from moe_train.model.mixers.base import Mixer, MixerContext
 from moe_train.ops.attention import attend, causal_mask
@@ -26,17 +26,20 @@ class AttentionMixer(Mixer):
         owns_key_value: bool,
         init_std: float,
         output_std: float,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.rope_theta = rope_theta
+        self.rope_theta, self.window = rope_theta, window
         self.query = Linear(hidden_size, num_heads * head_dim, init_std)
         self.key = Linear(hidden_size, num_kv_heads * head_dim, init_std) if owns_key_value else None
         self.value = Linear(hidden_size, num_kv_heads * head_dim, init_std) if owns_key_value else None
         self.output = Linear(num_heads * head_dim, hidden_size, output_std)
 
-    def new_state(self) -> KeyValueState | None:
-        return KeyValueState() if self.key is not None else None
+    def new_state(self, room: CacheRoom) -> KeyValueState | None:
+        if self.key is None:
+            return None
+        return KeyValueState(room, self.num_kv_heads, self.head_dim, self.window)
 
     def publish(self, x_BSD: Tensor, context: MixerContext) -> KeyValue | None:
         if self.key is None or self.value is None:
@@ -52,14 +55,20 @@ class AttentionMixer(Mixer):
         assert held is not None, "the first layer owns keys and values"
         q_BHSd = self._split_heads(self.query(x_BSD), self.num_heads)
         q_BHSd = apply_rotary(q_BHSd, *rotary_angles(context.positions_BS, self.head_dim, self.rope_theta))
-        mixed_BHSd = attend(q_BHSd, held.k_BGCd, held.v_BGCd, self._mask(q_BHSd, held, context))
+        mask_B1SC = self._mask(q_BHSd.shape[2], held, context)
+        # A cache may be narrower than the model: then what reads it is as narrow, for it is the larger of the two.
+        mixed_BHSd = attend(q_BHSd.to(held.k_BGCd.dtype), held.k_BGCd, held.v_BGCd, mask_B1SC).to(x_BSD.dtype)
         batch, _, length, _ = mixed_BHSd.shape
         return self.output(mixed_BHSd.transpose(1, 2).reshape(batch, length, -1))  # (B, H, S, d) -> (B, S, H*d)
 
-    def _mask(self, q_BHSd: Tensor, held: KeyValue, context: MixerContext) -> Tensor | None:
-        if context.documents_BS is None and q_BHSd.shape[2] == held.k_BGCd.shape[2]:
-            return None  # plain causal: SDPA's fast path
-        return causal_mask(context.positions_BS, held.positions_BC, context.documents_BS, held.documents_BC)
+    def _mask(self, num_queries: int, held: KeyValue, context: MixerContext) -> Tensor | None:
+        num_keys = held.k_BGCd.shape[2]
+        has_all_in_sight = context.documents_BS is None and (self.window is None or num_keys <= self.window)
+        if has_all_in_sight and num_queries in (1, num_keys):
+            return None  # plain causal, or the newest token, which sees all: SDPA's fast paths
+        return causal_mask(
+            context.positions_BS, held.positions_BC, context.documents_BS, held.documents_BC, self.window
+        )
 
     def _split_heads(self, x_BSM: Tensor, num_heads: int) -> Tensor:
         batch, length, _ = x_BSM.shape

@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from moe_train.model.cache import KeyValue, LayerState
+from moe_train.model.cache import CacheRoom, KeyValue, LayerState
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ class Mixer(nn.Module, ABC):
         del x_BSD
         return context.key_value
 
-    def new_state(self) -> LayerState | None:
+    def new_state(self, room: CacheRoom) -> LayerState | None:
         """An empty state for decoding, or None where this layer keeps nothing of its own."""
+        del room
         return None
 
     @abstractmethod

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from moe_train.config.errors import UsageError
 from moe_train.parallel.collectives import Group
 from moe_train.train.agreement import together
 from moe_train.train.checkpoint.manifest import Manifest
+from moe_train.train.checkpoint.matching import check_same_buffers, check_same_model
 from moe_train.train.checkpoint.ranges import RangeReader
 from moe_train.train.engine import TrainEngine
 from moe_train.train.fragments import Fragment
@@ -25,9 +25,9 @@ def load_checkpoint(engine: TrainEngine, manifest: Manifest, group: Group | None
 
     Collective: All ranks.
     """
-    _check_same_model(manifest, {tensor.name: tensor.shape for tensor in engine.logical_tensors})
+    check_same_model(manifest, {tensor.name: tensor.shape for tensor in engine.logical_tensors})
     buffers = engine.buffers()
-    _check_same_buffers(manifest, {name: buffer.numel() for name, buffer in buffers.items()})
+    check_same_buffers(manifest, {name: buffer.numel() for name, buffer in buffers.items()})
     with RangeReader(manifest) as reader:
         # A file that can no longer be read on one rank ends all, before they wait for each other.
         together(lambda: engine.read_state(lambda fragment, kind: _read_fragment(reader, fragment, kind)), group=group)
@@ -39,26 +39,3 @@ def load_checkpoint(engine: TrainEngine, manifest: Manifest, group: Group | None
 
 def _read_fragment(reader: RangeReader, fragment: Fragment, kind: str) -> Tensor:
     return reader.read(fragment.tensor.name, kind, fragment.start, fragment.start + fragment.numel)
-
-
-def _check_same_model(manifest: Manifest, ours: dict[str, tuple[int, ...]]) -> None:
-    for name in sorted(ours.keys() | manifest.shapes.keys()):
-        here, there = ours.get(name), manifest.shapes.get(name)
-        if here != there:
-            raise UsageError(
-                f"{manifest.folder} is of another model: tensor {name} is {list(there) if there else 'absent'} in the "
-                f"checkpoint and {list(here) if here else 'absent'} in model; train.run_dir must be of the same model"
-            )
-
-
-def _check_same_buffers(manifest: Manifest, ours: dict[str, int]) -> None:
-    """None at all is what a checkpoint without a bias has: one that is wanted now begins at zero."""
-    theirs = {name: len(values) for name, values in manifest.buffers.items()}
-    for name in sorted(theirs.keys() | (ours.keys() if theirs else set())):
-        if name not in ours:
-            raise UsageError(
-                f"{manifest.folder} has {name}, which the model has no place for: keep model.moe.bias_update_rate "
-                'above 0; a bias is held still by model.moe.coef_schedules={"bias_update_rate": [[0, 0]]}'
-            )
-        if ours[name] != theirs.get(name):
-            raise UsageError(f"{manifest.folder}: {name} has {theirs.get(name, 0)} values, the model's {ours[name]}")

@@ -14,21 +14,31 @@ KINDS = {
     "MLKV": {"num_kv_heads": 2, "kv_layers": 2},
     "MLKV, list of owners": {"num_kv_heads": 4, "kv_layers": [0, 3]},
     "MLKV, one for all": {"num_kv_heads": 1, "kv_layers": 1},
+    "GQA, window": {"num_kv_heads": 2, "sliding_window": 4},
+    "MLKV, window": {"num_kv_heads": 2, "kv_layers": 2, "sliding_window": 3},
 }
 EXACT = {"rtol": 0, "atol": 1e-10}  # fp64; chunks change the order of sums
 kinds = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
 
 
+def reach(changes):
+    """Tokens from one on that hear of it: all, or a window further with each owner layer, whose keys others share."""
+    config = small_config(**changes)
+    if config.sliding_window is None:
+        return LENGTH
+    return len(config.kv_owner_layers) * (config.sliding_window - 1) + 1
+
+
 @torch.no_grad()
-def decode(model, ids, chunks, documents=None, states=None, start=0):
+def decode(model, ids, chunks, documents=None, cache=None, start=0):
     """Logits of the sequence fed in chunks."""
-    states = states if states is not None else model.new_states()
+    cache = cache if cache is not None else model.new_cache(len(ids), LENGTH)
     logits, place = [], start
     for chunk, part in zip(chunks, ids.split(chunks, dim=1), strict=True):
         span = torch.arange(place, place + chunk)
         part_documents = None if documents is None else documents[:, span - start]
         tokens = tokens_of(part, positions_BS=span[None], documents_BS=part_documents)
-        logits.append(model(tokens, states).logits_BSV)
+        logits.append(model(tokens, cache).logits_BSV)
         place += chunk
     return torch.cat(logits, dim=1)
 
@@ -48,13 +58,15 @@ def test_decoding_in_any_chunks_equals_the_full_forward(changes, chunks):
 def test_cache_has_the_owners_entries_and_no_other(changes):
     config = small_config(**changes)
     model = small_model(config).eval()
-    states = model.new_states()
-    assert [i for i, state in enumerate(states) if state is not None] == list(config.kv_owner_layers)
-    assert all(isinstance(state, KeyValueState) for state in states if state is not None)
-    decode(model, random_ids(3, LENGTH), [4, 7], states=states)
-    total = sum(state.nbytes for state in states if state is not None)
+    cache = model.new_cache(3, LENGTH)
+    assert cache.owner_layers == config.kv_owner_layers
+    assert all(isinstance(cache.state(layer), KeyValueState) for layer in cache.owner_layers)
     batch, owners = 3, len(config.kv_owner_layers)
-    assert total == 2 * batch * LENGTH * owners * config.attention_kv_heads * config.attention_head_dim * 8
+    kept = min(LENGTH, config.sliding_window or LENGTH)
+    expected = 2 * batch * kept * owners * config.attention_kv_heads * config.attention_head_dim * 8
+    assert cache.nbytes == expected
+    decode(model, random_ids(3, LENGTH), [4, 7], cache=cache)
+    assert cache.nbytes == expected
 
 
 @kinds
@@ -63,15 +75,14 @@ def test_restore_takes_back_rejected_tokens(changes):
     ids, other = random_ids(2, LENGTH), random_ids(2, LENGTH, seed=1)
     with torch.no_grad():
         full = model(tokens_of(ids)).logits_BSV
-    states = model.new_states()
-    decode(model, ids[:, :5], [5], states=states)
-    marks = [state.snapshot() if state is not None else None for state in states]
-    rejected = decode(model, other[:, :4], [1, 3], states=states, start=5)
-    assert not torch.allclose(rejected, full[:, 5:9])
-    for state, mark in zip(states, marks, strict=True):
-        if state is not None:
-            state.restore(mark)
-    torch.testing.assert_close(decode(model, ids[:, 5:], [2, 4], states=states, start=5), full[:, 5:], **EXACT)
+    cache = model.new_cache(2, LENGTH)
+    decode(model, ids[:, :5], [5], cache=cache)
+    marks = cache.snapshot()
+    for chunks in ([1, 3], [2, 2]):  # a mark can be used again
+        rejected = decode(model, other[:, :4], chunks, cache=cache, start=5)
+        assert not torch.allclose(rejected, full[:, 5:9])
+        cache.restore(marks)
+    torch.testing.assert_close(decode(model, ids[:, 5:], [2, 4], cache=cache, start=5), full[:, 5:], **EXACT)
 
 
 @kinds
@@ -85,7 +96,9 @@ def test_no_token_sees_a_later_one(changes, training, place):
     with torch.no_grad():
         before, after = (model(tokens_of(x)).logits_BSV[0] for x in (ids, changed))
     torch.testing.assert_close(after[:place], before[:place], **EXACT)
-    assert ((after[place:] - before[place:]).abs().amax(1) > 1e-6).all()
+    end = place + reach(changes)
+    assert ((after[place:end] - before[place:end]).abs().amax(1) > 1e-6).all()
+    torch.testing.assert_close(after[end:], before[end:], **EXACT)
 
 
 @kinds
@@ -100,7 +113,8 @@ def test_packed_documents_are_isolated(changes):
         torch.testing.assert_close(second[5:], first[5:], **EXACT)
         assert ((second[:5] - first[:5]).abs().amax(1) > 1e-6).all()
         open_first, open_second = (model(tokens_of(x)).logits_BSV[0] for x in (ids, changed))
-        assert ((open_second[5:] - open_first[5:]).abs().amax(1) > 1e-6).all()
+        end = 4 + reach(changes)
+        assert ((open_second[5:end] - open_first[5:end]).abs().amax(1) > 1e-6).all()
         alone = model(tokens_of(ids[:, 5:])).logits_BSV[0]
     # Positions count from the document's start there, and cosines are in fp32: 1e-7 a product.
     torch.testing.assert_close(first[5:], alone, rtol=0, atol=1e-5)
@@ -160,8 +174,9 @@ def slow_logits(model, config, ids):
         for s in range(length):
             for i in range(heads):
                 g = i // (heads // groups)
-                weights = (keys[: s + 1, g] @ queries[s, i] / size**0.5).softmax(0)
-                mixed.append(weights @ values[: s + 1, g])
+                seen = slice(max(0, s + 1 - (config.sliding_window or length)), s + 1)
+                weights = (keys[seen, g] @ queries[s, i] / size**0.5).softmax(0)
+                mixed.append(weights @ values[seen, g])
         x = x + torch.stack(mixed).view(length, heads * size) @ block.mixer.output.weight.T
         gate, up = (rms(x, block.feed_forward_norm.weight) @ block.feed_forward.gate_up.weight.T).chunk(2, -1)
         x = x + (gate * torch.sigmoid(gate) * up) @ block.feed_forward.down.weight.T

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_train.model.cache import KeyValue
+from moe_train.model.cache import CacheRoom, KeyValue
 from moe_train.model.layers import Linear
 from moe_train.model.mixers.base import Mixer, MixerContext
 from tests.model.small import VOCAB, random_ids, small_config, small_model, tokens_of
@@ -64,7 +64,7 @@ class SumMixer(Mixer):
         self.output = Linear(HIDDEN, HIDDEN, 0.3)
         self.seen: list[MixerContext] = []
 
-    def new_state(self) -> RunningState | None:
+    def new_state(self, room: CacheRoom) -> RunningState | None:
         return RunningState() if self.summed is not None else None
 
     def publish(self, x_BSD: Tensor, context: MixerContext) -> KeyValue | None:
@@ -97,12 +97,12 @@ def make(recompute=False):
 
 
 @torch.no_grad()
-def decode(model, ids, chunks, documents, states, start=0):
+def decode(model, ids, chunks, documents, cache, start=0):
     logits, place = [], start
     for chunk, part in zip(chunks, ids.split(chunks, dim=1), strict=True):
         span = torch.arange(place, place + chunk)
         held = None if documents is None else documents[:, span - start]
-        logits.append(model(tokens_of(part, positions_BS=span[None], documents_BS=held, step=3), states).logits_BSV)
+        logits.append(model(tokens_of(part, positions_BS=span[None], documents_BS=held, step=3), cache).logits_BSV)
         place += chunk
     return torch.cat(logits, dim=1)
 
@@ -146,11 +146,11 @@ def test_streaming_in_any_chunks_equals_the_full_forward(chunks, packed):
     documents = torch.tensor([[0] * 4 + [1] * 5, [5] * 7 + [6] * 2]) if packed else None
     with torch.no_grad():
         full = model(tokens_of(ids, documents_BS=documents, step=3)).logits_BSV
-    states = model.new_states()
-    assert [state is not None for state in states] == [True, False, True, False]
-    torch.testing.assert_close(decode(model, ids, chunks, documents, states), full, **EXACT)
-    assert sum(state.nbytes for state in states if state is not None) == 2 * 2 * HIDDEN * 8
-    assert model.blocks[0].mixer.seen[-1].state is states[0]
+    cache = model.new_cache(2, LENGTH)
+    assert cache.owner_layers == (0, 2)
+    torch.testing.assert_close(decode(model, ids, chunks, documents, cache), full, **EXACT)
+    assert cache.nbytes == 2 * 2 * HIDDEN * 8
+    assert model.blocks[0].mixer.seen[-1].state is cache.state(0)
     assert model.blocks[1].mixer.seen[-1].state is None
 
 
@@ -159,15 +159,13 @@ def test_snapshot_and_restore():
     ids = random_ids(2, LENGTH)
     with torch.no_grad():
         full = model(tokens_of(ids, step=3)).logits_BSV
-    states = model.new_states()
-    decode(model, ids[:, :4], [4], None, states)
-    marks = [state.snapshot() if state else None for state in states]
-    wrong = decode(model, ids[:, :5].flip(1), [5], None, states, start=4)
+    cache = model.new_cache(2, LENGTH)
+    decode(model, ids[:, :4], [4], None, cache)
+    marks = cache.snapshot()
+    wrong = decode(model, ids[:, :5].flip(1), [5], None, cache, start=4)
     assert not torch.allclose(wrong, full[:, 4:])
-    for state, mark in zip(states, marks, strict=True):
-        if state:
-            state.restore(mark)
-    torch.testing.assert_close(decode(model, ids[:, 4:], [2, 3], None, states, start=4), full[:, 4:], **EXACT)
+    cache.restore(marks)
+    torch.testing.assert_close(decode(model, ids[:, 4:], [2, 3], None, cache, start=4), full[:, 4:], **EXACT)
 
 
 def test_recomputation_sees_what_was_published():
@@ -199,5 +197,5 @@ def test_a_mixer_that_publishes_nothing_hands_on_what_it_was_given():
     context = MixerContext(1, zeros, None, zeros, held)
     assert mixer.publish(torch.zeros(1, 2, 4), context) is held
     assert mixer.publish(torch.zeros(1, 2, 4), context.with_key_value(None)) is None
-    assert mixer.new_state() is None
+    assert mixer.new_state(CacheRoom(1, 2, torch.float32, torch.device("cpu"))) is None
     assert isinstance(mixer, nn.Module)

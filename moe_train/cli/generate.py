@@ -1,0 +1,275 @@
+"""`moe-train generate`: text from a trained model, on one process or several that share the experts."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_train.cli.trained import Trained, add_trained_options, load_model, open_trained
+from moe_train.config.errors import UsageError
+from moe_train.data import Tokenizer
+
+if TYPE_CHECKING:
+    from moe_train.infer.decode import DecodePlan
+
+# With a capacity, padding and the chunks that tokens come in would decide what an expert has room for.
+DROPLESS: dict[str, Any] = {
+    "capacity_factor": None,
+    "eval_capacity_factor": None,
+    "capacity_scope": "sequence",
+    "drop_policy": "probability",
+}
+_NEW_TOKENS = 128  # if not told otherwise, and as far as there is room
+_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be gone on with.
+
+    Attributes:
+        where: What gave it, for messages.
+        text: As given; None where token ids were.
+        ids: Token ids where they were given.
+    """
+
+    where: str
+    text: str | None
+    ids: tuple[int, ...] = ()
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Generate and print. Collective: all ranks of the world."""
+    options = _parser().parse_args(list(arguments))
+    _check(options)
+    prompts = _prompts(options)
+    model_changes: dict[str, Any] = {"moe": DROPLESS}
+    if options.sliding_window is not None:
+        model_changes["sliding_window"] = options.sliding_window
+    trained = open_trained(options, "moe-train generate", {"model": model_changes})
+    ids = [_encode(prompt, trained.tokenizer) for prompt in prompts]
+    plan = _plan(options, trained, prompts, ids)
+    model = load_model(trained)
+    from moe_train.infer.generate import generate
+    from moe_train.parallel.collectives import world_group
+
+    is_alone = trained.world.world_size == 1
+    streams = is_alone and len(prompts) == 1 and not options.json
+    if streams and prompts[0].text is not None:
+        _write(prompts[0].text)
+    result = generate(
+        model,
+        trained.tokenizer,
+        ids,
+        plan,
+        stop=options.stop,
+        ends=not options.ignore_end,
+        group=None if is_alone else world_group(),
+        on_text=(lambda _, text: _write(text)) if streams else None,
+    )
+    if trained.world.rank > 0:
+        return 0
+    if options.json:
+        values = result.as_dict()
+        for prompt, completion in zip(prompts, values["completions"], strict=True):
+            completion["prompt"] = prompt.text if prompt.text is not None else list(prompt.ids)
+        print(json.dumps(values | {"checkpoint": str(trained.manifest.folder), "step": trained.manifest.step}))
+        return 0
+    if streams:
+        _write("\n")
+    else:
+        for number, (prompt, completion) in enumerate(zip(prompts, result.completions, strict=True), 1):
+            _write(f"--- {number}\n{prompt.text or ''}{completion.text}\n")
+    print(
+        f"prefill {result.prefill_tokens_per_second:,.0f} tokens/s, decode {result.decode_tokens_per_second:,.1f} "
+        f"tokens/s, KV cache {result.kv_cache_bytes:,} bytes",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-train generate",
+        description="Go on with one prompt or several by a trained model. A prompt follows an end-of-document mark, as "
+        "documents do in training. The text goes to the standard output as it comes, speed and cache size to the "
+        "standard error. Routing is without noise and without capacity.",
+        allow_abbrev=False,
+    )
+    add_trained_options(parser)
+    group = parser.add_argument_group("prompts (of none of these, all of the standard input is one prompt)")
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
+    help_text = 'a file that is a prompt, or, named .jsonl, has one a line: {"prompt": "..."}; -: the standard input'
+    group.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help=help_text)
+    help_text = "a prompt as token ids, separated by commas; no mark is put before them"
+    group.add_argument("--prompt-tokens", action="append", default=[], metavar="IDS", help=help_text)
+    group = parser.add_argument_group("how it goes on")
+    help_text = f"most tokens of each continuation (default: {_NEW_TOKENS}, as far as --max-length has room)"
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help=help_text)
+    help_text = "most tokens of prompt and continuation (default: train.sequence_length of the run)"
+    group.add_argument("--max-length", type=int, metavar="N", help=help_text)
+    which = group.add_mutually_exclusive_group()
+    help_text = f"divides the logits (default: {_TEMPERATURE:g}); 0: always the likeliest token"
+    which.add_argument("--temperature", type=float, default=_TEMPERATURE, metavar="X", help=help_text)
+    help_text = "the same as --temperature 0"
+    which.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help=help_text)
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    help_text = "draw from the fewest likeliest tokens that together have this probability"
+    group.add_argument("--top-p", type=float, metavar="P", help=help_text)
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    help_text = "end before this text; may be given again"
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=help_text)
+    group.add_argument("--ignore-end", action="store_true", help="go on past the end-of-document mark")
+    group = parser.add_argument_group("cache")
+    help_text = "of keys and values (default: that of the model)"
+    group.add_argument("--cache-dtype", choices=("fp32", "bf16"), help=help_text)
+    help_text = "attend to the last N positions, and keep no more (default: model.sliding_window of the run)"
+    group.add_argument("--sliding-window", type=int, metavar="N", help=help_text)
+    help_text = "tokens of the prompts that pass the model at once, which bounds its memory (default: all)"
+    group.add_argument("--prefill-chunk", type=int, metavar="N", help=help_text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line, and no text")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "max_length", "top_k", "sliding_window", "prefill_chunk"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{_option(name)} ({value}) must be 1 or more")
+    if not 0.0 <= options.temperature < math.inf:
+        raise UsageError(f"--temperature ({options.temperature:g}) must be 0 or more")
+    if options.top_p is not None and not 0.0 < options.top_p <= 1.0:
+        raise UsageError(f"--top-p ({options.top_p:g}) must be above 0 and at most 1")
+    for name in ("top_k", "top_p"):
+        if getattr(options, name) is not None and options.temperature == 0.0:
+            raise UsageError(
+                f"{_option(name)} ({getattr(options, name):g}) has no effect with --temperature 0, which always takes "
+                "the likeliest token"
+            )
+    if "" in options.stop:
+        raise UsageError("--stop ('') is empty: it would end every text at once")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _prompts(options: argparse.Namespace) -> list[Prompt]:
+    prompts = [Prompt("--prompt", text) for text in options.prompt]
+    prompts += [prompt for path in options.prompt_file for prompt in _read_file(path)]
+    prompts += [_read_ids(text) for text in options.prompt_tokens]
+    if not (options.prompt or options.prompt_file or options.prompt_tokens):
+        prompts = [_standard_input()]
+    for prompt in prompts:
+        if not prompt.text and not prompt.ids:
+            raise UsageError(f"{prompt.where} is empty: give some text to go on with")
+    return prompts
+
+
+def _standard_input() -> Prompt:
+    if sys.stdin is not None and sys.stdin.isatty():
+        print("reading the prompt from the standard input, up to its end (Ctrl-D)", file=sys.stderr)
+    where = "the standard input (no --prompt, --prompt-file or --prompt-tokens is given)"
+    return Prompt(where, _decoded(where, lambda: sys.stdin.buffer.read() if sys.stdin is not None else b""))
+
+
+def _read_file(path: str) -> list[Prompt]:
+    where = f"--prompt-file ({path!r})"
+    if path == "-":
+        return [_standard_input()]
+    text = _decoded(where, Path(path).read_bytes)
+    if not path.endswith(".jsonl"):
+        return [Prompt(where, text)]
+    prompts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)["prompt"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UsageError(f'{where}, line {number}: is not {{"prompt": "..."}}: {error}') from error
+        if not isinstance(found, str):
+            raise UsageError(f"{where}, line {number}: prompt ({found!r}) is not a text")
+        prompts.append(Prompt(f"{where}, line {number}", found))
+    if not prompts:
+        raise UsageError(f"{where} has no prompt")
+    return prompts
+
+
+def _decoded(where: str, read: Callable[[], bytes]) -> str:
+    try:
+        return read().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{where} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where} is not UTF-8: {error}") from error
+
+
+def _read_ids(text: str) -> Prompt:
+    try:
+        return Prompt(f"--prompt-tokens ({text!r})", None, tuple(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"--prompt-tokens ({text!r}) must be whole numbers, separated by commas") from error
+
+
+def _encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """Token ids, after a mark where they are of a text.
+
+    Raises:
+        UsageError: If there is no token for a part of it.
+    """
+    if prompt.text is None:
+        for token in prompt.ids:
+            if not 0 <= token < tokenizer.vocab_size:
+                raise UsageError(
+                    f"{prompt.where}: token {token} is unknown: they are 0 to {tokenizer.vocab_size - 1} in this "
+                    "model's vocabulary"
+                )
+        return list(prompt.ids)
+    try:
+        return [tokenizer.end_of_document, *tokenizer.encode_known(prompt.text)]
+    except ValueError as error:
+        raise UsageError(f"{prompt.where}: {error}") from error
+
+
+def _plan(
+    options: argparse.Namespace, trained: Trained, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]
+) -> "DecodePlan":
+    from moe_train.infer.decode import DecodePlan
+    from moe_train.infer.sampling import Sampling
+    from moe_train.parallel.precision import torch_dtype
+
+    config = trained.config
+    given, most = options.max_length is not None, options.max_length or config.train.sequence_length
+    limit = f"--max-length ({most})" if given else f"train.sequence_length ({most}), which the model was trained on"
+    remedy = "" if given else "; --max-length N goes beyond it"
+    longest = max(range(len(ids)), key=lambda number: len(ids[number]))
+    length = len(ids[longest])
+    if length >= most:
+        raise UsageError(f"{prompts[longest].where} is too long: its {length} tokens leave no room in {limit}{remedy}")
+    new_tokens = options.max_new_tokens or min(_NEW_TOKENS, most - length)
+    if length + new_tokens > most:
+        raise UsageError(
+            f"--max-new-tokens ({new_tokens}) is too long: with the {length} tokens of {prompts[longest].where} it "
+            f"exceeds {limit}{remedy}"
+        )
+    tokenizer = trained.tokenizer
+    return DecodePlan(
+        max_new_tokens=new_tokens,
+        vocab_size=tokenizer.vocab_size,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed),
+        cache_dtype=torch_dtype(options.cache_dtype) if options.cache_dtype else None,
+        prefill_chunk=options.prefill_chunk,
+        end_of_document=tokenizer.end_of_document if config.model.isolate_documents else None,
+    )
+
+
+def _write(text: str) -> None:
+    """To the standard output at once, whatever characters that has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()

@@ -1,0 +1,105 @@
+"""Text to evaluate on, source by source: what is held out, what is trained on, or all of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moe_train.config import DataConfig, UsageError
+from moe_train.config.data import SourceConfig
+from moe_train.data.cache import CacheFolder, TokenCache
+from moe_train.data.folders import cache_root
+from moe_train.data.prepare import OTHER_RANKS_WAIT_SECONDS, source_fields
+from moe_train.data.sequences import HeldOut
+from moe_train.data.sources import check_source, open_corpus
+from moe_train.data.tokenizers import Tokenizer
+
+Split = Literal["held_out", "train", "all"]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One source's text.
+
+    Attributes:
+        name: Of the source.
+        text: In sequences.
+    """
+
+    name: str
+    text: HeldOut
+
+
+def open_domains(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    split: Split,
+    local_rank: int = 0,
+    show_progress: bool = False,
+) -> tuple[Domain, ...]:
+    """Open the sources, tokenizing them first where no cache of them is there. Communicates as `prepare_data` does.
+
+    Args:
+        config: The data settings; their tokenizer is not looked at.
+        tokenizer: The tokenizer.
+        sequence_length: Tokens a sequence.
+        split: Which documents of each source.
+        local_rank: Of this process on its machine; the first is given a head start.
+        show_progress: Show a progress bar where standard error is a terminal.
+
+    Raises:
+        UsageError: If a source cannot be read, or has no text of the split; every process finds the same.
+    """
+    named_sources = list(zip(config.sources, source_fields(config), strict=True))
+    for source, field in named_sources:
+        check_source(source, field)
+    if split == "all":  # nothing is to be split off where no files are named
+        config = config.model_copy(update={"validation_fraction": 0.0})
+    wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0
+    folder = CacheFolder(cache_root(config.cache_dir), wait_seconds, show_progress)
+    domains = []
+    for source, field in named_sources:
+        corpus = open_corpus(source, config, field)
+        cache = folder.tokens(corpus, corpus.fingerprint(folder.digest_files), tokenizer)
+        text = _text_of(cache, split, sequence_length, tokenizer.end_of_document)
+        if text.num_bytes == 0:
+            raise UsageError(f"{corpus.description} has no text in --split ({split}): {_reason(split)}")
+        domains.append(Domain(_name_of(source), text))
+    return tuple(domains)
+
+
+def _text_of(cache: TokenCache, split: Split, sequence_length: int, end_of_document: int) -> HeldOut:
+    parts = {
+        "held_out": [(cache.held_out_tokens, cache.held_out)],
+        "train": [(cache.train_tokens, cache.train)],
+        "all": [(cache.train_tokens, cache.train), (cache.held_out_tokens, cache.held_out)],
+    }[split]
+    parts = [(tokens, size) for tokens, size in parts if size.documents]
+    return HeldOut(
+        tokens=_joined([tokens for tokens, _ in parts]),
+        sequence_length=sequence_length,
+        end_of_document=end_of_document,
+        num_documents=sum(size.documents for _, size in parts),
+        num_bytes=sum(size.num_bytes for _, size in parts),
+        reference_bits_per_byte=cache.reference_bits_per_byte if split == "held_out" else {},
+    )
+
+
+def _joined(streams: Sequence[np.ndarray]) -> np.ndarray:
+    if len(streams) == 1:
+        return streams[0]  # stays on the disk
+    # The mark that ends one stream begins the next: it is not predicted twice.
+    return np.concatenate([streams[0], *(stream[1:] for stream in streams[1:])]) if streams else np.empty(0, np.int64)
+
+
+def _name_of(source: SourceConfig) -> str:
+    return ", ".join(source.paths) or source.name or source.source
+
+
+def _reason(split: Split) -> str:
+    if split == "held_out":
+        return "nothing is held out of it; give --split all, or name data.validation_paths"
+    return "its documents are empty, or all held out" if split == "train" else "its documents are empty"
