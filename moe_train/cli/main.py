@@ -11,6 +11,7 @@ from moe_train.parallel.bootstrap import is_first_rank, leave_process_group
 
 SUBCOMMANDS = {
     "train": "train a model (start it with deepspeed, torchrun, mpirun or srun for more than one process)",
+    "evaluate": "measure a trained model on text: loss, bits per byte, expert load",
     "generate": "go on with text by a trained model",
     "load": "show how the experts of a run share the tokens, the worst layers first",
     "checkpoint": "list, verify, inspect, compare, remove and export the checkpoints of a run",

@@ -151,7 +151,7 @@ def load_table(report: LoadReport, num_layers: int | None = None) -> Table:
             f"{load.figures['router_entropy']:.2f}",
             f"{load.figures['dropped_fraction']:.1%}",
             f"{load.figures['rank_overload']:.2f}",
-            Text.assemble(*((_bar(share), _style(share)) for share in load.shares)),
+            load_bars(load.shares),
         )
     shown = report.layers[:num_layers]
     dead = [f"{len(load.dead)} in layer {load.layer:02d} ({_listed(load.dead)})" for load in shown if load.dead]
@@ -175,6 +175,15 @@ def layer_table(load: LayerLoad) -> Table:
         length = round(min(share / _FULL_BAR, 1.0) * _WIDE_BAR)
         table.add_row(str(expert), f"{load.counts[expert]:,}", f"{share:.2f}", Text("█" * length, _style(share)))
     return table
+
+
+def load_bars(shares: Sequence[float]) -> Text:
+    """A bar an expert, full at twice the mean.
+
+    Args:
+        shares: Assignments of every expert over the mean.
+    """
+    return Text.assemble(*((_bar(share), _style(share)) for share in shares))
 
 
 def _listed(experts: Sequence[int]) -> str:

@@ -96,6 +96,7 @@ OPTIONS = (
     "--model.num_layers=4",
     "--model.num_heads=4",
     "--model.num_kv_heads=2",
+    "--model.kv_layers=2",
     "--model.intermediate_size=128",
     "--model.moe.num_experts=8",
     "--model.moe.router=noisy_topk",

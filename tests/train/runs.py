@@ -62,23 +62,32 @@ def train_under_deepspeed(world_size: int, *arguments: str, timeout: float = 180
 
 
 def train_forked(world_size: int, *arguments: str, timeout: float = 120) -> ProcessResult:
-    """Ranks without a launcher and without the seconds of their imports.
+    """`moe-train train` as `run_forked` does it."""
+    return run_forked(world_size, "train", *arguments, timeout=timeout)
+
+
+def run_forked(world_size: int, *arguments: str, timeout: float = 120) -> ProcessResult:
+    """A subcommand of moe-train on ranks without a launcher and without the seconds of their imports.
 
     Returns: the exit code of the first rank that failed, and the outputs of all ranks, one after the other.
     """
     started = time.monotonic()
-    results = wait_for_all(start_forked(world_size, *arguments), timeout)
+    results = wait_for_all(_start_forked(world_size, arguments), timeout)
     code = next((result.returncode for result in results if result.returncode), 0)
     stdout, stderr = "".join(r.stdout for r in results), "".join(r.stderr for r in results)
-    command = [f"{world_size} forked x", "moe_train", "train", *arguments]
+    command = [f"{world_size} forked x", "moe_train", *arguments]
     return ProcessResult(command, code, stdout, stderr, time.monotonic() - started)
 
 
 def start_forked(world_size: int, *arguments: str) -> Sequence[ForkedRank]:
     """Starts the ranks of a training and leaves them running: to poll, to kill, and to wait for."""
+    return _start_forked(world_size, ["train", *arguments])
+
+
+def _start_forked(world_size: int, arguments: Sequence[str]) -> Sequence[ForkedRank]:
     environments = local_rank_environments(world_size)
     server = fork_server()
-    return [server.start("moe_train.cli.main:main", ["train", *arguments], each, ROOT) for each in environments]
+    return [server.start("moe_train.cli.main:main", list(arguments), each, ROOT) for each in environments]
 
 
 def fork_server() -> ForkServer:

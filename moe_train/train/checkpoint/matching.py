@@ -17,7 +17,7 @@ def check_same_model(manifest: Manifest, ours: Mapping[str, tuple[int, ...]]) ->
         if here != there:
             raise UsageError(
                 f"{manifest.folder} is of another model: tensor {name} is {list(there) if there else 'absent'} in the "
-                f"checkpoint and {list(here) if here else 'absent'} in model; train.run_dir must be of the same model"
+                f"checkpoint and {list(here) if here else 'absent'} in the model of this configuration"
             )
 
 
