@@ -123,3 +123,51 @@ def test_a_bf16_cache_errs_by_its_rounding(changes, dtype):
     # bf16 keeps 8 bits: 2^-9 a value, grown by four layers; logits are of order 5.
     assert worst < (0.2 if dtype == torch.bfloat16 else 1e-4)
     assert worst > (1e-3 if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("owners", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_eight_layers_in_ragged_chunks(owners, kv_heads, packed):
+    """Every number of owners: what is decoded in any chunks is the full forward, gradients or not."""
+    config = small_config(num_layers=8, num_kv_heads=kv_heads, kv_layers=owners, init_std=0.3)
+    model = small_model(config).eval()
+    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(owners))
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 8 + [1] * 4]) if packed else None
+    with torch.no_grad():
+        full = model(Tokens(ids, torch.arange(2), documents_BS=documents)).logits_BSV
+    cache, place, parts = model.new_cache(2, 12), 0, []
+    for length in (4, 1, 3, 1, 1, 2):
+        span = slice(place, place + length)
+        tokens = Tokens(
+            ids[:, span],
+            torch.arange(2),
+            positions_BS=torch.arange(place, place + length)[None],
+            documents_BS=None if documents is None else documents[:, span],
+        )
+        with torch.no_grad():
+            parts.append(model(tokens, cache).logits_BSV)
+        place += length
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)  # fp64: the order of sums differs
+    assert cache.owner_layers == config.kv_owner_layers and len(cache.owner_layers) == owners
+
+
+@kinds
+def test_a_bf16_model_decodes_within_its_rounding(changes):
+    """As far from the full forward in bf16 as that is from the one in fp64, about."""
+    config = small_config(**changes | {"moe_every": 0, "moe": {}})
+    exact, narrow = small_model(config).eval(), small_model(config).eval()
+    narrow.to(torch.bfloat16)
+    text = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    with torch.no_grad():
+        expected = exact(Tokens(text, torch.zeros(1, dtype=torch.int64))).logits_BSV
+        full = narrow(Tokens(text, torch.zeros(1, dtype=torch.int64))).logits_BSV.double()
+    cache, parts = narrow.new_cache(1, 8), []
+    for span in (slice(0, 3), *(slice(i, i + 1) for i in range(3, 8))):
+        positions = torch.arange(span.start, span.stop)[None]
+        with torch.no_grad():
+            tokens = Tokens(text[:, span], torch.zeros(1, dtype=torch.int64), positions_BS=positions)
+            parts.append(narrow(tokens, cache).logits_BSV.double())
+    rounding = float((full - expected).abs().max())
+    assert float((torch.cat(parts, 1) - full).abs().max()) < 2 * rounding
+    assert rounding < 0.5  # logits are of order 5
