@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "generate": "go on with text by a trained model",
     "load": "show how the experts of a run share the tokens, the worst layers first",
     "checkpoint": "list, verify, inspect, compare, remove and export the checkpoints of a run",
+    "convert-attention": "reduce a trained model's keys and values to fewer heads and layers, by means",
     "params": "count a configuration's parameters without allocating them",
     "parity": "check that every layout of ranks gives the same losses and gradient norms, here or on a cluster",
 }

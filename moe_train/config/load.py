@@ -64,6 +64,7 @@ def load_config(
 
 
 def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    arguments = _last_only(arguments, "--model.kv_layers")
     try:
         source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
             _CommandLine,
@@ -84,6 +85,16 @@ def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) 
             values[section][field] = None if given == ["None"] else int(given[0])
     values["config"], values["local_rank"] = options.config, options.local_rank
     return values
+
+
+def _last_only(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments without all but the last of an option: what is a number or a list is not added up to one list."""
+    spans = []
+    for place, argument in enumerate(arguments):
+        if argument == option or argument.startswith(f"{option}="):
+            spans.append(range(place, place + (2 if argument == option else 1)))
+    dropped = {place for span in spans[:-1] for place in span}
+    return [argument for place, argument in enumerate(arguments) if place not in dropped]
 
 
 def _describe_unreadable(message: str, arguments: Sequence[str]) -> str:

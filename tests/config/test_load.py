@@ -71,6 +71,12 @@ def test_the_environment_is_not_read(monkeypatch):
     assert load(RUN) == validate_config({"train": {"run_dir": "r"}})
 
 
+def test_of_layers_given_twice_the_last_count():
+    assert load(RUN, "--model.kv_layers=2", "--model.kv_layers=3").model.kv_layers == 3
+    assert load(RUN, "--model.kv_layers", "2", "--model.kv_layers", "[0,1]").model.kv_layers == (0, 1)
+    assert load(RUN, "--model.kv_layers=0,2", "--train.steps=9", "--model.kv_layers=None").model.kv_layers is None
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [

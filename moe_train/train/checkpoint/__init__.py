@@ -11,5 +11,9 @@ unpickled.
     writer     snapshots to files, while training goes on
     ranges     ranges of tensors, read from the files that hold them
     reader     files to the state of an engine in any layout
+    matching   whether a checkpoint is of a model
     export     weights alone, as whole tensors
+    conversion a new run folder whose attention has fewer keys and values
+    reduction  which heads and layers are averaged
+    widening   wider MLPs that compute the same
 """
