@@ -109,8 +109,8 @@ OPTIONS = (
     "--train.precision=fp32",
     "--train.sample_tokens=0",
     f"--train.steps={NUM_STEPS}",
-    # With seed 0 the gradient of step 20 is ill-conditioned: in one process, a learning rate that is 1e-7 larger changes
-    # its norm by 1.9e-3. With this one it does so by 3e-7 at most, and what a layout changes is seen.
+    # With seed 0 the gradient of step 20 is ill-conditioned: in one process, a learning rate that is 1e-7 larger
+    # changes its norm by 1.9e-3. With this one it does so by 3e-7 at most, and what a layout changes is seen.
     "--train.seed=1",
     "--telemetry.tensorboard=false",
     "--telemetry.every=1",
