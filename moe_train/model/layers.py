@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.model.parameters import Constant, InitialValue, Normal
-from moe_train.ops.grouped_mlp import swiglu
+from moe_train.ops.swiglu import swiglu
 from moe_train.ops.norms import layer_norm, rms_norm
 
 

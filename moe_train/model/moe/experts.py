@@ -1,13 +1,14 @@
 """The experts of one rank: SwiGLUs with stacked weights.
 
-Legend: R rows, D hidden_size, F intermediate_size, e experts of this rank.
+Legend: N rows, D hidden_size, F intermediate_size, e experts of this rank.
 """
 
 import torch
 from torch import Tensor, nn
 
+from moe_train.model.moe.steps import Assignments
 from moe_train.model.parameters import ExpertParameter, InitialValue, Normal
-from moe_train.ops.grouped_mlp import grouped_swiglu
+from moe_train.ops.routed_mlp import routed_swiglu
 
 
 class GroupedExperts(nn.Module):
@@ -33,6 +34,8 @@ class GroupedExperts(nn.Module):
     def initial_values(self) -> dict[str, InitialValue]:
         return {"gate_up": Normal(self.init_std), "down": Normal(self.output_std)}
 
-    def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
-        """Each expert's output for its rows, in their order. [R, D]."""
-        return grouped_swiglu(rows_RD, self.gate_up, self.down, counts_e)
+    def forward(self, rows_ND: Tensor, assignments: Assignments) -> Tensor:
+        """The gate-weighted sum of each row's experts, of those that are here. [N, D]."""
+        return routed_swiglu(
+            rows_ND, assignments.gates_R, assignments.map, assignments.counts_e, self.gate_up, self.down
+        )

@@ -60,9 +60,9 @@ class MoELayer(nn.Module):
         if self.capacity is not None:
             routing = self.capacity.apply(routing, num_sequences, self.training)
         dispatched = self.dispatcher.dispatch(x_TD, routing, self.num_experts, self.group)
-        rows_RD = self.experts(dispatched.rows_RD, dispatched.counts_e)
-        y_TD = self.dispatcher.combine(rows_RD, dispatched, self.group)
+        rows_ND = self.experts(dispatched.rows_ND, dispatched.assignments)
+        y_TD = self.dispatcher.combine(rows_ND, dispatched, self.group)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        rows = dispatched.counts_e.new_full((), dispatched.rows_RD.shape[0])
+        rows = routing.sums.counts.new_full((), dispatched.assignments.num_assignments)
         return y_TD.view_as(x_BSD), MoEStats(replace(routing.sums, rows=rows))

@@ -1,7 +1,7 @@
 """What passes between the four steps of an MoE layer: route -> dispatch -> experts -> combine.
 
-Legend: T tokens of this rank, K top_k, A = T*K assignments, E experts, D hidden_size, R rows received, Q rows sent,
-e experts of this rank, L MoE layers.
+Legend: T tokens of this rank, K top_k, A = T*K assignments, E experts, D hidden_size, N rows received, Q rows sent,
+R assignments of this rank's experts, e experts of this rank, L MoE layers.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from moe_train.ops.row_map import RowMap
 
 
 @dataclass(frozen=True)
@@ -82,27 +84,39 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Assignments:
+    """Which experts of this rank compute which of the rows that are here.
+
+    Attributes:
+        map: The row of every assignment, in expert order.
+        gates_R: fp32 or wider, the factor of every assignment's output.
+        counts_e: int64, assignments an expert of this rank.
+    """
+
+    map: RowMap
+    gates_R: Tensor
+    counts_e: Tensor
+
+    @property
+    def num_assignments(self) -> int:
+        """R."""
+        return self.map.source_R.shape[0]
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """Rows at their experts, and what `combine` needs to bring them back.
 
     Attributes:
-        rows_RD: Rows of this rank's experts, grouped by expert.
-        counts_e: int64, rows an expert of this rank.
-        gates_TK: The routing's gates.
-        order_Q: int64, the sender's executed assignments in expert order.
-        inverse_A: int64, the place of every assignment in that order, Q where it is not executed.
-        regroup_R: int64, order of the received rows by local expert, or None where they arrive so.
-        regroup_inverse_R: int64, its inverse, or None.
+        rows_ND: Rows that arrived, in the order of the ranks that sent them; without a group, the tokens' own.
+        assignments: What this rank's experts are to do with them.
+        sent: The token of every row that this rank sent; None without a group.
         send: Rows sent to each rank of the group.
         receive: Rows received from each rank of the group.
     """
 
-    rows_RD: Tensor
-    counts_e: Tensor
-    gates_TK: Tensor
-    order_Q: Tensor
-    inverse_A: Tensor
-    regroup_R: Tensor | None
-    regroup_inverse_R: Tensor | None
-    send: tuple[int, ...]
-    receive: tuple[int, ...]
+    rows_ND: Tensor
+    assignments: Assignments
+    sent: RowMap | None = None
+    send: tuple[int, ...] = ()
+    receive: tuple[int, ...] = ()

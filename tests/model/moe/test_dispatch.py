@@ -5,6 +5,7 @@ import torch
 
 from moe_train.model.moe.dispatch import FlatDispatcher
 from moe_train.model.moe.steps import Routing
+from moe_train.ops.row_map import spread, sum_places
 from moe_train.parallel.collectives import world_group
 from tests.model.small import sums_with
 
@@ -29,12 +30,14 @@ def send_and_return(rank, world_size):
     routing, x = routing_of(rank), tags(rank)
     dispatcher, group = FlatDispatcher(), world_group()
     dispatched = dispatcher.dispatch(x, routing, EXPERTS, group)
-    rows = dispatched.rows_RD
+    assignments = dispatched.assignments
+    rows = spread(dispatched.rows_ND, assignments.map)
     # An "expert" that multiplies by its number + 1.
     local = EXPERTS // world_size
-    numbers = torch.arange(rank * local, (rank + 1) * local).repeat_interleave(dispatched.counts_e)
-    back = dispatcher.combine(rows * (numbers[:, None] + 1), dispatched, group)
-    return rows, dispatched.counts_e, dispatched.send, dispatched.receive, back
+    numbers = torch.arange(rank * local, (rank + 1) * local).repeat_interleave(assignments.counts_e)
+    factors = assignments.gates_R * (numbers + 1)
+    back = dispatcher.combine(sum_places(rows * factors[:, None], assignments.map), dispatched, group)
+    return rows, assignments.counts_e, dispatched.send, dispatched.receive, back
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -53,11 +56,12 @@ def test_every_assignment_once_and_back(world_size, request):
                     100 * source + t for t in range(TOKENS[source]) if expert in routing_of(source).experts_TK[t]
                 ]
         assert rows[:, 0].tolist() == expected
-        assert counts.sum() == len(expected) == sum(receive)
-        assert sum(send) == TOKENS[rank] * TOP_K
-        assert len(send) == len(receive) == world_size
+        assert counts.sum() == len(expected)
+        if world_size > 1:  # alone, nothing moves
+            assert sum(receive) == len(expected) and sum(send) == TOKENS[rank] * TOP_K
+            assert len(send) == len(receive) == world_size
         routing = routing_of(rank)
         factors = (routing.gates_TK * (routing.experts_TK + 1)).sum(1, keepdim=True)
         torch.testing.assert_close(back, tags(rank) * factors, rtol=1e-14, atol=0)  # fp64, two terms
-    for rank in range(world_size):
+    for rank in range(world_size if world_size > 1 else 0):
         assert [results[other][2][rank] for other in range(world_size)] == list(results[rank][3])

@@ -1,0 +1,120 @@
+"""Experts' SwiGLUs over routed rows against one assignment after the other in fp64, by both ways of computing them."""
+
+import pytest
+import torch
+
+from moe_train.ops import routed_mlp
+from moe_train.ops.routed_mlp import routed_swiglu
+from moe_train.ops.row_map import RowMap
+
+COUNTS = {
+    "all used": [3, 1, 4, 2],
+    "empty in the middle": [3, 0, 5, 0],
+    "empty first": [0, 0, 2, 1],
+    "all on one": [0, 9, 0, 0],
+    "no assignment": [0, 0, 0, 0],
+}
+NUM_ROWS = 6
+# Products of the test's sizes (up to 16 terms of order 1): a few units in the last place of the dtype; bf16 rounds the
+# hidden rows to 8 bits as well.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2}
+
+
+def slow(rows, gates, source, counts, gate_up, down):
+    """Assignment by assignment: gate x w_down(silu(x w_gate) * (x w_up)) of its expert, added to its row."""
+    width = down.shape[1]
+    output, place = list(torch.zeros_like(rows).unbind(0)), 0
+    for expert, count in enumerate(counts):
+        for _ in range(count):
+            hidden = rows[source[place]] @ gate_up[expert]
+            gate, up = hidden[:width], hidden[width:]
+            output[source[place]] = output[source[place]] + gates[place] * (
+                (gate / (1 + torch.exp(-gate)) * up) @ down[expert]
+            )
+            place += 1
+    return torch.stack(output) + 0 * (rows.sum() + gates.sum() + gate_up.sum() + down.sum())
+
+
+def inputs(counts, dtype, hidden=8, inner=16):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).div(shape[-2] ** 0.5).to(dtype)
+
+    rows = torch.randn(NUM_ROWS, hidden, generator=generator, dtype=torch.float64).to(dtype)
+    gates = torch.rand(sum(counts), generator=generator, dtype=torch.float64)
+    gates = gates.to(torch.promote_types(dtype, torch.float32))
+    source = torch.randint(0, NUM_ROWS - 1, (sum(counts),), generator=generator)  # the last row goes nowhere
+    tensors = (rows, gates, draw(len(counts), hidden, 2 * inner), draw(len(counts), inner, hidden))
+    return [t.requires_grad_() for t in tensors], source
+
+
+def call(tensors, source, counts):
+    rows, gates, gate_up, down = tensors
+    return routed_swiglu(rows, gates, RowMap.of(source, NUM_ROWS), torch.tensor(counts), gate_up, down)
+
+
+@pytest.fixture(params=["in turn", "together"])
+def way(request, monkeypatch):
+    """Both are tried wherever they can be; on CPU only the first is taken otherwise."""
+    if request.param == "together":
+        monkeypatch.setattr(routed_mlp, "_InTurn", routed_mlp._Together)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize("sizes", [(8, 16), (6, 5)], ids=["aligned", "not aligned"])
+def test_output_and_gradients_equal_the_loop(way, dtype, counts, sizes):
+    if way == "together" and (dtype == torch.float64 or sizes == (6, 5)):
+        pytest.skip("F.grouped_mm refuses fp64 and rows that are no multiple of 16 bytes: then it is never taken")
+    fast, source = inputs(counts, dtype, *sizes)
+    exact = [t.detach().double().requires_grad_() for t in fast]
+    y = call(fast, source, counts)
+    expected = slow(exact[0], exact[1], source.tolist(), counts, *exact[2:])
+    assert y.dtype == dtype
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    grads = torch.autograd.grad(y, fast, upstream)
+    expected_grads = torch.autograd.grad(expected, exact, upstream.double(), allow_unused=True, materialize_grads=True)
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(y.double(), expected, **close)
+    for grad, expected_grad, tensor in zip(grads, expected_grads, fast, strict=True):
+        assert grad.dtype == tensor.dtype
+        torch.testing.assert_close(grad.double(), expected_grad, **close)
+    assert not y[-1].any() and not grads[0][-1].any()  # routed nowhere
+    for expert, count in enumerate(counts):
+        if count == 0:
+            assert not grads[2][expert].any() and not grads[3][expert].any()
+
+
+def test_gradcheck():
+    tensors, source = inputs([2, 0, 1], torch.float64, 3, 2)
+    assert torch.autograd.gradcheck(lambda *t: call(t, source, [2, 0, 1]), tensors)
+
+
+def test_an_expanded_gradient(way):
+    tensors, source = inputs([2, 0, 3, 1], torch.float32)
+    call(tensors, source, [2, 0, 3, 1]).sum().backward()  # stride 0
+    assert tensors[0].grad.abs().max() > 0
+
+
+def test_what_is_kept_for_the_backward_pass(way):
+    """The rows, the gates, the first product and the weights: no output, no activation, no copy of a row."""
+    tensors, source = inputs([2, 0, 3, 1], torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        call(tensors, source, [2, 0, 3, 1])
+    floating = [(NUM_ROWS, 8), (6,), (6, 32), (4, 8, 32), (4, 16, 8)]
+    assert kept[:5] == floating and kept[5:] in ([], [(4,)])
+
+
+def test_gates_are_not_rounded_to_the_rows_dtype(way):
+    """A gate of 1 + 2^-10 is 1 in bf16; in fp32 it decides how an activation halfway between two numbers is rounded."""
+    counts, dtype = [1], torch.bfloat16
+    (rows, gates, gate_up, down), _ = inputs(counts, dtype)
+    gates = torch.tensor([1 + 2.0**-8 + 2.0**-10])
+    source = torch.tensor([0])
+    fine = call((rows, gates, gate_up, down), source, counts)[0].double()
+    exact = slow(*(t.double() for t in (rows, gates)), [0], counts, gate_up.double(), down.double())[0]
+    rounded = call((rows, gates.to(dtype).float(), gate_up, down), source, counts)[0].double()
+    assert not torch.equal(fine, rounded) or (fine - exact).abs().sum() <= (rounded - exact).abs().sum()
