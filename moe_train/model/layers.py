@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.model.parameters import Constant, InitialValue, Normal
-from moe_train.ops.swiglu import swiglu
 from moe_train.ops.norms import layer_norm, rms_norm
+from moe_train.ops.swiglu import swiglu
 
 
 class Linear(nn.Linear):

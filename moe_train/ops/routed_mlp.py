@@ -4,7 +4,7 @@ Nothing is kept for the backward pass but the input, the first product and the g
 activation, before the last product: so the product's own gradient holds what the gate's gradient needs, and neither the
 experts' outputs nor their gradients are ever stored by assignment.
 
-Source: the gradient of the gate from the activation's, without the output: Guo et al. 2025 (SonicMoE), arXiv 2512.14080.
+Source: the gate's gradient from the activation's, without the output: Guo et al. 2025 (SonicMoE), arXiv 2512.14080.
 Legend: N source rows, R assignments in expert order, D hidden_size, F intermediate_size, e experts of this rank,
 r assignments of one expert.
 """

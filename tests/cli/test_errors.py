@@ -51,8 +51,14 @@ def test_yaml_with_an_unknown_key(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--model.moe.num_expert=3"], ["--model.moe.num_expert", "did you mean"]),
-        (["--model.moe.num_experts=4", "--model.moe.top_k=5"], ["top_k (5)", "num_experts (4)"]),
-        (["--model.moe.num_experts=6", "--parallel.expert_parallel_size=4"], ["(6)", "(4)"]),
+        pytest.param(
+            ["--model.moe.num_experts=4", "--model.moe.top_k=5"],
+            ["top_k (5)", "num_experts (4)"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--model.moe.num_experts=6", "--parallel.expert_parallel_size=4"], ["(6)", "(4)"], marks=pytest.mark.slow
+        ),
         (["--model.moe.num_experts=6", "--parallel.expert_parallel_size=3"], ["world size (2)", "(3)"]),
         (["--data.source=jsonl", "--data.paths=/nowhere/x.jsonl"], ["/nowhere/x.jsonl"]),
     ],

@@ -175,7 +175,7 @@ def test_another_tokenizer(trained_run, tmp_path):
     assert config["data"]["tokenizer"] == "bpe"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=pytest.mark.slow)])
 def test_under_launchers(trained_run, launcher):
     scripts = os.path.dirname(sys.executable)
     commands = {

@@ -102,6 +102,7 @@ def keep_running(*options: str) -> list[str]:
     return [KEEP_RUNNING, "--wait", "0", *options, "--"]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_after_a_killed_rank(tmp_path: Path, uninterrupted: dict[int, Any]) -> None:
     run_dir = tmp_path / "run"
     launcher = [str(BIN / "torchrun"), "--standalone", "--max-restarts=2", "--nproc-per-node=2", "launch/train.py"]

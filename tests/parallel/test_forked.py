@@ -216,7 +216,8 @@ def test_nothing_outlives_the_process_that_started_it(signum: signal.Signals) ->
     assert eventually(lambda: not is_alive(server) and not is_alive(rank))
 
 
-@pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_parity_that_is_stopped_leaves_nothing(tmp_path: Path, signum: signal.Signals) -> None:
     command = [sys.executable, "-m", "moe_train", "parity", f"--keep={tmp_path}", "--max-ranks=2", "--layouts=1"]
     with environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.kills import compare
 from tests.train.runs import fork_server
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_a_run_that_was_never_killed(tmp_path: Path) -> None:
     found = compare(fork_server(), tmp_path, num_ranks=2, num_kills=3, seed=1, steps=30)
     assert found["passed"], found

@@ -108,6 +108,7 @@ def test_numbers_that_are_not_finite_are_never_the_same(value: float | None) -> 
     assert not compare(layout, broken, broken).passed
 
 
+@pytest.mark.slow
 def test_under_a_launcher_its_ranks_are_what_is_checked(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "moe_train", "parity", "--json", "--layouts=1", f"--keep={tmp_path}"]

@@ -1,5 +1,6 @@
 """The recorder: what it waits for between records, what it shows, and what a record covers."""
 
+import unittest.mock
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from moe_train.config import Config
 from moe_train.model.build import ExpertPlacement
 from moe_train.model.moe.balance import make_balance_terms, make_bias_rule
 from moe_train.model.transformer import TrainingObjective
+from moe_train.ops import routed_mlp
 from moe_train.parallel.collectives import world_group
 from moe_train.parallel.groups import create_expert_groups
 from moe_train.parallel.traffic import TrafficMeter
@@ -113,7 +115,9 @@ def waits_of_a_step(rank: int, world_size: int, is_recorded: bool, moe: dict[str
     objective = TrainingObjective(model, terms, world_group(), rule)
     recorder = StepRecorder(some_config(), BatchPlan(2, 4, rank, world_size), RunConsole(None), meter, None, None)
     ids = random_ids(2, 8)
-    with counted_waits() as found:
+    # The experts as a CUDA device computes them; on CPU, where counts need no waiting for, they are read.
+    as_on_cuda = unittest.mock.patch.object(routed_mlp, "_InTurn", routed_mlp._Together)
+    with as_on_cuda, counted_waits() as found:
         for step in range(2):
             with recorder.step():
                 losses = objective(tokens_of(ids, step=step), ids)

@@ -134,10 +134,24 @@ def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int, tie_key:
     Returns:
         int64 [T, K].
     """
-    shuffle_TE = expert_keys(token_keys_T, tie_key, scores_TE.shape[1]).argsort(dim=1)
+    keys_TE = expert_keys(token_keys_T, tie_key, scores_TE.shape[1])
+    if scores_TE.dtype == torch.float32:
+        return _ranks_of(scores_TE.detach(), keys_TE).topk(top_k, dim=1).indices
+    shuffle_TE = keys_TE.argsort(dim=1)
     # A stable sort of the shuffled scores: the draw decides between equal scores and nothing else.
     ranked_TE = scores_TE.detach().gather(1, shuffle_TE).argsort(dim=1, descending=True, stable=True)
     return shuffle_TE.gather(1, ranked_TE[:, :top_k])
+
+
+def _ranks_of(scores_TE: Tensor, keys_TE: Tensor) -> Tensor:
+    """Integers in the order of fp32 scores and, where those are equal, against the order of the keys.
+
+    One choice among integers takes a third of the time of two sorts. int64 [T, E].
+    """
+    bits_TE = (scores_TE + 0.0).view(torch.int32).long()  # + 0: the zeros of both signs are equal
+    # Of negative numbers the bits below the sign count backwards.
+    ordered_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE)
+    return (ordered_TE << 32) + (0x7FFFFFFF - (keys_TE >> 32))  # upper half the score, lower half the draw
 
 
 def gates_of(logits_TE: Tensor, experts_TK: Tensor, renormalize: bool) -> Tensor:

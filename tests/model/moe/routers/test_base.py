@@ -51,6 +51,15 @@ def test_only_equal_scores_are_drawn():
     assert (counts - 1000).abs().max() < 6 * (3000 * 2 / 9) ** 0.5  # six standard deviations
 
 
+def test_both_ways_choose_the_same():
+    """fp32 by one choice among integers, wider by two sorts; among equal scores too."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(500, 12, generator=generator).mul(3).round().div(3)  # many equal ones, of both signs
+    scores[:, 0], scores[::2, 3], scores[1::2, 5] = -0.0, torch.inf, -torch.inf
+    narrow, wide = choose_experts(scores, keys(500), 5), choose_experts(scores.double(), keys(500), 5)
+    assert torch.equal(narrow, wide)
+
+
 @pytest.mark.parametrize("value", [1.0, -1.0, 1e-30, 1e30, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scores_one_unit_apart_are_not_equal(value, dtype):
