@@ -16,8 +16,9 @@ class ParallelConfig(Section):
     """Ranks that share the experts of a layer; auto: the largest that divides experts and ranks and stays in a node."""
     zero_stage: int = Field(1, ge=1, le=3)
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
-    dispatch: Literal["flat"] = "flat"
-    """How tokens travel to experts; flat: one row an assignment, in one uneven all-to-all."""
+    dispatch: Literal["flat", "unique"] = "flat"
+    """How tokens travel to experts, in one uneven all-to-all each way; flat: one row an assignment; unique: one row for
+    each rank that a token has experts on, which is fewer bytes the more experts a token has."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo) or cuda (NCCL); auto takes cuda where a device is visible."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"

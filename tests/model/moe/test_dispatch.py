@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_train.model.moe.dispatch import FlatDispatcher
+from moe_train.model.moe.dispatch import FlatDispatcher, UniqueDispatcher
 from moe_train.model.moe.steps import Routing
 from moe_train.ops.row_map import spread, sum_places
 from moe_train.parallel.collectives import world_group
@@ -65,3 +65,32 @@ def test_every_assignment_once_and_back(world_size, request):
         torch.testing.assert_close(back, tags(rank) * factors, rtol=1e-14, atol=0)  # fp64, two terms
     for rank in range(world_size if world_size > 1 else 0):
         assert [results[other][2][rank] for other in range(world_size)] == list(results[rank][3])
+
+
+def send_with_some_left_out(rank, world_size, top_k):
+    """Rows that unique sends and where they come to, with assignments that are not executed."""
+    generator = torch.Generator().manual_seed(10 + rank)
+    tokens = TOKENS[rank]
+    experts = torch.rand(tokens, EXPERTS, generator=generator).topk(top_k, dim=1).indices
+    kept = torch.rand(tokens, top_k, generator=generator) < 0.7
+    gates = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
+    routing = Routing(gates, experts, torch.zeros(tokens, EXPERTS), sums_with([EXPERTS]), kept)
+    dispatcher, group = UniqueDispatcher(), world_group()
+    dispatched = dispatcher.dispatch(tags(rank), routing, EXPERTS, group)
+    local = EXPERTS // world_size
+    pairs = {(t, int(e) // local) for t in range(tokens) for e, is_kept in zip(experts[t], kept[t]) if is_kept}
+    expected_send = [sum(1 for _, destination in pairs if destination == p) for p in range(world_size)]
+    numbers = torch.arange(rank * local, (rank + 1) * local).repeat_interleave(dispatched.assignments.counts_e)
+    factors = dispatched.assignments.gates_R * (numbers + 1)
+    rows = spread(dispatched.rows_ND, dispatched.assignments.map) * factors[:, None]
+    back = dispatcher.combine(sum_places(rows, dispatched.assignments.map), dispatched, group)
+    expected = tags(rank) * (gates * (experts + 1) * kept).sum(1, keepdim=True)
+    return list(dispatched.send), expected_send, len(dispatched.rows_ND), sum(dispatched.receive), back, expected
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_unique_sends_a_row_once_to_each_rank_with_executed_assignments(top_k, pool4):
+    for send, expected_send, rows, received, back, expected in pool4.run(send_with_some_left_out, top_k, timeout=60):
+        assert send == expected_send
+        assert rows == received
+        torch.testing.assert_close(back, expected, rtol=1e-13, atol=0)  # fp64, a few terms

@@ -1,13 +1,13 @@
 """The MoE layer on 1, 2 and 4 ranks against the slow dense definition in fp64, gradients included."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from moe_train.model.layers import SwiGLU
-from moe_train.model.moe.dispatch import FlatDispatcher
+from moe_train.model.moe.dispatch import DISPATCHERS
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers import NoisyTopKRouter, SoftmaxTopKRouter
@@ -37,6 +37,7 @@ class Case:
     top_k: int = 2
     noisy: bool = False
     dtype: torch.dtype = torch.float64
+    dispatch: str = "flat"
 
 
 def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -75,7 +76,7 @@ def make_layer(case: Case, ep_rank: int, ep_size: int, group: Group | None) -> M
     experts = GroupedExperts(HIDDEN, INNER, EXPERTS, local, here.start, 0.02, 0.02)
     experts.gate_up.data = weights["gate_up"][here].to(case.dtype)
     experts.down.data = weights["down"][here].to(case.dtype)
-    return MoELayer(router, FlatDispatcher(), experts, EXPERTS, group)
+    return MoELayer(router, DISPATCHERS[case.dispatch](None), experts, EXPERTS, group)
 
 
 def run_layer(rank: int, world_size: int, case: Case, ep_size: int) -> dict[str, Tensor]:
@@ -154,7 +155,7 @@ CASES = [
 def for_world(case: Case, world_size: int) -> Case:
     """The case with the tokens of that many ranks; fewer ranks have those of the others too."""
     tokens = [sum(case.tokens[rank::world_size]) for rank in range(world_size)]
-    return Case(case.bias, tuple(tokens), case.top_k, case.noisy, case.dtype)
+    return replace(case, tokens=tuple(tokens))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -163,21 +164,28 @@ def test_one_process(case):
     check(case, [run_layer(0, 1, case, 1)], 1)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks(case, pool2):
-    case = for_world(case, 2)
+dispatches = pytest.mark.parametrize("dispatch", DISPATCHERS)
+
+
+@dispatches
+@pytest.mark.parametrize("case", [*CASES, pytest.param(Case(top_k=5), id="K=5")])
+def test_two_ranks(case, dispatch, pool2):
+    case = replace(for_world(case, 2), dispatch=dispatch)
     check(case, pool2.run(run_layer, case, 2, timeout=60), 2)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_four_ranks(case, pool4):
+@dispatches
+@pytest.mark.parametrize("case", [*CASES, pytest.param(Case(top_k=5), id="K=5")])
+def test_four_ranks(case, dispatch, pool4):
+    case = replace(case, dispatch=dispatch)
     check(case, pool4.run(run_layer, case, 4, timeout=60), 4)
 
 
+@dispatches
 @pytest.mark.parametrize("ep_size", [1, 2])
-def test_two_and_four_groups_of_ranks(ep_size, pool4):
+def test_two_and_four_groups_of_ranks(ep_size, dispatch, pool4):
     """Ranks that hold the same experts have gradients of their own group's tokens only."""
-    case = Case()
+    case = Case(dispatch=dispatch)
     results = pool4.run(run_layer, case, ep_size, timeout=60)
     check(case, results, ep_size)
     assert not torch.equal(results[0]["down"], results[ep_size]["down"])
