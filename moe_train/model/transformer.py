@@ -120,9 +120,7 @@ class Transformer(nn.Module):
         key_value, sums = None, []
         for layer, block in enumerate(self._typed_blocks):
             state = cache.state(layer) if cache is not None else None
-            here = MixerContext(
-                layer, context.positions_BS, context.documents_BS, context.token_keys_BS, key_value, state
-            )
+            here = replace(context, layer=layer, key_value=key_value, state=state)
             output = self._run_block(block, x_BSD, here)
             x_BSD, key_value = output.x_BSD, output.key_value
             if output.stats is not None:

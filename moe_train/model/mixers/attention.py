@@ -10,7 +10,7 @@ from moe_train.model.cache import CacheRoom, KeyValue, KeyValueState
 from moe_train.model.layers import Linear
 from moe_train.model.mixers.base import Mixer, MixerContext
 from moe_train.ops.attention import attend, causal_mask
-from moe_train.ops.rotary import apply_rotary, rotary_angles
+from moe_train.ops.rotary import apply_rotary
 
 
 class AttentionMixer(Mixer):
@@ -46,7 +46,7 @@ class AttentionMixer(Mixer):
             return context.key_value
         k_BGSd = self._split_heads(self.key(x_BSD), self.num_kv_heads)
         v_BGSd = self._split_heads(self.value(x_BSD), self.num_kv_heads)
-        k_BGSd = apply_rotary(k_BGSd, *rotary_angles(context.positions_BS, self.head_dim, self.rope_theta))
+        k_BGSd = apply_rotary(k_BGSd, *context.rotary_angles(self.head_dim, self.rope_theta))
         new = KeyValue(k_BGSd, v_BGSd, context.positions_BS, context.documents_BS)
         return new if context.state is None else context.state.append(new)
 
@@ -54,7 +54,7 @@ class AttentionMixer(Mixer):
         held = context.key_value
         assert held is not None, "the first layer owns keys and values"
         q_BHSd = self._split_heads(self.query(x_BSD), self.num_heads)
-        q_BHSd = apply_rotary(q_BHSd, *rotary_angles(context.positions_BS, self.head_dim, self.rope_theta))
+        q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta))
         mask_B1SC = self._mask(q_BHSd.shape[2], held, context)
         # A cache may be narrower than the model: then what reads it is as narrow, for it is the larger of the two.
         mixed_BHSd = attend(q_BHSd.to(held.k_BGCd.dtype), held.k_BGCd, held.v_BGCd, mask_B1SC).to(x_BSD.dtype)

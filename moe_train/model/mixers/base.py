@@ -4,12 +4,13 @@ Legend: B batch, S sequence, D hidden_size.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from torch import Tensor, nn
 
 from moe_train.model.cache import CacheRoom, KeyValue, LayerState
+from moe_train.ops.rotary import rotary_angles
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class MixerContext:
         token_keys_BS: int64 random key of every token, the same on any layout (step, sequence and position hashed).
         key_value: Keys and values of the nearest owner layer at or below this one, or None below the first.
         state: This layer's state when decoding, else None.
+        formed: What layers have formed of the positions so far in this forward pass, by head size and theta.
     """
 
     layer: int
@@ -31,6 +33,15 @@ class MixerContext:
     token_keys_BS: Tensor
     key_value: KeyValue | None = None
     state: LayerState | None = None
+    formed: dict[tuple[int, float], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False)
+
+    def rotary_angles(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """As `ops.rotary.rotary_angles` of these positions: formed once for all layers that turn alike."""
+        known = self.formed.get((head_dim, theta))
+        if known is None or known[0] is not self.positions_BS:  # a hook may have put others in their place
+            known = (self.positions_BS, *rotary_angles(self.positions_BS, head_dim, theta))
+            self.formed[head_dim, theta] = known
+        return known[1], known[2]
 
     def with_key_value(self, key_value: KeyValue | None) -> Self:
         """A copy that carries newly published keys and values."""

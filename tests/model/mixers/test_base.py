@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_train.model.cache import CacheRoom, KeyValue
 from moe_train.model.layers import Linear
+from moe_train.model.mixers import base
 from moe_train.model.mixers.base import Mixer, MixerContext
 from tests.model.small import VOCAB, random_ids, small_config, small_model, tokens_of
 
@@ -199,3 +200,19 @@ def test_a_mixer_that_publishes_nothing_hands_on_what_it_was_given():
     assert mixer.publish(torch.zeros(1, 2, 4), context.with_key_value(None)) is None
     assert mixer.new_state(CacheRoom(1, 2, torch.float32, torch.device("cpu"))) is None
     assert isinstance(mixer, nn.Module)
+
+
+def test_angles_are_formed_once_for_all_layers_and_anew_for_other_positions(monkeypatch):
+    calls = []
+    original = base.rotary_angles
+    monkeypatch.setattr(base, "rotary_angles", lambda *args: calls.append(args) or original(*args))
+    model = small_model(small_config(kv_layers=2))
+    model(tokens_of(random_ids(2, LENGTH)))
+    assert len(calls) == 1
+    first = MixerContext(0, torch.tensor([[0, 1]]), None, torch.zeros(1, 2, dtype=torch.int64))
+    cos, _ = first.rotary_angles(4, 100.0)
+    assert first.rotary_angles(4, 100.0)[0] is cos
+    assert first.rotary_angles(8, 100.0)[0].shape[-1] == 4
+    moved = replace(first, positions_BS=torch.tensor([[5, 6]]))
+    torch.testing.assert_close(moved.rotary_angles(4, 100.0)[0], original(moved.positions_BS, 4, 100.0)[0])
+    assert not torch.equal(moved.rotary_angles(4, 100.0)[0], cos)
