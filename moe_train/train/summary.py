@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -83,5 +84,6 @@ def show_summary(run: Run, summary: dict[str, Any]) -> None:
         say("A text drawn from the model:")
         say("\n".join(f"  | {line}" for line in summary["sample"].splitlines()))
     say(f"Checkpoint: {summary['checkpoint']}")
+    say(f"To try it: moe-train generate --run {shlex.quote(str(run.folder.root))} --prompt TEXT")
     if run.config.telemetry.tensorboard:
         say(f"To see the curves: tensorboard --logdir {run.folder.tensorboard}")

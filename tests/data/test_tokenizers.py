@@ -131,3 +131,35 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content, reason):
 
 def test_ids_take_two_bytes_as_long_as_they_fit():
     assert (token_dtype(65536), token_dtype(65537)) == (np.dtype(np.uint16), np.dtype(np.uint32))
+
+
+def test_a_text_with_an_unknown_part_is_refused(tmp_path):
+    """Where a token stands for what is unknown, where a word without a token is an error, and where it vanishes."""
+    known = {"a": 0, "b": 1, "</s>": 2}
+    words = {
+        "unk": models.WordLevel(known | {"[UNK]": 3}, unk_token="[UNK]"),
+        "none": models.WordLevel(known, unk_token="[UNK]"),
+        "unigram": models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0), ("</s>", -1.0), (" ", -2.0)], unk_id=0),
+        "bpe": models.BPE(known | {"c": 3}, []),
+    }
+    for name, model in words.items():
+        inner = Tokenizer(model)
+        if name in ("unk", "none"):
+            inner.pre_tokenizer = pre_tokenizers.Whitespace()
+        inner.save(str(tmp_path / f"{name}.json"))
+        tokenizer = load_tokenizer_file(tmp_path / f"{name}.json", None)
+        text = "a b" if name != "bpe" else "ab"
+        assert tokenizer.encode_known(text) == tokenizer.encode_batch([text])[0].tolist()
+        with pytest.raises(ValueError, match="no token for 'zz?'|cannot be encoded"):
+            tokenizer.encode_known("zz")
+    tokenizer = load_tokenizer_file(tmp_path / "unk.json", None)
+    with pytest.raises(ValueError, match=r"no token for 'zz' \(character 2\)"):
+        tokenizer.encode_known("a zz b")
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    tokenizer = load_tokenizer_file(write_word_tokenizer(tmp_path / "t.json", specials=["</s>"]), None)
+    for each in (tokenizer, ByteTokenizer()):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            each.encode_known("a \udc80")
+    assert ByteTokenizer().encode_known("é") == [0xC3, 0xA9]
