@@ -7,7 +7,9 @@ from moe_train.cli.train import Setting
 from moe_train.config.base import field_values
 from moe_train.config.deepspeed import deepspeed_config
 from moe_train.config.load import dump_yaml
+from moe_train.model.flops import training_flops_per_token
 from moe_train.parallel.collectives import Group
+from moe_train.parallel.peak import peak_flops
 from moe_train.parallel.traffic import TrafficMeter
 from moe_train.train.alarms import Bounds, ExpertWatch
 from moe_train.train.assemble import make_engine
@@ -19,7 +21,7 @@ from moe_train.train.console import RunConsole
 from moe_train.train.engine import TrainEngine
 from moe_train.train.loop import Run
 from moe_train.train.progress import Progress
-from moe_train.train.recorder import StepRecorder
+from moe_train.train.recorder import Effort, StepRecorder
 from moe_train.train.records import read_records
 from moe_train.train.resilience.guard import StepGuard
 from moe_train.train.resilience.lifelines import Lifelines
@@ -29,6 +31,7 @@ from moe_train.train.resume import Found, changed_fields, set_damaged_aside
 from moe_train.train.run_folder import save_config, save_tokenizer
 from moe_train.train.saving import Saver
 from moe_train.train.telemetry import MetricsWriter
+from moe_train.train.tracing import StepTracer
 
 
 def assemble(
@@ -51,7 +54,7 @@ def assemble(
     first = _restore(setting, found, engine, console, group)
     records, watch = _open_records(setting, first.step, console) if world.rank == 0 else (None, None)
     plan = BatchPlan(micro, batch, world.rank, world.world_size)
-    recorder = StepRecorder(config, plan, console, meter, records, watch)
+    recorder = StepRecorder(config, plan, console, meter, records, watch, _effort(setting))
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
     writer = CheckpointWriter(folder.checkpoints, world.rank, group, retention)
     guard = StepGuard(
@@ -80,6 +83,9 @@ def assemble(
             engine, guard, saver, recorder, console, plan, folder.checkpoints, layers, group, found.manifest
         ),
         watchdog=lifelines.watchdog,
+        tracer=StepTracer(
+            folder.profile(world.rank), config.train.profile_steps, setting.device.type == "cuda", console.say
+        ),
     ), first
 
 
@@ -96,6 +102,14 @@ def _restore(setting: Setting, found: Found, engine: TrainEngine, console: RunCo
     for change in changed_fields(manifest, config):
         console.say(f"  changed since: {change}")
     return Progress(manifest.step, manifest.consumed_sequences)
+
+
+def _effort(setting: Setting) -> Effort:
+    """On all ranks at once: those of a CPU share its cores."""
+    config, precision = setting.config, setting.config.train.precision
+    assert precision != "auto" and config.model.vocab_size is not None
+    flops = training_flops_per_token(config.model, config.model.vocab_size, config.train.sequence_length)
+    return Effort(flops, peak_flops(setting.device, precision))
 
 
 def _open_records(setting: Setting, first_step: int, console: RunConsole) -> tuple[MetricsWriter, ExpertWatch | None]:

@@ -93,6 +93,9 @@ class TrainConfig(Section):
     """Steps between validations; 0: only at the end."""
     validation_sequences: PositiveInt | None = 128
     """Held-out sequences of a periodic validation, spread over the held-out text; None: all, as at the end."""
+    profile_steps: int = Field(0, ge=0)
+    """Steps, from the third of a start on, that torch.profiler traces on every rank into profile/ of the run folder,
+    and which are slower for it. The four steps of MoE layers are named ranges. 0: none."""
     sample_tokens: int = Field(64, ge=0)
     """Tokens of the text sampled at the end; 0: none."""
     max_grad_norm_ratio: float | None = Field(10.0, gt=1.0)

@@ -22,6 +22,7 @@ from moe_train.train.run_folder import RunFolder
 from moe_train.train.saving import Saver
 from moe_train.train.schedule import learning_rate
 from moe_train.train.step_result import StepResult
+from moe_train.train.tracing import StepTracer
 from moe_train.train.validate import ValidationResult, validate
 
 
@@ -43,6 +44,7 @@ class Run:
         saver: Saves.
         recovery: Goes back where the numbers went wrong.
         watchdog: Ends a step that hangs.
+        tracer: Traces some steps.
     """
 
     config: Config
@@ -58,6 +60,7 @@ class Run:
     saver: Saver
     recovery: Recovery
     watchdog: Watchdog
+    tracer: StepTracer
 
     @property
     def isolation_mark(self) -> int | None:
@@ -121,6 +124,7 @@ def train(run: Run, first: Progress) -> TrainResult:
                 run.saver.save(progress)
             if is_last or (stopped is None and _is_due(config.train.validate_every, done)):
                 validation = _validate(run, done, None if is_last else config.train.validation_sequences)
+    run.tracer.close()
     if first.step == num_steps:
         validation = _validate(run, num_steps, None)
     run.position.at("finish")
@@ -132,7 +136,7 @@ def train(run: Run, first: Progress) -> TrainResult:
 
 def _take_step(run: Run, progress: Progress, rate: float) -> tuple[StepResult, Verdict]:
     run.position.at("data", progress.step + 1)
-    with run.watchdog.watching(f"step {progress.step + 1}"), run.recorder.step():
+    with run.watchdog.watching(f"step {progress.step + 1}"), run.tracer.step(), run.recorder.step():
         batches = micro_batches(run.data.train, run.plan, progress, run.isolation_mark, run.device)
         result = run.engine.train_step(batches, rate, run.guard.judge)
         run.recorder.add(result)

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 from moe_train.config.root import Config
 from moe_train.parallel.traffic import TrafficMeter
@@ -18,6 +19,19 @@ from moe_train.train.step_window import GlobalStep, StepWindow, reduce_step
 from moe_train.train.telemetry import MetricsWriter
 
 _RATE_WINDOW = 20  # measurements the shown rate is averaged over
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a step's speed is held against.
+
+    Attributes:
+        flops_per_token: Operations of training that the model needs for a token.
+        peak_flops: Operations a second that a rank's device can make.
+    """
+
+    flops_per_token: float
+    peak_flops: float
 
 
 class _Clock:
@@ -68,6 +82,7 @@ class StepRecorder:
         meter: TrafficMeter | None,
         writer: MetricsWriter | None,
         watch: ExpertWatch | None,
+        effort: Effort | None = None,
     ) -> None:
         """Begin with nothing.
 
@@ -78,9 +93,11 @@ class StepRecorder:
             meter: What the model's all-to-alls cost; None where nobody asks for the experts.
             writer: Records; None on other ranks than 0.
             watch: Warns of experts; None on other ranks than 0, and where nobody asks for them.
+            effort: What the speed is held against; None: it is told in tokens alone.
         """
         self._config, self._plan, self._console = config, plan, console
         self._meter, self._writer, self._watch = meter, writer, watch
+        self._effort = effort
         self._window = StepWindow(meter) if meter is not None else None
         self._clock = _Clock()
         self._record: Record = {}
@@ -187,6 +204,9 @@ class StepRecorder:
             "perf/step_ms": seconds * 1e3,
             "perf/tokens_per_second": self._tokens_per_step / seconds,
         }
+        if self._effort is not None:
+            flops = self._effort.flops_per_token * record["perf/tokens_per_second"] / self._plan.world_size
+            record |= {"perf/tflops": flops / 1e12, "perf/mfu": flops / self._effort.peak_flops}
         if self._config.train.precision == "fp16":
             record["train/loss_scale"] = result.loss_scale
         if measured.window is not None:

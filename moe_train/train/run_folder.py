@@ -43,6 +43,10 @@ class RunFolder:
     def summary(self) -> Path:
         return self.root / "summary.json"
 
+    def profile(self, rank: int) -> Path:
+        """The trace of a rank's profiled steps."""
+        return self.root / "profile" / f"rank_{rank:05d}.json"
+
     def log(self, rank: int) -> Path:
         """What libraries print on a rank."""
         return self.root / "logs" / f"rank_{rank:05d}.log"

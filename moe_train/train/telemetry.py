@@ -176,6 +176,7 @@ def chart_layout(layers: Sequence[int]) -> Mapping[str, Any]:
         "gradient norm": lines("train/grad_norm"),
         "learning rate": lines("train/lr"),
         "tokens per second": lines("perf/tokens_per_second"),
+        "model FLOPs utilisation": lines("perf/mfu"),
     }
     if not layers:
         return {"Training": training}

@@ -24,7 +24,7 @@ from moe_train.train.alarms import Bounds, ExpertWatch
 from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole
 from moe_train.train.progress import Progress
-from moe_train.train.recorder import StepRecorder
+from moe_train.train.recorder import Effort, StepRecorder
 from moe_train.train.records import read_records
 from moe_train.train.step_result import StepResult
 from moe_train.train.step_window import StepWindow
@@ -242,6 +242,21 @@ def test_times_are_of_steps_and_traffic_of_ranks(recorded: tuple[StepRecorder, P
         assert line["moe/all_to_all_ms"] == pytest.approx(500) and line["moe/all_to_all_bytes"] == 1000
     assert first["moe/all_to_all_fraction"] == pytest.approx(0.25)
     assert second["moe/all_to_all_fraction"] == pytest.approx(0.125)
+
+
+def test_speed_in_operations(recorded: tuple[StepRecorder, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, _ = recorded
+    now = [0.0]
+    monkeypatch.setattr("moe_train.train.recorder.time.monotonic", lambda: now[0])
+    recorder._effort = Effort(flops_per_token=3e9, peak_flops=48e9)
+    with recorder.step():
+        now[0] += 2.0
+        recorder.add(result_of(0))
+    recorder.measure(at(1), 0.1, result_of(0), is_shown=False)
+    record = recorder.take(1)
+    per_rank = 4 * 8 * 3e9 / 2.0 / recorder._plan.world_size  # a step of 4 sequences of 8 tokens in 2 s
+    assert record["perf/tflops"] == pytest.approx(per_rank / 1e12)
+    assert record["perf/mfu"] == pytest.approx(per_rank / 48e9)
 
 
 def waiting(action: Callable, now: list[float], seconds: float) -> Callable:

@@ -21,6 +21,8 @@ NAMES = (
     "moe/max_violation",
     "perf/tokens_per_second",
     "perf/step_ms",
+    "perf/tflops",
+    "perf/mfu",
 )
 
 

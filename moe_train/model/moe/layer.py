@@ -6,6 +6,7 @@ Legend: B batch, S sequence, T = B*S tokens, D hidden_size, e experts of this ra
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from moe_train.model.layers import SwiGLU
 from moe_train.model.moe.capacity import CapacityLimit
@@ -56,12 +57,16 @@ class MoELayer(nn.Module):
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])  # (B, S, D) -> (T, D)
         num_sequences = x_BSD.shape[0]
-        routing = self.router(x_TD, token_keys_BS.reshape(-1), num_sequences)
-        if self.capacity is not None:
-            routing = self.capacity.apply(routing, num_sequences, self.training)
-        dispatched = self.dispatcher.dispatch(x_TD, routing, self.num_experts, self.group)
-        rows_ND = self.experts(dispatched.rows_ND, dispatched.assignments)
-        y_TD = self.dispatcher.combine(rows_ND, dispatched, self.group)
+        with record_function("moe/route"):
+            routing = self.router(x_TD, token_keys_BS.reshape(-1), num_sequences)
+            if self.capacity is not None:
+                routing = self.capacity.apply(routing, num_sequences, self.training)
+        with record_function("moe/dispatch"):
+            dispatched = self.dispatcher.dispatch(x_TD, routing, self.num_experts, self.group)
+        with record_function("moe/experts"):
+            rows_ND = self.experts(dispatched.rows_ND, dispatched.assignments)
+        with record_function("moe/combine"):
+            y_TD = self.dispatcher.combine(rows_ND, dispatched, self.group)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         rows = routing.sums.counts.new_full((), dispatched.assignments.num_assignments)

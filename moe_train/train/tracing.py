@@ -1,0 +1,48 @@
+"""A trace of some steps by torch.profiler, for chrome://tracing or Perfetto: `train.profile_steps`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+_WARM_UP_STEPS = 2  # of this process: they allocate memory and load kernels
+
+
+class StepTracer:
+    """Traces the first steps after the warm-up on this rank. What happens between them is in the trace too."""
+
+    def __init__(self, path: Path, num_steps: int, is_cuda: bool, say: Callable[[str], object]) -> None:
+        """Begin with nothing.
+
+        Args:
+            path: Of the trace, JSON.
+            num_steps: Steps to trace; 0: none.
+            is_cuda: Whether the kernels of a CUDA device are traced.
+            say: Told where the trace is.
+        """
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+        self._path, self._num_steps, self._activities, self._say = path, num_steps, activities, say
+        self._taken = 0
+        self._profile: profile | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is a training step."""
+        if self._num_steps and self._taken == _WARM_UP_STEPS:
+            self._profile = profile(activities=self._activities)
+            self._profile.start()
+        yield
+        self._taken += 1
+        if self._taken == _WARM_UP_STEPS + self._num_steps:
+            self.close()
+
+    def close(self) -> None:
+        """End a trace that is under way, and write it."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self._path))
+        self._profile = None
+        self._say(f"trace of {self._taken - _WARM_UP_STEPS} steps: {self._path.parent}, a file a rank")
