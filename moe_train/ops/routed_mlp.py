@@ -9,7 +9,7 @@ Legend: N source rows, R assignments in expert order, D hidden_size, F intermedi
 r assignments of one expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +52,11 @@ class _InTurn(torch.autograd.Function):
         num_rows = map.source_R.numel()
         hidden_RG = rows_ND.new_empty(num_rows, gate_up.shape[2])
         output_RD = rows_ND.new_empty(num_rows, rows_ND.shape[1])
-        for expert, here in _spans(counts):
-            rows_rD = rows_ND.index_select(0, map.source_R[here])
-            hidden_rG = torch.mm(rows_rD, gate_up[expert], out=hidden_RG[here])
+        parts = _by_expert(counts, (map.source_R, gates_R, hidden_RG, output_RD), (gate_up, down))
+        for source_r, gates_r, hidden_rG, output_rD, gate_up_DG, down_FD in parts:
+            torch.mm(rows_ND.index_select(0, source_r), gate_up_DG, out=hidden_rG)
             gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
-            active_rF = _gated(F.silu(gate_rF).mul_(up_rF), gates_R[here])
-            torch.mm(active_rF, down[expert], out=output_RD[here])
+            torch.mm(_gated(F.silu(gate_rF).mul_(up_rF), gates_r), down_FD, out=output_rD)
         ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down)
         ctx.map, ctx.counts = map, counts
         return map.sum_rows(output_RD)
@@ -71,15 +70,19 @@ class _InTurn(torch.autograd.Function):
             if count == 0:
                 grad_gate_up[expert], grad_down[expert] = 0.0, 0.0
         grad_gates_R, grad_rows_RD = torch.empty_like(gates_R), rows_ND.new_empty(len(gates_R), rows_ND.shape[1])
-        for expert, here in _spans(ctx.counts):
-            source_r, gates_r = ctx.map.source_R[here], gates_R[here]
+        by_row = (ctx.map.source_R, gates_R, hidden_RG, grad_gates_R, grad_rows_RD)
+        by_expert = (gate_up, down, grad_gate_up, grad_down)
+        for source_r, gates_r, hidden_rG, grad_gates_r, grad_rows_rD, *weights in _by_expert(
+            ctx.counts, by_row, by_expert
+        ):
+            gate_up_DG, down_FD, grad_gate_up_DG, grad_down_FD = weights
             grad_rD, rows_rD = grad_ND.index_select(0, source_r), rows_ND.index_select(0, source_r)
-            grad_hidden_rG, active_rF, grad_gates_R[here] = _activation_gradients(
-                hidden_RG[here], grad_rD @ down[expert].t(), gates_r
-            )
-            torch.mm(active_rF.t(), grad_rD, out=grad_down[expert])
-            torch.mm(rows_rD.t(), grad_hidden_rG, out=grad_gate_up[expert])
-            torch.mm(grad_hidden_rG, gate_up[expert].t(), out=grad_rows_RD[here])
+            slope_rF = torch.mm(grad_rD, down_FD.t())
+            grad_hidden_rG, active_rF, found_r = _activation_gradients(hidden_rG, slope_rF, gates_r)
+            grad_gates_r.copy_(found_r)
+            torch.mm(active_rF.t(), grad_rD, out=grad_down_FD)
+            torch.mm(rows_rD.t(), grad_hidden_rG, out=grad_gate_up_DG)
+            torch.mm(grad_hidden_rG, gate_up_DG.t(), out=grad_rows_rD)
         return ctx.map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
@@ -111,13 +114,12 @@ class _Together(torch.autograd.Function):
         return ctx.map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
-def _spans(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Every expert that has assignments, and where they are."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
+def _by_expert(
+    counts: list[int], by_row: Sequence[Tensor], by_expert: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The parts of every expert that has assignments: its rows of the first tensors, its element of the others."""
+    parts = (*(tensor.split(counts) for tensor in by_row), *(tensor.unbind(0) for tensor in by_expert))
+    return (part for count, part in zip(counts, zip(*parts, strict=True), strict=True) if count)
 
 
 def _gated(active_rF: Tensor, gates_r: Tensor) -> Tensor:
