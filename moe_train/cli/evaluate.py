@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_train.cli.trained import Trained, add_trained_options, load_model, open_trained
+from moe_train.cli.trained import (
+    Trained,
+    add_trained_options,
+    data_fields,
+    load_model,
+    names_other_data,
+    open_trained,
+)
 from moe_train.config.errors import UsageError
 from moe_train.data import Domain, open_domains
 
@@ -35,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         config.data,
         trained.tokenizer,
         sequence_length=options.sequence_length or config.train.sequence_length,
-        split=options.split or ("all" if data_options else "held_out"),
+        split=options.split or ("all" if names_other_data(data_fields(data_options)) else "held_out"),
         local_rank=world.local_rank,
         show_progress=world.local_rank == 0,
     )
@@ -101,7 +108,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
         except ValueError as error:
             raise UsageError(f"--capacity-factor ({options.capacity_factor!r}) must be a number or none") from error
         if not 0.0 < factor < math.inf:
-            raise UsageError(f"--capacity-factor ({options.capacity_factor}) must be above 0")
+            raise UsageError(f"--capacity-factor ({options.capacity_factor}) must be above 0, or none")
     return {"model": {"moe": {"eval_capacity_factor": factor}}}
 
 

@@ -159,33 +159,38 @@ def _option(name: str) -> str:
 
 
 def _prompts(options: argparse.Namespace) -> list[Prompt]:
-    prompts = [Prompt("--prompt", text) for text in options.prompt]
+    several = len(options.prompt) > 1
+    prompts = [
+        Prompt(f"--prompt number {number}" if several else "--prompt", text)
+        for number, text in enumerate(options.prompt, 1)
+    ]
     prompts += [prompt for path in options.prompt_file for prompt in _read_file(path)]
     prompts += [_read_ids(text) for text in options.prompt_tokens]
     if not (options.prompt or options.prompt_file or options.prompt_tokens):
-        prompts = [_standard_input()]
+        prompts = [_standard_input("the standard input (no --prompt, --prompt-file or --prompt-tokens is given)")]
+    if options.prompt_file.count("-") > 1:
+        raise UsageError("--prompt-file (-) is given twice: there is one standard input")
     for prompt in prompts:
         if not prompt.text and not prompt.ids:
             raise UsageError(f"{prompt.where} is empty: give some text to go on with")
     return prompts
 
 
-def _standard_input() -> Prompt:
+def _standard_input(where: str) -> Prompt:
     if sys.stdin is not None and sys.stdin.isatty():
         print("reading the prompt from the standard input, up to its end (Ctrl-D)", file=sys.stderr)
-    where = "the standard input (no --prompt, --prompt-file or --prompt-tokens is given)"
     return Prompt(where, _decoded(where, lambda: sys.stdin.buffer.read() if sys.stdin is not None else b""))
 
 
 def _read_file(path: str) -> list[Prompt]:
     where = f"--prompt-file ({path!r})"
     if path == "-":
-        return [_standard_input()]
+        return [_standard_input("--prompt-file (-), the standard input,")]
     text = _decoded(where, Path(path).read_bytes)
     if not path.endswith(".jsonl"):
         return [Prompt(where, text)]
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at characters that JSON may hold
         if not line.strip():
             continue
         try:
@@ -270,6 +275,8 @@ def _plan(
 
 def _write(text: str) -> None:
     """To the standard output at once, whatever characters that has."""
+    if sys.stdout is None:  # closed from the start
+        return
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()

@@ -1,6 +1,7 @@
 """The command `moe-train`: one subcommand a file."""
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ SUBCOMMANDS = {
     "parity": "check that every layout of ranks gives the same losses and gradient norms, here or on a cluster",
 }
 _FIRST_RANK_SPEAKS_SECONDS = 2.0
+EXIT_CLOSED_PIPE, EXIT_INTERRUPTED = 128 + 13, 128 + 2  # as a shell tells of SIGPIPE and SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +58,14 @@ def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], p
     """
     try:
         code = run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed output is met, and not at the interpreter's end
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        code = EXIT_CLOSED_PIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        code = EXIT_INTERRUPTED
     except UsageError as error:
         if is_first_rank():
             print(f"{program}: {error}", file=sys.stderr, flush=True)

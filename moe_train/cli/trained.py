@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moe_train.model.transformer import Transformer
     from moe_train.train.checkpoint.manifest import Manifest
 
-_REPLACING = ("source", "mixture")  # fields of data that name other data, whose other fields are then not the run's
+_NAMING = ("source", "mixture", "paths", "name", "subset")  # fields that name other data than the run's
 _TOKENIZER = ("tokenizer", "bpe_vocab_size", "end_of_document")
 
 
@@ -153,17 +153,35 @@ def _configuration(
     origin = str(manifest.folder)
     if not data_options:
         return validate_config(values, origin=origin)
-    for option in data_options:
-        name = option.partition("=")[0]
-        if name.startswith("--") and not name.startswith("--data."):
-            raise UsageError(f"unknown option {name}; --help lists the options, and fields of data begin with --data.")
-        if name.removeprefix("--data.") in _TOKENIZER:
-            raise UsageError(f"{option}: the tokenizer is the one that the model was trained with")
-    given = {option.partition("=")[0].removeprefix("--data.") for option in data_options}
-    if given & set(_REPLACING):
+    given = data_fields(data_options)
+    if tokenizer := given & set(_TOKENIZER):
+        raise UsageError(f"--data.{min(tokenizer)}: the tokenizer is the one that the model was trained with")
+    if names_other_data(given):
         data = manifest.config.get("data", {})
-        values["data"] = {name: data[name] for name in (*_TOKENIZER, "cache_dir") if name in data}
+        kept = (*_TOKENIZER, "cache_dir", *(() if given & {"source", "mixture"} else ("source", "text_column")))
+        values["data"] = {name: data[name] for name in kept if name in data}
     return load_config(data_options, program=program, defaults=values)
+
+
+def data_fields(data_options: Sequence[str]) -> set[str]:
+    """The fields of data that dotted options set.
+
+    Args:
+        data_options: As on the command line: "--data.x=y", or "--data.x" and "y".
+
+    Raises:
+        UsageError: If there is an option of another section.
+    """
+    names = {option.partition("=")[0] for option in data_options if option.startswith("--")}
+    for name in names:
+        if not name.startswith("--data."):
+            raise UsageError(f"unknown option {name}; --help lists the options, and fields of data begin with --data.")
+    return {name.removeprefix("--data.") for name in names}
+
+
+def names_other_data(fields: set[str]) -> bool:
+    """Whether fields of data that are set name other data than the run's."""
+    return bool(fields & set(_NAMING))
 
 
 def _precision(setting: str, trained: str, device: "torch.device") -> Any:

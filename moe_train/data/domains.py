@@ -56,8 +56,6 @@ def open_domains(
     named_sources = list(zip(config.sources, source_fields(config), strict=True))
     for source, field in named_sources:
         check_source(source, field)
-    if split == "all":  # nothing is to be split off where no files are named
-        config = config.model_copy(update={"validation_fraction": 0.0})
     wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0
     folder = CacheFolder(cache_root(config.cache_dir), wait_seconds, show_progress)
     domains = []

@@ -8,6 +8,7 @@ from moe_train.data import Tokenizer
 
 FinishReason = Literal["length", "end", "stop"]
 _CONTEXT = 8  # tokens of the prompt that are decoded with the new ones: blanks and joined characters depend on them
+_SETTLE_TOKENS = 32  # new tokens after which the text so far is not decoded again
 _BROKEN = "\ufffd"  # what stands for bytes that are no character, or not yet
 
 
@@ -55,7 +56,8 @@ class CompletionBuilder:
         self._prompt_tokens, self._context = len(prompt), list(prompt[-_CONTEXT:])
         self._before = tokenizer.decode(self._context)
         self._tokens: list[int] = []
-        self._text, self._shown = "", 0
+        self._pending: list[int] = []  # those whose text is not settled
+        self._settled, self._text, self._shown = "", "", 0
         self._reason: FinishReason | None = None
 
     @property
@@ -68,11 +70,13 @@ class CompletionBuilder:
         if self.is_done:
             return ""
         self._tokens.append(token)
+        self._pending.append(token)
         if token == self._end_token:
             self._reason = "end"
             return self._show(len(self._text))
         self._text = self._decoded()
-        found = min((place for stop in self._stop if (place := self._text.find(stop)) >= 0), default=None)
+        places = (self._text.find(stop, self._shown) for stop in self._stop)  # nothing that is shown begins one
+        found = min((place for place in places if place >= 0), default=None)
         if found is not None:
             self._text, self._reason = self._text[:found], "stop"
             return self._show(found)
@@ -87,10 +91,15 @@ class CompletionBuilder:
         return Completion(self._prompt_tokens, tuple(self._tokens), self._text, self._reason or "length")
 
     def _decoded(self) -> str:
-        whole = self._tokenizer.decode([*self._context, *self._tokens])
+        whole = self._tokenizer.decode([*self._context, *self._pending])
         if whole.startswith(self._before):
-            return whole[len(self._before) :]
-        return self._tokenizer.decode(self._tokens)  # the prompt ends inside a character
+            text = self._settled + whole[len(self._before) :]
+        else:  # the prompt ends inside a character
+            text = self._settled + self._tokenizer.decode(self._pending)
+        if len(self._pending) >= _SETTLE_TOKENS and not text.endswith(_BROKEN):
+            self._context = [*self._context, *self._pending][-_CONTEXT:]
+            self._before, self._settled, self._pending = self._tokenizer.decode(self._context), text, []
+        return text
 
     def _certain(self) -> int:
         """Characters that no further token changes: not half a character, nor what may become a stop string."""

@@ -26,7 +26,7 @@ class Generation:
         prefill_seconds: Until the first new token of each was known.
         decode_tokens: New tokens behind the first of each prompt, as far as they are part of it.
         decode_seconds: For those.
-        kv_cache_bytes: Set aside over all ranks, for prompt and new tokens.
+        kv_cache_bytes: Set aside over all ranks for the prompts and their new tokens.
         max_length: Tokens of a prompt that the cache has room for.
     """
 
@@ -110,7 +110,8 @@ def generate(
         began, phase = time.perf_counter(), 1
     for number, builder in enumerate(builders):
         _tell(on_text, first + number, builder.finish())
-    own = [builder.completion() for builder in builders], decoder.cache.nbytes, seconds
+    own_bytes = decoder.cache.nbytes * len(mine) // share  # without those of fillers
+    own = [builder.completion() for builder in builders], own_bytes, seconds
     found = [own] if group is None else gather_objects(own, group)
     completions = [completion for rank in found for completion in rank[0]]
     return Generation(

@@ -49,7 +49,8 @@ def choose_tokens(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> Ten
     ranked_BV, order_BV = logits_BV.double().sort(dim=1, descending=True, stable=True)
     if sampling.top_k is not None:
         ranked_BV = ranked_BV[:, : sampling.top_k]
-    probability_BV = (ranked_BV / sampling.temperature).softmax(1)
+    # The largest becomes 0 first: however low the temperature, nothing but -inf overflows.
+    probability_BV = ((ranked_BV - ranked_BV[:, :1]) / sampling.temperature).softmax(1)
     cumulative_BV = probability_BV.cumsum(1)
     if sampling.top_p is not None:
         is_in_BV = cumulative_BV - probability_BV < sampling.top_p  # the first that reaches it is still in

@@ -59,4 +59,6 @@ def attend(q_BHSd: Tensor, k_BGCd: Tensor, v_BGCd: Tensor, mask_B1SC: Tensor | N
     if mask_B1SC is not None and groups > 1:
         # (B, 1, S, C) -> (B, 1, r, S, C) -> (B, 1, r*S, C)
         mask_B1SC = mask_B1SC.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    return F.scaled_dot_product_attention(q_BGsd, k_BGCd, v_BGCd, attn_mask=mask_B1SC).view(q_BHSd.shape)
+    mixed_BGsd = F.scaled_dot_product_attention(q_BGsd, k_BGCd, v_BGCd, attn_mask=mask_B1SC)
+    # (B, G, r*S, d) -> (B, G*r, S, d); not a view: the memory-efficient kernel gives another order in memory.
+    return mixed_BGsd.reshape(q_BHSd.shape)

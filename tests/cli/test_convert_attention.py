@@ -89,6 +89,12 @@ def test_more_owner_layers_than_there_were_are_refused(tmp_path: Path, capsys: p
     assert "--kv-layers (0,2,4) are 3 layers, more than the source's 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", ["", ".", "..", "/"])
+def test_an_output_without_a_name_is_refused(source: Path, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert-attention", "--run", str(source), "--output", output, "--kv-layers", "1"]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "why"), [("new", "exists"), ("new.part", "under way or killed")])
 def test_what_is_there_is_not_written_over(
     source: Path, tmp_path: Path, name: str, why: str, capsys: pytest.CaptureFixture[str]

@@ -72,6 +72,17 @@ def test_other_text_and_splits(evaluate, trained_run):
     check_refused(evaluate(*options, "--split=held_out", "--data.validation_fraction=0"), "--split (held_out)")
 
 
+def test_fields_of_data_that_name_no_other_text_leave_the_split(evaluate, tmp_path):
+    own = last_object(evaluate("--json"))
+    assert last_object(evaluate("--json", f"--data.cache_dir={tmp_path}"))["loss"] == own["loss"]
+
+
+def test_values_may_stand_apart_and_look_like_fields(evaluate, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"tokenizer": "The quick brown fox"}\n')
+    options = ("--data.source", "jsonl", "--data.paths", str(tmp_path / "x.jsonl"), "--data.text_column", "tokenizer")
+    assert last_object(evaluate("--json", *options))["bytes"] == 19
+
+
 def test_table(evaluate):
     result = evaluate()
     assert result.returncode == 0, result
@@ -87,7 +98,8 @@ def test_table(evaluate):
         (["--capacity-factor=-1"], ["--capacity-factor (-1)"]),
         (["--data.source=text", "--data.paths=/nowhere.txt"], ["/nowhere.txt"]),
         (["--data.sourc=text"], ["--data.sourc"]),
-        (["--data.tokenizer=bytes"], ["--data.tokenizer=bytes", "trained with"]),
+        (["--data.tokenizer=bytes"], ["--data.tokenizer", "trained with"]),
+        (["--data.end_of_document", "</s>"], ["--data.end_of_document", "trained with"]),
         (["--model.hidden_size=8"], ["unknown option --model.hidden_size"]),
         (["--expert-parallel-size=3"], ["expert_parallel_size (3)"]),
     ],

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
 from tests.cli.conftest import check_refused, last_object
 from tests.train.runs import CPU, ROOT, run_forked
@@ -74,6 +73,25 @@ def test_prompts_from_files_and_standard_input(generate, trained_run, tmp_path):
     check_refused(generate("--prompt-file=/nowhere.txt"), "/nowhere.txt")
 
 
+def test_lines_of_jsonl_end_at_line_ends_only(generate, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c\u0085"}\n', encoding="utf-8")
+    found = last_object(generate(f"--prompt-file={tmp_path / 'p.jsonl'}", "--max-new-tokens=2", "--json"))
+    assert [each["prompt"] for each in found["completions"]] == ["a\u2028b", "c\u0085"]
+
+
+def test_cache_bytes_are_those_of_the_prompts_on_any_ranks(generate):
+    prompts = ("--prompt=a", "--prompt=b", "--prompt=c")
+    alone, shared = (last_object(generate(*prompts, "--max-new-tokens=4", "--json", ranks=ranks)) for ranks in (1, 2))
+    assert alone["kv_cache_bytes"] == shared["kv_cache_bytes"] == 2 * 3 * alone["max_length"] * 16 * 4
+
+
+def test_a_closed_output_ends_it_without_a_traceback(trained_run):
+    command = f"{sys.executable} -m moe_train generate --run {trained_run} --prompt a --max-new-tokens 20 | true"
+    script = ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"]
+    result = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=os.environ | CPU, timeout=60)
+    assert "Traceback" not in result.stderr and result.stdout.split()[-1] in ("0", "141"), result
+
+
 def test_stop_string(generate):
     whole = last_object(generate(FOX, "--max-new-tokens=12", "--greedy", "--json"))["text"]
     stop = whole[4:6]
@@ -101,6 +119,9 @@ def test_an_older_checkpoint_by_its_folder(trained_run):
     ("arguments", "words"),
     [
         (["--prompt="], ["--prompt", "empty"]),
+        ([FOX, "--prompt="], ["--prompt number 2", "empty"]),
+        (["--prompt-file=-"], ["--prompt-file (-)", "empty"]),
+        (["--prompt-file=-", "--prompt-file=-"], ["--prompt-file (-)", "twice"]),
         ([], ["standard input", "empty"]),
         (["--prompt-tokens=1,300"], ["token 300 is unknown", "0 to 296"]),
         (["--prompt-tokens=1,x"], ["--prompt-tokens ('1,x')"]),
@@ -170,9 +191,6 @@ def test_another_tokenizer(trained_run, tmp_path):
     # A run without the file, as older ones are: the tokenizer is found through its data.
     (run / "tokenizer.json").unlink()
     assert last_object(run_forked(1, "generate", f"--run={run}", FOX, "--json"))["text"]
-    # Where neither is there any more.
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["data"]["tokenizer"] == "bpe"
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=pytest.mark.slow)])

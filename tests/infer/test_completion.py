@@ -32,7 +32,23 @@ def test_half_a_character_waits():
 
 def test_a_prompt_that_ends_inside_a_character():
     builder = CompletionBuilder(BYTES, [0xE2, 0x82])
-    assert "".join([builder.push(0xAC), builder.push(0x61), builder.finish()]) == builder.completion().text
+    assert "".join([builder.push(0xAC), builder.push(0x61), builder.finish()]) == "\ufffda"  # its rest is no character
+    assert builder.completion().text == "\ufffda"
+
+
+def test_a_long_text_is_not_decoded_again_and_again():
+    class Counting:
+        decoded = 0
+
+        def decode(self, ids):
+            Counting.decoded += len(ids)
+            return BYTES.decode(ids)
+
+    text = "añ€ " * 500
+    builder = CompletionBuilder(Counting(), list(b"so: "), ["€ x"])
+    shown = [builder.push(token) for token in text.encode()]
+    assert "".join(shown) + builder.finish() == text == builder.completion().text
+    assert Counting.decoded < 60 * len(text.encode())
 
 
 @pytest.mark.parametrize("stop", [["END"], ["xyz", "END"], ["END", "ENDING"], ["ND", "END"]], ids=str)

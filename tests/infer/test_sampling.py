@@ -59,3 +59,8 @@ def test_rows_are_drawn_for_themselves():
 def test_extreme_logits():
     logits = torch.tensor([[1e30, -1e30, 1e30], [-torch.inf, 5.0, -torch.inf]])
     assert choose_tokens(logits, Sampling(0.1), torch.tensor([0.9999, 0.5], dtype=torch.float64)).tolist() == [2, 1]
+
+
+def test_a_temperature_near_zero_takes_the_likeliest():
+    for temperature in (1e-9, 1e-310):
+        assert shares(Sampling(temperature)).tolist() == [0, 0, 0, 1]

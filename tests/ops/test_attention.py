@@ -61,3 +61,18 @@ def test_mask_without_documents_is_causal():
 def test_gradient():
     tensors = [t.requires_grad_() for t in (draw(1, 4, 3, 2), draw(1, 2, 3, 2), draw(1, 2, 3, 2) + 1)]
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, None), tensors)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_an_output_in_another_order_in_memory_is_taken(monkeypatch, kv_heads):
+    """As the memory-efficient kernel of CUDA gives it: queries before heads."""
+    q, k, v = draw(2, 4, 3, 8), draw(2, kv_heads, 5, 8), draw(2, kv_heads, 5, 8)
+    mask = torch.ones(2, 1, 3, 5, dtype=torch.bool)
+    expected = attend(q, k, v, mask)
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def other_order(*args, **named):
+        return original(*args, **named).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other_order)
+    assert torch.equal(attend(q, k, v, mask), expected)

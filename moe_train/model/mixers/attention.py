@@ -56,7 +56,7 @@ class AttentionMixer(Mixer):
         q_BHSd = self._split_heads(self.query(x_BSD), self.num_heads)
         q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta))
         mask_B1SC = self._mask(q_BHSd.shape[2], held, context)
-        # A cache may be narrower than the model: then what reads it is as narrow, for it is the larger of the two.
+        # A cache may be narrower than the model: its keys are many, so the queries are cast and not they.
         mixed_BHSd = attend(q_BHSd.to(held.k_BGCd.dtype), held.k_BGCd, held.v_BGCd, mask_B1SC).to(x_BSD.dtype)
         batch, _, length, _ = mixed_BHSd.shape
         return self.output(mixed_BHSd.transpose(1, 2).reshape(batch, length, -1))  # (B, H, S, d) -> (B, S, H*d)

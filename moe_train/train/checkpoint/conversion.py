@@ -118,6 +118,8 @@ def convert_attention(
         OSError: If it cannot be written.
     """
     output = request.output
+    if output.name in ("", ".."):
+        raise UsageError(f"--output ({str(output)!r}) must be a new folder's name")
     part = output.with_name(f"{output.name}.part")
     for path, why in ((output, "exists"), (part, "exists, of a conversion under way or killed")):
         if path.exists() or path.is_symlink():
