@@ -46,6 +46,10 @@ def run(arguments: Sequence[str]) -> int:
         local_rank=world.local_rank,
         show_progress=world.local_rank == 0,
     )
+    trained_on = config.train.sequence_length
+    if (options.sequence_length or 0) > trained_on and world.rank == 0:
+        text = f"--sequence-length ({options.sequence_length}) is beyond train.sequence_length ({trained_on})"
+        print(f"warning: {text}, which the model was trained on", file=sys.stderr)
     model = load_model(trained)
     from moe_train.infer.evaluate import EvaluationPlan, chosen_sequences, evaluate, joined
     from moe_train.parallel.collectives import world_group
@@ -108,7 +112,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
         except ValueError as error:
             raise UsageError(f"--capacity-factor ({options.capacity_factor!r}) must be a number or none") from error
         if not 0.0 < factor < math.inf:
-            raise UsageError(f"--capacity-factor ({options.capacity_factor}) must be above 0, or none")
+            raise UsageError(f"--capacity-factor ({options.capacity_factor}) must be a finite number above 0, or none")
     return {"model": {"moe": {"eval_capacity_factor": factor}}}
 
 

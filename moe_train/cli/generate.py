@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     help_text = "draw from the fewest likeliest tokens that together have this probability"
     group.add_argument("--top-p", type=float, metavar="P", help=help_text)
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
     help_text = "end before this text; may be given again"
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=help_text)
     group.add_argument("--ignore-end", action="store_true", help="go on past the end-of-document mark")
@@ -144,7 +144,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--temperature ({options.temperature:g}) must be 0 or more")
     if options.top_p is not None and not 0.0 < options.top_p <= 1.0:
         raise UsageError(f"--top-p ({options.top_p:g}) must be above 0 and at most 1")
-    for name in ("top_k", "top_p"):
+    for name in ("top_k", "top_p", "seed"):
         if getattr(options, name) is not None and options.temperature == 0.0:
             raise UsageError(
                 f"{_option(name)} ({getattr(options, name):g}) has no effect with --temperature 0, which always takes "
@@ -266,7 +266,7 @@ def _plan(
     return DecodePlan(
         max_new_tokens=new_tokens,
         vocab_size=tokenizer.vocab_size,
-        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed),
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed or 0),
         cache_dtype=torch_dtype(options.cache_dtype) if options.cache_dtype else None,
         prefill_chunk=options.prefill_chunk,
         end_of_document=tokenizer.end_of_document if config.model.isolate_documents else None,

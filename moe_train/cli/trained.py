@@ -187,6 +187,8 @@ def names_other_data(fields: set[str]) -> bool:
 def _precision(setting: str, trained: str, device: "torch.device") -> Any:
     from moe_train.parallel.precision import resolve_precision
 
+    if setting == "fp16" and device.type == "cpu":
+        raise UsageError("--precision (fp16) needs --device cuda: on a CPU it is bf16 or fp32")
     if setting != "auto":
         return resolve_precision(setting, device)  # type: ignore[arg-type]  # argparse has checked it
     if trained == "fp16" and device.type == "cuda":

@@ -96,6 +96,7 @@ def test_table(evaluate):
         (["--max-sequences=0"], ["--max-sequences (0)"]),
         (["--capacity-factor=x"], ["--capacity-factor ('x')"]),
         (["--capacity-factor=-1"], ["--capacity-factor (-1)"]),
+        (["--capacity-factor=inf"], ["--capacity-factor (inf)", "finite"]),
         (["--data.source=text", "--data.paths=/nowhere.txt"], ["/nowhere.txt"]),
         (["--data.sourc=text"], ["--data.sourc"]),
         (["--data.tokenizer=bytes"], ["--data.tokenizer", "trained with"]),

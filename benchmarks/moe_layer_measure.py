@@ -1,0 +1,106 @@
+"""Running the layers of benchmarks/moe_layer.py: in turn, their peak memory, and whether they compute the same."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import torch
+from moe_layer_peers import Layer, Problem, build_layer, check_shapes, counts_of, make_problem
+from moe_layer_rows import BOUND, OURS, ROUTINGS, Case, Measured, dropped_share
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+WARM_UP_ROUNDS = 1
+SAME_WITHIN = 1e-5  # of the norm, in fp32: sums of a hundred products in different orders
+
+
+def measure(problem: Problem, names: Sequence[str], rounds: int) -> dict[str, Measured]:
+    """Every layer in turn in every round, each round beginning with another one."""
+    layers = {name: build_layer(name, problem) for name in names}
+    for _ in range(WARM_UP_ROUNDS):
+        for layer in layers.values():
+            _seconds(layer)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in [*names[first:], *names[:first]]:
+            seconds[name].append(_seconds(layers[name]))
+    dropped = {"deepspeed_capacity": dropped_share(counts_of(problem), problem.case.shape.capacity)}
+    return {
+        name: Measured(tuple(seconds[name]), peak_bytes(layer), dropped.get(name, 0.0))
+        for name, layer in layers.items()
+    }
+
+
+def peak_bytes(layer: Layer) -> int:
+    """Most bytes of tensors at once in a forward and backward pass, over those before: weights and input are not in it.
+
+    On CUDA as the allocator counts them, on CPU from the allocator's events in a profile; what libraries keep for
+    themselves (packed copies in a matrix product) is not in it.
+    """
+    _clear(layer)
+    if layer.x_ND.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _pass(layer)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            _pass(layer)
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+    _clear(layer)
+    return peak
+
+
+def differences(names: Sequence[str]) -> dict[str, float]:
+    """How far each layer's output and gradients are from moe_train's, as a share of the norm; the largest of all.
+
+    In fp32 on small shapes, with both routings; dense_bound, which computes something else, is left out.
+    """
+    largest = {name: 0.0 for name in names if name not in (OURS, BOUND)}
+    for case in (Case(shape, routing) for shape in check_shapes() for routing in ROUTINGS):
+        problem = make_problem(case, torch.float32, torch.device("cpu"))
+        ours = _results(build_layer(OURS, problem))
+        for name in largest:
+            theirs = _results(build_layer(name, problem))
+            found = [float((a - b).norm() / b.norm()) for a, b in zip(theirs, ours, strict=True)]
+            largest[name] = max(largest[name], *found)
+    return largest
+
+
+def _results(layer: Layer) -> tuple[Tensor, ...]:
+    """Output, the input's gradient and the weights' gradients."""
+    output = _pass(layer)
+    assert layer.gradients is not None and layer.x_ND.grad is not None
+    return output.detach(), layer.x_ND.grad, *astuple(layer.gradients())
+
+
+def _seconds(layer: Layer) -> float:
+    """Of one forward and backward pass, beginning without gradients."""
+    _clear(layer)
+    is_cuda = layer.x_ND.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    _pass(layer)
+    if is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    _clear(layer)
+    return seconds
+
+
+def _pass(layer: Layer) -> Tensor:
+    output = layer.run(layer.x_ND)
+    output.backward(layer.grad_ND)
+    return output
+
+
+def _clear(layer: Layer) -> None:
+    for tensor in (layer.x_ND, *layer.parameters):
+        tensor.grad = None
