@@ -176,7 +176,8 @@ def _loss_table(results: "Sequence[Evaluation]", has_experts: bool) -> Table:
 def _load_table(results: "Sequence[Evaluation]", layers: Sequence[int]) -> Table:
     from moe_train.train.load_report import load_bars
 
-    table = Table(title="Tokens an expert (a full bar: twice the mean)", title_justify="left")
+    title = "Tokens an expert (a full bar: twice the mean)"
+    table = Table(title=title, title_justify="left", min_width=len(title) + 2)
     table.add_column("layer", justify="right")
     table.add_column("text", overflow="fold")
     table.add_column("experts", overflow="fold")
