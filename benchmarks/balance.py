@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from balance_rows import ROWS, Row, RowResult, claims_of, read_result
+from reports import say, write_whole
 from training_runs import ROOT, RunFailed, TrainingRun, run_all
 
 EXIT_USAGE = 2
@@ -89,7 +90,7 @@ def main() -> int:
     """Train, write and print; the exit code."""
     options = parse_options()
     try:
-        from balance_report import draw_chart, markdown_report, write_whole
+        from balance_report import draw_chart, markdown_report
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -112,11 +113,6 @@ def main() -> int:
         rows = [result.as_dict() for result in results]
         print(json.dumps({"steps": options.steps, "seed": options.seed, "rows": rows, "claims": claims}))
     return 0
-
-
-def say(line: str) -> None:
-    """Progress and messages go to stderr, figures to stdout."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

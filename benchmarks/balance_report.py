@@ -2,8 +2,6 @@
 
 import argparse
 import io
-import os
-import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ matplotlib.use("Agg")  # draws to files without a display
 
 import matplotlib.pyplot as plt
 from balance_rows import RowResult
+from reports import processor
 
 _SMOOTHED_STEPS = 5
 
@@ -43,7 +42,7 @@ def markdown_report(
         "",
         f"`python benchmarks/balance.py --steps {options.steps} --seed {options.seed}` with the model of "
         f"`benchmarks/{config.name}` (32 experts, K = 4) on the source text of Python's standard library; about "
-        f"{seconds / 60:.0f} minutes on {options.jobs} cores of {_processor()}, torch {version('torch')}.",
+        f"{seconds / 60:.0f} minutes on {options.jobs} cores of {processor()}, torch {version('torch')}.",
         "",
     ]
     return "\n".join(lines)
@@ -75,13 +74,6 @@ def draw_chart(results: Sequence[RowResult]) -> bytes:
     return file.getvalue()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def _title(row: RowResult) -> str:
     router, by = row.method.split(", ")
     by = "nothing" if by == "none" else by
@@ -91,11 +83,3 @@ def _title(row: RowResult) -> str:
 def _smoothed(values: Sequence[float]) -> list[float]:
     windows = (values[max(0, end - _SMOOTHED_STEPS) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor() or os.uname().machine

@@ -20,8 +20,6 @@ Times are those of the slowest rank; figures are medians over rounds, ratios med
 
 import argparse
 import json
-import os
-import platform
 import signal
 import statistics
 import sys
@@ -32,6 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.reports import processor  # noqa: E402
 from moe_train.cli.parity import TRAINING_MODULES  # noqa: E402
 from moe_train.parallel.bootstrap import local_rank_environments  # noqa: E402
 from moe_train.parallel.cores import usable_cores  # noqa: E402
@@ -155,14 +154,6 @@ def show(figures: dict) -> None:
     )
     for what, value, beside, other, ratio, bar in [("", "", "beside it", "", "ratio", "bar"), *rows]:
         print(f"{what:20} {value:>10}  {beside:14} {other:>10} {ratio:>6}  {bar}".rstrip())
-
-
-def processor() -> str:
-    """Its name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or os.uname().machine
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ all-to-all as slow as a link of that rate would be, by waiting: between processe
 import argparse
 import json
 import math
-import os
-import platform
 import signal
 import sys
 import tempfile
@@ -38,6 +36,7 @@ from benchmarks.expert_parallel_rows import (  # noqa: E402
     claims_of,
     result_row,
 )
+from benchmarks.reports import processor, say  # noqa: E402
 from moe_train.parallel.bootstrap import local_rank_environments  # noqa: E402
 from moe_train.parallel.cores import usable_cores  # noqa: E402
 from moe_train.parallel.forked import ForkServer, wait_for_all  # noqa: E402
@@ -166,19 +165,6 @@ def show(rows: list[RowResult], claims: list[dict[str, Any]], shape: Shape, mach
     )
     for claim in claims:
         print(f"- {'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
-
-
-def processor() -> str:
-    """Its name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or os.uname().machine
-
-
-def say(line: str) -> None:
-    """Progress and messages go to stderr, figures to stdout."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _megabytes(num_bytes: float | None) -> str:

@@ -11,8 +11,6 @@ kv_cache.png.
 
 import argparse
 import json
-import os
-import platform
 import signal
 import sys
 import tempfile
@@ -27,6 +25,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from kv_cache_decode import STEPS, DecodePlan, measure_decoding, measure_recomputation  # noqa: E402
 from kv_cache_rows import RECOMPUTED_LENGTH, Sharing, claims_of, result_rows  # noqa: E402
+from reports import processor, say, write_whole  # noqa: E402
 from training_runs import RunFailed, TrainingRun, run_all  # noqa: E402
 
 from moe_train.parallel.cores import usable_cores  # noqa: E402
@@ -122,7 +121,7 @@ def main() -> int:
     model = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["model"]
     options = parse_options(model)
     try:
-        from kv_cache_report import draw_chart, markdown_report, write_whole
+        from kv_cache_report import draw_chart, markdown_report
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -164,19 +163,6 @@ def main() -> int:
     if options.json:
         print(json.dumps(figures))
     return 0
-
-
-def processor() -> str:
-    """Its name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or os.uname().machine
-
-
-def say(line: str) -> None:
-    """Progress and messages go to stderr, figures to stdout."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _listed(values: list[int]) -> str:

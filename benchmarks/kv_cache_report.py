@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -126,13 +125,6 @@ def _draw_losses(axes: Axes, rows: Sequence[RowResult], colors: dict, styles: di
     axes.set_xticks(sizes, [_short(size) for size in sizes], fontsize=8)
     axes.set_xlim(sizes[0] / 1.8, sizes[-1] * 1.8)
     axes.minorticks_off()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _about_loss(figures: dict[str, Any]) -> str:

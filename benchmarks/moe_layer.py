@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from kv_cache import processor, say  # noqa: E402
 from moe_layer_measure import SAME_WITHIN, differences, measure  # noqa: E402
 from moe_layer_peers import available_layers, make_problem  # noqa: E402
 from moe_layer_report import case_table, print_check, print_claims, print_setting  # noqa: E402
@@ -33,6 +32,7 @@ from moe_layer_rows import (  # noqa: E402
     claims_of,
     rows_of,
 )
+from reports import processor, say  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from moe_train.parallel.cores import usable_cores  # noqa: E402

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_train.cli.trained import add_run_option, check_positive
 from moe_train.config.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,16 +19,15 @@ def run(arguments: Sequence[str]) -> int:
     """Convert and say what was made."""
     options = _parser().parse_args(list(arguments))
     kv_layers = _read_layers(options.kv_layers)
-    if options.steps is not None and options.steps < 1:
-        raise UsageError(f"--steps ({options.steps}) must be 1 or more")
+    check_positive(options, "steps")
     if options.num_kv_heads is None and kv_layers is None:
         raise UsageError("give --num-kv-heads, --kv-layers or both: without them nothing changes")
-    from moe_train.train.checkpoint.conversion import Request, convert_attention
+    from moe_train.train.checkpoint.conversion import ConversionRequest, convert_attention
     from moe_train.train.checkpoint.inventory import find_checkpoint_folder
     from moe_train.train.checkpoint.manifest import read_manifest
 
     manifest = read_manifest(find_checkpoint_folder(options.run, "--run"))
-    request = Request(Path(options.output), options.num_kv_heads, kv_layers, options.steps, options.widen_mlp)
+    request = ConversionRequest(Path(options.output), options.num_kv_heads, kv_layers, options.steps, options.widen_mlp)
     try:
         done = convert_attention(manifest, request)
     except OSError as error:
@@ -47,9 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "which the train command goes on from; the source stays as it is.",
         allow_abbrev=False,
     )
-    # torchrun takes --run for one of its own options, wherever it stands; it leaves --run-dir alone.
-    help_text = "a run's folder (its newest checkpoint), or a checkpoint's"
-    parser.add_argument("--run", "--run-dir", dest="run", required=True, metavar="DIR", help=help_text)
+    add_run_option(parser)
     parser.add_argument("--output", required=True, metavar="NEW_RUN_DIR", help="the new run's folder")
     help_text = "heads of keys and values; must divide the source's (default: as many as it has)"
     parser.add_argument("--num-kv-heads", type=int, metavar="G", help=help_text)

@@ -16,6 +16,7 @@ from rich.table import Table
 from moe_train.cli.trained import (
     Trained,
     add_trained_options,
+    check_positive,
     data_fields,
     load_model,
     names_other_data,
@@ -35,7 +36,7 @@ _BATCH_SIZE = 8
 def run(arguments: Sequence[str]) -> int:
     """Evaluate and print. Collective: all ranks of the world."""
     options, data_options = _parser().parse_known_args(list(arguments))
-    _check(options)
+    check_positive(options, "max_sequences", "sequence_length", "batch_size")
     trained = open_trained(options, "moe-train evaluate", _changes(options), data_options)
     config, world = trained.config, trained.world
     domains = open_domains(
@@ -93,13 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help=help_text)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
-
-
-def _check(options: argparse.Namespace) -> None:
-    for name in ("max_sequences", "sequence_length", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} ({value}) must be 1 or more")
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_train.cli.trained import Trained, add_trained_options, load_model, open_trained
+from moe_train.cli.trained import Trained, add_trained_options, check_positive, load_model, open_trained
 from moe_train.config.errors import UsageError
 from moe_train.data import Tokenizer
 
@@ -136,26 +136,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "max_length", "top_k", "sliding_window", "prefill_chunk"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"{_option(name)} ({value}) must be 1 or more")
+    check_positive(options, "max_new_tokens", "max_length", "top_k", "sliding_window", "prefill_chunk")
     if not 0.0 <= options.temperature < math.inf:
         raise UsageError(f"--temperature ({options.temperature:g}) must be 0 or more")
     if options.top_p is not None and not 0.0 < options.top_p <= 1.0:
         raise UsageError(f"--top-p ({options.top_p:g}) must be above 0 and at most 1")
     for name in ("top_k", "top_p", "seed"):
-        if getattr(options, name) is not None and options.temperature == 0.0:
+        value = getattr(options, name)
+        if value is not None and options.temperature == 0.0:
             raise UsageError(
-                f"{_option(name)} ({getattr(options, name):g}) has no effect with --temperature 0, which always takes "
-                "the likeliest token"
+                f"--{name.replace('_', '-')} ({value:g}) has no effect with --temperature 0, which always takes the "
+                "likeliest token"
             )
     if "" in options.stop:
         raise UsageError("--stop ('') is empty: it would end every text at once")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _prompts(options: argparse.Namespace) -> list[Prompt]:

@@ -55,11 +55,28 @@ class Trained:
     dtype: "torch.dtype"
 
 
-def add_trained_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that uses a trained model."""
+def add_run_option(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint: for `find_checkpoint_folder(options.run, "--run")`."""
     # torchrun takes --run for one of its own options, wherever it stands; it leaves --run-dir alone.
     help_text = "a run's folder (its newest checkpoint), or a checkpoint's"
     parser.add_argument("--run", "--run-dir", dest="run", required=True, metavar="DIR", help=help_text)
+
+
+def check_positive(options: argparse.Namespace, *names: str) -> None:
+    """Refuse what is below 1 of the options that are given.
+
+    Raises:
+        UsageError: Naming the option and its value.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} ({value}) must be 1 or more")
+
+
+def add_trained_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that uses a trained model."""
+    add_run_option(parser)
     group = parser.add_argument_group("where it runs")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it is")
     help_text = "of the model; auto: as it was trained, fp32 where the device lacks that"
@@ -93,9 +110,7 @@ def open_trained(
     from moe_train.train.checkpoint.inventory import find_checkpoint_folder
     from moe_train.train.checkpoint.manifest import read_manifest
 
-    for name, value in (("--expert-parallel-size", options.expert_parallel_size), ("--threads", options.threads)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} ({value}) must be 1 or more")
+    check_positive(options, "expert_parallel_size", "threads")
     manifest = read_manifest(find_checkpoint_folder(options.run, "--run"))
     world = discover_world()
     config = _configuration(manifest, options, program, changes or {}, data_options)

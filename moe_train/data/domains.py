@@ -1,17 +1,14 @@
 """Text to evaluate on, source by source: what is held out, what is trained on, or all of it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
 
 from moe_train.config import DataConfig, UsageError
 from moe_train.config.data import SourceConfig
 from moe_train.data.cache import CacheFolder, TokenCache
 from moe_train.data.folders import cache_root
 from moe_train.data.prepare import OTHER_RANKS_WAIT_SECONDS, source_fields
-from moe_train.data.sequences import HeldOut
+from moe_train.data.sequences import HeldOut, join_streams
 from moe_train.data.sources import check_source, open_corpus
 from moe_train.data.tokenizers import Tokenizer
 
@@ -77,20 +74,13 @@ def _text_of(cache: TokenCache, split: Split, sequence_length: int, end_of_docum
     }[split]
     parts = [(tokens, size) for tokens, size in parts if size.documents]
     return HeldOut(
-        tokens=_joined([tokens for tokens, _ in parts]),
+        tokens=join_streams([tokens for tokens, _ in parts]),
         sequence_length=sequence_length,
         end_of_document=end_of_document,
         num_documents=sum(size.documents for _, size in parts),
         num_bytes=sum(size.num_bytes for _, size in parts),
         reference_bits_per_byte=cache.reference_bits_per_byte if split == "held_out" else {},
     )
-
-
-def _joined(streams: Sequence[np.ndarray]) -> np.ndarray:
-    if len(streams) == 1:
-        return streams[0]  # stays on the disk
-    # The mark that ends one stream begins the next: it is not predicted twice.
-    return np.concatenate([streams[0], *(stream[1:] for stream in streams[1:])]) if streams else np.empty(0, np.int64)
 
 
 def _name_of(source: SourceConfig) -> str:

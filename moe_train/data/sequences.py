@@ -129,6 +129,14 @@ class HeldOut:
         return inputs_BS, targets_BS
 
 
+def join_streams(streams: Sequence[np.ndarray]) -> np.ndarray:
+    """Token streams as one; a single one stays on the disk, none is an empty stream."""
+    if len(streams) < 2:
+        return streams[0] if streams else np.empty(0, np.int64)
+    # The mark that ends one stream begins the next: it is not predicted twice.
+    return np.concatenate([streams[0], *(stream[1:] for stream in streams[1:])])
+
+
 def join_held_out(caches: Sequence[TokenCache], sequence_length: int, end_of_document: int) -> HeldOut | None:
     """The held-out texts of several caches as one.
 
@@ -143,16 +151,13 @@ def join_held_out(caches: Sequence[TokenCache], sequence_length: int, end_of_doc
     parts = [cache for cache in caches if cache.held_out.documents]
     if not parts:
         return None
-    # The mark that ends one stream begins the next: it is not predicted twice.
-    rest = [part.held_out_tokens[1:] for part in parts[1:]]
-    tokens = np.concatenate([parts[0].held_out_tokens, *rest]) if rest else parts[0].held_out_tokens
     num_bytes = sum(part.held_out.num_bytes for part in parts)
     weighted: dict[str, float] = {}
     for part in parts:
         for name, bits_per_byte in part.reference_bits_per_byte.items():
             weighted[name] = weighted.get(name, 0.0) + bits_per_byte * part.held_out.num_bytes / num_bytes
     return HeldOut(
-        tokens=tokens,
+        tokens=join_streams([part.held_out_tokens for part in parts]),
         sequence_length=sequence_length,
         end_of_document=end_of_document,
         num_documents=sum(part.held_out.documents for part in parts),

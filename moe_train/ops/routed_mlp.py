@@ -20,14 +20,14 @@ from moe_train.ops.row_map import RowMap
 
 
 def routed_swiglu(
-    rows_ND: Tensor, gates_R: Tensor, map: RowMap, counts_e: Tensor, gate_up_eDG: Tensor, down_eFD: Tensor
+    rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up_eDG: Tensor, down_eFD: Tensor
 ) -> Tensor:
     """Each source row's sum of gate x w_down(silu(x w_gate) * (x w_up)) over the experts it is routed to.
 
     Args:
         rows_ND: Source rows.
         gates_R: At least fp32, the factor of every assignment, in expert order.
-        map: The source row of every assignment, in expert order.
+        row_map: The source row of every assignment, in expert order.
         counts_e: int64, assignments an expert; zero is allowed.
         gate_up_eDG: [e, D, 2F], w_gate then w_up, of the rows' dtype.
         down_eFD: [e, F, D].
@@ -38,7 +38,7 @@ def routed_swiglu(
     # On CPU an expert's rows fit the cache, and experts one after the other never leave it.
     in_turn = rows_ND.device.type == "cpu" or not _has_grouped_mm(rows_ND, gate_up_eDG)
     function = _InTurn if in_turn else _Together
-    return function.apply(rows_ND, gates_R, map, counts_e, gate_up_eDG, down_eFD)
+    return function.apply(rows_ND, gates_R, row_map, counts_e, gate_up_eDG, down_eFD)
 
 
 class _InTurn(torch.autograd.Function):
@@ -46,20 +46,20 @@ class _InTurn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, gates_R: Tensor, map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
+        ctx: Any, rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
         counts = counts_e.tolist()  # host synchronisation: slices need numbers
-        num_rows = map.source_R.numel()
+        num_rows = row_map.source_R.numel()
         hidden_RG = rows_ND.new_empty(num_rows, gate_up.shape[2])
         output_RD = rows_ND.new_empty(num_rows, rows_ND.shape[1])
-        parts = _by_expert(counts, (map.source_R, gates_R, hidden_RG, output_RD), (gate_up, down))
+        parts = _by_expert(counts, (row_map.source_R, gates_R, hidden_RG, output_RD), (gate_up, down))
         for source_r, gates_r, hidden_rG, output_rD, gate_up_DG, down_FD in parts:
             torch.mm(rows_ND.index_select(0, source_r), gate_up_DG, out=hidden_rG)
             gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
             torch.mm(_gated(F.silu(gate_rF).mul_(up_rF), gates_r), down_FD, out=output_rD)
         ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down)
-        ctx.map, ctx.counts = map, counts
-        return map.sum_rows(output_RD)
+        ctx.row_map, ctx.counts = row_map, counts
+        return row_map.sum_rows(output_RD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,7 +70,7 @@ class _InTurn(torch.autograd.Function):
             if count == 0:
                 grad_gate_up[expert], grad_down[expert] = 0.0, 0.0
         grad_gates_R, grad_rows_RD = torch.empty_like(gates_R), rows_ND.new_empty(len(gates_R), rows_ND.shape[1])
-        by_row = (ctx.map.source_R, gates_R, hidden_RG, grad_gates_R, grad_rows_RD)
+        by_row = (ctx.row_map.source_R, gates_R, hidden_RG, grad_gates_R, grad_rows_RD)
         by_expert = (gate_up, down, grad_gate_up, grad_down)
         for source_r, gates_r, hidden_rG, grad_gates_r, grad_rows_rD, *weights in _by_expert(
             ctx.counts, by_row, by_expert
@@ -83,7 +83,7 @@ class _InTurn(torch.autograd.Function):
             torch.mm(active_rF.t(), grad_rD, out=grad_down_FD)
             torch.mm(rows_rD.t(), grad_hidden_rG, out=grad_gate_up_DG)
             torch.mm(grad_hidden_rG, gate_up_DG.t(), out=grad_rows_rD)
-        return ctx.map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
+        return ctx.row_map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
 class _Together(torch.autograd.Function):
@@ -91,27 +91,27 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, gates_R: Tensor, map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
+        ctx: Any, rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
         offsets_e = counts_e.cumsum(0).to(torch.int32)
-        hidden_RG = F.grouped_mm(map.spread_rows(rows_ND), gate_up, offs=offsets_e)
+        hidden_RG = F.grouped_mm(row_map.spread_rows(rows_ND), gate_up, offs=offsets_e)
         gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
         output_RD = F.grouped_mm(_gated(F.silu(gate_RF).mul_(up_RF), gates_R), down, offs=offsets_e)
         ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e)
-        ctx.map = map
-        return map.sum_rows(output_RD)
+        ctx.row_map = row_map
+        return row_map.sum_rows(output_RD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e = ctx.saved_tensors
-        grad_RD = ctx.map.spread_rows(grads[0])
+        grad_RD = ctx.row_map.spread_rows(grads[0])
         slope_RF = F.grouped_mm(grad_RD, down.transpose(1, 2), offs=offsets_e)
         grad_hidden_RG, active_RF, grad_gates_R = _activation_gradients(hidden_RG, slope_RF, gates_R)
         grad_down = F.grouped_mm(active_RF.t(), grad_RD, offs=offsets_e)
         del grad_RD, active_RF
-        grad_gate_up = F.grouped_mm(ctx.map.spread_rows(rows_ND).t(), grad_hidden_RG, offs=offsets_e)
+        grad_gate_up = F.grouped_mm(ctx.row_map.spread_rows(rows_ND).t(), grad_hidden_RG, offs=offsets_e)
         grad_rows_RD = F.grouped_mm(grad_hidden_RG, gate_up.transpose(1, 2), offs=offsets_e)
-        return ctx.map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
+        return ctx.row_map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
 def _by_expert(

@@ -69,31 +69,31 @@ class RowMap:
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, map: RowMap) -> Tensor:
-        ctx.map = map
-        return map.spread_rows(rows_ND)
+    def forward(ctx: Any, rows_ND: Tensor, row_map: RowMap) -> Tensor:
+        ctx.row_map = row_map
+        return row_map.spread_rows(rows_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.map.sum_rows(grads[0].contiguous()), None
+        return ctx.row_map.sum_rows(grads[0].contiguous()), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, map: RowMap) -> Tensor:
-        ctx.map = map
-        return map.sum_rows(rows_RD)
+    def forward(ctx: Any, rows_RD: Tensor, row_map: RowMap) -> Tensor:
+        ctx.row_map = row_map
+        return row_map.sum_rows(rows_RD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.map.spread_rows(grads[0]), None
+        return ctx.row_map.spread_rows(grads[0]), None
 
 
-def spread(rows_ND: Tensor, map: RowMap) -> Tensor:
+def spread(rows_ND: Tensor, row_map: RowMap) -> Tensor:
     """Every place's row, [R, D]; its gradient is summed in an order that does not depend on the device's threads."""
-    return _Spread.apply(rows_ND, map)
+    return _Spread.apply(rows_ND, row_map)
 
 
-def sum_places(rows_RD: Tensor, map: RowMap) -> Tensor:
+def sum_places(rows_RD: Tensor, row_map: RowMap) -> Tensor:
     """The sum of each source's places, [N, D], accumulated in at least fp32."""
-    return _Sum.apply(rows_RD, map)
+    return _Sum.apply(rows_RD, row_map)

@@ -22,13 +22,13 @@ def map_of(source, count):
 @sources
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_against_loops(source, count, dtype):
-    map = map_of(source, count)
-    assert map.num_sources == count
+    row_map = map_of(source, count)
+    assert row_map.num_sources == count
     rows = torch.randn(count, 5).to(dtype)
     places = torch.randn(len(source), 5).to(dtype)
     for place, number in enumerate(source):
-        assert torch.equal(spread(rows, map)[place], rows[number])
-    summed = sum_places(places, map)
+        assert torch.equal(spread(rows, row_map)[place], rows[number])
+    summed = sum_places(places, row_map)
     assert summed.shape == (count, 5) and summed.dtype == dtype
     for number in range(count):
         of_it = [places[place].double() for place in range(len(source)) if source[place] == number]
@@ -39,14 +39,14 @@ def test_against_loops(source, count, dtype):
 
 @sources
 def test_gradients(source, count):
-    map = map_of(source, count)
+    row_map = map_of(source, count)
     rows = torch.randn(count, 3, dtype=torch.float64, requires_grad=True)
     places = torch.randn(len(source), 3, dtype=torch.float64, requires_grad=True)
     if count:
-        assert torch.autograd.gradcheck(lambda rows: spread(rows, map), (rows,))
-        assert torch.autograd.gradcheck(lambda places: sum_places(places, map), (places,))
-    sum_places(places, map).sum().backward()  # whose gradient is expanded
-    spread(rows, map).sum().backward()
+        assert torch.autograd.gradcheck(lambda rows: spread(rows, row_map), (rows,))
+        assert torch.autograd.gradcheck(lambda places: sum_places(places, row_map), (places,))
+    sum_places(places, row_map).sum().backward()  # whose gradient is expanded
+    spread(rows, row_map).sum().backward()
     assert rows.grad.shape == rows.shape and places.grad.shape == places.shape
 
 

@@ -37,5 +37,5 @@ class GroupedExperts(nn.Module):
     def forward(self, rows_ND: Tensor, assignments: Assignments) -> Tensor:
         """The gate-weighted sum of each row's experts, of those that are here. [N, D]."""
         return routed_swiglu(
-            rows_ND, assignments.gates_R, assignments.map, assignments.counts_e, self.gate_up, self.down
+            rows_ND, assignments.gates_R, assignments.row_map, assignments.counts_e, self.gate_up, self.down
         )

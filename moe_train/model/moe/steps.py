@@ -88,19 +88,19 @@ class Assignments:
     """Which experts of this rank compute which of the rows that are here.
 
     Attributes:
-        map: The row of every assignment, in expert order.
+        row_map: The row of every assignment, in expert order.
         gates_R: fp32 or wider, the factor of every assignment's output.
         counts_e: int64, assignments an expert of this rank.
     """
 
-    map: RowMap
+    row_map: RowMap
     gates_R: Tensor
     counts_e: Tensor
 
     @property
     def num_assignments(self) -> int:
         """R."""
-        return self.map.source_R.shape[0]
+        return self.row_map.source_R.shape[0]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Request:
+class ConversionRequest:
     """What is asked for.
 
     Attributes:
@@ -102,7 +102,7 @@ class Converted:
 
 
 def convert_attention(
-    manifest: Manifest, request: Request, advance: Advance | None = None, file_elements: int = FILE_ELEMENTS
+    manifest: Manifest, request: ConversionRequest, advance: Advance | None = None, file_elements: int = FILE_ELEMENTS
 ) -> Converted:
     """Write a new run folder with a checkpoint of step 0. Memory: two files' weights, and a head.
 
@@ -153,7 +153,7 @@ def convert_attention(
     )
 
 
-def uptraining_config(manifest: Manifest, source: Config, request: Request) -> Config:
+def uptraining_config(manifest: Manifest, source: Config, request: ConversionRequest) -> Config:
     """The configuration of the run that goes on with the smaller model.
 
     The warm-up keeps its share of the steps; balance weights that follow a schedule stay where the source had come to;

@@ -31,12 +31,12 @@ def send_and_return(rank, world_size):
     dispatcher, group = FlatDispatcher(), world_group()
     dispatched = dispatcher.dispatch(x, routing, EXPERTS, group)
     assignments = dispatched.assignments
-    rows = spread(dispatched.rows_ND, assignments.map)
+    rows = spread(dispatched.rows_ND, assignments.row_map)
     # An "expert" that multiplies by its number + 1.
     local = EXPERTS // world_size
     numbers = torch.arange(rank * local, (rank + 1) * local).repeat_interleave(assignments.counts_e)
     factors = assignments.gates_R * (numbers + 1)
-    back = dispatcher.combine(sum_places(rows * factors[:, None], assignments.map), dispatched, group)
+    back = dispatcher.combine(sum_places(rows * factors[:, None], assignments.row_map), dispatched, group)
     return rows, assignments.counts_e, dispatched.send, dispatched.receive, back
 
 
@@ -82,8 +82,8 @@ def send_with_some_left_out(rank, world_size, top_k):
     expected_send = [sum(1 for _, destination in pairs if destination == p) for p in range(world_size)]
     numbers = torch.arange(rank * local, (rank + 1) * local).repeat_interleave(dispatched.assignments.counts_e)
     factors = dispatched.assignments.gates_R * (numbers + 1)
-    rows = spread(dispatched.rows_ND, dispatched.assignments.map) * factors[:, None]
-    back = dispatcher.combine(sum_places(rows, dispatched.assignments.map), dispatched, group)
+    rows = spread(dispatched.rows_ND, dispatched.assignments.row_map) * factors[:, None]
+    back = dispatcher.combine(sum_places(rows, dispatched.assignments.row_map), dispatched, group)
     expected = tags(rank) * (gates * (experts + 1) * kept).sum(1, keepdim=True)
     return list(dispatched.send), expected_send, len(dispatched.rows_ND), sum(dispatched.receive), back, expected
 

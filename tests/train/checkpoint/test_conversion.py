@@ -15,7 +15,7 @@ from moe_train.model.build import build_model
 from moe_train.model.count import count_parameters
 from moe_train.model.parameters import logical_tensors
 from moe_train.train.checkpoint import conversion, inspection, widening
-from moe_train.train.checkpoint.conversion import Converted, Request, convert_attention
+from moe_train.train.checkpoint.conversion import ConversionRequest, Converted, convert_attention
 from moe_train.train.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest
 from moe_train.train.checkpoint.ranges import RangeReader
 from moe_train.train.checkpoint.verification import verify_checkpoint, verify_surroundings
@@ -69,7 +69,7 @@ def make_source(folder: Path, state: State | None = None, **changes: Any) -> Man
 
 
 def converted(manifest: Manifest, output: Path, **request: Any) -> tuple[Converted, Manifest]:
-    done = convert_attention(manifest, Request(output, **request), file_elements=1000)
+    done = convert_attention(manifest, ConversionRequest(output, **request), file_elements=1000)
     return done, read_manifest(Path(done.checkpoint))
 
 

@@ -1,0 +1,26 @@
+"""What every benchmark's report needs: the processor's name, lines of progress, files that are never half-written."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+
+def processor() -> str:
+    """Its name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or os.uname().machine
+
+
+def say(line: str) -> None:
+    """Progress and messages go to stderr, figures to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half-written."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
