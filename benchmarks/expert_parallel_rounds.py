@@ -4,9 +4,10 @@ Legend: T tokens of this rank, K top_k, D hidden_size.
 """
 
 import contextlib
+import ctypes
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,43 +16,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.expert_parallel_rows import PARTS, REFERENCE, Sent, Shape, Turn, count_rows
-from moe_train.model.moe.dispatch import DISPATCHERS
+from benchmarks.expert_parallel_rows import Sent, Shape, Turn, Variant, count_rows
+from moe_train.model.moe.dispatch import DISPATCHERS, Dispatcher
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers.base import PLAIN
 from moe_train.model.moe.routers.softmax_topk import SoftmaxTopKRouter
 from moe_train.model.parameters import ExpertParameter, materialize
 from moe_train.ops.keyed_random import fill_normal_, make_key
+from moe_train.ops.payload import Payload
 from moe_train.parallel.bootstrap import discover_world, init_process_group, leave_process_group
 from moe_train.parallel.collectives import all_reduce_sum, barrier, gather_objects, group_rank, group_size, world_group
+from moe_train.parallel.groups import create_expert_groups
 from moe_train.parallel.host_memory import keep_freed_memory
 
 _DEVICE = torch.device("cpu")
 _TIMEOUT_SECONDS = 300
 _LEARNING_RATE = 1e-4
 _INIT_STD = 0.02
+_CLONE_NEWNET = 0x40000000
 _WARM_UPS = 2  # steps that are not timed: of the first the numbers are compared
 
 
 @dataclass
 class Wire:
-    """What goes through torch.distributed.all_to_all_single, and how long that takes.
+    """What goes through torch.distributed.all_to_all_single, and how long this rank waits for it.
 
     Attributes:
-        hidden: D; of rows at least as wide, that much is a token's row and the rest metadata.
-        link_mbit: Megabits a second at which a rank sends and, at the same time, receives; 0: as fast as it goes.
+        hidden: D; of rows that wide or wider, that much is a token's row and the rest metadata.
+        node_size: Ranks of a node.
         is_backward: Which pass it is.
-        rows: Bytes to other ranks, forward pass.
-        metadata: Likewise.
+        across: Bytes of token rows to ranks of other nodes, forward pass.
+        within: Bytes of token rows to other ranks of the node, forward pass.
+        metadata: Bytes of the rest to other ranks, forward pass.
         backward: Bytes to other ranks, backward pass.
-        seconds: In all-to-alls.
+        seconds: Starting all-to-alls and waiting for them.
     """
 
     hidden: int
-    link_mbit: float
+    node_size: int
     is_backward: bool = False
-    rows: int = field(default=0, init=False)
+    across: int = field(default=0, init=False)
+    within: int = field(default=0, init=False)
     metadata: int = field(default=0, init=False)
     backward: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
@@ -69,15 +75,11 @@ class Wire:
             group: dist.ProcessGroup | None = None,
             async_op: bool = False,
         ) -> Any:
-            assert not async_op, "an exchange that goes on by itself is not timed here"
             began = time.perf_counter()
-            result = original(output, input, output_split_sizes, input_split_sizes, group)
-            sent, received = _to_others(input, input_split_sizes, group), _to_others(output, output_split_sizes, group)
-            self._count(input, sent)
-            if self.link_mbit:
-                time.sleep(max(sent, received) * 8 / (self.link_mbit * 1e6))
+            work = original(output, input, output_split_sizes, input_split_sizes, group, async_op)
             self.seconds += time.perf_counter() - began
-            return result
+            self._count(input, input_split_sizes, group)
+            return _TimedWork(work, self) if async_op else work
 
         dist.all_to_all_single = watching
         try:
@@ -85,33 +87,98 @@ class Wire:
         finally:
             dist.all_to_all_single = original
 
-    def _count(self, input: Tensor, sent: int) -> None:
-        width = input[:1].numel()
+    def _count(self, input: Tensor, splits: list[int] | None, group: dist.ProcessGroup | None) -> None:
+        ranks = dist.get_process_group_ranks(group)
+        splits = splits or [len(input) // len(ranks)] * len(ranks)
+        own = dist.get_rank()
+        row_bytes = input[:1].numel() * input.element_size() if len(input) else 0
+        others = [(rank, split * row_bytes) for rank, split in zip(ranks, splits, strict=True) if rank != own]
+        total = sum(num_bytes for _, num_bytes in others)
         if self.is_backward:
-            self.backward += sent
-        elif input.is_floating_point() and width >= self.hidden:
-            self.rows += sent * self.hidden // width
-            self.metadata += sent - sent * self.hidden // width
+            self.backward += total
+        elif input.dtype != torch.int64 and input[:1].numel() >= self.hidden:
+            across = sum(num_bytes for rank, num_bytes in others if rank // self.node_size != own // self.node_size)
+            self.across += across
+            self.within += total - across
         else:
-            self.metadata += sent
+            self.metadata += total
+
+
+@dataclass(frozen=True)
+class _TimedWork:
+    """A collective operation under way, the wait for which is timed."""
+
+    work: dist.Work
+    wire: Wire
+
+    def wait(self) -> Any:
+        began = time.perf_counter()
+        result = self.work.wait()
+        self.wire.seconds += time.perf_counter() - began
+        return result
+
+
+class Clock:
+    """Adds up the time of the parts of a layer's forward pass."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("route", "dispatch", "experts", "combine"), 0.0)
+
+    def watch(self, layer: MoELayer) -> None:
+        """Time the layer's four steps from now on: its chunks take turns in them."""
+        for part, module in (("route", layer.router), ("experts", layer.experts)):
+            began: list[float] = []
+            module.register_forward_pre_hook(lambda *_, began=began: began.append(time.perf_counter()))
+            module.register_forward_hook(lambda *_, part=part, began=began: self._add(part, began.pop()))
+        layer.dispatcher = _TimedDispatcher(layer.dispatcher, self)
+
+    def read(self) -> dict[str, float]:
+        """The seconds since the last reading."""
+        seconds, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
+        return seconds
+
+    def _add(self, part: str, began: float) -> None:
+        self.seconds[part] += time.perf_counter() - began
+
+
+class _TimedDispatcher:
+    """A dispatcher whose calls are timed."""
+
+    def __init__(self, dispatcher: Dispatcher, clock: Clock) -> None:
+        for part, calls in {"dispatch": ("plan", "send", "arrive"), "combine": ("combine", "finish")}.items():
+            for call in calls:
+                setattr(self, call, self._timed(getattr(dispatcher, call), part, clock))
+
+    @staticmethod
+    def _timed(function: Callable[..., Any], part: str, clock: Clock) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments)
+            clock._add(part, began)
+            return result
+
+        return timed
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """A layer with one of the dispatches, and its optimizer."""
+    """A layer with one of the dispatches, its optimizer, and the clock of its parts."""
 
     layer: MoELayer
     optimizer: torch.optim.Optimizer
+    clock: Clock
 
 
 def run_rank(arguments: list[str]) -> int:
     """Measure; rank 0 writes turns.json into the folder. Collective: all ranks.
 
     Args:
-        arguments: The folder, and the fields of Shape as JSON.
+        arguments: The folder, the fields of Shape as JSON, and the names of the nodes' network namespaces, if any.
     """
     folder, shape = Path(arguments[0]), Shape(**json.loads(arguments[1]))
     world = discover_world()
+    if namespaces := arguments[2:]:
+        enter_network(namespaces[world.rank * len(namespaces) // world.world_size])
     keep_freed_memory()  # as in training
     init_process_group(world, _DEVICE, _TIMEOUT_SECONDS)
     turns = measure(shape)
@@ -123,9 +190,9 @@ def run_rank(arguments: list[str]) -> int:
 
 
 def measure(shape: Shape) -> dict[str, list[Turn]]:
-    """All rounds: by dispatch, the compared step and then the timed ones. Collective: all ranks."""
-    trainees = {name: make_trainee(name, shape) for name in DISPATCHERS}
-    names = [REFERENCE, *(name for name in trainees if name != REFERENCE)]
+    """All rounds: by variant, the compared step and then the timed ones. Collective: all ranks."""
+    names = [variant.name for variant in shape.variants_on(group_size(world_group()))]
+    trainees = {variant.name: make_trainee(variant, shape) for variant in shape.variants_on(group_size(world_group()))}
     found: dict[str, list[Turn]] = {name: [] for name in names}
     reference: list[Tensor] = []
     for number in range(shape.rounds + _WARM_UPS):
@@ -143,10 +210,13 @@ def measure(shape: Shape) -> dict[str, list[Turn]]:
     return found
 
 
-def make_trainee(dispatch: str, shape: Shape) -> Trainee:
-    """A layer whose weights are the same for every dispatch."""
-    group = world_group()
-    local = shape.experts // group_size(group)
+def make_trainee(variant: Variant, shape: Shape) -> Trainee:
+    """A layer whose weights are the same for every variant. Collective: all ranks."""
+    ranks = group_size(world_group())
+    local, path, own_rank = shape.experts // ranks, (), group_rank(world_group())
+    if ranks > 1:
+        node_size = shape.node_size(ranks) if variant.dispatch == "two_level" else None
+        path = create_expert_groups(ranks, _TIMEOUT_SECONDS, node_size).path
     with torch.device("meta"):
         router = SoftmaxTopKRouter(
             shape.hidden,
@@ -157,11 +227,14 @@ def make_trainee(dispatch: str, shape: Shape) -> Trainee:
             options=replace(PLAIN, optional_sums=frozenset()),
         )
         experts = GroupedExperts(
-            shape.hidden, shape.inner, shape.experts, local, group_rank(group) * local, _INIT_STD, _INIT_STD
+            shape.hidden, shape.inner, shape.experts, local, own_rank * local, _INIT_STD, _INIT_STD
         )
-        layer = MoELayer(router, DISPATCHERS[dispatch](None), experts, shape.experts, group)
+        dispatcher = DISPATCHERS[variant.dispatch](variant.chunks, Payload(variant.payload))
+        layer = MoELayer(router, dispatcher, experts, shape.experts, path)
     materialize(layer, seed=shape.seed, dtype=torch.float32, device=_DEVICE)
-    return Trainee(layer, torch.optim.AdamW(layer.parameters(), lr=_LEARNING_RATE, fused=True))
+    clock = Clock()
+    clock.watch(layer)
+    return Trainee(layer, torch.optim.AdamW(layer.parameters(), lr=_LEARNING_RATE, fused=True), clock)
 
 
 def take_turn(trainee: Trainee, x_TD: Tensor, grad_TD: Tensor, shape: Shape) -> tuple[Turn, list[Tensor]]:
@@ -173,34 +246,29 @@ def take_turn(trainee: Trainee, x_TD: Tensor, grad_TD: Tensor, shape: Shape) -> 
         grad_TD: Gradient of the layer's output.
         shape: Of the layer.
     """
-    layer, group = trainee.layer, trainee.layer.group
-    keys_T = torch.arange(shape.tokens)
+    layer, group = trainee.layer, world_group()
+    chosen: list[Tensor] = []
+    watcher = layer.router.register_forward_hook(lambda *told: chosen.append(told[2].experts_TK))
     x_TD = x_TD.clone().requires_grad_()
-    wire = Wire(shape.hidden, shape.link_mbit)
+    wire = Wire(shape.hidden, shape.node_size(group_size(group)))
     barrier()
-    clock = [time.perf_counter()]
+    began = time.perf_counter()
     with wire.watched():
-        # MoELayer.forward in its parts.
-        routing = layer.router(x_TD, keys_T)
-        clock.append(time.perf_counter())
-        dispatched = layer.dispatcher.dispatch(x_TD, routing, shape.experts, group)
-        clock.append(time.perf_counter())
-        rows_ND = layer.experts(dispatched.rows_ND, dispatched.assignments)
-        clock.append(time.perf_counter())
-        y_TD = layer.dispatcher.combine(rows_ND, dispatched, group)
-        clock.append(time.perf_counter())
+        y_TD = layer(x_TD.unsqueeze(0), torch.arange(shape.tokens).unsqueeze(0))[0].squeeze(0)
+        forward_end = time.perf_counter()
         wire.is_backward = True
         y_TD.backward(grad_TD)
-        clock.append(time.perf_counter())
+    backward_end = time.perf_counter()
     _add_up_router_gradients(layer, group)
     trainee.optimizer.step()
-    clock.append(time.perf_counter())
-    seconds = {part: end - begin for part, begin, end in zip(PARTS, clock, clock[1:], strict=False)}
-    seconds |= {"step": clock[-1] - clock[0], "exchange": wire.seconds}
+    end = time.perf_counter()
+    watcher.remove()
+    seconds = trainee.clock.read() | {"backward": backward_end - forward_end, "optimizer": end - backward_end}
+    seconds |= {"step": end - began, "exchange": wire.seconds}
     gradients = [x_TD.grad, *(parameter.grad for parameter in layer.parameters())]
     numbers = [y_TD.detach(), *(gradient for gradient in gradients if gradient is not None)]
     trainee.optimizer.zero_grad()
-    rows = count_rows(routing.experts_TK.tolist(), group_rank(group), shape.experts // group_size(group))
+    rows = count_rows(chosen[0].tolist(), group_rank(group), shape, group_size(group))
     return _over_ranks(seconds, wire, rows), numbers
 
 
@@ -210,18 +278,25 @@ def _add_up_router_gradients(layer: nn.Module, group: dist.ProcessGroup | None) 
             parameter.grad = all_reduce_sum(parameter.grad, group)
 
 
-def _over_ranks(seconds: dict[str, float], wire: Wire, rows: tuple[int, int]) -> Turn:
+def enter_network(namespace: str) -> None:
+    """Make a network namespace this process's own, and that of the threads it starts from now on.
+
+    Args:
+        namespace: As `ip netns list` tells it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)  # Python has os.setns since 3.12
+    with open(f"/var/run/netns/{namespace}") as file:
+        if libc.setns(file.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns", namespace)
+
+
+def _over_ranks(seconds: dict[str, float], wire: Wire, rows: dict[str, tuple[int, int]]) -> Turn:
     """The slowest rank's times, and all ranks' bytes. Collective: all ranks."""
-    told = gather_objects((seconds, (wire.rows, wire.metadata, wire.backward), rows))
+    told = gather_objects((seconds, (wire.across, wire.within, wire.metadata, wire.backward), rows))
     slowest = {name: max(one[0][name] for one in told) for name in seconds}
-    sent = Sent(*(sum(one[1][i] for one in told) for i in range(3)))
-    return Turn(slowest, sent, *(sum(one[2][i] for one in told) for i in range(2)), difference=None)
-
-
-def _to_others(tensor: Tensor, splits: list[int] | None, group: dist.ProcessGroup | None) -> int:
-    """Bytes of the blocks that are not this rank's own."""
-    own = splits[dist.get_rank(group)] if splits else len(tensor) // dist.get_world_size(group)
-    return (len(tensor) - own) * tensor[:1].numel() * tensor.element_size() if len(tensor) else 0
+    sent = Sent(*(sum(one[1][i] for one in told) for i in range(4)))
+    drawn = {name: tuple(sum(one[2][name][i] for one in told) for i in range(2)) for name in rows}
+    return Turn(slowest, sent, drawn, difference=None)
 
 
 def _draw(shape: Shape, what: str, number: int) -> Tensor:

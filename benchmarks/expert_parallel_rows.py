@@ -3,16 +3,39 @@
 Legend: T tokens of a rank, K top_k, E experts, e of a rank, P ranks, D hidden_size.
 """
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 PARTS = ("route", "dispatch", "experts", "combine", "backward", "optimizer")
 LEAST_SAVED = 0.25  # of flat's bytes
 TOLERANCE = 1e-5  # of fp32 sums of a few hundred terms in another order
-REFERENCE = "flat"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way for tokens to travel.
+
+    Attributes:
+        dispatch: Its name.
+        chunks: In which they travel.
+        payload: The form in which they travel.
+    """
+
+    dispatch: str
+    chunks: int
+    payload: str
+
+    @property
+    def name(self) -> str:
+        """Of the three."""
+        return f"{self.dispatch}/{self.chunks}/{self.payload}"
+
+
+REFERENCE = Variant("flat", 1, "model")
 
 
 @dataclass(frozen=True)
@@ -25,9 +48,13 @@ class Shape:
         inner: Intermediate width of one expert.
         experts: E, of all ranks together.
         top_k: K.
-        rounds: Timed steps of each dispatch.
+        rounds: Timed steps of each variant.
         seed: Of weights and tokens.
-        link_mbit: Megabits a second of each rank's slowed link; 0: not slowed.
+        nodes: Into which ranks are divided, if so many; real ones where link_mbit is given.
+        link_mbit: Megabits a second of each node's link; 0: there is no network between ranks.
+        dispatch: Names to measure.
+        chunks: Numbers to measure.
+        payload: Names to measure.
     """
 
     tokens: int
@@ -37,12 +64,28 @@ class Shape:
     top_k: int
     rounds: int
     seed: int
+    nodes: int
     link_mbit: float
+    dispatch: tuple[str, ...]
+    chunks: tuple[int, ...]
+    payload: tuple[str, ...]
 
     @property
     def row_bytes(self) -> int:
         """Of a token's row, fp32."""
         return self.hidden * 4
+
+    def node_size(self, ranks: int) -> int:
+        """Ranks of a node."""
+        return ranks // self.nodes if ranks % self.nodes == 0 and ranks > self.nodes else ranks
+
+    def variants_on(self, ranks: int) -> list[Variant]:
+        """What is measured on some ranks, the reference first: on one rank nothing travels; one node has no level."""
+        if ranks == 1:
+            return [REFERENCE]
+        names = [name for name in self.dispatch if name != "two_level" or self.node_size(ranks) < ranks]
+        found = [Variant(*each) for each in itertools.product(names, self.chunks, self.payload)]
+        return [REFERENCE, *(variant for variant in found if variant != REFERENCE)]
 
 
 @dataclass(frozen=True)
@@ -50,32 +93,37 @@ class Sent:
     """Bytes to other ranks in one step, summed over ranks.
 
     Attributes:
-        rows: Token rows there and back, forward pass.
+        across: Token rows between nodes, there and back, forward pass.
+        within: Token rows inside of nodes, likewise.
         metadata: The rest of the forward pass: counts, gates, places.
         backward: All of the backward pass.
     """
 
-    rows: int
+    across: int
+    within: int
     metadata: int
     backward: int
+
+    @property
+    def rows(self) -> int:
+        """Token rows, forward pass."""
+        return self.across + self.within
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One step of one dispatch.
+    """One step of one variant.
 
     Attributes:
-        seconds: By part, and `step` and `exchange` (in all-to-alls, waiting included): of the slowest rank in each.
+        seconds: By part, and `step` and `exchange` (starting and waiting for all-to-alls): of the slowest rank in each.
         sent: Measured.
-        flat_rows: Rows that flat has to send one way for the routing of this step.
-        unique_rows: Likewise unique.
-        difference: From the reference dispatch's outputs and gradients, relative; None where that was not compared.
+        drawn: By dispatch: rows that it has to send one way for the routing of this step, across and within nodes.
+        difference: From the reference's outputs and gradients, relative; None where that was not compared.
     """
 
     seconds: dict[str, float]
     sent: Sent
-    flat_rows: int
-    unique_rows: int
+    drawn: dict[str, tuple[int, int]]
     difference: float | None
 
 
@@ -85,34 +133,40 @@ class RowResult:
 
     Attributes:
         dispatch: Its name.
+        chunks: In which tokens travel.
+        payload: The form in which they travel.
         ranks: P.
         bytes: Measured, sent to other ranks in a forward pass, all ranks: token rows, there and back.
+        across_bytes: Of those, between nodes.
         metadata_bytes: Likewise: counts, gates, places.
         backward_bytes: Likewise in a backward pass, rows and gates.
-        formula_bytes: Calculated from the routing of the same step; None: no formula for this dispatch.
-        expected_bytes: Calculated for uniform routing; None likewise.
-        formula_holds: Whether measured and calculated rows were the same bytes in every step; None likewise.
+        formula_bytes: Calculated from the routing of the same step.
+        expected_bytes: Calculated for uniform routing.
+        formula_holds: Whether measured and calculated rows were the same bytes in every step, across nodes too.
         step_ms: Forward, backward, update.
-        exchange_ms: In all-to-alls of both passes, waiting for other ranks included.
+        exchange_ms: Starting all-to-alls of both passes and waiting for them.
         route_ms: And the other parts of the step.
         dispatch_ms: Of the forward pass.
         experts_ms: Of the forward pass.
         combine_ms: Of the forward pass.
         backward_ms: Of all four.
         optimizer_ms: The router's gradients added up over ranks, and AdamW.
-        speed_over_flat: Median of the rounds' ratios of flat's step time to this.
+        speed_over_flat: Median of the rounds' ratios of the reference's step time to this.
         speed_quartiles: The quartiles of those.
-        difference: Largest relative difference of an output or gradient from flat's.
+        difference: Largest relative difference of an output or gradient from the reference's.
     """
 
     dispatch: str
+    chunks: int
+    payload: str
     ranks: int
     bytes: int
+    across_bytes: int
     metadata_bytes: int
     backward_bytes: int
-    formula_bytes: int | None
-    expected_bytes: float | None
-    formula_holds: bool | None
+    formula_bytes: int
+    expected_bytes: float
+    formula_holds: bool
     step_ms: float
     exchange_ms: float
     route_ms: float
@@ -130,70 +184,95 @@ class RowResult:
         return asdict(self)
 
 
-def count_rows(experts: Sequence[Sequence[int]], own_rank: int, experts_per_rank: int) -> tuple[int, int]:
-    """Rows that one rank must send to others, one way: an assignment each, and a pair of token and rank each.
+def count_rows(experts: Sequence[Sequence[int]], own_rank: int, shape: Shape, ranks: int) -> dict[str, tuple[int, int]]:
+    """Rows that a rank's tokens need, one way, across and within nodes, by dispatch.
+
+    flat: an assignment each. unique: a pair of token and rank each. two_level: a pair of token and node each, and in
+    each node, from the rank that has the sender's place there, a pair of token and rank each.
 
     Args:
         experts: The K experts of each token of the rank.
         own_rank: The rank.
-        experts_per_rank: e.
+        shape: Of the layer.
+        ranks: P.
     """
-    flat = unique = 0
+    size, experts_per_rank = shape.node_size(ranks), shape.experts // ranks
+    node, place = divmod(own_rank, size)
+    found = {name: [0, 0] for name in ("flat", "unique", "two_level")}
+
+    def add(name: str, to_node: int) -> None:
+        found[name][to_node == node] += 1
+
     for chosen in experts:
-        elsewhere = [rank for rank in (expert // experts_per_rank for expert in chosen) if rank != own_rank]
-        flat += len(elsewhere)
-        unique += len(set(elsewhere))
-    return flat, unique
+        everywhere = [expert // experts_per_rank for expert in chosen]
+        for rank in everywhere:
+            if rank != own_rank:
+                add("flat", rank // size)
+        for rank in set(everywhere) - {own_rank}:
+            add("unique", rank // size)
+        found["two_level"][0] += len({rank // size for rank in everywhere} - {node})
+        found["two_level"][1] += sum(rank % size != place for rank in set(everywhere))
+    return {name: (across, within) for name, (across, within) in found.items()}
 
 
-def expected_flat_rows(shape: Shape, ranks: int) -> float:
-    """Rows to other ranks, one way, all ranks: P T K (1 - 1/P)."""
-    return ranks * shape.tokens * shape.top_k * (1 - 1 / ranks)
+def expected_rows(dispatch: str, shape: Shape, ranks: int) -> float:
+    """Rows to other ranks, one way, all ranks, for uniform routing.
+
+    flat: P T K (1 - 1/P). unique: P T (P - 1) (1 - C(E-e, K) / C(E, K)). two_level: P T ((N - 1) (1 - C(E-E/N, K) /
+    C(E, K)) + (P - N) (1 - C(E-e, K) / C(E, K))) on N nodes.
+    """
+    if dispatch == "flat":
+        return ranks * shape.tokens * shape.top_k * (1 - 1 / ranks)
+    to_a_rank = _share_reached(shape, shape.experts // ranks)
+    if dispatch == "unique":
+        return ranks * shape.tokens * (ranks - 1) * to_a_rank
+    nodes = ranks // shape.node_size(ranks)
+    to_a_node = _share_reached(shape, shape.experts // nodes)
+    return ranks * shape.tokens * ((nodes - 1) * to_a_node + (ranks - nodes) * to_a_rank)
 
 
-def expected_unique_rows(shape: Shape, ranks: int) -> float:
-    """Rows to other ranks, one way, all ranks, for uniform routing: P T (P - 1) (1 - C(E-e, K) / C(E, K))."""
-    elsewhere = shape.experts - shape.experts // ranks
-    missed = math.comb(elsewhere, shape.top_k) / math.comb(shape.experts, shape.top_k)
-    return ranks * shape.tokens * (ranks - 1) * (1 - missed)
+def _share_reached(shape: Shape, experts: int) -> float:
+    """The share of tokens that draw one of so many experts."""
+    return 1 - math.comb(shape.experts - experts, shape.top_k) / math.comb(shape.experts, shape.top_k)
 
 
-# Of the dispatches that have a formula: rows for the routing of a step, and for uniform routing.
-FORMULAS: dict[str, tuple[Callable[[Turn], int], Callable[[Shape, int], float]]] = {
-    "flat": (lambda turn: turn.flat_rows, expected_flat_rows),
-    "unique": (lambda turn: turn.unique_rows, expected_unique_rows),
-}
+def payload_row_bytes(variant: Variant, shape: Shape) -> int:
+    """Of a token's row on its way."""
+    return {"model": shape.row_bytes, "bf16": 2 * shape.hidden, "fp8": shape.hidden + 4}[variant.payload]
 
 
-def result_row(dispatch: str, ranks: int, shape: Shape, turns: Sequence[Turn], reference: Sequence[Turn]) -> RowResult:
+def result_row(
+    variant: Variant, ranks: int, shape: Shape, turns: Sequence[Turn], reference: Sequence[Turn]
+) -> RowResult:
     """A row.
 
     Args:
-        dispatch: Its name.
+        variant: What was measured.
         ranks: P.
         shape: Of the layer.
         turns: Its steps: the first, which compares and warms up, then the timed ones.
-        reference: Those of flat.
+        reference: Those of the reference.
     """
     first, timed = turns[0], turns[1:]
-    both_ways = 2 * shape.row_bytes
-    formula, expected, holds = None, None, None
-    if dispatch in FORMULAS:
-        drawn, uniform = FORMULAS[dispatch]
-        formula, expected = drawn(first) * both_ways, uniform(shape, ranks) * both_ways
-        holds = all(turn.sent.rows == drawn(turn) * both_ways for turn in turns)
+    both_ways = 2 * payload_row_bytes(variant, shape)
+
+    def formula(turn: Turn) -> tuple[int, int]:
+        across, within = turn.drawn[variant.dispatch]
+        return across * both_ways, within * both_ways
+
     ratios = [theirs.seconds["step"] / ours.seconds["step"] for ours, theirs in zip(timed, reference[1:], strict=True)]
     speeds = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     medians = {name: 1e3 * statistics.median(turn.seconds[name] for turn in timed) for name in timed[0].seconds}
     return RowResult(
-        dispatch=dispatch,
+        **asdict(variant),
         ranks=ranks,
         bytes=first.sent.rows,
+        across_bytes=first.sent.across,
         metadata_bytes=first.sent.metadata,
         backward_bytes=first.sent.backward,
-        formula_bytes=formula,
-        expected_bytes=expected,
-        formula_holds=holds,
+        formula_bytes=sum(formula(first)),
+        expected_bytes=expected_rows(variant.dispatch, shape, ranks) * both_ways,
+        formula_holds=all((turn.sent.across, turn.sent.within) == formula(turn) for turn in turns),
         speed_over_flat=speeds[1],
         speed_quartiles=(speeds[0], speeds[2]),
         difference=max(turn.difference for turn in turns if turn.difference is not None),
@@ -201,43 +280,46 @@ def result_row(dispatch: str, ranks: int, shape: Shape, turns: Sequence[Turn], r
     )
 
 
-def claims_of(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
+def claims_of(rows: Sequence[RowResult], shape: Shape) -> list[dict[str, Any]]:
     """What the experiment is to show, and whether this run of it does.
 
     Returns:
         For each: claim, in words with its figures; holds.
     """
-    claims = []
-    for name in FORMULAS:
-        own = [row for row in rows if row.dispatch == name]
-        if own:
-            wrong = [str(row.ranks) for row in own if not row.formula_holds]
-            words = f"{name} sends the rows of the formula for the routing drawn, to the byte, in every step"
-            claims.append(_claim(words + (f"; not on {', '.join(wrong)} ranks" if wrong else ""), not wrong))
+    wrong = [f"{row.dispatch} on {row.ranks} ranks" for row in rows if not row.formula_holds]
+    words = "Every dispatch sends the rows of its formula for the routing drawn, to the byte, in every step"
+    claims = [_claim(words + (f"; not {', '.join(wrong)}" if wrong else ""), not wrong)]
     most = max(row.ranks for row in rows)
-    if most > 1:
-        at_most = {row.dispatch: row for row in rows if row.ranks == most}
-        flat, unique = at_most[REFERENCE], at_most["unique"]
+    plain = [row for row in rows if row.ranks == most and row.payload == "model"]
+    by_name = {row.dispatch: row for row in plain if row.chunks == 1}
+    if "unique" in by_name:
+        flat, unique = by_name["flat"], by_name["unique"]
         saved = 1 - unique.bytes / flat.bytes if flat.bytes else 0.0
         flat_all, unique_all = (row.bytes + row.metadata_bytes for row in (flat, unique))
         words = f"On {most} ranks unique sends at least {LEAST_SAVED:.0%} fewer bytes of rows than flat: {saved:.1%}"
         claims.append(_claim(f"{words} ({1 - unique_all / flat_all:.1%} with the metadata)", saved >= LEAST_SAVED))
-        claims.append(_speed_claim(most, flat, unique))
-    difference = max(row.difference for row in rows)
-    words = f"Outputs and gradients of all dispatches are the same within {TOLERANCE:g}, relative, in fp32"
+        claims.append(_speed_claim(f"On {most} ranks a step with unique is faster than with flat", flat, unique))
+    if "two_level" in by_name and shape.link_mbit:
+        best = {name: min((row for row in plain if row.dispatch == name), key=_step_ms) for name in by_name}
+        words = "With the slow link between nodes two_level is the fastest, each with the best number of chunks"
+        figures = ", ".join(f"{name} {row.step_ms:.0f} ms in {row.chunks}" for name, row in best.items())
+        claims.append(_claim(f"{words}: {figures}", min(best.values(), key=_step_ms).dispatch == "two_level"))
+    difference = max(row.difference for row in rows if row.payload == "model")
+    words = f"Outputs and gradients of all dispatches and chunks are the same within {TOLERANCE:g}, relative, in fp32"
     claims.append(_claim(f"{words}: {difference:.1e}", difference <= TOLERANCE))
     return claims
 
 
-def _speed_claim(ranks: int, flat: RowResult, unique: RowResult) -> dict[str, Any]:
+def _step_ms(row: RowResult) -> float:
+    return row.step_ms
+
+
+def _speed_claim(words: str, flat: RowResult, other: RowResult) -> dict[str, Any]:
     """Only where the medians of both say so as well, and the rounds' own ratios do in three of four."""
-    low, high = unique.speed_quartiles
-    of_medians = flat.step_ms / unique.step_ms
-    words = (
-        f"On {ranks} ranks a step with unique is faster than with flat: {unique.speed_over_flat:.2f} times as fast "
-        f"(quartiles {low:.2f} to {high:.2f}; by the medians {of_medians:.2f})"
-    )
-    return _claim(words, min(low, of_medians) > 1)
+    low, high = other.speed_quartiles
+    of_medians = flat.step_ms / other.step_ms
+    figures = f"quartiles {low:.2f} to {high:.2f}; by the medians {of_medians:.2f}"
+    return _claim(f"{words}: {other.speed_over_flat:.2f} times as fast ({figures})", min(low, of_medians) > 1)
 
 
 def _claim(words: str, holds: bool) -> dict[str, Any]:

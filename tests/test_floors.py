@@ -36,6 +36,7 @@ DOORS = {
     "transformers": "moe_train/interop/",
     "datasets": "moe_train/data/",
     "tokenizers": "moe_train/data/",
+    "triton": "moe_train/ops/triton_kernels.py",
 }
 ENVIRONMENT_READERS = ("moe_train/parallel/", "launch/")
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

@@ -16,7 +16,7 @@ from moe_train.config.base import field_values
 from moe_train.config.deepspeed import check_additions, deepspeed_config
 from moe_train.config.errors import EXIT_STOPPED, UsageError
 from moe_train.config.load import load_config
-from moe_train.config.root import Config, check_world
+from moe_train.config.root import Config, check_payload, check_world
 from moe_train.data import PreparedData, check_data, prepare_data
 from moe_train.parallel.bootstrap import (
     choose_device,
@@ -96,6 +96,7 @@ def _prepare(config: Config, world: World) -> Setting:
     device = choose_device(config.parallel.device, world)
     export_world(world, device)  # before DeepSpeed is imported, which looks for a device at once
     precision = resolve_precision(config.train.precision, device)
+    check_payload(config.parallel, precision)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     deepspeed_config(config, world.world_size, precision)  # refuses additions that contradict a field
     set_threads(config.parallel.threads_per_rank, world)
@@ -130,6 +131,8 @@ def _redirect(setting: Setting) -> tuple[TextIO, TextIO]:
 
 
 def _train(setting: Setting, output: TextIO, errors: TextIO) -> int:
+    from moe_train.model.compiled import check_compiler
+    from moe_train.train.agreement import together
     from moe_train.train.console import RunConsole
     from moe_train.train.resilience.lifelines import connect
 
@@ -139,6 +142,8 @@ def _train(setting: Setting, output: TextIO, errors: TextIO) -> int:
     layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
     init_process_group(world, setting.device, config.parallel.timeout_seconds)
+    if config.train.compile:
+        together(lambda: check_compiler(setting.device))
     lifelines = connect(
         world.master_addr,
         world.rank,

@@ -138,9 +138,8 @@ def load_model(trained: Trained) -> "Transformer":
     assert isinstance(size, int) and config.model.vocab_size is not None
     if world.world_size > 1:
         init_process_group(world, trained.device, config.parallel.timeout_seconds)
-        groups = create_expert_groups(size, config.parallel.timeout_seconds)
-        if size > 1:
-            placement = ExpertPlacement(groups.ep_rank, size, groups.ep_group, config.parallel.dispatch)
+        groups = create_expert_groups(size, config.parallel.timeout_seconds, config.parallel.node_size)
+        placement = ExpertPlacement(groups.ep_rank, size, groups.path, config.parallel.dispatch)
     model = build_model(config.model, config.model.vocab_size, seed=config.train.seed, placement=placement)
     check_fits(model, manifest)
     together(
@@ -160,7 +159,7 @@ def _configuration(
 ) -> Config:
     # How it was trained is not how it is used: ranks, batch and steps are those of now.
     layout: dict[str, Any] = {"parallel": {"expert_parallel_size": "auto", "device": options.device}}
-    layout["parallel"]["threads_per_rank"] = options.threads or "auto"
+    layout["parallel"] |= {"threads_per_rank": options.threads or "auto", "ranks_per_node": "auto"}
     layout["train"] = {"micro_batch_size": 1, "global_batch_size": None}
     if options.expert_parallel_size is not None:
         layout["parallel"]["expert_parallel_size"] = options.expert_parallel_size

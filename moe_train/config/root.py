@@ -17,6 +17,8 @@ from moe_train.config.run import (
     TrainConfig,
 )
 
+MOST_CHUNKS = 4  # parallel.chunks auto: of n chunks, 1/n of the traffic is not hidden
+ROWS_OF_A_CHUNK = 16384  # parallel.chunks auto: with fewer rows, starting a chunk's work costs what it hides
 AUTO_MICRO_BATCH = 8  # sequences; most of what one rank takes at once under train.micro_batch_size auto
 
 
@@ -47,6 +49,10 @@ class Config(Section):
                 raise ValueError(
                     f"telemetry.{name} ({getattr(self.telemetry, name)}) has no effect: the model has no MoE layer"
                 )
+        for name in ("dispatch", "payload"):
+            if self.parallel.differs(name) and not self.model.moe_layer_indices:
+                value = getattr(self.parallel, name)
+                raise ValueError(f"parallel.{name} ({value}) has no effect: the model has no MoE layer")
         alarm, most = self.telemetry.max_violation_alarm, self.model.moe.num_experts / self.model.moe.top_k - 1
         if alarm is not None and alarm >= most:
             raise ValueError(
@@ -59,7 +65,29 @@ class Config(Section):
                 raise ValueError(f"expert_parallel_size ({size}) has no effect: the model has no MoE layer")
             if experts % size:
                 raise ValueError(f"num_experts ({experts}) must be divisible by expert_parallel_size ({size})")
+        check_payload(self.parallel, self.train.precision)
+        if self.train.compile and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "train.compile (True) is not for parallel.zero_stage (3), which gathers weights within what would be "
+                "compiled: take zero_stage 1 or 2"
+            )
         return self
+
+
+def check_payload(parallel: ParallelConfig, precision: str) -> None:
+    """Refuse rows that would travel in no fewer bits than they have.
+
+    Args:
+        parallel: The section.
+        precision: Of training.
+
+    Raises:
+        UsageError: If they would.
+    """
+    if parallel.payload == "bf16" and precision in ("bf16", "fp16"):
+        raise UsageError(
+            f"parallel.payload (bf16) has no effect with train.precision ({precision}), whose rows have 16 bits too"
+        )
 
 
 def check_world(config: Config, world_size: int, local_world_size: int) -> Config:
@@ -71,7 +99,8 @@ def check_world(config: Config, world_size: int, local_world_size: int) -> Confi
         local_world_size: Ranks of this node.
 
     Returns:
-        A copy in which expert_parallel_size, micro_batch_size and global_batch_size are numbers.
+        A copy in which expert_parallel_size, chunks, micro_batch_size, global_batch_size and, for dispatch two_level,
+        ranks_per_node are numbers.
 
     Raises:
         UsageError: If the sizes do not divide.
@@ -82,9 +111,21 @@ def check_world(config: Config, world_size: int, local_world_size: int) -> Confi
     if world_size % size:
         raise UsageError(f"world size ({world_size}) must be divisible by parallel.expert_parallel_size ({size})")
     micro, batch = _batch_sizes(config, world_size)
+    per_node = config.parallel.ranks_per_node
+    if config.parallel.dispatch == "two_level":
+        per_node = local_world_size if per_node == "auto" else per_node
+        if size > per_node and size % per_node:
+            raise UsageError(
+                f"parallel.expert_parallel_size ({size}) must be a multiple of the ranks of a node ({per_node}) for "
+                "parallel.dispatch two_level"
+            )
+    chunks = config.parallel.chunks
+    if chunks == "auto":
+        chunks = _number_of_chunks(config, size, micro * config.train.sequence_length)
+    resolved = {"expert_parallel_size": size, "ranks_per_node": per_node, "chunks": chunks}
     return config.model_copy(
         update={
-            "parallel": config.parallel.model_copy(update={"expert_parallel_size": size}),
+            "parallel": config.parallel.model_copy(update=resolved),
             "train": config.train.model_copy(update={"micro_batch_size": micro, "global_batch_size": batch}),
         }
     )
@@ -106,6 +147,20 @@ def _batch_sizes(config: Config, world_size: int) -> tuple[int, int]:
             f"({micro} x {world_size} = {micro * world_size})"
         )
     return micro, batch
+
+
+def _number_of_chunks(config: Config, size: int, tokens: int) -> int:
+    """As many as leave each chunk enough to do, and no more than hide most of the traffic.
+
+    Args:
+        config: As loaded.
+        size: Ranks that share the experts.
+        tokens: Of a micro-batch.
+    """
+    if size == 1:
+        return 1
+    rows = tokens * config.model.moe.top_k
+    return max(1, min(MOST_CHUNKS, rows // ROWS_OF_A_CHUNK))
 
 
 def _largest_expert_parallel_size(config: Config, world_size: int, local_world_size: int) -> int:

@@ -16,9 +16,18 @@ class ParallelConfig(Section):
     """Ranks that share the experts of a layer; auto: the largest that divides experts and ranks and stays in a node."""
     zero_stage: int = Field(1, ge=1, le=3)
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
-    dispatch: Literal["flat", "unique"] = "flat"
-    """How tokens travel to experts, in one uneven all-to-all each way; flat: one row an assignment; unique: one row for
-    each rank that a token has experts on, which is fewer bytes the more experts a token has."""
+    dispatch: Literal["flat", "unique", "two_level"] = "flat"
+    """How tokens travel to experts on other ranks. flat: one row an assignment. unique: one row for each rank that a
+    token has experts on, which is fewer bytes the more experts a token has. two_level: one row for each node, and from
+    there one for each rank; where the ranks that share the experts are one node's, as unique."""
+    ranks_per_node: PositiveInt | Literal["auto"] = "auto"
+    """Ranks between which bytes are cheap, only for dispatch two_level; auto: those of a host, as the launcher says."""
+    chunks: PositiveInt | Literal["auto"] = "auto"
+    """Parts of a micro-batch's tokens; one travels while the experts compute another. auto: by the bytes that travel.
+    Without effect where all experts of a rank's tokens are on the rank itself."""
+    payload: Literal["model", "bf16", "fp8"] = "model"
+    """In what rows and their gradients travel between ranks. model: as they are; bf16: rounded, for precision fp32;
+    fp8: e4m3 with a scale for every row."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo) or cuda (NCCL); auto takes cuda where a device is visible."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
@@ -28,6 +37,24 @@ class ParallelConfig(Section):
     peer_timeout_seconds: int = Field(20, ge=5)
     """Seconds without a sign of life after which a rank counts as lost: the others name it and end with exit code 70.
     Signs are given by a thread of their own, also while a rank computes."""
+
+    @property
+    def node_size(self) -> int | None:
+        """Ranks of a node where tokens travel across nodes first; None: they don't. Once the world is known."""
+        if self.dispatch != "two_level":
+            return None
+        size, per_node = self.expert_parallel_size, self.ranks_per_node
+        assert isinstance(size, int) and isinstance(per_node, int)
+        return per_node if size > per_node else None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.differs("ranks_per_node") and self.dispatch != "two_level":
+            raise ValueError(
+                f"ranks_per_node ({self.ranks_per_node}) has no effect with dispatch {self.dispatch!r}: it is for "
+                "two_level"
+            )
+        return self
 
 
 class OptimConfig(Section):
@@ -85,6 +112,10 @@ class TrainConfig(Section):
     """Arithmetic of the model; auto: bf16 where the hardware has it, else fp32. Master weights are fp32."""
     recompute_activations: bool = False
     """True: a block's activations are computed again in the backward pass, in place of being kept."""
+    compile: bool = False
+    """True: attention, norms, dense feed-forward layers and shared experts run compiled by torch.compile in training;
+    routers, dispatch and experts do not. It needs a C++ compiler, on CUDA triton too, and ZeRO stage 1 or 2. The first
+    step takes half a minute or more for it; a step and its gradients stay the same within rounding."""
     seed: int = 0
     """Seed of initial weights, sample order and router noise."""
     log_every: PositiveInt = 10

@@ -11,12 +11,12 @@ from moe_train.model.block import Block
 from moe_train.model.layers import Embedding, Linear, SwiGLU, make_norm
 from moe_train.model.mixers import MIXERS
 from moe_train.model.moe.capacity import CapacityLimit
-from moe_train.model.moe.dispatch import DISPATCHERS
+from moe_train.model.moe.dispatch import DISPATCHERS, Dispatcher, Path
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers import Router, build_router
 from moe_train.model.transformer import Transformer
-from moe_train.parallel.collectives import Group
+from moe_train.ops.payload import Payload, PayloadName
 from moe_train.parallel.position import Position
 from moe_train.parallel.probe import Probe
 from moe_train.parallel.traffic import TrafficMeter
@@ -29,23 +29,27 @@ class ExpertPlacement:
     Attributes:
         rank: This process in its expert-parallel group.
         size: Ranks that share the experts.
-        group: Their process group; None for one process.
+        path: The groups in which tokens travel to them; none for one process.
         dispatch: Name of the dispatcher.
+        num_chunks: In which tokens travel.
+        payload: The form in which they travel.
         meter: Told what the dispatcher's all-to-alls cost; None: nobody asks.
         position: Told that this process is in one of them, and in which layer; None: nobody asks.
     """
 
     rank: int = 0
     size: int = 1
-    group: Group | None = None
+    path: Path = ()
     dispatch: str = "flat"
+    num_chunks: int = 1
+    payload: PayloadName = "model"
     meter: TrafficMeter | None = None
     position: Position | None = None
 
-    def probe(self, layer: int) -> Probe | None:
-        """What the dispatcher of a layer tells of its all-to-alls."""
-        is_asked = self.meter is not None or self.position is not None
-        return Probe(self.meter, self.position, layer) if is_asked else None
+    def dispatcher(self, layer: int) -> Dispatcher:
+        """The dispatcher of a layer, which tells of its all-to-alls."""
+        probe = Probe(self.meter, self.position, layer)
+        return DISPATCHERS[self.dispatch](self.num_chunks, Payload(self.payload), probe)
 
 
 def build_model(
@@ -118,5 +122,4 @@ def _build_moe(config: ModelConfig, layer: int, router: Router, place: ExpertPla
     if moe.num_shared_experts:
         # The sum of n SwiGLUs is one of n times the width.
         shared = SwiGLU(config.hidden_size, moe.num_shared_experts * width, config.init_std, output_std)
-    dispatcher = DISPATCHERS[place.dispatch](place.probe(layer))
-    return MoELayer(router, dispatcher, experts, moe.num_experts, place.group, capacity, shared)
+    return MoELayer(router, place.dispatcher(layer), experts, moe.num_experts, place.path, capacity, shared)

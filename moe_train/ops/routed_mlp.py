@@ -10,13 +10,17 @@ r assignments of one expert.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.ops.kernels import kernels_for
 from moe_train.ops.row_map import RowMap
+
+_MOST_ROWS = 384  # that an expert takes at once on a CPU: what they bring with them fits the cache
 
 
 def routed_swiglu(
@@ -42,52 +46,53 @@ def routed_swiglu(
 
 
 class _InTurn(torch.autograd.Function):
-    """One expert after the other: any dtype, at the price of reading the counts on the host."""
+    """One expert after the other, of a busy one a block of rows: any dtype, at the price of reading the counts.
+
+    What a block gives is added to its rows at once, while it is in the cache: nothing but the first product has a row
+    for every assignment.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
-        counts = counts_e.tolist()  # host synchronisation: slices need numbers
-        num_rows = row_map.source_R.numel()
-        hidden_RG = rows_ND.new_empty(num_rows, gate_up.shape[2])
-        output_RD = rows_ND.new_empty(num_rows, rows_ND.shape[1])
-        parts = _by_expert(counts, (row_map.source_R, gates_R, hidden_RG, output_RD), (gate_up, down))
-        for source_r, gates_r, hidden_rG, output_rD, gate_up_DG, down_FD in parts:
+        blocks = _blocks(counts_e.tolist())  # host synchronisation: slices need numbers
+        hidden_RG = rows_ND.new_empty(row_map.source_R.numel(), gate_up.shape[2])
+        output_ND = _zero_sums(rows_ND)
+        for source_r, gates_r, hidden_rG, gate_up_DG, down_FD in _parts(
+            blocks, (row_map.source_R, gates_R, hidden_RG), (gate_up, down)
+        ):
             torch.mm(rows_ND.index_select(0, source_r), gate_up_DG, out=hidden_rG)
             gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
-            torch.mm(_gated(F.silu(gate_rF).mul_(up_rF), gates_r), down_FD, out=output_rD)
-        ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down)
-        ctx.row_map, ctx.counts = row_map, counts
-        return row_map.sum_rows(output_RD)
+            active_rF = _gate_(F.silu(gate_rF).mul_(up_rF), gates_r)
+            output_ND.index_add_(0, source_r, torch.mm(active_rF, down_FD).to(output_ND.dtype))
+        ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down, row_map.source_R, counts_e)
+        ctx.blocks = blocks
+        return output_ND.to(rows_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, gates_R, hidden_RG, gate_up, down = ctx.saved_tensors
-        grad_ND = grads[0].contiguous()  # a sum's gradient is expanded
+        rows_ND, gates_R, hidden_RG, gate_up, down, source_R, counts_e = ctx.saved_tensors
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        for expert, count in enumerate(ctx.counts):
-            if count == 0:
-                grad_gate_up[expert], grad_down[expert] = 0.0, 0.0
-        grad_gates_R, grad_rows_RD = torch.empty_like(gates_R), rows_ND.new_empty(len(gates_R), rows_ND.shape[1])
-        by_row = (ctx.row_map.source_R, gates_R, hidden_RG, grad_gates_R, grad_rows_RD)
-        by_expert = (gate_up, down, grad_gate_up, grad_down)
-        for source_r, gates_r, hidden_rG, grad_gates_r, grad_rows_rD, *weights in _by_expert(
-            ctx.counts, by_row, by_expert
-        ):
+        is_idle_e = counts_e == 0
+        grad_gate_up[is_idle_e], grad_down[is_idle_e] = 0.0, 0.0
+        grad_gates_R, grad_rows_ND = torch.empty_like(gates_R), _zero_sums(rows_ND)
+        parts = _parts(
+            ctx.blocks, (source_R, gates_R, hidden_RG, grad_gates_R), (gate_up, down, grad_gate_up, grad_down)
+        )
+        for block, (source_r, gates_r, hidden_rG, grad_gates_r, *weights) in zip(ctx.blocks, parts, strict=True):
             gate_up_DG, down_FD, grad_gate_up_DG, grad_down_FD = weights
-            grad_rD, rows_rD = grad_ND.index_select(0, source_r), rows_ND.index_select(0, source_r)
+            grad_rD = grads[0].index_select(0, source_r)
             slope_rF = torch.mm(grad_rD, down_FD.t())
-            grad_hidden_rG, active_rF, found_r = _activation_gradients(hidden_rG, slope_rF, gates_r)
-            grad_gates_r.copy_(found_r)
-            torch.mm(active_rF.t(), grad_rD, out=grad_down_FD)
-            torch.mm(rows_rD.t(), grad_hidden_rG, out=grad_gate_up_DG)
-            torch.mm(grad_hidden_rG, gate_up_DG.t(), out=grad_rows_rD)
-        return ctx.row_map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
+            grad_hidden_rG, active_rF = _activation_gradients(hidden_rG, slope_rF, gates_r, grad_gates_r)
+            _put_product(grad_down_FD, active_rF.t(), grad_rD, block.is_first)
+            _put_product(grad_gate_up_DG, rows_ND.index_select(0, source_r).t(), grad_hidden_rG, block.is_first)
+            grad_rows_ND.index_add_(0, source_r, torch.mm(grad_hidden_rG, gate_up_DG.t()).to(grad_rows_ND.dtype))
+        return grad_rows_ND.to(rows_ND.dtype), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
 class _Together(torch.autograd.Function):
-    """All experts in grouped products, without looking at the counts."""
+    """All experts in grouped products, without looking at the counts; what lies between by kernels where they run."""
 
     @staticmethod
     def forward(
@@ -95,8 +100,7 @@ class _Together(torch.autograd.Function):
     ) -> Tensor:
         offsets_e = counts_e.cumsum(0).to(torch.int32)
         hidden_RG = F.grouped_mm(row_map.spread_rows(rows_ND), gate_up, offs=offsets_e)
-        gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
-        output_RD = F.grouped_mm(_gated(F.silu(gate_RF).mul_(up_RF), gates_R), down, offs=offsets_e)
+        output_RD = F.grouped_mm(_fused_activation(hidden_RG, gates_R), down, offs=offsets_e)
         ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e)
         ctx.row_map = row_map
         return row_map.sum_rows(output_RD)
@@ -106,7 +110,7 @@ class _Together(torch.autograd.Function):
         rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e = ctx.saved_tensors
         grad_RD = ctx.row_map.spread_rows(grads[0])
         slope_RF = F.grouped_mm(grad_RD, down.transpose(1, 2), offs=offsets_e)
-        grad_hidden_RG, active_RF, grad_gates_R = _activation_gradients(hidden_RG, slope_RF, gates_R)
+        grad_hidden_RG, active_RF, grad_gates_R = _fused_activation_gradients(hidden_RG, slope_RF, gates_R)
         grad_down = F.grouped_mm(active_RF.t(), grad_RD, offs=offsets_e)
         del grad_RD, active_RF
         grad_gate_up = F.grouped_mm(ctx.row_map.spread_rows(rows_ND).t(), grad_hidden_RG, offs=offsets_e)
@@ -114,40 +118,102 @@ class _Together(torch.autograd.Function):
         return ctx.row_map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
-def _by_expert(
-    counts: list[int], by_row: Sequence[Tensor], by_expert: Sequence[Tensor]
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive assignments of one expert.
+
+    Attributes:
+        expert: Of this rank.
+        num_rows: How many.
+        is_first: Whether it is the expert's first block.
+    """
+
+    expert: int
+    num_rows: int
+    is_first: bool
+
+
+def _blocks(counts: Sequence[int]) -> list[_Block]:
+    """All assignments, in order; an expert's in blocks of nearly one size."""
+    found = []
+    for expert, count in enumerate(counts):
+        num_blocks = -(-count // _MOST_ROWS)
+        for number in range(num_blocks):
+            num_rows = (number + 1) * count // num_blocks - number * count // num_blocks
+            found.append(_Block(expert, num_rows, number == 0))
+    return found
+
+
+def _parts(
+    blocks: Sequence[_Block], by_row: Sequence[Tensor], by_expert: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The parts of every expert that has assignments: its rows of the first tensors, its element of the others."""
-    parts = (*(tensor.split(counts) for tensor in by_row), *(tensor.unbind(0) for tensor in by_expert))
-    return (part for count, part in zip(counts, zip(*parts, strict=True), strict=True) if count)
+    """The parts of every block: its rows of the first tensors, its expert's element of the others."""
+    rows = zip(*(tensor.split([block.num_rows for block in blocks]) for tensor in by_row), strict=True)
+    weights = list(zip(*(tensor.unbind(0) for tensor in by_expert), strict=True))
+    return ((*own, *weights[block.expert]) for block, own in zip(blocks, rows, strict=True))
 
 
-def _gated(active_rF: Tensor, gates_r: Tensor) -> Tensor:
-    """The activation times the gate, which is rounded only with the product."""
-    return (active_rF * gates_r.unsqueeze(1)).to(active_rF.dtype)
+def _put_product(out: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """Writes the product, or adds it."""
+    if is_first:
+        torch.mm(left, right, out=out)
+    else:
+        out.addmm_(left, right)
 
 
-def _activation_gradients(hidden_rG: Tensor, slope_rF: Tensor, gates_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _zero_sums(rows_ND: Tensor) -> Tensor:
+    """Zeros to which rows are added, of at least fp32."""
+    return torch.zeros_like(rows_ND, dtype=torch.promote_types(rows_ND.dtype, torch.float32))
+
+
+def _gate_(active_rF: Tensor, gates_r: Tensor) -> Tensor:
+    """Multiplies the activation, in its place, by the gate, which is rounded only with the product."""
+    return active_rF.mul_(gates_r.unsqueeze(1))
+
+
+def _activation_gradients(
+    hidden_rG: Tensor, slope_rF: Tensor, gates_r: Tensor, grad_gates_r: Tensor
+) -> tuple[Tensor, Tensor]:
     """What the backward pass needs of the activation, which is computed again.
 
     Args:
         hidden_rG: The first product.
-        slope_rF: Gradient of the output with respect to the activation, before the gate.
+        slope_rF: Gradient of the output with respect to the activation, before the gate. It is used up.
         gates_r: The gates.
+        grad_gates_r: Gets the gradient of the gates.
 
     Returns:
-        Gradient of the first product, the activation times the gate, and the gradient of the gates.
+        Gradient of the first product, and the activation times the gate.
     """
     gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
-    silu_rF = F.silu(gate_rF)
-    active_rF = silu_rF * up_rF
-    grad_gates_r = (active_rF * slope_rF).sum(1, dtype=gates_r.dtype)
-    grad_active_rF = _gated(slope_rF, gates_r)
     grad_hidden_rG = torch.empty_like(hidden_rG)
+    # Each half holds something else before it gets its gradient: memory that is in the cache, and no more of it.
     grad_gate_rF, grad_up_rF = grad_hidden_rG.chunk(2, dim=-1)
-    torch.mul(grad_active_rF, silu_rF, out=grad_up_rF)
-    grad_gate_rF.copy_(torch.ops.aten.silu_backward(grad_active_rF.mul_(up_rF), gate_rF))
-    return grad_hidden_rG, _gated(active_rF, gates_r), grad_gates_r
+    silu_rF = torch.ops.aten.silu.out(gate_rF, out=grad_up_rF)
+    active_rF = silu_rF * up_rF
+    torch.sum(torch.mul(active_rF, slope_rF, out=grad_gate_rF), 1, dtype=gates_r.dtype, out=grad_gates_r)
+    _gate_(active_rF, gates_r)
+    grad_active_rF = _gate_(slope_rF, gates_r)
+    grad_up_rF.mul_(grad_active_rF)
+    torch.mul(grad_active_rF, up_rF, out=grad_gate_rF)
+    torch.ops.aten.silu_backward.grad_input(grad_gate_rF, gate_rF, grad_input=grad_gate_rF)
+    return grad_hidden_rG, active_rF
+
+
+def _fused_activation(hidden_RG: Tensor, gates_R: Tensor) -> Tensor:
+    """silu(gate half) * up half * the row's gate, by one kernel where there is one. [R, F]."""
+    if kernels := kernels_for(hidden_RG, gates_R):
+        return kernels.gated_swiglu(hidden_RG, gates_R)
+    gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
+    return _gate_(F.silu(gate_RF).mul_(up_RF), gates_R)
+
+
+def _fused_activation_gradients(hidden_RG: Tensor, slope_RF: Tensor, gates_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_activation_gradients` computes, and the gradient of the gates, by one kernel where there is one."""
+    if kernels := kernels_for(hidden_RG, slope_RF, gates_R):
+        return kernels.gated_swiglu_gradients(hidden_RG, slope_RF, gates_R)
+    grad_gates_R = torch.empty_like(gates_R)
+    return *_activation_gradients(hidden_RG, slope_RF, gates_R, grad_gates_R), grad_gates_R
 
 
 def _has_grouped_mm(rows_RM: Tensor, weight_eMN: Tensor) -> bool:

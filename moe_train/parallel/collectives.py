@@ -1,18 +1,10 @@
-"""Collective operations, with gradients where the model needs them. A group of None is one process: no communication.
+"""Collective operations but all-to-alls, with gradients where the model needs them. A group of None is one process."""
 
-Legend: R rows sent, Q rows received, D hidden_size.
-"""
-
-import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from moe_train.parallel.position import Direction
-from moe_train.parallel.probe import Probe
 
 Group = dist.ProcessGroup
 
@@ -32,22 +24,6 @@ def world_group() -> Group | None:
     return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
-class _AllToAllRows(torch.autograd.Function):
-    """Rows to other ranks; their gradients travel the way back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], group: Group, probe: Probe | None
-    ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group, ctx.probe = send, receive, group, probe
-        return _exchange_rows(rows_RD, send, receive, group, probe, "forward")
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_RD = _exchange_rows(grads[0], ctx.receive, ctx.send, ctx.group, ctx.probe, "backward")
-        return grad_RD, None, None, None, None
-
-
 class _AllReduceSum(torch.autograd.Function):
     """The sum over ranks; every rank's loss depends on it, so the gradient is the sum of all ranks' gradients."""
 
@@ -63,52 +39,6 @@ class _AllReduceSum(torch.autograd.Function):
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
-
-
-def all_to_all_rows(
-    rows_RD: Tensor,
-    send: Sequence[int],
-    receive: Sequence[int],
-    group: Group | None,
-    probe: Probe | None = None,
-) -> Tensor:
-    """Send consecutive blocks of rows, block i to rank i of the group; differentiable.
-
-    Args:
-        rows_RD: Rows in order of their destination.
-        send: Rows for each rank; their sum is R. Zero is allowed.
-        receive: Rows from each rank; their sum is Q.
-        group: Process group, or None.
-        probe: Told of it, in the backward pass too.
-
-    Returns:
-        [Q, D], in order of their source.
-
-    Collective: All ranks of the group, also those that send or receive nothing; likewise in the backward pass.
-    """
-    if group is None:
-        return rows_RD
-    return _AllToAllRows.apply(rows_RD, list(send), list(receive), group, probe)
-
-
-def all_to_all_counts(counts: Tensor, group: Group | None, probe: Probe | None = None) -> Tensor:
-    """Send row i of counts to rank i; returns what the ranks sent here, in their order.
-
-    Args:
-        counts: int64 [ranks, n].
-        group: Process group, or None.
-        probe: Told of it.
-
-    Collective: All ranks of the group.
-    """
-    if group is None:
-        return counts
-    received = torch.empty_like(counts)
-    splits = [1] * len(counts)
-    to_others = counts.nbytes - counts[0].nbytes
-    with _noted(probe, "all_to_all_counts", "forward", splits, splits, to_others):
-        dist.all_to_all_single(received, counts.contiguous(), group=group)
-    return received
 
 
 def all_reduce_sum(x: Tensor, group: Group | None) -> Tensor:
@@ -156,27 +86,3 @@ def barrier() -> None:
     """Wait until every rank is here. Collective: all ranks."""
     if world_group() is not None:
         dist.barrier()
-
-
-def _exchange_rows(
-    rows_RD: Tensor, send: list[int], receive: list[int], group: Group, probe: Probe | None, direction: Direction
-) -> Tensor:
-    received = rows_RD.new_empty((sum(receive), rows_RD.shape[1]))
-    to_others = sum(send) - send[group_rank(group)]
-    num_bytes = to_others * rows_RD.shape[1] * rows_RD.element_size()
-    with _noted(probe, "all_to_all_rows", direction, send, receive, num_bytes):
-        dist.all_to_all_single(received, rows_RD.contiguous(), receive, send, group=group)
-    return received
-
-
-def _noted(
-    probe: Probe | None,
-    operation: str,
-    direction: Direction,
-    send: Sequence[int],
-    receive: Sequence[int],
-    num_bytes: int,
-) -> contextlib.AbstractContextManager[None]:
-    if probe is None:
-        return contextlib.nullcontext()
-    return probe.around(operation, direction, send, receive, num_bytes)

@@ -18,7 +18,7 @@ class Exchange:
     """One all-to-all of this process.
 
     Attributes:
-        operation: Its name in moe_train/parallel/collectives.py.
+        operation: Its name: all_to_all_rows or all_to_all_counts.
         layer: Of the model; None where it belongs to none.
         direction: The pass it belongs to; a recomputed forward pass is "forward".
         send: Rows for each rank of the group.
@@ -44,8 +44,9 @@ class Position:
     Attributes:
         step: The step being made, as the loop counts; None before the first.
         phase: What the process does: "start", "data", "forward", "backward", "update", "validate", "save", ...
-        exchange: The all-to-all that the host is in, or that failed; None outside of one.
-        last_exchange: The one begun last. On CUDA the host leaves an all-to-all before it is done, and hangs later.
+        exchange: The all-to-all that the host waits for, or that failed; None outside of one.
+        last_exchange: The one started or waited for last. On CUDA the host does not wait until one is done, and hangs
+            later.
         num_moves: Grows with every note: a process whose number stands still is stuck, or in a long computation.
     """
 
@@ -70,8 +71,13 @@ class Position:
         self.phase, self.exchange = phase, None
         self.num_moves += 1
 
+    def start(self, exchange: Exchange) -> None:
+        """Note an all-to-all that is started, and goes on by itself."""
+        self.last_exchange = exchange
+        self.num_moves += 1
+
     def begin(self, exchange: Exchange) -> None:
-        """Note an all-to-all that begins."""
+        """Note an all-to-all that the host waits for."""
         self.exchange = self.last_exchange = exchange
         self.num_moves += 1
 

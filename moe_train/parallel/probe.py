@@ -1,10 +1,10 @@
 """What is told about a layer's all-to-alls: what they cost, and that this process is in one."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe_train.parallel.position import Direction, Exchange, Position
+from moe_train.parallel.position import Exchange, Position
 from moe_train.parallel.traffic import TrafficMeter
 
 
@@ -23,23 +23,36 @@ class Probe:
     layer: int | None = None
 
     @contextlib.contextmanager
-    def around(
-        self, operation: str, direction: Direction, send: Sequence[int], receive: Sequence[int], num_bytes: int
-    ) -> Iterator[None]:
-        """One all-to-all, which the block runs. Never waits for the device.
+    def starting(self, exchange: Exchange, num_bytes: int) -> Iterator[None]:
+        """The block starts an all-to-all. Never waits for the device.
+
+        Args:
+            exchange: The all-to-all.
+            num_bytes: That this rank sends to others.
+        """
+        if self.position is not None:
+            self.position.start(exchange)
+        with self._measured(num_bytes):
+            yield
+
+    @contextlib.contextmanager
+    def waiting(self, exchange: Exchange) -> Iterator[None]:
+        """The block waits for an all-to-all that was started.
 
         After an error in the block the note stays: the position tells where communication failed.
 
         Args:
-            operation: Its name.
-            direction: The pass it belongs to.
-            send: Rows for each rank of the group.
-            receive: Rows from each rank of the group.
-            num_bytes: That this rank sends to others.
+            exchange: The all-to-all.
         """
         if self.position is not None:
-            self.position.begin(Exchange(operation, self.layer, direction, send, receive))
-        with self.meter.measure(num_bytes) if self.meter is not None else contextlib.nullcontext():
+            self.position.begin(exchange)
+        with self._measured(0):
             yield
         if self.position is not None:
             self.position.end()
+
+    def _measured(self, num_bytes: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.meter is None else self.meter.measure(num_bytes)
+
+
+UNOBSERVED = Probe()

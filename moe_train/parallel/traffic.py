@@ -16,7 +16,7 @@ class Traffic:
     """What this rank's all-to-alls took.
 
     Attributes:
-        seconds: From entering an all-to-all to having its rows, waiting for other ranks included.
+        seconds: Starting all-to-alls and waiting for their rows, other ranks included: what no other work hides.
         num_bytes: Sent to other ranks.
     """
 
@@ -48,10 +48,10 @@ class TrafficMeter:
 
     @contextlib.contextmanager
     def measure(self, num_bytes: int) -> Iterator[None]:
-        """One all-to-all, which the block runs.
+        """The block starts an all-to-all, or waits for it.
 
         Args:
-            num_bytes: That this rank sends to others.
+            num_bytes: That this rank sends to others; 0 for the wait.
         """
         if not self._is_counting:
             yield

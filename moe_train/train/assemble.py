@@ -6,6 +6,7 @@ import torch
 
 from moe_train.config.root import Config
 from moe_train.model.build import ExpertPlacement, build_model
+from moe_train.model.compiled import compile_dense_parts
 from moe_train.model.moe.balance import make_balance_terms, make_bias_rule
 from moe_train.model.parameters import materialize
 from moe_train.model.transformer import TrainingObjective
@@ -37,17 +38,21 @@ def make_engine(
     """
     size, model = config.parallel.expert_parallel_size, config.model
     assert isinstance(size, int) and model.vocab_size is not None and config.train.precision != "auto"
-    groups = create_expert_groups(size, config.parallel.timeout_seconds)
+    parallel = config.parallel
+    assert isinstance(parallel.chunks, int)
+    groups = create_expert_groups(size, parallel.timeout_seconds, parallel.node_size)
     transformer = build_model(
         model,
         model.vocab_size,
         seed=config.train.seed,
         placement=ExpertPlacement(
-            groups.ep_rank, size, groups.ep_group if size > 1 else None, config.parallel.dispatch, meter, position
+            groups.ep_rank, size, groups.path, parallel.dispatch, parallel.chunks, parallel.payload, meter, position
         ),
         recompute_activations=config.train.recompute_activations,
         measures=config.telemetry.experts,
     )
     materialize(transformer, seed=config.train.seed, dtype=torch_dtype(config.train.precision), device=device)
+    if config.train.compile:
+        compile_dense_parts(transformer)
     objective = TrainingObjective(transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe))
     return TrainEngine(objective, groups, config.optim, settings, position)

@@ -12,6 +12,7 @@ LOSS_TOLERANCE = 1e-4  # relative, at every step: fp32 sums in another order, gr
 GRAD_NORM_TOLERANCE = 1e-3  # relative
 NUM_STEPS = 20
 _GLOBAL_BATCH = 16
+_NODE_SIZE = 2  # ranks
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Layout:
         accumulation: Micro-steps of one step of the same global batch.
         balance: Whether the CV^2 terms are on; they depend on the tokens of a micro-step, so that layouts that differ
             in accumulation are compared without.
+        dispatch: How tokens travel; two_level with two ranks as a node.
+        chunks: In which they travel.
     """
 
     world_size: int
@@ -32,13 +35,16 @@ class Layout:
     zero_stage: int
     accumulation: int
     balance: bool
+    dispatch: str = "flat"
+    chunks: int = 1
 
     @property
     def name(self) -> str:
         """For people."""
         terms = "with" if self.balance else "without"
+        way = f", {self.dispatch} in {self.chunks}" if self.expert_parallel_size > 1 else ""
         return (
-            f"{self.world_size} ranks, EP {self.expert_parallel_size}, ZeRO {self.zero_stage}, "
+            f"{self.world_size} ranks, EP {self.expert_parallel_size}{way}, ZeRO {self.zero_stage}, "
             f"accumulation {self.accumulation}, {terms} CV^2"
         )
 
@@ -53,20 +59,23 @@ class Layout:
             f"--train.global_batch_size={_GLOBAL_BATCH}",
             f"--model.moe.importance_cv2_coef={coefficient}",
             f"--model.moe.load_cv2_coef={coefficient}",
+            f"--parallel.dispatch={self.dispatch}",
+            f"--parallel.chunks={self.chunks}",
+            *([f"--parallel.ranks_per_node={_NODE_SIZE}"] if self.dispatch == "two_level" else []),
         ]
 
 
 # The first of each kind, with and without CV^2, is what the others are held against.
 LAYOUTS = (
     Layout(1, 1, 1, 2, balance=True),
-    Layout(2, 2, 1, 2, balance=True),
+    Layout(2, 2, 1, 2, balance=True, dispatch="unique", chunks=3),
     Layout(2, 1, 2, 2, balance=True),
-    Layout(4, 2, 3, 2, balance=True),
-    Layout(4, 4, 1, 2, balance=True),
+    Layout(4, 2, 3, 2, balance=True, chunks=2),
+    Layout(4, 4, 1, 2, balance=True, dispatch="two_level", chunks=2),
     Layout(1, 1, 1, 1, balance=False),
     Layout(2, 2, 1, 2, balance=False),
     Layout(2, 1, 2, 4, balance=False),
-    Layout(4, 2, 3, 1, balance=False),
+    Layout(4, 2, 3, 1, balance=False, dispatch="unique"),
 )
 
 

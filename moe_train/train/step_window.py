@@ -22,7 +22,7 @@ class GlobalWindow:
         num_steps: Steps that it covers.
         sums: Over all tokens of those steps, fp64 [L, ...] on the CPU.
         rows_LW: Rows that each rank's experts computed, fp64 [L, W].
-        all_to_all_seconds: Time of a rank in all-to-alls, the mean over ranks and steps.
+        all_to_all_seconds: Time in which a rank starts all-to-alls and waits for them, the mean over ranks and steps.
         all_to_all_bytes: Bytes that ranks sent to each other, over all ranks, the mean over steps.
     """
 

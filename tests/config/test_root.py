@@ -25,6 +25,26 @@ def make(**sections):
             ["expert_parallel_size (2)", "no MoE layer"],
             id="no MoE layer to share",
         ),
+        pytest.param(
+            {"train": {"compile": True}, "parallel": {"zero_stage": 3}},
+            ["train.compile (True)", "parallel.zero_stage (3)"],
+            id="compiled under ZeRO-3",
+        ),
+        pytest.param(
+            {"model": {"moe_every": 0}, "parallel": {"dispatch": "unique"}},
+            ["parallel.dispatch (unique)", "no MoE layer"],
+            id="no MoE layer to dispatch to",
+        ),
+        pytest.param(
+            {"train": {"precision": "bf16"}, "parallel": {"payload": "bf16"}},
+            ["parallel.payload (bf16)", "train.precision (bf16)", "16 bits"],
+            id="rows that are no shorter",
+        ),
+        pytest.param(
+            {"parallel": {"ranks_per_node": 4}},
+            ["ranks_per_node (4)", "dispatch 'flat'", "two_level"],
+            id="nodes that nobody asks for",
+        ),
     ],
 )
 def test_sections_that_contradict(sections, words):
@@ -38,6 +58,9 @@ def test_sections_at_the_limit_are_right():
     make(model={"moe_every": 0}, parallel={"expert_parallel_size": 1})
     make(train={"steps": 50}, optim={"warmup_steps": 50})
     make(model={"moe": {"num_experts": 6}}, parallel={"expert_parallel_size": 3})
+    make(train={"compile": True}, parallel={"zero_stage": 2})
+    make(train={"precision": "bf16"}, parallel={"payload": "fp8"})
+    make(train={"precision": "fp32"}, parallel={"payload": "bf16"})
 
 
 @pytest.mark.parametrize(
@@ -72,6 +95,35 @@ def test_auto_always_divides(experts, nodes, local):
     assert experts % size == 0
     assert local % size == 0
     assert not [s for s in range(size + 1, local + 1) if experts % s == 0 and local % s == 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "local", "given", "node_size"),
+    [(4, 8, 4, "auto", None), (8, 8, 4, "auto", 4), (2, 8, 4, "auto", None), (8, 8, 8, 2, 2), (4, 8, 2, 4, None)],
+)
+def test_two_levels_are_there_where_experts_are_shared_by_several_nodes(size, world, local, given, node_size):
+    parallel = {"expert_parallel_size": size, "dispatch": "two_level", "ranks_per_node": given}
+    config = make(parallel=parallel)
+    resolved = check_world(config, world, local)
+    assert resolved.parallel.node_size == node_size
+    assert validate_config(resolved.model_dump()) == resolved
+    assert check_world(make(parallel={"expert_parallel_size": size}), world, local).parallel.node_size is None
+
+
+def test_nodes_must_divide_the_ranks_that_share_experts():
+    config = make(model={"moe": {"num_experts": 12}}, parallel={"expert_parallel_size": 6, "dispatch": "two_level"})
+    with pytest.raises(UsageError, match=r"expert_parallel_size \(6\) must be a multiple .* node \(4\)"):
+        check_world(config, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "given", "chunks"),
+    [(1, 2**20, "auto", 1), (4, 128, "auto", 1), (4, 2**20, "auto", 4), (4, 128, 3, 3)],
+)
+def test_chunks_where_rows_travel_and_are_many(size, tokens, given, chunks):
+    train = {"sequence_length": tokens // 8, "micro_batch_size": 8}
+    config = make(parallel={"expert_parallel_size": size, "chunks": given}, train=train)
+    assert check_world(config, 4, 4).parallel.chunks == chunks
 
 
 def test_auto_is_one_without_moe_layers():

@@ -176,7 +176,7 @@ def run_share(rank, world_size, ep_size, recompute):
     placement = None
     if world_size > 1:
         groups = create_expert_groups(ep_size, timeout_seconds=60)
-        placement = ExpertPlacement(groups.ep_rank, ep_size, groups.ep_group)
+        placement = ExpertPlacement(groups.ep_rank, ep_size, groups.path)
     model = small_model(small_config(kv_layers=2, moe_every=2), placement=placement, recompute=recompute)
     share = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
     ids, targets = random_ids(BATCH, LENGTH)[share], random_ids(BATCH, LENGTH, seed=1)[share]

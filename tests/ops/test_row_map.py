@@ -54,12 +54,21 @@ def test_an_order_of_copies_is_the_same_map():
     generator = torch.Generator().manual_seed(0)
     for copies in (1, 3):
         order = torch.randperm(4 * copies, generator=generator)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order))
-        made, expected = RowMap.of_order(order, inverse, copies), RowMap.of(order // copies, 4)
+        made, expected = RowMap.of_order(order, copies), RowMap.of(order // copies, 4)
         assert torch.equal(made.source_R, expected.source_R) and torch.equal(made.offsets_N, expected.offsets_N)
         for rows in (made.places_R, expected.places_R):
             assert torch.equal(order[rows] // copies, torch.arange(4).repeat_interleave(copies))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 0), (2, 7)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_table_is_the_map_of_its_true_elements(shape, share):
+    table = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
+    columns = table.nonzero()[:, 1]
+    made, expected = RowMap.of_table(table, len(columns)), RowMap.of(columns, shape[1])
+    assert made.num_sources == shape[1]
+    for name in ("source_R", "places_R", "offsets_N"):
+        assert torch.equal(getattr(made, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("width", [1, 8, 64])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moe_train.model.build import ExpertPlacement, build_model
-from moe_train.parallel.collectives import all_to_all_counts, all_to_all_rows, world_group
-from moe_train.parallel.position import Position
+from moe_train.parallel.all_to_all import Splits, start_counts, start_rows
+from moe_train.parallel.collectives import world_group
+from moe_train.parallel.position import Exchange, Position
 from moe_train.parallel.probe import Probe
 from moe_train.parallel.traffic import TrafficMeter
 from tests.model.small import small_config
@@ -33,9 +34,10 @@ def exchange_twice(rank, world_size):
     probes = [Probe(position=position, layer=layer) for layer in (1, 3)]
     rows = torch.ones(3, 2, requires_grad=True)
     send, receive = ([1, 2], [1, 1]) if rank == 0 else ([1, 2], [2, 2])
-    all_to_all_counts(torch.ones(2, 4, dtype=torch.int64), group, probes[0])
-    arrived = all_to_all_rows(rows, send, receive, group, probes[0])
-    back = all_to_all_rows(arrived, receive, send, group, probes[1])
+    splits = Splits(tuple(send), tuple(receive))
+    start_counts(torch.ones(2, 4, dtype=torch.int64), group, probes[0]).wait()
+    arrived = start_rows(rows, splits, group, probes[0]).wait()
+    back = start_rows(arrived, splits.back, group, probes[1]).wait()
     back.sum().backward()
     return position.seen, position.num_left, position.describe()
 
@@ -63,7 +65,12 @@ def test_a_position_in_words_and_as_plain_values() -> None:
     position.at("forward", 7)
     assert position.describe() == "step 7, phase forward"
     probe = Probe(position=position, layer=2)
-    with probe.around("all_to_all_rows", "forward", (4, 0), (1, 2), 10):
+    started = Exchange("all_to_all_rows", 2, "forward", (4, 0), (1, 2))
+    with probe.starting(started, 10):
+        pass
+    text = "all_to_all_rows of layer 2, forward: send [4, 0], receive [1, 2]"
+    assert position.describe() == f"step 7, phase forward, in no all-to-all; the last was {text}"
+    with probe.waiting(started):
         exchange = "all_to_all_rows of layer 2, forward: send [4, 0], receive [1, 2]"
         assert position.describe() == f"step 7, phase forward, in {exchange}"
     place = position.as_dict()
@@ -75,7 +82,8 @@ def test_a_position_in_words_and_as_plain_values() -> None:
 
 def test_after_an_error_the_note_stays_until_the_next_phase() -> None:
     position, meter = Position(), TrafficMeter(torch.device("cpu"))
-    with pytest.raises(RuntimeError), Probe(meter, position, 5).around("all_to_all_rows", "backward", [1], [1], 0):
+    failing = Exchange("all_to_all_rows", 5, "backward", [1], [1])
+    with pytest.raises(RuntimeError), Probe(meter, position, 5).waiting(failing):
         raise RuntimeError("connection closed by peer")
     assert position.exchange is not None and position.exchange.layer == 5
     position.at("save")
@@ -93,4 +101,5 @@ def test_each_moe_layer_has_a_probe_that_knows_its_layer() -> None:
     }
     assert layers == {layer: Probe(None, position, layer) for layer in config.moe_layer_indices} and layers
     silent = build_model(config, 64)
-    assert all(silent.blocks[layer].feed_forward.dispatcher.probe is None for layer in layers)
+    probes = [silent.blocks[layer].feed_forward.dispatcher.probe for layer in layers]
+    assert all(probe.meter is None and probe.position is None for probe in probes)

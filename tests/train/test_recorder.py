@@ -108,7 +108,7 @@ def waits_of_a_step(rank: int, world_size: int, is_recorded: bool, moe: dict[str
     placement = ExpertPlacement(meter=meter)
     if world_size > 1:
         groups = create_expert_groups(world_size, timeout_seconds=60)
-        placement = ExpertPlacement(groups.ep_rank, world_size, groups.ep_group, meter=meter)
+        placement = ExpertPlacement(groups.ep_rank, world_size, groups.path, meter=meter)
     config = small_config(moe_every=1, moe=moe)
     model = small_model(config, placement=placement, dtype=torch.float32, measures=is_recorded)
     terms, rule = make_balance_terms(config.moe), make_bias_rule(config.moe)

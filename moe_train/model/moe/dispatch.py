@@ -1,163 +1,237 @@
 """Bringing token rows to their experts, on other ranks too, and the experts' outputs back.
 
 flat: one row an assignment that is executed, in one all-to-all of uneven splits each way.
-unique: one row for each rank that a token has experts on, however many; back comes their weighted sum.
-Legend: T tokens of this rank, K top_k, A = T*K assignments, Q rows sent, N rows received, S assignments sent, R those
-of this rank's experts, D hidden_size, E experts, e of a rank, P ranks of the group.
+unique: one row for each rank that a token has experts on, however many; back comes their weighted sum. Which expert
+takes which row, and with which gate, travels beside the rows: 8 bytes an assignment.
+two_level: unique twice. A token goes once to each node that it has experts on, to the rank that has its sender's place
+there; from there once to each rank. The weighted sums are added up in the node before they leave it.
+
+The tokens may be cut into chunks, so that one chunk travels while the experts compute another. Of R ranks that share E
+experts a token that draws K of them evenly reaches R (1 - C(E - E/R, K) / C(E, K)).
+Legend: T tokens of this rank, t of a chunk, K top_k, A = t*K assignments, E experts, e of a rank, N rows at the experts
+of this rank, D hidden_size, P ranks of a group, C chunks.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from moe_train.model.moe.steps import Assignments, Dispatched, Routing
-from moe_train.ops.permute import invert_order, sort_assignments
-from moe_train.ops.row_map import RowMap, spread, sum_places
-from moe_train.parallel.collectives import Group, all_to_all_counts, all_to_all_rows, group_size
-from moe_train.parallel.probe import Probe
+from moe_train.model.moe.hop import Held, Hop, HopSizes, Leaving, Leg, arrive_back, destinations
+from moe_train.model.moe.manifest import first_destinations, first_table, settle, start_asking
+from moe_train.model.moe.steps import Assignments, Routing
+from moe_train.ops.payload import MODEL_PAYLOAD, Payload
+from moe_train.ops.permute import sort_assignments
+from moe_train.ops.row_map import RowMap
+from moe_train.parallel.all_to_all import RowsOnTheWay
+from moe_train.parallel.collectives import Group, group_size
+from moe_train.parallel.probe import UNOBSERVED, Probe
 
-
-class Dispatcher(Protocol):
-    """A way for tokens to reach experts. Every rank of the group must call both, also with rows for nobody."""
-
-    def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int, group: Group | None) -> Dispatched:
-        """Rows at their experts."""
-
-    def combine(self, rows_ND: Tensor, dispatched: Dispatched, group: Group | None) -> Tensor:
-        """The sum of each token's weighted expert outputs, [T, D]."""
+Path = tuple[Group, ...]
+"""Groups in which a token travels to its experts, one after the other: none where all experts are here, one, or two:
+across nodes, then within the node. The ranks of the first and their experts are cut into as many ranges."""
 
 
 @dataclass(frozen=True)
-class FlatDispatcher:
-    """One row an assignment.
+class Plan:
+    """What is to happen to a chunk of the tokens.
 
     Attributes:
-        probe: Told of the layer's all-to-alls; None: nobody asks.
+        x_tD: Its rows.
+        held: Its assignments.
+        hops: The hops on their way.
+        sizes: What goes where, in every hop.
+        is_sent_Pt: Which ranks of the first hop each token goes to, where it goes once to each; else None.
+        num_executed: Assignments that are executed.
     """
 
-    probe: Probe | None = None
+    x_tD: Tensor
+    held: Held
+    hops: tuple[Hop, ...]
+    sizes: tuple[HopSizes, ...]
+    is_sent_Pt: Tensor | None
+    num_executed: int
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int, group: Group | None) -> Dispatched:
-        """Send each token's row once to each of its K experts that has room for it, and its gate with it.
+
+@dataclass(frozen=True)
+class Departed:
+    """A chunk whose first hop is under way, if there is any."""
+
+    plan: Plan
+    leaving: Leaving | None
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """A chunk's rows at their experts, and what `combine` needs to bring them back.
+
+    Attributes:
+        rows_ND: Rows that arrived, in the order of the ranks that sent them; without a hop, the tokens' own.
+        assignments: What this rank's experts are to do with them.
+        legs: Of the hops, the first one first.
+    """
+
+    rows_ND: Tensor
+    assignments: Assignments
+    legs: tuple[Leg, ...] = ()
+
+
+@dataclass(frozen=True)
+class Returning:
+    """A chunk whose last way back is under way, if there is any.
+
+    Attributes:
+        rows: The outputs, on their way or, without a hop, here.
+        leg: Of the first hop.
+    """
+
+    rows: RowsOnTheWay | Tensor
+    leg: Leg | None = None
+
+
+@dataclass(frozen=True)
+class Dispatcher:
+    """A way for tokens to reach experts. Every rank of the groups must call all of it, also with rows for nobody.
+
+    Attributes:
+        is_unique: Whether a row goes once to each rank (or node), instead of once for each assignment.
+        num_chunks: C; the same on all ranks.
+        payload: The form in which rows travel.
+        probe: Told of the layer's all-to-alls.
+    """
+
+    is_unique: bool
+    num_chunks: int = 1
+    payload: Payload = MODEL_PAYLOAD
+    probe: Probe = UNOBSERVED
+
+    def plan(self, x_TD: Tensor, routing: Routing, num_experts: int, path: Path) -> tuple[Plan, ...]:
+        """Tell the other ranks how many rows to expect, in all chunks.
 
         Args:
             x_TD: Token rows of this rank.
             routing: The router's decision.
-            num_experts: E; rank i of the group holds experts i*e .. (i+1)*e - 1.
-            group: Ranks that share the experts; None: all are here, and no row moves.
+            num_experts: E.
+            path: To the experts. Without any group there is one chunk.
 
-        Collective: All ranks of the group.
+        Collective: All ranks of the groups.
         """
-        order_A, counts_E = sort_assignments(routing.experts_TK, num_experts, routing.kept_TK)
-        sent_Pe = counts_E.view(group_size(group), -1)  # (E) -> (ranks, e)
-        received_Pe = all_to_all_counts(sent_Pe, group, self.probe)
-        if group is None and routing.kept_TK is None:
-            send = receive = (order_A.shape[0],)  # known without looking
-        else:
-            # Host synchronisation: the only one; the all-to-all needs its split sizes as numbers, and the experts how
-            # many rows are left where there is a capacity.
-            send, receive = (tuple(row) for row in torch.stack((sent_Pe.sum(1), received_Pe.sum(1))).tolist())
-        order_Q = order_A[: sum(send)]
-        tokens = _token_map(order_Q, *routing.experts_TK.shape)
-        gates_Q = routing.gates_TK.reshape(-1).gather(0, order_Q)
-        if group is None:
-            return Dispatched(x_TD, Assignments(tokens, gates_Q, counts_E))
-        rows_ND = all_to_all_rows(spread(x_TD, tokens), send, receive, group, self.probe)
-        gates_N = all_to_all_rows(gates_Q.unsqueeze(1), send, receive, group, self.probe).squeeze(1)
-        order_R = _order_by_local_expert(received_Pe, sum(receive))
-        places = RowMap.of_order(order_R, invert_order(order_R), copies=1)
-        assignments = Assignments(places, gates_N.gather(0, order_R), received_Pe.sum(0))
-        return Dispatched(rows_ND, assignments, tokens, send, receive)
+        num_chunks = self.num_chunks if path else 1
+        orders = [_Order.of(each, num_experts) for each in _split(routing, num_chunks)]
+        if not path:
+            return (Plan(x_TD, orders[0].hold(), (), (), None, orders[0].num_executed()),)
+        ranks = [group_size(group) for group in path]
+        is_sent = [each.destinations(math.prod(ranks)) if self.is_unique else None for each in orders]
+        asking = start_asking(first_table([each.counts_E for each in orders], is_sent, ranks), path[0], self.probe)
+        held = [each.hold() for each in orders]  # while the counts travel
+        first = [None if each is None else first_destinations(each, ranks[0]) for each in is_sent]
+        hops = tuple(Hop(group, self.is_unique, self.probe, self.payload) for group in path)
+        return tuple(
+            Plan(rows, own, hops, sizes, to, sum(sizes[0].assignments.send))
+            for rows, own, sizes, to in zip(
+                x_TD.tensor_split(num_chunks), held, settle(asking, path, self.probe), first, strict=True
+            )
+        )
 
-    def combine(self, rows_ND: Tensor, dispatched: Dispatched, group: Group | None) -> Tensor:
-        """Send the experts' weighted outputs back and add each token's.
+    def send(self, plan: Plan) -> Departed:
+        """Send a chunk's rows on their first hop. Collective: all ranks of the groups."""
+        if not plan.hops:
+            return Departed(plan, None)
+        return Departed(plan, plan.hops[0].start(plan.x_tD, plan.held, plan.sizes[0], plan.is_sent_Pt))
+
+    def arrive(self, departed: Departed) -> Dispatched:
+        """A chunk's rows at their experts.
+
+        Collective: All ranks of the groups, where there are two hops.
+        """
+        plan, leaving, legs = departed.plan, departed.leaving, []
+        rows_ND, held, num_assignments = plan.x_tD, plan.held, plan.num_executed
+        for number, hop in enumerate(plan.hops):
+            if leaving is None:
+                is_sent_PN = destinations(held.source_S, held.counts_X, rows_ND.shape[0], group_size(hop.group))
+                leaving = hop.start(rows_ND, held, plan.sizes[number], is_sent_PN)
+            rows_ND, held, leg = hop.arrive(leaving)
+            legs.append(leg)
+            leaving, num_assignments = None, held.source_S.shape[0]
+        row_map = held.row_map(rows_ND.shape[0], num_assignments)
+        assignments = Assignments(row_map, held.gates_S[:num_assignments], held.counts_X)
+        return Dispatched(rows_ND, assignments, tuple(legs))
+
+    def combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Returning:
+        """Send the experts' weighted outputs back.
 
         Args:
             rows_ND: Expert outputs, in the order of dispatched.rows_ND.
-            dispatched: From `dispatch`.
-            group: As in `dispatch`.
+            dispatched: From `arrive`.
 
-        Returns:
-            [T, D].
-
-        Collective: All ranks of the group.
+        Collective: All ranks of the groups.
         """
-        if dispatched.sent is None:
-            return rows_ND
-        rows_QD = all_to_all_rows(rows_ND, dispatched.receive, dispatched.send, group, self.probe)
-        return sum_places(rows_QD, dispatched.sent)
+        if not dispatched.legs:
+            return Returning(rows_ND)
+        first, *others = dispatched.legs
+        for leg in reversed(others):
+            rows_ND = arrive_back(leg.hop.start_back(rows_ND, leg), leg)
+        return Returning(first.hop.start_back(rows_ND, first), first)
+
+    def finish(self, returning: Returning) -> Tensor:
+        """The sum of each token's weighted expert outputs, [t, D]."""
+        if isinstance(returning.rows, Tensor):
+            return returning.rows
+        assert returning.leg is not None
+        return arrive_back(returning.rows, returning.leg)
+
+
+DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
+    "flat": partial(Dispatcher, False),
+    "unique": partial(Dispatcher, True),
+    "two_level": partial(Dispatcher, True),  # the path makes the difference
+}
 
 
 @dataclass(frozen=True)
-class UniqueDispatcher(FlatDispatcher):
-    """One row for each rank that a token goes to: of K experts on P ranks, P (1 - C(E-e, K)/C(E, K)) in the mean.
+class _Order:
+    """A chunk's assignments in the order of their experts; behind them those that are not executed.
 
-    Which expert takes which row, and with which gate, travels beside the rows: 8 bytes an assignment.
+    Attributes:
+        routing: The router's decision.
+        order_A: int64, the assignment at every place.
+        source_A: int64, its token.
+        counts_E: int64, executed assignments of every expert.
     """
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int, group: Group | None) -> Dispatched:
-        """As FlatDispatcher's, with fewer rows. Collective: all ranks of the group."""
-        if group is None:
-            return super().dispatch(x_TD, routing, num_experts, group)
-        num_ranks, num_tokens = group_size(group), x_TD.shape[0]
+    routing: Routing
+    order_A: Tensor
+    source_A: Tensor
+    counts_E: Tensor
+
+    @staticmethod
+    def of(routing: Routing, num_experts: int) -> "_Order":
         order_A, counts_E = sort_assignments(routing.experts_TK, num_experts, routing.kept_TK)
-        is_sent_PT = _ranks_of_tokens(routing, num_experts, num_ranks)
-        counts_Pe = counts_E.view(num_ranks, -1)  # (E) -> (P, e)
-        told = all_to_all_counts(torch.cat((is_sent_PT.sum(1, keepdim=True), counts_Pe), 1), group, self.probe)
-        rows_P, received_Pe = told[:, 0], told[:, 1:]
-        splits = torch.stack((is_sent_PT.sum(1), rows_P, counts_Pe.sum(1), received_Pe.sum(1)))
-        # Host synchronisation: the only one; the all-to-alls need their split sizes as numbers.
-        send, receive, send_S, receive_R = (tuple(row) for row in splits.tolist())
-        # The rows in order of their rank, then token: numbers p*T + t. Those that are not sent stand behind the others.
-        numbers_Q = torch.argsort((~is_sent_PT).flatten().to(torch.uint8), stable=True)[: sum(send)]
-        tokens = RowMap.of(numbers_Q % max(num_tokens, 1), num_tokens)
-        rows_ND = all_to_all_rows(spread(x_TD, tokens), send, receive, group, self.probe)
-        order_S = order_A[: sum(send_S)]
-        gates_S = routing.gates_TK.reshape(-1).gather(0, order_S)
-        gates_R = all_to_all_rows(gates_S.unsqueeze(1), send_S, receive_R, group, self.probe).squeeze(1)
-        places_S = _places_in_blocks(is_sent_PT, routing.experts_TK, order_S, num_experts)
-        places_R = all_to_all_rows(places_S.unsqueeze(1), send_S, receive_R, group, self.probe).squeeze(1)
-        starts_P = rows_P.cumsum(0) - rows_P
-        source_R = places_R + starts_P.repeat_interleave(received_Pe.sum(1), output_size=sum(receive_R))
-        order_R = _order_by_local_expert(received_Pe, sum(receive_R))
-        places = RowMap.of(source_R.gather(0, order_R), sum(receive))
-        assignments = Assignments(places, gates_R.gather(0, order_R), received_Pe.sum(0))
-        return Dispatched(rows_ND, assignments, tokens, send, receive)
+        return _Order(routing, order_A, order_A // routing.experts_TK.shape[1], counts_E)
+
+    def destinations(self, num_ranks: int) -> Tensor:
+        return destinations(self.source_A, self.counts_E, self.routing.experts_TK.shape[0], num_ranks)
+
+    def hold(self) -> Held:
+        gates_A = self.routing.gates_TK.reshape(-1).gather(0, self.order_A)
+        copies = self.routing.experts_TK.shape[1]
+        known_map = RowMap.of_order(self.order_A, copies) if self.routing.kept_TK is None else None
+        return Held(self.source_A, gates_A, self.counts_E, known_map)
+
+    def num_executed(self) -> int:
+        if self.routing.kept_TK is None:
+            return self.order_A.shape[0]
+        return int(self.counts_E.sum())  # host synchronisation: the experts need to know how many rows are left
 
 
-DISPATCHERS: dict[str, Callable[[Probe | None], Dispatcher]] = {"flat": FlatDispatcher, "unique": UniqueDispatcher}
-
-
-def _ranks_of_tokens(routing: Routing, num_experts: int, num_ranks: int) -> Tensor:
-    """Which ranks each token has executed assignments on. bool [P, T]."""
-    rank_TK = routing.experts_TK // (num_experts // num_ranks)
-    if routing.kept_TK is not None:
-        rank_TK = rank_TK.masked_fill(~routing.kept_TK, num_ranks)
-    is_sent_TP = torch.zeros(rank_TK.shape[0], num_ranks + 1, dtype=torch.bool, device=rank_TK.device)
-    return is_sent_TP.scatter_(1, rank_TK, True)[:, :num_ranks].t()
-
-
-def _places_in_blocks(is_sent_PT: Tensor, experts_TK: Tensor, order_S: Tensor, num_experts: int) -> Tensor:
-    """Which of the rows that go to its rank each assignment is of, counted from 0 for every rank. int32 [S]."""
-    num_ranks, top_k = is_sent_PT.shape[0], experts_TK.shape[1]
-    place_PT = is_sent_PT.cumsum(1) - 1
-    rank_S = experts_TK.reshape(-1).gather(0, order_S) // (num_experts // num_ranks)
-    return place_PT[rank_S, order_S // top_k].to(torch.int32)
-
-
-def _order_by_local_expert(received_Pe: Tensor, num_rows: int) -> Tensor:
-    """Order that groups rows by local expert when they arrived by source rank, then by local expert. int64 [R]."""
-    experts_Pe = torch.arange(received_Pe.shape[1], device=received_Pe.device).expand_as(received_Pe)
-    # output_size spares repeat_interleave a host synchronisation.
-    expert_of_row_R = experts_Pe.reshape(-1).repeat_interleave(received_Pe.reshape(-1), output_size=num_rows)
-    return torch.argsort(expert_of_row_R, stable=True)
-
-
-def _token_map(order_Q: Tensor, num_tokens: int, top_k: int) -> RowMap:
-    """The token of every executed assignment, in expert order."""
-    if order_Q.shape[0] == num_tokens * top_k:
-        return RowMap.of_order(order_Q, invert_order(order_Q), top_k)
-    return RowMap.of(order_Q // top_k, num_tokens)
+def _split(routing: Routing, num_chunks: int) -> list[Routing]:
+    """The decisions for each chunk of the tokens. Their sums stay those of all tokens."""
+    kept = [None] * num_chunks if routing.kept_TK is None else routing.kept_TK.tensor_split(num_chunks)
+    names = ("gates_TK", "experts_TK", "logits_TE")
+    parts = zip(*(getattr(routing, name).tensor_split(num_chunks) for name in names), strict=True)
+    return [
+        replace(routing, **dict(zip(names, part, strict=True)), kept_TK=own)
+        for part, own in zip(parts, kept, strict=True)
+    ]

@@ -1,7 +1,7 @@
 """What passes between the four steps of an MoE layer: route -> dispatch -> experts -> combine.
 
-Legend: T tokens of this rank, K top_k, A = T*K assignments, E experts, D hidden_size, N rows received, Q rows sent,
-R assignments of this rank's experts, e experts of this rank, L MoE layers.
+Legend: T tokens of this rank, K top_k, A = T*K assignments, E experts, R assignments of this rank's experts, e experts
+of this rank, L MoE layers.
 """
 
 from collections.abc import Sequence
@@ -101,22 +101,3 @@ class Assignments:
     def num_assignments(self) -> int:
         """R."""
         return self.row_map.source_R.shape[0]
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows at their experts, and what `combine` needs to bring them back.
-
-    Attributes:
-        rows_ND: Rows that arrived, in the order of the ranks that sent them; without a group, the tokens' own.
-        assignments: What this rank's experts are to do with them.
-        sent: The token of every row that this rank sent; None without a group.
-        send: Rows sent to each rank of the group.
-        receive: Rows received from each rank of the group.
-    """
-
-    rows_ND: Tensor
-    assignments: Assignments
-    sent: RowMap | None = None
-    send: tuple[int, ...] = ()
-    receive: tuple[int, ...] = ()

@@ -7,7 +7,7 @@ import torch
 
 from moe_train.model.layers import SwiGLU
 from moe_train.model.moe.capacity import CapacityLimit
-from moe_train.model.moe.dispatch import FlatDispatcher
+from moe_train.model.moe.dispatch import DISPATCHERS, Path
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers import SigmoidTopKRouter, SoftmaxTopKRouter
@@ -24,7 +24,7 @@ def draw(*shape, seed, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def make_layer(capacity, rank=0, size=1, group=None, kind="softmax", shared=False):
+def make_layer(capacity, rank=0, size=1, path: Path = (), kind="softmax", shared=False, dispatch="flat"):
     """A layer whose weights are the same on every rank that holds them; expert 0 is everybody's favourite."""
     if kind == "softmax":
         router = SoftmaxTopKRouter(HIDDEN, EXPERTS, TOP_K, True, init_std=1.0)
@@ -46,7 +46,7 @@ def make_layer(capacity, rank=0, size=1, group=None, kind="softmax", shared=Fals
             draw(4 * INNER, HIDDEN, seed=8),
             draw(HIDDEN, 2 * INNER, seed=9),
         )
-    return MoELayer(router, FlatDispatcher(), experts, EXPERTS, group, capacity, dense)
+    return MoELayer(router, DISPATCHERS[dispatch](num_chunks=2), experts, EXPERTS, path, capacity, dense)
 
 
 def inputs():
@@ -150,21 +150,23 @@ def test_shared_experts_are_added():
     torch.testing.assert_close(shared.shared(x), halves[0](x) + halves[1](x), rtol=1e-12, atol=1e-12)
 
 
-def on_rank(rank, world_size, limit, ep_size, kind):
-    groups = create_expert_groups(ep_size, timeout_seconds=60)
-    layer = make_layer(limit, groups.ep_rank, ep_size, groups.ep_group, kind, shared=True)
+def on_rank(rank, world_size, limit, ep_size, kind, dispatch):
+    groups = create_expert_groups(ep_size, 60, node_size=2 if dispatch == "two_level" else None)
+    layer = make_layer(limit, groups.ep_rank, ep_size, groups.path, kind, True, dispatch)
     x, keys, upstream = (t.chunk(world_size)[rank] for t in inputs())
     y, sums, grads = outcome(layer, x, keys, upstream)
     return y, sums, grads
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize(("world_size", "ep_size"), [(2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "dispatch"), [(2, 2, "flat"), (4, 4, "unique"), (4, 4, "two_level"), (4, 2, "flat")]
+)
 @pytest.mark.parametrize("policy", ["probability", "position"])
-def test_per_sequence_drops_are_the_same_in_every_layout(kind, world_size, ep_size, policy, request):
+def test_per_sequence_drops_are_the_same_in_every_layout(kind, world_size, ep_size, dispatch, policy, request):
     limit = CapacityLimit(0.75, None, per_sequence=True, policy=policy)
     y, sums, grads = outcome(make_layer(limit, kind=kind, shared=True), *inputs())
-    results = request.getfixturevalue(f"pool{world_size}").run(on_rank, limit, ep_size, kind, timeout=60)
+    results = request.getfixturevalue(f"pool{world_size}").run(on_rank, limit, ep_size, kind, dispatch, timeout=60)
     close = {"rtol": 1e-10, "atol": 1e-12}  # fp64
     torch.testing.assert_close(torch.cat([result[0] for result in results]), y, **close)
     torch.testing.assert_close(torch.cat([result[2]["x"] for result in results]), grads["x"], **close)

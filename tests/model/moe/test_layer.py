@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from moe_train.model.layers import SwiGLU
-from moe_train.model.moe.dispatch import DISPATCHERS
+from moe_train.model.moe.dispatch import DISPATCHERS, Path
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers import NoisyTopKRouter, SoftmaxTopKRouter
 from moe_train.ops.keyed_random import combine, make_key
-from moe_train.parallel.collectives import Group
 from moe_train.parallel.groups import create_expert_groups
 from tests.model.slow_moe import SlowMoE
 
 HIDDEN, INNER, EXPERTS = 8, 12, 8  # whole 16 bytes in fp32, so that fp32 takes F.grouped_mm
 LAYER_KEY = 77
+NODE_SIZE = 2  # ranks
 BIASED = 0  # this feature of every token is 1: its router weights are a bias
 EVEN, UNEVEN, MINIMAL, EMPTY = [6, 6, 6, 6], [5, 9, 2, 7], [9, 1, 8, 1], [0, 9, 8, 0]
 BIASES = {
@@ -38,6 +38,7 @@ class Case:
     noisy: bool = False
     dtype: torch.dtype = torch.float64
     dispatch: str = "flat"
+    num_chunks: int = 1
 
 
 def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -62,7 +63,7 @@ def global_tokens(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return x, draw(*x.shape, seed=6), combine(make_key("t"), torch.arange(len(x)))
 
 
-def make_layer(case: Case, ep_rank: int, ep_size: int, group: Group | None) -> MoELayer:
+def make_layer(case: Case, ep_rank: int, ep_size: int, path: Path) -> MoELayer:
     local = EXPERTS // ep_size
     here = slice(ep_rank * local, (ep_rank + 1) * local)
     weights = global_weights(case)
@@ -76,16 +77,17 @@ def make_layer(case: Case, ep_rank: int, ep_size: int, group: Group | None) -> M
     experts = GroupedExperts(HIDDEN, INNER, EXPERTS, local, here.start, 0.02, 0.02)
     experts.gate_up.data = weights["gate_up"][here].to(case.dtype)
     experts.down.data = weights["down"][here].to(case.dtype)
-    return MoELayer(router, DISPATCHERS[case.dispatch](None), experts, EXPERTS, group)
+    return MoELayer(router, DISPATCHERS[case.dispatch](case.num_chunks), experts, EXPERTS, path)
 
 
 def run_layer(rank: int, world_size: int, case: Case, ep_size: int) -> dict[str, Tensor]:
     """Output, sums and gradients of one rank's tokens, the experts being spread over groups of ep_size ranks."""
-    group, ep_rank = None, 0
+    path, ep_rank = (), 0
     if world_size > 1:
-        groups = create_expert_groups(ep_size, timeout_seconds=60)
-        group, ep_rank = groups.ep_group, groups.ep_rank
-    layer = make_layer(case, ep_rank, ep_size, group)
+        groups = create_expert_groups(ep_size, 60, node_size=NODE_SIZE if case.dispatch == "two_level" else None)
+        path, ep_rank = groups.path, groups.ep_rank
+        assert len(path) == (0 if ep_size == 1 else 2 if case.dispatch == "two_level" else 1)
+    layer = make_layer(case, ep_rank, ep_size, path)
     x, upstream, keys = (t.split(case.tokens)[rank] for t in global_tokens(case))
     x = x.to(case.dtype)[None].requires_grad_()  # one sequence
     y, stats = layer(x, keys[None])
@@ -164,28 +166,25 @@ def test_one_process(case):
     check(case, [run_layer(0, 1, case, 1)], 1)
 
 
-dispatches = pytest.mark.parametrize("dispatch", DISPATCHERS)
-
-
-@dispatches
+@pytest.mark.parametrize(("dispatch", "num_chunks"), [("flat", 1), ("unique", 3)])
 @pytest.mark.parametrize("case", [*CASES, pytest.param(Case(top_k=5), id="K=5")])
-def test_two_ranks(case, dispatch, pool2):
-    case = replace(for_world(case, 2), dispatch=dispatch)
+def test_two_ranks(case, dispatch, num_chunks, pool2):
+    case = replace(for_world(case, 2), dispatch=dispatch, num_chunks=num_chunks)
     check(case, pool2.run(run_layer, case, 2, timeout=60), 2)
 
 
-@dispatches
+@pytest.mark.parametrize(("dispatch", "num_chunks"), [("flat", 3), ("unique", 1), ("two_level", 1), ("two_level", 3)])
 @pytest.mark.parametrize("case", [*CASES, pytest.param(Case(top_k=5), id="K=5")])
-def test_four_ranks(case, dispatch, pool4):
-    case = replace(case, dispatch=dispatch)
+def test_four_ranks(case, dispatch, num_chunks, pool4):
+    case = replace(case, dispatch=dispatch, num_chunks=num_chunks)
     check(case, pool4.run(run_layer, case, 4, timeout=60), 4)
 
 
-@dispatches
+@pytest.mark.parametrize("dispatch", ["flat", "unique"])
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_two_and_four_groups_of_ranks(ep_size, dispatch, pool4):
     """Ranks that hold the same experts have gradients of their own group's tokens only."""
-    case = Case(dispatch=dispatch)
+    case = Case(dispatch=dispatch, num_chunks=2)
     results = pool4.run(run_layer, case, ep_size, timeout=60)
     check(case, results, ep_size)
     assert not torch.equal(results[0]["down"], results[ep_size]["down"])
@@ -203,7 +202,7 @@ def test_cases_are_what_they_say():
 
 @pytest.mark.parametrize("top_k", [2, EXPERTS])
 def test_identical_experts_are_the_dense_layer(top_k):
-    layer = make_layer(Case(top_k=top_k), 0, 1, None)
+    layer = make_layer(Case(top_k=top_k), 0, 1, ())
     layer.experts.gate_up.data = layer.experts.gate_up.data[:1].repeat(EXPERTS, 1, 1)
     layer.experts.down.data = layer.experts.down.data[:1].repeat(EXPERTS, 1, 1)
     dense = SwiGLU(HIDDEN, INNER, 0.02, 0.02).double()
@@ -215,7 +214,7 @@ def test_identical_experts_are_the_dense_layer(top_k):
 
 
 def test_relabelling_experts_changes_no_output():
-    layer = make_layer(Case(noisy=True), 0, 1, None).eval()
+    layer = make_layer(Case(noisy=True), 0, 1, ()).eval()
     x, _, keys = global_tokens(Case())
     y, stats = layer(x[None], keys[None])
     order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
@@ -229,7 +228,7 @@ def test_relabelling_experts_changes_no_output():
 
 def test_a_tokens_output_does_not_depend_on_the_other_tokens():
     """Dropless: no capacity to compete for."""
-    layer = make_layer(Case(noisy=True), 0, 1, None)
+    layer = make_layer(Case(noisy=True), 0, 1, ())
     x, _, keys = global_tokens(Case())
     whole, _ = layer(x[None], keys[None])
     batched, _ = layer(x[:8].view(4, 2, HIDDEN), keys[:8].view(4, 2))

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from moe_train.config.errors import EXIT_LOST
-from moe_train.parallel.collectives import all_to_all_rows, world_group
+from moe_train.parallel.all_to_all import Splits, start_rows
+from moe_train.parallel.collectives import world_group
 from moe_train.parallel.position import Position
 from moe_train.parallel.probe import Probe
 from moe_train.train.resilience.report import Reporter
@@ -21,7 +22,7 @@ def exchange(place: Rank, direction: str) -> None:
     """An all-to-all of layer 3, in which rank r sends r + 1 rows to each, and its way back."""
     rows = torch.ones(3 * (place.rank + 1), 2, requires_grad=True)
     probe = Probe(position=place.position, layer=3)
-    arrived = all_to_all_rows(rows, [place.rank + 1] * 3, [1, 2, 3], world_group(), probe)
+    arrived = start_rows(rows, Splits((place.rank + 1,) * 3, (1, 2, 3)), world_group(), probe).wait()
     if place.rank == 1 and direction == "backward":
         sleep_for_ever()
     arrived.sum().backward()

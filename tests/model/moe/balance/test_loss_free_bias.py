@@ -53,7 +53,7 @@ def bias_after_a_step(rank, world_size, recompute, num_micro_steps):
     placement = None
     if world_size > 1:
         groups = create_expert_groups(world_size, timeout_seconds=60)
-        placement = ExpertPlacement(groups.ep_rank, world_size, groups.ep_group)
+        placement = ExpertPlacement(groups.ep_rank, world_size, groups.path)
     model = small_model(small_config(moe_every=2, moe=MOE), placement=placement, recompute=recompute)
     rule = Scheduled(LossFreeBias(0.125), ((0, 1.0), (2, 3.0)))
     objective = TrainingObjective(model, (), world_group(), rule)
