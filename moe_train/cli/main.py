@@ -20,7 +20,7 @@ SUBCOMMANDS = {
     "params": "count a configuration's parameters without allocating them",
     "parity": "check that every layout of ranks gives the same losses and gradient norms, here or on a cluster",
 }
-_FIRST_RANK_SPEAKS_SECONDS = 2.0
+_FIRST_RANK_SPEAKS_SECONDS = 5.0  # it may first wait for 2.5 beats, until the others have heard why it ends
 EXIT_CLOSED_PIPE, EXIT_INTERRUPTED = 128 + 13, 128 + 2  # as a shell tells of SIGPIPE and SIGINT
 
 

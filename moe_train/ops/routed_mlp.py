@@ -66,16 +66,16 @@ class _InTurn(torch.autograd.Function):
             gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
             active_rF = _gate_(F.silu(gate_rF).mul_(up_rF), gates_r)
             output_ND.index_add_(0, source_r, torch.mm(active_rF, down_FD).to(output_ND.dtype))
-        ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down, row_map.source_R, counts_e)
+        ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down, row_map.source_R)
         ctx.blocks = blocks
         return output_ND.to(rows_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, gates_R, hidden_RG, gate_up, down, source_R, counts_e = ctx.saved_tensors
+        rows_ND, gates_R, hidden_RG, gate_up, down, source_R = ctx.saved_tensors
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        is_idle_e = counts_e == 0
-        grad_gate_up[is_idle_e], grad_down[is_idle_e] = 0.0, 0.0
+        for expert in set(range(len(gate_up))) - {block.expert for block in ctx.blocks}:
+            grad_gate_up[expert], grad_down[expert] = 0.0, 0.0
         grad_gates_R, grad_rows_ND = torch.empty_like(gates_R), _zero_sums(rows_ND)
         parts = _parts(
             ctx.blocks, (source_R, gates_R, hidden_RG, grad_gates_R), (gate_up, down, grad_gate_up, grad_down)
@@ -195,8 +195,7 @@ def _activation_gradients(
     _gate_(active_rF, gates_r)
     grad_active_rF = _gate_(slope_rF, gates_r)
     grad_up_rF.mul_(grad_active_rF)
-    torch.mul(grad_active_rF, up_rF, out=grad_gate_rF)
-    torch.ops.aten.silu_backward.grad_input(grad_gate_rF, gate_rF, grad_input=grad_gate_rF)
+    torch.ops.aten.silu_backward.grad_input(grad_active_rF.mul_(up_rF), gate_rF, grad_input=grad_gate_rF)
     return grad_hidden_rG, active_rF
 
 

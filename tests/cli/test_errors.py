@@ -67,6 +67,16 @@ def test_two_ranks_under_deepspeed_say_it_once(tmp_path: Path, arguments: list[s
     check(train_under_deepspeed(2, *SMALL, f"--train.run_dir={tmp_path / 'run'}", *arguments, timeout=60), *words)
 
 
+@pytest.mark.slow
+def test_an_error_that_is_found_after_the_ranks_have_met_is_said_too(tmp_path: Path) -> None:
+    """The first rank then waits until the others have heard of its end: the launcher must not end it meanwhile."""
+    (tmp_path / "metrics.jsonl").write_text('garbage\n{"step": 2}\n')
+    result = train_under_deepspeed(2, *SMALL, f"--train.run_dir={tmp_path}", timeout=60)
+    assert result.returncode == 2, result
+    assert result.stderr.count("metrics.jsonl: line 1 is not a record") == 1, result
+    assert "Traceback" not in result.stdout + result.stderr
+
+
 def test_fewer_sequences_than_a_batch(tmp_path: Path) -> None:
     (tmp_path / "tiny.txt").write_text("a few words, enough for one sequence\n")
     result = train_alone(
