@@ -5,7 +5,8 @@ thread each, joined by gloo. In every round each variant has its turn on the sam
 counted where they enter torch.distributed, and held against what the routing drawn has to send. With --link-mbit the
 nodes are network namespaces with a line of that rate each (Linux, root), and ranks of different nodes talk over it.
 
-    python benchmarks/expert_parallel.py [--json] [--ranks 1 2 4] [--chunks 1 2] [--nodes 2] [--link-mbit 500] ...
+    python benchmarks/expert_parallel.py [--json] [--ranks 1 2 4] [--chunks 1 2] [--nodes 2]
+    python benchmarks/expert_parallel.py --ranks 2 4 --nodes 2 --link-mbit 300 ...
 """
 
 import argparse
@@ -95,7 +96,9 @@ def parse_options() -> argparse.Namespace:
         if options.experts % ranks:
             parser.error(f"--experts ({options.experts}) must be divisible by --ranks ({ranks})")
         if options.link_mbit and ranks % options.nodes:
-            parser.error(f"--ranks ({ranks}) must be divisible by --nodes ({options.nodes})")
+            parser.error(
+                f"--ranks ({ranks}) must be divisible by --nodes ({options.nodes}), which --link-mbit separates"
+            )
     return options
 
 

@@ -26,7 +26,7 @@ from moe_train.parallel.bootstrap import (
     set_threads,
 )
 from moe_train.parallel.host_memory import keep_freed_memory
-from moe_train.parallel.world import World
+from moe_train.parallel.world import World, check_nodes
 
 if TYPE_CHECKING:
     import torch
@@ -223,6 +223,7 @@ def _agree(setting: Setting, group: "Group | None") -> "Found":
     config, data, world, folder = setting.config, setting.data, setting.world, setting.folder
 
     def tidy() -> None:
+        check_nodes(config.parallel.node_size, world)
         if world.rank == 0:
             read_records(folder.metrics)  # a damaged one is said before the ranks begin
             remove_leftovers(folder.checkpoints)

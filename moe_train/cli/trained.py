@@ -138,8 +138,11 @@ def load_model(trained: Trained) -> "Transformer":
     assert isinstance(size, int) and config.model.vocab_size is not None
     if world.world_size > 1:
         init_process_group(world, trained.device, config.parallel.timeout_seconds)
-        groups = create_expert_groups(size, config.parallel.timeout_seconds, config.parallel.node_size)
-        placement = ExpertPlacement(groups.ep_rank, size, groups.path, config.parallel.dispatch)
+        # In one hop and one chunk: a few tokens are a matter of latency. What travels is what it was in training.
+        groups = create_expert_groups(size, config.parallel.timeout_seconds)
+        placement = ExpertPlacement(
+            groups.ep_rank, size, groups.path, config.parallel.dispatch, payload=config.parallel.payload
+        )
     model = build_model(config.model, config.model.vocab_size, seed=config.train.seed, placement=placement)
     check_fits(model, manifest)
     together(

@@ -18,7 +18,8 @@ from moe_train.config.run import (
 )
 
 MOST_CHUNKS = 4  # parallel.chunks auto: of n chunks, 1/n of the traffic is not hidden
-ROWS_OF_A_CHUNK = 16384  # parallel.chunks auto: with fewer rows, starting a chunk's work costs what it hides
+# parallel.chunks auto: with fewer rows, of all experts or of one, a chunk's own work costs more than it hides.
+ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT = 16384, 256
 AUTO_MICRO_BATCH = 8  # sequences; most of what one rank takes at once under train.micro_batch_size auto
 
 
@@ -49,8 +50,9 @@ class Config(Section):
                 raise ValueError(
                     f"telemetry.{name} ({getattr(self.telemetry, name)}) has no effect: the model has no MoE layer"
                 )
-        for name in ("dispatch", "payload"):
-            if self.parallel.differs(name) and not self.model.moe_layer_indices:
+        for name in ("dispatch", "payload", "chunks"):
+            is_default = not self.parallel.differs(name) or (name, self.parallel.chunks) == ("chunks", 1)
+            if not is_default and not self.model.moe_layer_indices:
                 value = getattr(self.parallel, name)
                 raise ValueError(f"parallel.{name} ({value}) has no effect: the model has no MoE layer")
         alarm, most = self.telemetry.max_violation_alarm, self.model.moe.num_experts / self.model.moe.top_k - 1
@@ -116,8 +118,8 @@ def check_world(config: Config, world_size: int, local_world_size: int) -> Confi
         per_node = local_world_size if per_node == "auto" else per_node
         if size > per_node and size % per_node:
             raise UsageError(
-                f"parallel.expert_parallel_size ({size}) must be a multiple of the ranks of a node ({per_node}) for "
-                "parallel.dispatch two_level"
+                f"parallel.expert_parallel_size ({size}) must be a multiple of parallel.ranks_per_node ({per_node}) "
+                "for parallel.dispatch two_level"
             )
     chunks = config.parallel.chunks
     if chunks == "auto":
@@ -160,15 +162,17 @@ def _number_of_chunks(config: Config, size: int, tokens: int) -> int:
     if size == 1:
         return 1
     rows = tokens * config.model.moe.top_k
-    return max(1, min(MOST_CHUNKS, rows // ROWS_OF_A_CHUNK))
+    least = max(ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT * config.model.moe.num_experts // size)
+    return max(1, min(MOST_CHUNKS, rows // least))
 
 
 def _largest_expert_parallel_size(config: Config, world_size: int, local_world_size: int) -> int:
     if not config.model.moe_layer_indices:
         return 1
     experts = config.model.moe.num_experts
-    return max(
-        size
-        for size in range(1, local_world_size + 1)
-        if experts % size == 0 and world_size % size == 0 and local_world_size % size == 0
-    )
+    sizes = [size for size in range(1, world_size + 1) if experts % size == 0 and world_size % size == 0]
+    if config.parallel.dispatch == "two_level":  # its purpose is to leave the node
+        per_node = config.parallel.ranks_per_node
+        node = local_world_size if per_node == "auto" else per_node
+        return max(size for size in sizes if size % node == 0 or node % size == 0)
+    return max(size for size in sizes if local_world_size % size == 0)

@@ -13,7 +13,8 @@ class ParallelConfig(Section):
     """How the model is spread over ranks."""
 
     expert_parallel_size: PositiveInt | Literal["auto"] = "auto"
-    """Ranks that share the experts of a layer; auto: the largest that divides experts and ranks and stays in a node."""
+    """Ranks that share the experts of a layer; auto: the largest that divides experts and ranks and stays in a node, or
+    with dispatch two_level takes whole nodes."""
     zero_stage: int = Field(1, ge=1, le=3)
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
     dispatch: Literal["flat", "unique", "two_level"] = "flat"
@@ -23,11 +24,11 @@ class ParallelConfig(Section):
     ranks_per_node: PositiveInt | Literal["auto"] = "auto"
     """Ranks between which bytes are cheap, only for dispatch two_level; auto: those of a host, as the launcher says."""
     chunks: PositiveInt | Literal["auto"] = "auto"
-    """Parts of a micro-batch's tokens; one travels while the experts compute another. auto: by the bytes that travel.
-    Without effect where all experts of a rank's tokens are on the rank itself."""
+    """Parts of a micro-batch's tokens; one travels while the experts compute another. auto: as many as have enough
+    rows. As dispatch and payload, without effect where every rank has all experts."""
     payload: Literal["model", "bf16", "fp8"] = "model"
     """In what rows and their gradients travel between ranks. model: as they are; bf16: rounded, for precision fp32;
-    fp8: e4m3 with a scale for every row."""
+    fp8: e4m3 with a scale for every row. They are rounded in every all-to-all, with two_level twice each way."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo) or cuda (NCCL); auto takes cuda where a device is visible."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"

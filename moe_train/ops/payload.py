@@ -43,15 +43,6 @@ class Payload:
             return decode_fp8(sent, dtype)
         return sent.to(dtype)
 
-    def row_bytes(self, width: int, element_size: int) -> int:
-        """Bytes of a row on the wire.
-
-        Args:
-            width: D.
-            element_size: Bytes of an element of the rows' dtype.
-        """
-        return {"model": width * element_size, "bf16": 2 * width, "fp8": width + _SCALE_BYTES}[self.name]
-
 
 MODEL_PAYLOAD = Payload()
 
@@ -64,9 +55,9 @@ def encode_fp8(rows_RD: Tensor) -> Tensor:
     """
     rows = rows_RD.to(torch.float32)
     largest_R1 = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
-    scale_R1 = torch.where(largest_R1 > 0, largest_R1 / _FP8_MAX, 1.0).to(torch.float32)
+    scale_R1 = torch.where(largest_R1 == 0, 1.0, largest_R1 / _FP8_MAX).to(torch.float32)  # NaN stays NaN
     # A largest element that is tiny (below 448 of the smallest fp32) has a scale that is zero: such a row is zeros.
-    scaled_RD = torch.where(scale_R1 > 0, rows / scale_R1, 0.0)
+    scaled_RD = torch.where(scale_R1 == 0, 0.0, rows / scale_R1)
     return torch.cat((scale_R1.view(torch.uint8), scaled_RD.to(_FP8).view(torch.uint8)), dim=1)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_train.ops.kernels import kernels_for
 from moe_train.ops.row_map import RowMap
@@ -71,12 +72,14 @@ class _InTurn(torch.autograd.Function):
         return output_ND.to(rows_ND.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, gates_R, hidden_RG, gate_up, down, source_R = ctx.saved_tensors
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         for expert in set(range(len(gate_up))) - {block.expert for block in ctx.blocks}:
             grad_gate_up[expert], grad_down[expert] = 0.0, 0.0
         grad_gates_R, grad_rows_ND = torch.empty_like(gates_R), _zero_sums(rows_ND)
+        sums = _BlockSums()
         parts = _parts(
             ctx.blocks, (source_R, gates_R, hidden_RG, grad_gates_R), (gate_up, down, grad_gate_up, grad_down)
         )
@@ -85,8 +88,8 @@ class _InTurn(torch.autograd.Function):
             grad_rD = grads[0].index_select(0, source_r)
             slope_rF = torch.mm(grad_rD, down_FD.t())
             grad_hidden_rG, active_rF = _activation_gradients(hidden_rG, slope_rF, gates_r, grad_gates_r)
-            _put_product(grad_down_FD, active_rF.t(), grad_rD, block.is_first)
-            _put_product(grad_gate_up_DG, rows_ND.index_select(0, source_r).t(), grad_hidden_rG, block.is_first)
+            sums.add(grad_down_FD, active_rF.t(), grad_rD, block)
+            sums.add(grad_gate_up_DG, rows_ND.index_select(0, source_r).t(), grad_hidden_rG, block)
             grad_rows_ND.index_add_(0, source_r, torch.mm(grad_hidden_rG, gate_up_DG.t()).to(grad_rows_ND.dtype))
         return grad_rows_ND.to(rows_ND.dtype), grad_gates_R, None, None, grad_gate_up, grad_down
 
@@ -106,6 +109,7 @@ class _Together(torch.autograd.Function):
         return row_map.sum_rows(output_RD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e = ctx.saved_tensors
         grad_RD = ctx.row_map.spread_rows(grads[0])
@@ -126,11 +130,13 @@ class _Block:
         expert: Of this rank.
         num_rows: How many.
         is_first: Whether it is the expert's first block.
+        is_last: Whether it is the expert's last block.
     """
 
     expert: int
     num_rows: int
     is_first: bool
+    is_last: bool
 
 
 def _blocks(counts: Sequence[int]) -> list[_Block]:
@@ -140,7 +146,7 @@ def _blocks(counts: Sequence[int]) -> list[_Block]:
         num_blocks = -(-count // _MOST_ROWS)
         for number in range(num_blocks):
             num_rows = (number + 1) * count // num_blocks - number * count // num_blocks
-            found.append(_Block(expert, num_rows, number == 0))
+            found.append(_Block(expert, num_rows, number == 0, number == num_blocks - 1))
     return found
 
 
@@ -153,12 +159,24 @@ def _parts(
     return ((*own, *weights[block.expert]) for block, own in zip(blocks, rows, strict=True))
 
 
-def _put_product(out: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
-    """Writes the product, or adds it."""
-    if is_first:
-        torch.mm(left, right, out=out)
-    else:
-        out.addmm_(left, right)
+class _BlockSums:
+    """Adds up the products of an expert's blocks in at least fp32, and rounds the sum once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}  # of the expert at hand, by the address of the result
+
+    def add(self, out: Tensor, left: Tensor, right: Tensor, block: _Block) -> None:
+        """Add the product left @ right of a block; after the expert's last one, `out` is the sum."""
+        is_narrow = out.dtype != torch.promote_types(out.dtype, torch.float32)
+        if is_narrow and not (block.is_first and block.is_last):
+            product = torch.mm(left, right).to(torch.float32)
+            self._sums[out.data_ptr()] = product if block.is_first else self._sums[out.data_ptr()].add_(product)
+            if block.is_last:
+                out.copy_(self._sums.pop(out.data_ptr()))
+        elif block.is_first:
+            torch.mm(left, right, out=out)
+        else:
+            out.addmm_(left, right)
 
 
 def _zero_sums(rows_ND: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_train.ops.payload import MODEL_PAYLOAD, Payload
 from moe_train.parallel.collectives import Group, group_rank
@@ -79,6 +80,7 @@ class _Start(torch.autograd.Function):
         return rows_RD.new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.flight.finish(ctx.dtype, "backward"), None
 
@@ -90,6 +92,7 @@ class _Finish(torch.autograd.Function):
         return flight.finish(carrier.dtype, "forward")
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         ctx.flight.start(grads[0], "backward")
         return grads[0].new_empty(0), None

@@ -266,3 +266,19 @@ def read_step(environ: Mapping[str, str], manager: Manager) -> World:
         master_port=_read_port(environ, world_size),
         launcher="srun",
     )
+
+
+def check_nodes(node_size: int | None, world: World) -> None:
+    """Holds the ranks of a node, which tokens leave last, against the launcher's word.
+
+    Args:
+        node_size: Ranks of a node, which are taken to be consecutive; None: it does not matter.
+        world: The place of this process.
+
+    Raises: UsageError where a node of that size has other ranks.
+    """
+    if node_size == world.local_world_size and world.rank // node_size != world.node_rank:
+        raise UsageError(
+            f"parallel.dispatch (two_level) needs the ranks of a host to be consecutive, but rank {world.rank} of "
+            f"{node_size} a host is on host {world.node_rank}: let the launcher fill one host after the other"
+        )

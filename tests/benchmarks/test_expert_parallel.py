@@ -64,7 +64,8 @@ def test_rows_of_uniform_routing(dispatch, ranks):
 def test_variants():
     assert SHAPE.variants_on(1) == [REFERENCE]
     names = {variant.dispatch for variant in SHAPE.variants_on(2)}
-    assert names == {"flat", "unique"}
+    assert names == {"flat", "unique"}  # two nodes of one rank each
+    assert count_rows([[0, 8]], 0, SHAPE, 2)["flat"] == (1, 0)
     four = SHAPE.variants_on(4)
     assert four[0] == REFERENCE and len(four) == len(set(four)) == 6
     assert {(variant.dispatch, variant.chunks) for variant in four} == set(itertools.product(SHAPE.dispatch, (1, 2)))

@@ -36,6 +36,11 @@ def make(**sections):
             id="no MoE layer to dispatch to",
         ),
         pytest.param(
+            {"model": {"moe_every": 0}, "parallel": {"chunks": 2}},
+            ["parallel.chunks (2)", "no MoE layer"],
+            id="no MoE layer to hide",
+        ),
+        pytest.param(
             {"train": {"precision": "bf16"}, "parallel": {"payload": "bf16"}},
             ["parallel.payload (bf16)", "train.precision (bf16)", "16 bits"],
             id="rows that are no shorter",
@@ -110,19 +115,37 @@ def test_two_levels_are_there_where_experts_are_shared_by_several_nodes(size, wo
     assert check_world(make(parallel={"expert_parallel_size": size}), world, local).parallel.node_size is None
 
 
+@pytest.mark.parametrize(
+    ("experts", "world", "local", "given", "size"),
+    [(16, 8, 4, "auto", 8), (16, 4, 4, "auto", 4), (12, 8, 4, "auto", 4), (6, 8, 4, "auto", 2), (16, 8, 8, 2, 8)],
+)
+def test_auto_takes_whole_nodes_for_two_levels(experts, world, local, given, size):
+    parallel = {"dispatch": "two_level", "ranks_per_node": given}
+    config = make(parallel=parallel, model={"moe": {"num_experts": experts}})
+    assert check_world(config, world, local).parallel.expert_parallel_size == size
+
+
 def test_nodes_must_divide_the_ranks_that_share_experts():
     config = make(model={"moe": {"num_experts": 12}}, parallel={"expert_parallel_size": 6, "dispatch": "two_level"})
-    with pytest.raises(UsageError, match=r"expert_parallel_size \(6\) must be a multiple .* node \(4\)"):
+    with pytest.raises(UsageError, match=r"expert_parallel_size \(6\) must be a multiple .*ranks_per_node \(4\)"):
         check_world(config, 12, 4)
 
 
 @pytest.mark.parametrize(
-    ("size", "tokens", "given", "chunks"),
-    [(1, 2**20, "auto", 1), (4, 128, "auto", 1), (4, 2**20, "auto", 4), (4, 128, 3, 3)],
+    ("size", "experts", "tokens", "given", "chunks"),
+    [
+        (1, 8, 2**20, "auto", 1),
+        (4, 8, 128, "auto", 1),
+        (4, 8, 2**20, "auto", 4),
+        (4, 8, 128, 3, 3),
+        (4, 8, 2**14, "auto", 2),
+        (4, 512, 2**14, "auto", 1),
+    ],
 )
-def test_chunks_where_rows_travel_and_are_many(size, tokens, given, chunks):
+def test_chunks_where_rows_travel_and_are_many(size, experts, tokens, given, chunks):
     train = {"sequence_length": tokens // 8, "micro_batch_size": 8}
-    config = make(parallel={"expert_parallel_size": size, "chunks": given}, train=train)
+    model = {"moe": {"num_experts": experts, "top_k": 2}}
+    config = make(parallel={"expert_parallel_size": size, "chunks": given}, train=train, model=model)
     assert check_world(config, 4, 4).parallel.chunks == chunks
 
 

@@ -126,13 +126,15 @@ class Dispatcher:
         is_sent = [each.destinations(math.prod(ranks)) if self.is_unique else None for each in orders]
         asking = start_asking(first_table([each.counts_E for each in orders], is_sent, ranks), path[0], self.probe)
         held = [each.hold() for each in orders]  # while the counts travel
-        first = [None if each is None else first_destinations(each, ranks[0]) for each in is_sent]
+        settling = settle(asking, path, self.probe)
+        first = [
+            None if each is None else first_destinations(each, ranks[0]) for each in is_sent
+        ]  # while they are read
         hops = tuple(Hop(group, self.is_unique, self.probe, self.payload) for group in path)
+        rows = x_TD.split(_chunk_sizes(x_TD.shape[0], num_chunks))
+        chunks = zip(rows, held, settling.read(), first, strict=True)
         return tuple(
-            Plan(rows, own, hops, sizes, to, sum(sizes[0].assignments.send))
-            for rows, own, sizes, to in zip(
-                x_TD.tensor_split(num_chunks), held, settle(asking, path, self.probe), first, strict=True
-            )
+            Plan(x_tD, own, hops, sizes, to, sum(sizes[0].assignments.send)) for x_tD, own, sizes, to in chunks
         )
 
     def send(self, plan: Plan) -> Departed:
@@ -226,11 +228,18 @@ class _Order:
         return int(self.counts_E.sum())  # host synchronisation: the experts need to know how many rows are left
 
 
+def _chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
+    """Of all chunks; they differ by one at most."""
+    return [(number + 1) * num_tokens // num_chunks - number * num_tokens // num_chunks for number in range(num_chunks)]
+
+
 def _split(routing: Routing, num_chunks: int) -> list[Routing]:
     """The decisions for each chunk of the tokens. Their sums stay those of all tokens."""
-    kept = [None] * num_chunks if routing.kept_TK is None else routing.kept_TK.tensor_split(num_chunks)
+    sizes = _chunk_sizes(routing.experts_TK.shape[0], num_chunks)
+    kept = [None] * num_chunks if routing.kept_TK is None else routing.kept_TK.split(sizes)
     names = ("gates_TK", "experts_TK", "logits_TE")
-    parts = zip(*(getattr(routing, name).tensor_split(num_chunks) for name in names), strict=True)
+    # Not tensor_split: its backward pass makes a tensor of all tokens for each chunk, and adds them.
+    parts = zip(*(getattr(routing, name).split(sizes) for name in names), strict=True)
     return [
         replace(routing, **dict(zip(names, part, strict=True)), kept_TK=own)
         for part, own in zip(parts, kept, strict=True)

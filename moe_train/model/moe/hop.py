@@ -67,15 +67,14 @@ class Leaving:
 
     Attributes:
         rows: The rows.
-        gates: The gates of the assignments, [S, 1].
-        places: Which of the rows from its rank each assignment is of, int32 [S, 1]; None: they are in the same order.
+        gates: The gates of the assignments, [S, 1]; where a row goes once to each rank, [S, 2] with the number of the
+            assignment's row among those from its rank.
         sent: The row of every row that was sent.
         sizes: What goes where.
     """
 
     rows: RowsOnTheWay
     gates: RowsOnTheWay
-    places: RowsOnTheWay | None
     sent: RowMap
     sizes: HopSizes
 
@@ -128,13 +127,12 @@ class Hop:
         else:
             sent = RowMap.of_table(is_sent_PN, sum(sizes.rows.send))
         rows = start_rows(spread(rows_ND, sent), sizes.rows, self.group, self.probe, self.payload)
-        gates_S1 = held.gates_S[:num_sent].unsqueeze(1)
-        gates = start_rows(gates_S1, sizes.assignments, self.group, self.probe)
-        places = None
+        gates = held.gates_S[:num_sent].unsqueeze(1)
         if is_sent_PN is not None:
+            # One all-to-all for both: fp32 holds whole numbers up to 2**24, and a rank has fewer tokens.
             places_S = _places_in_blocks(is_sent_PN, held.source_S[:num_sent], held.counts_X)
-            places = start_rows(places_S.to(torch.int32).unsqueeze(1), sizes.assignments, self.group, self.probe)
-        return Leaving(rows, gates, places, sent, sizes)
+            gates = torch.cat((gates, places_S.to(gates.dtype).unsqueeze(1)), 1)
+        return Leaving(rows, start_rows(gates, sizes.assignments, self.group, self.probe), sent, sizes)
 
     def arrive(self, leaving: Leaving) -> tuple[Tensor, Held, Leg]:
         """Wait for what the other ranks sent.
@@ -144,15 +142,15 @@ class Hop:
         """
         sizes = leaving.sizes
         order_R = _order_by_expert(sizes.received_Px, sum(sizes.assignments.receive))
-        rows_MD, gates_R = leaving.rows.wait(), leaving.gates.wait().squeeze(1)
-        gates_R, counts_x = gates_R.gather(0, order_R), sizes.received_Px.sum(0)
+        rows_MD, gates = leaving.rows.wait(), leaving.gates.wait()
+        gates_R, counts_x = gates[:, 0].gather(0, order_R), sizes.received_Px.sum(0)
         leg = Leg(self, leaving.sent, sizes.rows)
-        if leaving.places is None:
+        if not self.is_unique:
             own_map = RowMap.of_order(order_R, copies=1)
             return rows_MD, Held(order_R, gates_R, counts_x, own_map), leg
         starts_P = sizes.rows_from_P.cumsum(0) - sizes.rows_from_P
         starts_R = starts_P.repeat_interleave(sizes.received_Px.sum(1), output_size=order_R.shape[0])
-        source_R = (leaving.places.wait().squeeze(1) + starts_R).gather(0, order_R)
+        source_R = (gates[:, 1].detach().to(torch.int64) + starts_R).gather(0, order_R)
         return rows_MD, Held(source_R, gates_R, counts_x), leg
 
     def start_back(self, rows_MD: Tensor, leg: Leg) -> RowsOnTheWay:

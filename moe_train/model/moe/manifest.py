@@ -103,8 +103,34 @@ def start_asking(table: Table, group: Group, probe: Probe) -> Asking:
     return Asking(table, start_counts(counts_PCn.reshape(len(counts_PCn), -1), group, probe))
 
 
-def settle(asking: Asking, groups: Sequence[Group], probe: Probe) -> list[tuple[HopSizes, ...]]:
-    """The sizes of every chunk in every hop.
+@dataclass(frozen=True)
+class Settling:
+    """The sizes of every chunk in every hop, on their way to the host.
+
+    Attributes:
+        came: What comes to this rank in every hop.
+        copy: Of the numbers.
+    """
+
+    came: tuple[Table, ...]
+    copy: HostCopy
+
+    def read(self) -> list[tuple[HopSizes, ...]]:
+        """The sizes of every chunk in every hop.
+
+        Host synchronisation: with the count exchange. All-to-alls need their split sizes as numbers.
+        """
+        read = iter(self.copy.read())
+        by_hop = []
+        for came in self.came:
+            send, send_assignments, receive, receive_assignments = (next(read) for _ in range(4))
+            rows, assignments = _splits(send, receive), _splits(send_assignments, receive_assignments)
+            by_hop.append(map(HopSizes, rows, assignments, came.rows_CP, came.assignments_CPx))
+        return list(zip(*by_hop, strict=True))
+
+
+def settle(asking: Asking, groups: Sequence[Group], probe: Probe) -> Settling:
+    """Go on asking in all hops, and start to bring the sizes to the host.
 
     Args:
         asking: The first hop's table.
@@ -118,15 +144,8 @@ def settle(asking: Asking, groups: Sequence[Group], probe: Probe) -> list[tuple[
     if came.num_next:
         asking = start_asking(came.sent_on(), groups[1], probe)
         hops.append((asking.own, asking.wait()))
-    # Host synchronisation: the only one of the layer; all-to-alls need their split sizes as numbers.
-    copy = HostCopy([each for hop in hops for table in hop for each in (table.rows_CP, table.assignments_CPx.sum(2))])
-    read = iter(copy.read())
-    by_hop = []
-    for _, came in hops:
-        send, send_assignments, receive, receive_assignments = (next(read) for _ in range(4))
-        rows, assignments = _splits(send, receive), _splits(send_assignments, receive_assignments)
-        by_hop.append(map(HopSizes, rows, assignments, came.rows_CP, came.assignments_CPx))
-    return list(zip(*by_hop, strict=True))
+    numbers = [each for hop in hops for table in hop for each in (table.rows_CP, table.assignments_CPx.sum(2))]
+    return Settling(tuple(came for _, came in hops), HostCopy(numbers))
 
 
 def _splits(send_CP: list[list[int]], receive_CP: list[list[int]]) -> list[Splits]:

@@ -1,0 +1,53 @@
+"""Every dispatch in a whole model: with recomputation, losses over all ranks, and unequal numbers of tokens."""
+
+import pytest
+import torch
+
+from moe_train.model.build import ExpertPlacement, build_model
+from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled
+from moe_train.model.transformer import TrainingObjective
+from moe_train.ops.payload import Payload
+from moe_train.parallel.collectives import world_group
+from moe_train.parallel.groups import create_expert_groups
+from tests.model.small import random_ids, small_config, small_model, tokens_of
+
+CONFIG = small_config(moe_every=1, moe={"num_experts": 8, "top_k": 3, "num_shared_experts": 1})
+WAYS = (("flat", 1, False), ("two_level", 3, True), ("unique", 5, True), ("two_level", 1, False))
+
+
+def gradients(rank: int, dispatch: str, num_chunks: int, recompute: bool) -> list[torch.Tensor]:
+    """Of two micro-batches; then an evaluation without gradients, in which all ranks have to meet too."""
+    groups = create_expert_groups(4, 60, node_size=2 if dispatch == "two_level" else None)
+    placement = ExpertPlacement(groups.ep_rank, 4, groups.path, dispatch, num_chunks)
+    model = small_model(CONFIG, placement=placement, recompute=recompute).train()
+    terms = (Scheduled(ImportanceCV2(0.3)), Scheduled(LoadCV2(0.2)))
+    objective = TrainingObjective(model, terms, world_group())
+    for micro in range(2):
+        sequences = 1 + (rank + micro) % 3
+        ids, targets = (random_ids(sequences, 7, seed=seed) for seed in (10 * rank + micro, 77 + rank))
+        objective(tokens_of(ids, step=micro), targets).total.backward()
+    model.eval()
+    with torch.no_grad():
+        assert model(tokens_of(ids)) is not None
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def run_all(rank: int, world_size: int) -> list[list[torch.Tensor]]:
+    return [gradients(rank, *way) for way in WAYS]
+
+
+def test_every_way_gives_the_same_gradients(pool4):
+    for expected, *others in pool4.run(run_all, timeout=120):
+        for found in others:
+            for ours, theirs in zip(found, expected, strict=True):
+                # fp64; sums over 8 experts' rows in another order.
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11 * float(theirs.abs().max() + 1))
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "unique", "two_level"])
+def test_what_is_configured_reaches_the_dispatcher(dispatch):
+    placement = ExpertPlacement(dispatch=dispatch, num_chunks=3, payload="fp8")
+    for block in build_model(CONFIG, 64, placement=placement).blocks:
+        dispatcher = block.feed_forward.dispatcher
+        assert (dispatcher.num_chunks, dispatcher.payload) == (3, Payload("fp8"))
+        assert dispatcher.is_unique == (dispatch != "flat")
