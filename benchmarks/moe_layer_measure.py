@@ -35,8 +35,8 @@ def measure(problem: Problem, names: Sequence[str], rounds: int) -> dict[str, Me
 def peak_bytes(layer: Layer) -> int:
     """Most bytes of tensors at once in a forward and backward pass, over those before: weights and input are not in it.
 
-    On CUDA as the allocator counts them, on CPU from the allocator's events in a profile; what libraries keep for
-    themselves (packed copies in a matrix product) is not in it.
+    On CUDA as the allocator counts them, on CPU from the allocator's events in a profile, which knows of one thread: so
+    torch has only one meanwhile. What libraries keep for themselves (packed copies in a matrix product) is not in it.
     """
     _clear(layer)
     if layer.x_ND.device.type == "cuda":
@@ -46,8 +46,11 @@ def peak_bytes(layer: Layer) -> int:
         _pass(layer)
         peak = torch.cuda.max_memory_allocated() - before
     else:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             _pass(layer)
+        torch.set_num_threads(threads)
         events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
         held = peak = 0
         for event in sorted(events, key=lambda event: event.start_ns()):

@@ -9,8 +9,10 @@ Legend: N source rows, R assignments in expert order, D hidden_size, F intermedi
 r assignments of one expert.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from moe_train.ops.kernels import kernels_for
 from moe_train.ops.row_map import RowMap
+from moe_train.ops.threads import run_side_by_side
 
-_MOST_ROWS = 384  # that an expert takes at once on a CPU: what they bring with them fits the cache
+# Rows that an expert takes at once: what they bring with them fits the cache, or is little beside what is kept.
+_MOST_ROWS, _LEAST_BLOCKS = 384, 16
 
 
 def routed_swiglu(
@@ -40,58 +44,59 @@ def routed_swiglu(
     Returns:
         [N, D] of the rows' dtype; zero for a row that is routed nowhere.
     """
-    # On CPU an expert's rows fit the cache, and experts one after the other never leave it.
-    in_turn = rows_ND.device.type == "cpu" or not _has_grouped_mm(rows_ND, gate_up_eDG)
-    function = _InTurn if in_turn else _Together
+    # On CPU an expert's rows fit the cache, and expert by expert they never leave it.
+    by_expert = rows_ND.device.type == "cpu" or not _has_grouped_mm(rows_ND, gate_up_eDG)
+    function = _ByExpert if by_expert else _Together
     return function.apply(rows_ND, gates_R, row_map, counts_e, gate_up_eDG, down_eFD)
 
 
-class _InTurn(torch.autograd.Function):
-    """One expert after the other, of a busy one a block of rows: any dtype, at the price of reading the counts.
-
-    What a block gives is added to its rows at once, while it is in the cache: nothing but the first product has a row
-    for every assignment.
-    """
+class _ByExpert(torch.autograd.Function):
+    """Every expert's products for themselves: any dtype, at the price of reading the counts."""
 
     @staticmethod
     def forward(
         ctx: Any, rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
-        blocks = _blocks(counts_e.tolist())  # host synchronisation: slices need numbers
-        hidden_RG = rows_ND.new_empty(row_map.source_R.numel(), gate_up.shape[2])
-        output_ND = _zero_sums(rows_ND)
-        for source_r, gates_r, hidden_rG, gate_up_DG, down_FD in _parts(
-            blocks, (row_map.source_R, gates_R, hidden_RG), (gate_up, down)
-        ):
+        counts = counts_e.tolist()  # host synchronisation: slices need numbers
+        source_R = row_map.source_R
+        hidden_RG = rows_ND.new_empty(source_R.numel(), gate_up.shape[2])
+        output_RD = rows_ND.new_empty(source_R.numel(), rows_ND.shape[1])
+
+        def compute(_: _Block, source_r: Tensor, gates_r: Tensor, hidden_rG: Tensor, *parts: Tensor) -> None:
+            output_rD, gate_up_DG, down_FD = parts
             torch.mm(rows_ND.index_select(0, source_r), gate_up_DG, out=hidden_rG)
             gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
-            active_rF = _gate_(F.silu(gate_rF).mul_(up_rF), gates_r)
-            output_ND.index_add_(0, source_r, torch.mm(active_rF, down_FD).to(output_ND.dtype))
-        ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down, row_map.source_R)
-        ctx.blocks = blocks
-        return output_ND.to(rows_ND.dtype)
+            torch.mm(_gate_(F.silu(gate_rF).mul_(up_rF), gates_r), down_FD, out=output_rD)
+
+        _for_all_blocks(counts, compute, (source_R, gates_R, hidden_RG, output_RD), (gate_up, down))
+        ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down)
+        ctx.row_map, ctx.counts = row_map, counts
+        return row_map.sum_rows(output_RD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, gates_R, hidden_RG, gate_up, down, source_R = ctx.saved_tensors
+        rows_ND, gates_R, hidden_RG, gate_up, down = ctx.saved_tensors
+        source_R = ctx.row_map.source_R
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        for expert in set(range(len(gate_up))) - {block.expert for block in ctx.blocks}:
-            grad_gate_up[expert], grad_down[expert] = 0.0, 0.0
-        grad_gates_R, grad_rows_ND = torch.empty_like(gates_R), _zero_sums(rows_ND)
+        for expert, count in enumerate(ctx.counts):
+            if count == 0:
+                grad_gate_up[expert], grad_down[expert] = 0.0, 0.0
+        grad_gates_R, grad_rows_RD = torch.empty_like(gates_R), rows_ND.new_empty(len(gates_R), rows_ND.shape[1])
         sums = _BlockSums()
-        parts = _parts(
-            ctx.blocks, (source_R, gates_R, hidden_RG, grad_gates_R), (gate_up, down, grad_gate_up, grad_down)
-        )
-        for block, (source_r, gates_r, hidden_rG, grad_gates_r, *weights) in zip(ctx.blocks, parts, strict=True):
-            gate_up_DG, down_FD, grad_gate_up_DG, grad_down_FD = weights
+
+        def compute(block: _Block, source_r: Tensor, gates_r: Tensor, hidden_rG: Tensor, *parts: Tensor) -> None:
+            grad_gates_r, grad_rows_rD, gate_up_DG, down_FD, grad_gate_up_DG, grad_down_FD = parts
             grad_rD = grads[0].index_select(0, source_r)
             slope_rF = torch.mm(grad_rD, down_FD.t())
             grad_hidden_rG, active_rF = _activation_gradients(hidden_rG, slope_rF, gates_r, grad_gates_r)
             sums.add(grad_down_FD, active_rF.t(), grad_rD, block)
             sums.add(grad_gate_up_DG, rows_ND.index_select(0, source_r).t(), grad_hidden_rG, block)
-            grad_rows_ND.index_add_(0, source_r, torch.mm(grad_hidden_rG, gate_up_DG.t()).to(grad_rows_ND.dtype))
-        return grad_rows_ND.to(rows_ND.dtype), grad_gates_R, None, None, grad_gate_up, grad_down
+            torch.mm(grad_hidden_rG, gate_up_DG.t(), out=grad_rows_rD)
+
+        by_row = (source_R, gates_R, hidden_RG, grad_gates_R, grad_rows_RD)
+        _for_all_blocks(ctx.counts, compute, by_row, (gate_up, down, grad_gate_up, grad_down))
+        return ctx.row_map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
 class _Together(torch.autograd.Function):
@@ -127,43 +132,60 @@ class _Block:
     """Consecutive assignments of one expert.
 
     Attributes:
-        expert: Of this rank.
         num_rows: How many.
         is_first: Whether it is the expert's first block.
         is_last: Whether it is the expert's last block.
     """
 
-    expert: int
     num_rows: int
     is_first: bool
     is_last: bool
 
 
-def _blocks(counts: Sequence[int]) -> list[_Block]:
-    """All assignments, in order; an expert's in blocks of nearly one size."""
-    found = []
-    for expert, count in enumerate(counts):
-        num_blocks = -(-count // _MOST_ROWS)
-        for number in range(num_blocks):
-            num_rows = (number + 1) * count // num_blocks - number * count // num_blocks
-            found.append(_Block(expert, num_rows, number == 0, number == num_blocks - 1))
-    return found
+def _for_all_blocks(
+    counts: Sequence[int], compute: Callable[..., None], by_row: Sequence[Tensor], by_expert: Sequence[Tensor]
+) -> None:
+    """Every expert's blocks in order; experts that are not busy side by side, as many as torch has threads.
+
+    Args:
+        counts: Assignments of every expert.
+        compute: Called with a block, its rows of the first tensors and its expert's element of the others.
+        by_row: Tensors with a row for every assignment.
+        by_expert: Tensors with an element for every expert.
+    """
+    rows = list(zip(*(tensor.split(list(counts)) for tensor in by_row), strict=True))
+    elements = list(zip(*(tensor.unbind(0) for tensor in by_expert), strict=True))
+    most_rows = max(_MOST_ROWS, sum(counts) // _LEAST_BLOCKS)
+
+    def compute_expert(expert: int) -> None:
+        blocks, parts = _blocks(counts[expert], most_rows), [rows[expert]]
+        if len(blocks) > 1:
+            parts = list(zip(*(part.split([block.num_rows for block in blocks]) for part in rows[expert]), strict=True))
+        for block, own in zip(blocks, parts, strict=True):
+            compute(block, *own, *elements[expert])
+
+    num_threads = torch.get_num_threads() if by_row[0].device.type == "cpu" else 1  # a thread has streams of its own
+    busy = sum(counts) / (2 * num_threads)  # beside an expert with more rows the other threads would wait for its own
+    experts = [expert for expert, count in enumerate(counts) if count]
+    for expert in experts:
+        if counts[expert] > busy:
+            compute_expert(expert)
+    others = [partial(compute_expert, expert) for expert in experts if counts[expert] <= busy]
+    run_side_by_side(others, num_threads)
 
 
-def _parts(
-    blocks: Sequence[_Block], by_row: Sequence[Tensor], by_expert: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, ...]]:
-    """The parts of every block: its rows of the first tensors, its expert's element of the others."""
-    rows = zip(*(tensor.split([block.num_rows for block in blocks]) for tensor in by_row), strict=True)
-    weights = list(zip(*(tensor.unbind(0) for tensor in by_expert), strict=True))
-    return ((*own, *weights[block.expert]) for block, own in zip(blocks, rows, strict=True))
+def _blocks(count: int, most_rows: int) -> list[_Block]:
+    """An expert's assignments, in blocks of nearly one size."""
+    num_blocks = -(-count // most_rows)
+    ends = [number * count // num_blocks for number in range(num_blocks + 1)]
+    return [_Block(end - begin, is_first=begin == 0, is_last=end == count) for begin, end in itertools.pairwise(ends)]
 
 
 class _BlockSums:
     """Adds up the products of an expert's blocks in at least fp32, and rounds the sum once."""
 
     def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}  # of the expert at hand, by the address of the result
+        self._sums: dict[int, Tensor] = {}  # of the experts at hand, by the address of the result
 
     def add(self, out: Tensor, left: Tensor, right: Tensor, block: _Block) -> None:
         """Add the product left @ right of a block; after the expert's last one, `out` is the sum."""
@@ -177,11 +199,6 @@ class _BlockSums:
             torch.mm(left, right, out=out)
         else:
             out.addmm_(left, right)
-
-
-def _zero_sums(rows_ND: Tensor) -> Tensor:
-    """Zeros to which rows are added, of at least fp32."""
-    return torch.zeros_like(rows_ND, dtype=torch.promote_types(rows_ND.dtype, torch.float32))
 
 
 def _gate_(active_rF: Tensor, gates_r: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ TAKEN = [
 def way(request, monkeypatch):
     """Both are tried wherever they can be; on CPU only the first is taken otherwise."""
     if request.param == "together":
-        monkeypatch.setattr(routed_mlp, "_InTurn", routed_mlp._Together)
+        monkeypatch.setattr(routed_mlp, "_ByExpert", routed_mlp._Together)
     return request.param
 
 
@@ -119,7 +119,27 @@ def test_what_is_kept_for_the_backward_pass(way):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         call(tensors, source, [2, 0, 3, 1])
     floating = [(NUM_ROWS, 8), (6,), (6, 32), (4, 8, 32), (4, 16, 8)]
-    assert kept[:5] == floating and kept[5:] in ([(6,)], [(4,)])  # and the sources, or the experts' ends
+    assert kept[:5] == floating and kept[5:] in ([], [(4,)])
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    """Of products that one thread computes; a busy expert's are computed by all threads."""
+    counts, found = [3, 0, 2, 4, 1, 3], []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            tensors, source = inputs(counts, torch.float64)
+            output = call(tensors, source, counts)
+            output.backward(output.detach().cos())
+            found.append([output, *(tensor.grad for tensor in tensors)])
+            assert torch.get_num_threads() == threads
+            with torch.inference_mode():
+                assert torch.equal(call(tensors, source, counts), output)
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(others, found[0], strict=True))
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 5])
@@ -129,11 +149,12 @@ def test_a_busy_expert_is_computed_in_blocks(monkeypatch, most_rows):
     found = []
     for most in (most_rows, 100):
         monkeypatch.setattr(routed_mlp, "_MOST_ROWS", most)
+        monkeypatch.setattr(routed_mlp, "_LEAST_BLOCKS", 100)
         tensors, source = inputs(counts, torch.float64)
         output = call(tensors, source, counts)
         output.backward(output.detach().cos())
         found.append([output, *(tensor.grad for tensor in tensors)])
-    assert max(block.num_rows for block in routed_mlp._blocks(counts)) == 13
+    assert [block.num_rows for block in routed_mlp._blocks(13, 5)] == [4, 4, 5]
     for ours, whole in zip(*found, strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-13)
 
@@ -144,6 +165,7 @@ def test_sums_over_many_blocks_are_rounded_once(monkeypatch):
     found = {}
     for most, dtype in ((4096, torch.float64), (4096, torch.bfloat16), (64, torch.bfloat16)):
         monkeypatch.setattr(routed_mlp, "_MOST_ROWS", most)
+        monkeypatch.setattr(routed_mlp, "_LEAST_BLOCKS", 100)
         tensors, source = inputs(counts, torch.bfloat16)
         tensors = [
             t.detach().to(torch.promote_types(t.dtype, dtype) if dtype == torch.float64 else t.dtype).requires_grad_()

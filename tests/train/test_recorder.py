@@ -116,7 +116,7 @@ def waits_of_a_step(rank: int, world_size: int, is_recorded: bool, moe: dict[str
     recorder = StepRecorder(some_config(), BatchPlan(2, 4, rank, world_size), RunConsole(None), meter, None, None)
     ids = random_ids(2, 8)
     # The experts as a CUDA device computes them; on CPU, where counts need no waiting for, they are read.
-    as_on_cuda = unittest.mock.patch.object(routed_mlp, "_InTurn", routed_mlp._Together)
+    as_on_cuda = unittest.mock.patch.object(routed_mlp, "_ByExpert", routed_mlp._Together)
     with as_on_cuda, counted_waits() as found:
         for step in range(2):
             with recorder.step():
