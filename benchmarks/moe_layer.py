@@ -40,7 +40,7 @@ from moe_train.parallel.host_memory import keep_freed_memory  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEAK_MEMORY = {
-    "cpu": "over the weights and the input, in one thread, as torch's allocator tells a profile; not what matrix libraries "
+    "cpu": "over the weights and the input, in one thread, as torch's allocator tells a profile; not what libraries "
     "keep, nor what moe_train's other threads hold of the one expert that each is at",
     "cuda": "over the weights and the input, from torch.cuda.max_memory_allocated",
 }

@@ -25,7 +25,7 @@ from moe_train.ops.row_map import RowMap
 from moe_train.ops.threads import run_side_by_side
 
 # Rows that an expert takes at once: what they bring with them fits the cache, or is little beside what is kept.
-_MOST_ROWS, _LEAST_BLOCKS = 384, 16
+_MOST_ROWS, _LEAST_BLOCKS = 384, 6
 
 
 def routed_swiglu(
