@@ -1,6 +1,6 @@
 """Numbers of the device that the host needs, brought to it while the device goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,5 +32,12 @@ class HostCopy:
         """
         if self._event is not None:
             self._event.synchronize()
-        parts = self._numbers.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape).tolist() for part, shape in zip(parts, self._shapes, strict=True)]
+        numbers = iter(self._numbers.tolist())
+        return [_nested(numbers, shape) for shape in self._shapes]
+
+
+def _nested(numbers: Iterator[Any], shape: Sequence[int]) -> Any:
+    """The next numbers as lists of a shape."""
+    if not shape:
+        return next(numbers)
+    return [_nested(numbers, shape[1:]) for _ in range(shape[0])]

@@ -119,6 +119,7 @@ def test_a_run_that_is_not_there_and_a_full_disk(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_what_it_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text" / "a.txt"
     text.parent.mkdir()

@@ -59,7 +59,11 @@ def test_yaml_with_an_unknown_key(tmp_path: Path) -> None:
         pytest.param(
             ["--model.moe.num_experts=6", "--parallel.expert_parallel_size=4"], ["(6)", "(4)"], marks=pytest.mark.slow
         ),
-        (["--model.moe.num_experts=6", "--parallel.expert_parallel_size=3"], ["world size (2)", "(3)"]),
+        pytest.param(
+            ["--model.moe.num_experts=6", "--parallel.expert_parallel_size=3"],
+            ["world size (2)", "(3)"],
+            marks=pytest.mark.slow,
+        ),
         (["--data.source=jsonl", "--data.paths=/nowhere/x.jsonl"], ["/nowhere/x.jsonl"]),
     ],
 )

@@ -110,5 +110,6 @@ def test_bad_input(evaluate, arguments, words):
     check_refused(evaluate(*arguments), *words)
 
 
+@pytest.mark.slow
 def test_two_ranks_say_it_once_and_leave(evaluate):
     check_refused(evaluate("--data.source=text", "--data.paths=/nowhere.txt", ranks=2), "/nowhere.txt")

@@ -42,6 +42,7 @@ def whole_steps(run_dir: Path) -> list[int]:
     return [manifest.step for manifest in manifests]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_of_and_the_run_goes_on(small_disk: Path, tmp_path: Path) -> None:
     options = [*BASE, "--train.steps=14", "--checkpoint.every=4", "--checkpoint.keep_last=5"]
     run_dir, whole = small_disk / "run", tmp_path / "whole"

@@ -88,6 +88,7 @@ def test_the_summary_is_plain_numbers(quick_run: tuple[Path, ProcessResult]) -> 
     assert sum(summary["moe/counts"]["layer_01"]) == 6 * 8 * 32 * 2
 
 
+@pytest.mark.slow
 def test_documents_isolated_post_norm_layernorm_recomputed_and_mlkv_train(tmp_path: Path) -> None:
     arguments = [
         *SMALL,

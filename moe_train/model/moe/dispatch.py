@@ -27,6 +27,7 @@ from moe_train.ops.permute import sort_assignments
 from moe_train.ops.row_map import RowMap
 from moe_train.parallel.all_to_all import RowsOnTheWay
 from moe_train.parallel.collectives import Group, group_size
+from moe_train.parallel.host_copy import HostCopy
 from moe_train.parallel.probe import UNOBSERVED, Probe
 
 Path = tuple[Group, ...]
@@ -225,7 +226,9 @@ class _Order:
     def num_executed(self) -> int:
         if self.routing.kept_TK is None:
             return self.order_A.shape[0]
-        return int(self.counts_E.sum())  # host synchronisation: the experts need to know how many rows are left
+        # Host synchronisation: the experts need to know how many rows are left.
+        [num_executed] = HostCopy([self.counts_E.sum()]).read()
+        return int(num_executed)
 
 
 def _chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:

@@ -132,6 +132,7 @@ def check_failure(world: RankWorld, failing: int) -> None:
     assert world.said(failing)["seconds"] < 4
 
 
+@pytest.mark.slow
 def test_those_who_leave_are_not_accused(tmp_path: Path) -> None:
     with RankWorld(leave_in_order, tmp_path / "a") as first, RankWorld(stay_while_others_leave, tmp_path / "b") as last:
         assert first.wait([0, 1, 2], 20) == {0: 0, 1: 0, 2: 0}

@@ -59,7 +59,7 @@ def check_reports(world: RankWorld, direction: str) -> None:
         way = done if rank == 1 else direction
         expected = f"rank {rank} is at step 2, phase forward, {place} all_to_all_rows of layer 3, {way}: "
         assert f"{expected}send {send}, receive {receive}\n" in report
-        assert ("in sleep_for_ever" if rank == 1 else "in _exchange_rows") in report
+        assert ("in sleep_for_ever" if rank == 1 else "in finish") in report
         assert "in _talk" in report and "in _judge" in report  # all threads
 
 
