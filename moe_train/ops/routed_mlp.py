@@ -1,8 +1,8 @@
 """The experts' SwiGLUs over rows that are routed to them: gather, three matrix products, gates and the sum, as one.
 
 Nothing is kept for the backward pass but the input, the first product and the gates. The gate is multiplied into the
-activation, before the last product: so the product's own gradient holds what the gate's gradient needs, and neither the
-experts' outputs nor their gradients are ever stored by assignment.
+activation, before the last product: so the product's own gradient holds what the gate's gradient needs, and no output
+has to be kept for it.
 
 Source: the gate's gradient from the activation's, without the output: Guo et al. 2025 (SonicMoE), arXiv 2512.14080.
 Legend: N source rows, R assignments in expert order, D hidden_size, F intermediate_size, e experts of this rank,
