@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from balance_rows import ROWS, Row, RowResult, claims_of, read_result
-from reports import say, write_whole
+from reports import can_draw, say, write_whole
 from training_runs import ROOT, RunFailed, TrainingRun, run_all
 
 EXIT_USAGE = 2
@@ -89,13 +89,10 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     """Train, write and print; the exit code."""
     options = parse_options()
-    try:
-        from balance_report import draw_chart, markdown_report
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        say("balance.py: the chart needs matplotlib: pip install -c requirements/constraints.txt -e '.[bench]'")
+    if not can_draw("balance.py"):
         return EXIT_USAGE
+    from balance_report import draw_chart, markdown_report
+
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the runs are ended too
     with tempfile.TemporaryDirectory(prefix="moe_train_balance_") as temporary:
         try:

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from kv_cache_decode import STEPS, DecodePlan, measure_decoding, measure_recomputation  # noqa: E402
 from kv_cache_rows import RECOMPUTED_LENGTH, Sharing, claims_of, result_rows  # noqa: E402
-from reports import processor, say, write_whole  # noqa: E402
+from reports import can_draw, processor, say, write_whole  # noqa: E402
 from training_runs import RunFailed, TrainingRun, run_all  # noqa: E402
 
 from moe_train.parallel.cores import usable_cores  # noqa: E402
@@ -120,13 +120,10 @@ def main() -> int:
     """Train, decode, write and print; the exit code."""
     model = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["model"]
     options = parse_options(model)
-    try:
-        from kv_cache_report import draw_chart, markdown_report
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        say("kv_cache.py: the chart needs matplotlib: pip install -c requirements/constraints.txt -e '.[bench]'")
+    if not can_draw("kv_cache.py"):
         return EXIT_USAGE
+    from kv_cache_report import draw_chart, markdown_report
+
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the runs are ended too
     shape = (model["num_layers"], model["num_heads"])
     sharings = [Sharing(layers, heads, *shape) for layers in options.kv_layers for heads in options.kv_heads]

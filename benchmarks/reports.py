@@ -1,5 +1,6 @@
-"""What every benchmark's report needs: the processor's name, lines of progress, files that are never half-written."""
+"""What every benchmark's report needs: the processor's name, lines of progress, matplotlib, whole files."""
 
+import importlib.util
 import os
 import platform
 import sys
@@ -17,6 +18,18 @@ def processor() -> str:
 def say(line: str) -> None:
     """Progress and messages go to stderr, figures to stdout."""
     print(line, file=sys.stderr, flush=True)
+
+
+def can_draw(program: str) -> bool:
+    """Whether matplotlib is there; says how to get it where it is not.
+
+    Args:
+        program: Whose message it is.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        say(f"{program}: the chart needs matplotlib: pip install -c requirements/constraints.txt -e '.[bench]'")
+        return False
+    return True
 
 
 def write_whole(path: Path, content: bytes) -> None:

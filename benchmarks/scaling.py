@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.reports import processor, say, write_whole  # noqa: E402
+from benchmarks.reports import can_draw, processor, say, write_whole  # noqa: E402
 from benchmarks.scaling_measure import (  # noqa: E402
     MODEL,
     MODEL_EXPERT_WIDTH,
@@ -81,13 +81,10 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     """Measure, write and print; the exit code."""
     options = parse_options()
-    try:
-        from benchmarks.scaling_report import draw_chart, markdown_report
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        say("scaling.py: the chart needs matplotlib: pip install -c requirements/constraints.txt -e '.[bench]'")
+    if not can_draw("scaling.py"):
         return EXIT_USAGE
+    from benchmarks.scaling_report import draw_chart, markdown_report
+
     keep_freed_memory()  # as the trainer does
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
