@@ -60,6 +60,7 @@ def _pool(size: int) -> ThreadPoolExecutor:
     all_threads, met = torch.get_num_threads(), threading.Barrier(size + 1)
 
     def begin() -> None:
+        torch.get_num_threads()  # a thread takes the number of all threads when it first asks, also after it was set
         torch.set_num_threads(1)
         met.wait()
 

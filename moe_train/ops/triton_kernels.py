@@ -39,25 +39,23 @@ def gather_rows(rows_ND: Tensor, source_R: Tensor) -> Tensor:
     return out_RD
 
 
-def sum_rows(rows_RD: Tensor, places_R: Tensor, offsets_N: Tensor, weights_R: Tensor | None = None) -> Tensor:
+def sum_rows(rows_RD: Tensor, places_R: Tensor, offsets_N: Tensor) -> Tensor:
     """The sum of each source's places, in their order.
 
     Args:
         rows_RD: fp32, bf16 or fp16.
         places_R: int64, the places ordered by their source.
         offsets_N: int64, where each source's places begin in `places_R`.
-        weights_R: fp32, bf16 or fp16, the factor of every place; None: 1.
 
     Returns:
         [N, D] of the rows' dtype, zero for a source without a place.
     """
     rows_RD, places_R, offsets_N = _with_dense_rows(rows_RD), places_R.contiguous(), offsets_N.contiguous()
-    weights_R = None if weights_R is None else weights_R.contiguous()
     num_sources, num_places = offsets_N.shape[0], places_R.shape[0]
     out_ND = rows_RD.new_empty(num_sources, rows_RD.shape[1])
     if out_ND.numel():
         block, warps = _block(out_ND.shape[1], _MAX_BLOCK)
-        tensors = (rows_RD, places_R, offsets_N, weights_R, out_ND)
+        tensors = (rows_RD, places_R, offsets_N, out_ND)
         with torch.cuda.device_of(out_ND):
             _sum_kernel[_grid(out_ND, block)](
                 *tensors, num_sources, num_places, out_ND.shape[1], rows_RD.stride(0), BLOCK=block, num_warps=warps
@@ -141,7 +139,7 @@ def _gather_kernel(rows, sources, out, width, stride, BLOCK: tl.constexpr):
 
 # Specialised on numbers that differ from step to step, it would be compiled again.
 @triton.jit(do_not_specialize=["num_sources", "num_places"])
-def _sum_kernel(rows, places, offsets, weights, out, num_sources, num_places, width, stride, BLOCK: tl.constexpr):
+def _sum_kernel(rows, places, offsets, out, num_sources, num_places, width, stride, BLOCK: tl.constexpr):
     source = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin = tl.load(offsets + source)
@@ -149,10 +147,7 @@ def _sum_kernel(rows, places, offsets, weights, out, num_sources, num_places, wi
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for at in range(begin, end):
         place = tl.load(places + at)
-        value = tl.load(rows + place * stride + column, mask=column < width, other=0.0).to(tl.float32)
-        if weights is not None:
-            value *= tl.load(weights + place).to(tl.float32)
-        total += value
+        total += tl.load(rows + place * stride + column, mask=column < width, other=0.0).to(tl.float32)
     tl.store(out + source * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 

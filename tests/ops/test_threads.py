@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from moe_train.ops.threads import run_side_by_side
+from moe_train.ops.threads import _pool, run_side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,18 @@ def test_every_task_runs_once_in_one_thread_without_gradients():
         run_side_by_side([lambda number=number: task(number) for number in range(7)], 3)
         assert sorted(seen) == [(number, 1, False) for number in range(7)]
         assert torch.get_num_threads() == 3
+
+
+def test_the_pools_threads_have_one_thread_whatever_the_number_of_all_is():
+    _pool.cache_clear()
+    met = threading.Barrier(2)
+
+    def asked() -> int:
+        met.wait(30)
+        return torch.get_num_threads()
+
+    # Nobody has set the number of all to one here, as `run_side_by_side` does meanwhile.
+    assert [found.result() for found in [_pool(2).submit(asked) for _ in range(2)]] == [1, 1]
 
 
 def test_one_thread_runs_in_order_with_all_of_torchs_threads():

@@ -63,8 +63,7 @@ def check_compiles(capability: int, dtype: torch.dtype, width: int) -> None:
     rows, gates = torch.zeros(3, width, dtype=dtype), torch.zeros(3)
     with mock.patch.multiple(kernels, **launches):
         kernels.gather_rows(rows, row_map.source_R)
-        for weights in (None, gates):
-            kernels.sum_rows(rows, row_map.places_R, row_map.offsets_N, weights)
+        kernels.sum_rows(rows, row_map.places_R, row_map.offsets_N)
         kernels.gated_swiglu(rows.repeat(1, 2), gates)
         kernels.gated_swiglu_gradients(rows.repeat(1, 2), rows, gates)
     for name in KERNELS:

@@ -81,22 +81,17 @@ def check_rows(device, dtype, width, source, count):
     kernel = triton_kernels()
     row_map = RowMap.of(torch.tensor(source, dtype=torch.int64, device=device), count)
     rows_ND, rows_RD = draw((count, width), dtype, device, 0), draw((len(source), width), dtype, device, 1)
-    weights_R = draw((len(source),), torch.float32, device, 2)
     found_RD = kernel.gather_rows(rows_ND, row_map.source_R)
     summed_ND = kernel.sum_rows(rows_RD, row_map.places_R, row_map.offsets_N)
-    weighted_ND = kernel.sum_rows(rows_RD, row_map.places_R, row_map.offsets_N, weights_R)
-    for found, length in ((found_RD, len(source)), (summed_ND, count), (weighted_ND, count)):
+    for found, length in ((found_RD, len(source)), (summed_ND, count)):
         assert found.shape == (length, width) and found.dtype == dtype
     exact_ND = torch.zeros(count, width, dtype=torch.float64, device=device)
-    exact_weighted_ND = exact_ND.clone()
     for place, number in enumerate(source):
         assert torch.equal(found_RD[place], rows_ND[number])
         exact_ND[number] += rows_RD[place].double()
-        exact_weighted_ND[number] += weights_R[place].double() * rows_RD[place].double()
     assert_rounded_once(summed_ND, exact_ND)
-    assert_rounded_once(weighted_ND, exact_weighted_ND)
     for number in set(range(count)) - set(source):
-        assert not summed_ND[number].any() and not weighted_ND[number].any()
+        assert not summed_ND[number].any()
     with only_kernels(device):
         assert kernels.kernels_for(rows_ND) is kernel
         assert torch.equal(row_map.spread_rows(rows_ND), found_RD)

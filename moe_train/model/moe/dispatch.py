@@ -45,7 +45,6 @@ class Plan:
         hops: The hops on their way.
         sizes: What goes where, in every hop.
         is_sent_Pt: Which ranks of the first hop each token goes to, where it goes once to each; else None.
-        num_executed: Assignments that are executed.
     """
 
     x_tD: Tensor
@@ -53,7 +52,6 @@ class Plan:
     hops: tuple[Hop, ...]
     sizes: tuple[HopSizes, ...]
     is_sent_Pt: Tensor | None
-    num_executed: int
 
 
 @dataclass(frozen=True)
@@ -122,21 +120,18 @@ class Dispatcher:
         num_chunks = self.num_chunks if path else 1
         orders = [_Order.of(each, num_experts) for each in _split(routing, num_chunks)]
         if not path:
-            return (Plan(x_TD, orders[0].hold(), (), (), None, orders[0].num_executed()),)
+            return (Plan(x_TD, orders[0].hold().executed(orders[0].num_executed()), (), (), None),)
         ranks = [group_size(group) for group in path]
         is_sent = [each.destinations(math.prod(ranks)) if self.is_unique else None for each in orders]
         asking = start_asking(first_table([each.counts_E for each in orders], is_sent, ranks), path[0], self.probe)
-        held = [each.hold() for each in orders]  # while the counts travel
+        # While the counts travel, and while they are brought to the host:
+        held = [each.hold() for each in orders]
         settling = settle(asking, path, self.probe)
-        first = [
-            None if each is None else first_destinations(each, ranks[0]) for each in is_sent
-        ]  # while they are read
+        first = [None if each is None else first_destinations(each, ranks[0]) for each in is_sent]
         hops = tuple(Hop(group, self.is_unique, self.probe, self.payload) for group in path)
         rows = x_TD.split(_chunk_sizes(x_TD.shape[0], num_chunks))
         chunks = zip(rows, held, settling.read(), first, strict=True)
-        return tuple(
-            Plan(x_tD, own, hops, sizes, to, sum(sizes[0].assignments.send)) for x_tD, own, sizes, to in chunks
-        )
+        return tuple(Plan(x_tD, own, hops, sizes, to) for x_tD, own, sizes, to in chunks)
 
     def send(self, plan: Plan) -> Departed:
         """Send a chunk's rows on their first hop. Collective: all ranks of the groups."""
@@ -150,16 +145,15 @@ class Dispatcher:
         Collective: All ranks of the groups, where there are two hops.
         """
         plan, leaving, legs = departed.plan, departed.leaving, []
-        rows_ND, held, num_assignments = plan.x_tD, plan.held, plan.num_executed
+        rows_ND, held = plan.x_tD, plan.held
         for number, hop in enumerate(plan.hops):
             if leaving is None:
                 is_sent_PN = destinations(held.source_S, held.counts_X, rows_ND.shape[0], group_size(hop.group))
                 leaving = hop.start(rows_ND, held, plan.sizes[number], is_sent_PN)
             rows_ND, held, leg = hop.arrive(leaving)
             legs.append(leg)
-            leaving, num_assignments = None, held.source_S.shape[0]
-        row_map = held.row_map(rows_ND.shape[0], num_assignments)
-        assignments = Assignments(row_map, held.gates_S[:num_assignments], held.counts_X)
+            leaving = None
+        assignments = Assignments(held.row_map(rows_ND.shape[0]), held.gates_S, held.counts_X)
         return Dispatched(rows_ND, assignments, tuple(legs))
 
     def combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Returning:

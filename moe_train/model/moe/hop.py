@@ -6,7 +6,7 @@ Legend: N rows here, S assignments of theirs, X experts that can be reached from
 experts behind each of them, Q rows sent, M rows received, R assignments received, D hidden_size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,14 +34,17 @@ class Held:
     counts_X: Tensor
     known_map: RowMap | None = None
 
-    def row_map(self, num_rows: int, num_assignments: int) -> RowMap:
-        """The row of every assignment.
+    def executed(self, num_assignments: int) -> "Held":
+        """Those that counts_X tells of, alone.
 
         Args:
-            num_rows: N.
-            num_assignments: Those that counts_X tells of.
+            num_assignments: How many these are.
         """
-        return self.known_map or RowMap.of(self.source_S[:num_assignments], num_rows)
+        return replace(self, source_S=self.source_S[:num_assignments], gates_S=self.gates_S[:num_assignments])
+
+    def row_map(self, num_rows: int) -> RowMap:
+        """The row of every assignment, of N rows."""
+        return self.known_map or RowMap.of(self.source_S, num_rows)
 
 
 @dataclass(frozen=True)
@@ -115,22 +118,22 @@ class Hop:
 
         Args:
             rows_ND: Rows of this rank.
-            held: Their assignments; the first of them that sizes tells of are sent.
+            held: Their assignments.
             sizes: What goes where.
             is_sent_PN: From `destinations`, where a row goes once to each rank.
 
         Collective: All ranks of the group.
         """
-        num_sent = sum(sizes.assignments.send)
+        held = held.executed(sum(sizes.assignments.send))
         if is_sent_PN is None:
-            sent = held.row_map(rows_ND.shape[0], num_sent)
+            sent = held.row_map(rows_ND.shape[0])
         else:
             sent = RowMap.of_table(is_sent_PN, sum(sizes.rows.send))
         rows = start_rows(spread(rows_ND, sent), sizes.rows, self.group, self.probe, self.payload)
-        gates = held.gates_S[:num_sent].unsqueeze(1)
+        gates = held.gates_S.unsqueeze(1)
         if is_sent_PN is not None:
             # One all-to-all for both: fp32 holds whole numbers up to 2**24, and a rank has fewer tokens.
-            places_S = _places_in_blocks(is_sent_PN, held.source_S[:num_sent], held.counts_X)
+            places_S = _places_in_blocks(is_sent_PN, held.source_S, held.counts_X)
             gates = torch.cat((gates, places_S.to(gates.dtype).unsqueeze(1)), 1)
         return Leaving(rows, start_rows(gates, sizes.assignments, self.group, self.probe), sent, sizes)
 
