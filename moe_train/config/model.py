@@ -28,6 +28,10 @@ class ModelConfig(Section):
     cache; None: all."""
     head_dim: PositiveInt | None = None
     """Width of one head, even; None takes hidden_size / num_heads."""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """RMS norm of queries and keys before their rotation, with norm_epsilon. head: of every head's head_dim numbers,
+    with one gain of that width for all heads of a layer (Qwen3); projection: of all heads' numbers together, with a
+    gain for each (OLMoE)."""
     intermediate_size: PositiveInt = 1024
     """Inner width of the dense SwiGLU."""
     moe_every: int = Field(2, ge=0)

@@ -34,7 +34,11 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
             of every linear map within these parts, cut them to pieces that compiling makes slower.
         backend: Of torch.compile.
     """
+    mixers = [module for module in model.modules() if isinstance(module, AttentionMixer)]
+    within = {inner for mixer in mixers for inner in mixer.modules() if inner is not mixer}
     for module in model.modules():
+        if module in within:  # traced as a part of its mixer: norms of queries and keys
+            continue
         if isinstance(module, AttentionMixer):
             _compile_attention(module, backend)
         elif isinstance(module, SwiGLU):

@@ -80,6 +80,8 @@ def test_numbers_gradients_and_names_stay(backend):
     [
         {"norm_position": "post", "norm": "layernorm"},
         {"num_kv_heads": 1, "kv_layers": 1, "sliding_window": 3},
+        {"qk_norm": "head"},
+        {"qk_norm": "projection", "num_kv_heads": 1},
         {"moe_every": 4, "kv_layers": 4, "tie_embeddings": True},
         {"moe_every": 1, "num_layers": 8, "moe": {"num_experts": 4, "top_k": 2}},
     ],

@@ -18,6 +18,8 @@ def _attention(config: ModelConfig, layer: int, output_std: float) -> Mixer:
         init_std=config.init_std,
         output_std=output_std,
         window=config.sliding_window,
+        qk_norm=config.qk_norm,
+        norm_epsilon=config.norm_epsilon,
     )
 
 

@@ -30,7 +30,7 @@ from moe_train.train.checkpoint.inspection import read_chunks
 from moe_train.train.checkpoint.manifest import FORMAT_VERSION, Manifest
 from moe_train.train.checkpoint.matching import check_same_model
 from moe_train.train.checkpoint.ranges import RangeReader
-from moe_train.train.checkpoint.reduction import Reduction, cache_elements, check_heads, check_reduces
+from moe_train.train.checkpoint.reduction import KINDS, Reduction, cache_elements, check_heads, check_reduces
 from moe_train.train.checkpoint.widening import plan_widening, widened_blocks, widened_widths
 from moe_train.train.fragments import STATE_KINDS
 from moe_train.train.run_folder import RunFolder
@@ -257,7 +257,7 @@ def _blocks(
 ) -> Iterator[Tensor]:
     """A tensor of the new model, flattened, in blocks."""
     layer, _, kind = name.removeprefix("blocks.").removesuffix(".weight").partition(".mixer.")
-    if kind in ("key", "value"):
+    if kind in KINDS:
         return Reduction(source.model, config.model).mean_blocks(reader, int(layer), kind)
     before = manifest.shapes[name]
     if before == shape:

@@ -1,6 +1,11 @@
 """Fewer heads and layers of keys and values: which of a source model each new one is the equal-weight mean of.
 
 Source: Ainslie et al. 2023, arXiv 2305.13245 (heads); Zuhri et al. 2024, arXiv 2406.09297 (layers).
+
+Gains of a key norm are averaged over the same heads and layers as the maps before it, so that nothing is lost where
+those are equal: a norm of every head has one gain for all heads, which only a mean over layers changes; that of the
+whole projection has each head's own, and its mean square is that of the heads that are left. What a key was before its
+norm only counts up to a factor, and is not evened out before the mean: heads have equal weights, as without norms.
 Legend: D hidden_size, G key/value heads, d head size, M owner layers.
 """
 
@@ -14,6 +19,8 @@ from torch import Tensor
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.train.checkpoint.ranges import RangeReader
+
+KINDS = ("key", "value", "key_norm")  # what only owner layers have
 
 
 @dataclass(frozen=True)
@@ -35,19 +42,22 @@ class Reduction:
         return range(head * ratio, (head + 1) * ratio)
 
     def mean_blocks(self, reader: RangeReader, owner: int, kind: str) -> Iterator[Tensor]:
-        """The new weight of keys or values, head by head. fp32 [d*D] each, added up in fp64 and rounded once.
+        """The new weight of keys, values or the key norm, head by head. fp32 [d*D] or [d] each, added up in fp64 and
+        rounded once; of a norm of every head the one gain that all heads share.
 
         Args:
             reader: Of the source.
             owner: The layer that owns it.
-            kind: key or value.
+            kind: One of `KINDS`.
         """
-        size = self.source.attention_head_dim * self.source.hidden_size
+        is_norm = kind == "key_norm"
+        is_shared = is_norm and self.source.qk_norm == "head"
+        size = self.source.attention_head_dim * (1 if is_norm else self.source.hidden_size)
         layers = self.layers(owner)
-        for head in range(self.target.attention_kv_heads):
+        for head in range(1 if is_shared else self.target.attention_kv_heads):
             total, num_parts = None, 0
             for layer, count in layers.items():
-                for old in self.heads(head):
+                for old in range(1) if is_shared else self.heads(head):
                     wide = reader.read(weight_name(layer, kind), "weight", old * size, (old + 1) * size).double()
                     total = wide * count if total is None else total.add_(wide, alpha=count)
                     num_parts += count
@@ -56,7 +66,7 @@ class Reduction:
 
 
 def weight_name(layer: int, kind: str) -> str:
-    """Name of a layer's weight of keys or values. [G*d, D]."""
+    """Name of a layer's weight of keys or values, [G*d, D], or of its key norm, [d] or [G*d]."""
     return f"blocks.{layer}.mixer.{kind}.weight"
 
 

@@ -1,4 +1,5 @@
-"""Attention with a reduced cache, in whole models: causality, decoding in any chunks, MLKV, packed documents."""
+"""Attention with a reduced cache, in whole models: causality, decoding in any chunks, MLKV, packed documents, norms of
+queries and keys."""
 
 import pytest
 import torch
@@ -16,6 +17,15 @@ KINDS = {
     "MLKV, one for all": {"num_kv_heads": 1, "kv_layers": 1},
     "GQA, window": {"num_kv_heads": 2, "sliding_window": 4},
     "MLKV, window": {"num_kv_heads": 2, "kv_layers": 2, "sliding_window": 3},
+    "GQA, norm of heads": {"num_kv_heads": 2, "qk_norm": "head", "norm_epsilon": 1e-2},
+    "MHA, norm of projections": {"num_kv_heads": 4, "qk_norm": "projection", "norm_epsilon": 1e-2},
+    "MLKV, norm of heads": {"num_kv_heads": 2, "kv_layers": 2, "qk_norm": "head"},
+    "MLKV, window, norm of projections": {
+        "num_kv_heads": 2,
+        "kv_layers": 2,
+        "sliding_window": 3,
+        "qk_norm": "projection",
+    },
 }
 EXACT = {"rtol": 0, "atol": 1e-10}  # fp64; chunks change the order of sums
 kinds = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
@@ -158,6 +168,16 @@ def rotated(x, theta=10000.0):
     return torch.cat((turned.real, turned.imag), -1)
 
 
+def normed(x, norm, config):
+    """Queries or keys before their rotation, head by head or all heads of a token together; x is [S, heads * d]."""
+    if config.qk_norm == "none":
+        return x
+    if config.qk_norm == "projection":
+        return torch.stack([rms(token, norm.weight, config.norm_epsilon) for token in x])
+    tokens = [[rms(h, norm.weight, config.norm_epsilon) for h in t.split(config.attention_head_dim)] for t in x]
+    return torch.stack([torch.cat(heads) for heads in tokens])
+
+
 def slow_logits(model, config, ids):
     """One sequence through the decoder by its definition, dense blocks only."""
     x = model.embedding.weight[ids]
@@ -165,11 +185,13 @@ def slow_logits(model, config, ids):
     length = len(ids)
     keys = values = None
     for layer, block in enumerate(model.blocks):
-        h = rms(x, block.mixer_norm.weight)
+        h = rms(x, block.mixer_norm.weight, config.norm_epsilon)
         if layer in config.kv_owner_layers:  # of the owner's normalised hidden state, shared after the rotation
-            keys = rotated((h @ block.mixer.key.weight.T).view(length, groups, size))
+            keys = normed(h @ block.mixer.key.weight.T, block.mixer.key_norm, config)
+            keys = rotated(keys.view(length, groups, size))
             values = (h @ block.mixer.value.weight.T).view(length, groups, size)
-        queries = rotated((h @ block.mixer.query.weight.T).view(length, heads, size))
+        queries = normed(h @ block.mixer.query.weight.T, block.mixer.query_norm, config)
+        queries = rotated(queries.view(length, heads, size))
         mixed = []
         for s in range(length):
             for i in range(heads):
@@ -178,9 +200,10 @@ def slow_logits(model, config, ids):
                 weights = (keys[seen, g] @ queries[s, i] / size**0.5).softmax(0)
                 mixed.append(weights @ values[seen, g])
         x = x + torch.stack(mixed).view(length, heads * size) @ block.mixer.output.weight.T
-        gate, up = (rms(x, block.feed_forward_norm.weight) @ block.feed_forward.gate_up.weight.T).chunk(2, -1)
+        h = rms(x, block.feed_forward_norm.weight, config.norm_epsilon)
+        gate, up = (h @ block.feed_forward.gate_up.weight.T).chunk(2, -1)
         x = x + (gate * torch.sigmoid(gate) * up) @ block.feed_forward.down.weight.T
-    return rms(x, model.final_norm.weight) @ model.head.weight.T
+    return rms(x, model.final_norm.weight, config.norm_epsilon) @ model.head.weight.T
 
 
 @kinds
@@ -205,3 +228,35 @@ def test_model_and_gradients_equal_the_definition(changes):
             grad, expected_grad, rtol=1e-5, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
         assert expected_grad.abs().max() > 1e-2, name
+
+
+@pytest.mark.parametrize(("qk_norm", "widths"), [("head", (4, 4)), ("projection", (16, 8))])
+def test_norms_of_queries_and_keys_are_small_vectors_and_only_owners_have_keys(qk_norm, widths):
+    """Vectors have no weight decay; none of the parameters that are there without them moves."""
+    plain, model = small_model(small_config(kv_layers=2)), small_model(small_config(kv_layers=2, qk_norm=qk_norm))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    added = {f"blocks.{layer}.mixer.query_norm.weight": (widths[0],) for layer in range(4)}
+    added |= {f"blocks.{layer}.mixer.key_norm.weight": (widths[1],) for layer in (0, 2)}
+    assert shapes == {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()} | added
+    assert all((model.get_parameter(name) == 1).all() for name in added)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_a_norm_forgets_the_scale_of_what_it_norms():
+    """Of every head for itself, or of all heads of the projection together."""
+    ids = random_ids(1, LENGTH)
+    for qk_norm, forgets_a_head in (("head", True), ("projection", False), ("none", False)):
+        model = small_model(small_config(num_kv_heads=2, qk_norm=qk_norm, norm_epsilon=1e-12)).eval()
+        keys = [block.mixer.key.weight.data for block in model.blocks]
+        with torch.no_grad():
+            before = model(tokens_of(ids)).logits_BSV
+            for weight in keys:
+                weight *= 3.0
+            scaled = model(tokens_of(ids)).logits_BSV
+            for weight in keys:
+                weight[:4] *= 2.0  # of the first head alone
+            uneven = model(tokens_of(ids)).logits_BSV
+        # Norms in fp64 with an epsilon of 1e-12.
+        assert torch.allclose(scaled, before, rtol=0, atol=1e-8) == (qk_norm != "none"), qk_norm
+        assert torch.allclose(uneven, scaled, rtol=0, atol=1e-8) == forgets_a_head, qk_norm

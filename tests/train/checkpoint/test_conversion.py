@@ -39,6 +39,9 @@ CASES: dict[str, tuple[dict[str, Any], int | None, Any]] = {
     "MLKV to other layers": ({"kv_layers": [0, 2, 3, 7]}, 2, (0, 1, 4)),
     "MLKV to one": ({"kv_layers": [0, 3]}, 1, 1),
     "one layer for all": ({}, 1, 1),
+    "norm of heads, MLKV with fewer heads": ({"qk_norm": "head"}, 2, 3),
+    "norm of projections, GQA to MQA": ({"qk_norm": "projection", "num_kv_heads": 2}, 1, None),
+    "norm of projections, MLKV with fewer heads": ({"qk_norm": "projection", "kv_layers": [0, 2, 3, 7]}, 2, (0, 1, 4)),
 }
 cases = pytest.mark.parametrize(("changes", "heads", "owners"), CASES.values(), ids=CASES.keys())
 
@@ -82,12 +85,15 @@ def weights_of(manifest: Manifest, kind: str = "weight") -> dict[str, Tensor]:
 
 
 def slow_mean(weights: dict[str, Tensor], old: ModelConfig, new: ModelConfig, owner: int, kind: str) -> Tensor:
-    """Row by row, layer by layer, head by head, in fp64."""
+    """Row by row, layer by layer, head by head, in fp64. A gain that all heads share is that of one head."""
     later = [layer for layer in new.kv_owner_layers if layer > owner]
     group = range(owner, later[0] if later else old.num_layers)
-    ratio = old.attention_kv_heads // new.attention_kv_heads
-    mean = torch.zeros(new.attention_kv_heads * HEAD_DIM, HIDDEN, dtype=torch.float64)
-    for head in range(new.attention_kv_heads):
+    num_heads, ratio = new.attention_kv_heads, old.attention_kv_heads // new.attention_kv_heads
+    if kind == "key_norm" and old.qk_norm == "head":
+        num_heads, ratio = 1, 1
+    width = () if kind == "key_norm" else (HIDDEN,)
+    mean = torch.zeros(num_heads * HEAD_DIM, *width, dtype=torch.float64)
+    for head in range(num_heads):
         for row in range(HEAD_DIM):
             for layer in group:
                 read = [o for o in old.kv_owner_layers if o <= layer][-1]
@@ -120,13 +126,12 @@ def test_means_are_those_of_a_slow_loop_and_the_rest_is_untouched(
     old, new = (ModelConfig.model_validate(each.config["model"]) for each in (source, manifest))
     before, after = weights_of(source), weights_of(manifest)
     for owner in new.kv_owner_layers:
-        for kind in ("key", "value"):
+        for kind in ("key", "value") if old.qk_norm == "none" else ("key", "value", "key_norm"):
             found = after.pop(f"blocks.{owner}.mixer.{kind}.weight")
             mean = slow_mean(before, old, new, owner, kind)
             # One rounding to fp32, of sums whose order differs in the last bits of fp64.
             torch.testing.assert_close(found.double(), mean, rtol=2**-23, atol=1e-12)
-    assert not [name for name in after if ".key." in name or ".value." in name]
-    kept = {name for name in before if ".mixer.key." not in name and ".mixer.value." not in name}
+    kept = {name for name in before if not any(f".mixer.{kind}." in name for kind in ("key", "value", "key_norm"))}
     assert after.keys() == kept and all(torch.equal(after[name], before[name]) for name in kept)
     assert manifest.buffers == source.buffers and manifest.buffers
     assert len(manifest.files) > 3 and verify_checkpoint(manifest.folder).is_whole
@@ -147,12 +152,14 @@ def test_a_layer_alone_in_its_group_keeps_its_weights_bit_for_bit(tmp_path: Path
         assert torch.equal(before[name], after[name]) == is_same
 
 
-def test_nothing_is_lost_where_the_heads_of_a_group_are_equal(tmp_path: Path) -> None:
-    state, shapes = source_state(source_config())
-    for name in [name for name in shapes if ".mixer.key." in name or ".mixer.value." in name]:
+@pytest.mark.parametrize("qk_norm", ["none", "head", "projection"])
+def test_nothing_is_lost_where_the_heads_of_a_group_are_equal(tmp_path: Path, qk_norm: str) -> None:
+    state, shapes = source_state(source_config(qk_norm=qk_norm))
+    per_head = ["key", "value", *(["key_norm"] if qk_norm == "projection" else [])]
+    for name in [name for name in shapes if any(f".mixer.{kind}." in name for kind in per_head)]:
         by_head = state[f"weight/{name}"].view(HEADS, -1)
         by_head[1], by_head[3] = by_head[0], by_head[2]
-    source = make_source(tmp_path / "run", state)
+    source = make_source(tmp_path / "run", state, qk_norm=qk_norm)
     _, manifest = converted(source, tmp_path / "new", num_kv_heads=2)
     assert logits(source).std() > 0.1
     torch.testing.assert_close(logits(manifest), logits(source), rtol=0, atol=1e-10)  # fp64; another kernel
