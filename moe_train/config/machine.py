@@ -51,6 +51,9 @@ class Machine(Section):
 
     name: str
     """What it is, for people."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """cpu: ranks are processes on cores, which their collective operations take too, so that these hide behind no work
+    of the same node; cuda: a GPU a rank."""
     memory_bytes: PositiveInt
     """Memory of one rank: of its GPU, or its share of the host's."""
     flops_per_second: dict[Arithmetic, PositiveFloat]

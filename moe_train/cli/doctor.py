@@ -1,0 +1,173 @@
+"""`moe-train doctor`: examine the ranks, hosts and links that a launcher gives, before a run."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_train.config.base import field_values
+from moe_train.config.errors import UsageError
+from moe_train.config.load import load_config
+from moe_train.config.root import Config, check_world
+from moe_train.parallel.bootstrap import choose_device, discover_world, export_world, set_threads
+from moe_train.parallel.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_train.parallel.precision import Precision
+
+DESCRIPTION = """Examine ranks, hosts and links before a run: what should be equal on all ranks, the shared folder,
+devices, clocks, the numbers and times of collective operations, slow and broken links. Start it as training is started.
+Any training option may follow; moe-train train --help lists them. Exit code 0: all is well; 1: a problem was found."""
+_SIZES = {"cpu": (2**10, 2**14, 2**18, 2**22, 2**24), "cuda": (2**10, 2**14, 2**18, 2**22, 2**24, 2**26, 2**28)}
+_BUDGET_SECONDS, _QUICK_BUDGET_SECONDS = 3.0, 1.0
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+_NO_RUN_DIR = "unknown"
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a rank found of its configuration; the failure, if any, is compared with the other ranks' before it counts.
+
+    Attributes:
+        config: Checked against the world; None: none was given.
+        device: Of this rank; the CPU after a failure.
+        precisions: Of products.
+        failure: "", or what was wrong.
+    """
+
+    config: Config | None
+    device: "torch.device"
+    precisions: "tuple[Precision, ...]"
+    failure: str
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Examine and show; 0 if all is well, 1 if a problem was found. Collective: all ranks of a launcher."""
+    options, rest = _parser().parse_known_args(list(arguments))
+    if {"-h", "--help"}.intersection(rest):
+        _parser().print_help()
+        return 0
+    sizes = None if options.sizes is None else _read_sizes(options.sizes)
+    if options.timeout <= 0:
+        raise UsageError(f"--timeout ({options.timeout:g}) must be more than 0 seconds")
+    if options.expect_bandwidth is not None and options.expect_bandwidth <= 0:
+        raise UsageError(f"--expect-bandwidth ({options.expect_bandwidth:g}) must be more than 0 GB/s")
+    world = discover_world()
+    setting = _read_setting(rest, options, world)
+
+    from moe_train.parallel.doctor.examine import Examination, Request
+    from moe_train.parallel.doctor.facts import collect_facts
+
+    config = setting.config
+    threads = set_threads(config.parallel.threads_per_rank if config else "auto", world)
+    fields = {} if config is None else {n: str(v) for n, v in field_values(config.model_dump(mode="json"))}
+    # What decides how ranks talk to each other; a folder may have another name on each host.
+    alike = {"sizes": options.sizes or "", "quick": str(options.quick), "timeout": f"{options.timeout:g}"}
+    facts = collect_facts(world, setting.device, threads, fields, setting.failure, alike)
+    export_world(world, setting.device)
+    request = Request(
+        world=world,
+        device=setting.device,
+        facts=facts,
+        precisions=setting.precisions,
+        sizes=sizes or _SIZES[setting.device.type],
+        budget_seconds=_QUICK_BUDGET_SECONDS if options.quick else _BUDGET_SECONDS,
+        timeout_seconds=options.timeout,
+        expected=None if options.expect_bandwidth is None else options.expect_bandwidth * 1e9,
+        folder=_shared_folder(options.shared_dir, config),
+    )
+    output = None if options.output is None else Path(options.output)
+    examination = Examination(request, lambda report: _show(report, options.json, output), _say)
+    try:
+        return examination.run()
+    except ConnectionError as error:
+        print(f"moe-train doctor: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-train doctor", description=DESCRIPTION, allow_abbrev=False, add_help=False
+    )
+    add = parser.add_argument
+    add("--shared-dir", metavar="DIR", help="folder that all hosts should share (default: where train.run_dir is)")
+    add("--sizes", metavar="N,N", help="bytes of collective operations, as 1K,4M (default: 1K to 16M; CUDA: to 256M)")
+    add("--quick", action="store_true", help="a third of the time for measurements")
+    add("--timeout", type=float, default=20.0, metavar="S", help="a link or rank is broken after these seconds (20)")
+    add("--expect-bandwidth", type=float, metavar="GB/S", help="problem if two hosts send each other less than that")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+    add("--output", metavar="FILE", help="write that object to a file, for moe-train plan --device FILE")
+    return parser
+
+
+def _read_sizes(text: str) -> tuple[int, ...]:
+    sizes = set()
+    for part in text.split(","):
+        number, unit = (part[:-1], part[-1]) if part[-1:].upper() in _UNITS else (part, "")
+        if not number.strip().isdecimal() or int(number) == 0:
+            raise UsageError(f"--sizes ({text!r}) must be bytes with commas between them, such as 1K,64K,4M")
+        sizes.add(int(number) * _UNITS.get(unit.upper(), 1))
+    return tuple(sorted(sizes))
+
+
+def _read_setting(rest: list[str], options: argparse.Namespace, world: World) -> _Setting:
+    from moe_train.parallel.precision import resolve_precision
+
+    config, failure = None, _check_output(options.output) if world.rank == 0 else ""
+    cpu = choose_device("cpu", world, {})
+    try:
+        if rest:
+            config = load_config(rest, program="moe-train doctor", defaults={"train": {"run_dir": _NO_RUN_DIR}})
+            config = check_world(config, world.world_size, world.local_world_size)
+        device = choose_device(config.parallel.device if config else "auto", world)
+        precision = resolve_precision(config.train.precision if config else "auto", device)
+    except UsageError as error:
+        return _Setting(None, cpu, ("fp32",), str(error))
+    return _Setting(config, device, tuple(dict.fromkeys(("fp32", precision))), failure)
+
+
+def _check_output(output: str | None) -> str:
+    """Why the file could not be written; "": it can be."""
+    if output is None:
+        return ""
+    folder = Path(output).absolute().parent
+    if not folder.is_dir():
+        return f"--output ({output}): there is no folder {folder}"
+    if not os.access(folder, os.W_OK) or Path(output).is_dir():
+        return f"--output ({output}): cannot be written"
+    return ""
+
+
+def _shared_folder(given: str | None, config: Config | None) -> Path | None:
+    if given is not None:
+        return Path(given)
+    if config is None or config.train.run_dir == _NO_RUN_DIR:
+        return None
+    return Path(config.train.run_dir).absolute().parent
+
+
+def _say(text: str) -> None:
+    print(f"doctor: {text}", file=sys.stderr, flush=True)
+
+
+def _show(report: dict[str, Any], as_json: bool, output: Path | None) -> None:
+    from rich.console import Console
+
+    from moe_train.parallel.doctor.report import show_report
+
+    if output is not None:
+        try:
+            output.write_text(json.dumps(report) + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"moe-train doctor: --output ({output}): cannot be written: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(report), flush=True)
+    else:
+        show_report(report, Console())
+        sys.stdout.flush()
