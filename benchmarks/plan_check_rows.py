@@ -1,0 +1,205 @@
+"""The rows of benchmarks/plan_check.py: what is run, and how far the plan is from it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_train.config.load import load_config
+from moe_train.config.machine import Machine
+from moe_train.plan.layout import Cluster
+from moe_train.plan.planner import Plan, Question, make_plan
+
+MOST_OFF = {"states": 0.03, "peak": 0.15, "seconds": 0.25}
+VOCABULARY = 2048
+STEPS_A_RECORD = 4  # whose mean time a record has
+# DeepSpeed's own bucket is 2 GB, which would be most of the peak of models as small as these.
+_BUCKET_ELEMENTS = 1_000_000
+_COMMON = {
+    "model.vocab_size": VOCABULARY,
+    "data.source": "python_stdlib",
+    "data.tokenizer": "bytes",
+    "data.validation_fraction": 0.0,
+    "parallel.device": "cpu",
+    "parallel.threads_per_rank": 1,
+    "optim.warmup_steps": 0,
+    "optim.schedule": "constant",
+    "train.precision": "fp32",
+    "train.sample_tokens": 0,
+    "telemetry.every": STEPS_A_RECORD,
+    "telemetry.tensorboard": False,
+}
+_QUICKSTART = {
+    "model.hidden_size": 128,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.intermediate_size": 384,
+    "train.sequence_length": 128,
+}
+_LARGER = {
+    "model.hidden_size": 256,
+    "model.num_heads": 4,
+    "model.moe_every": 1,
+    "model.moe.intermediate_size": 512,
+    "train.sequence_length": 256,
+    "train.micro_batch_size": 4,
+}
+_LARGEST = _LARGER | {
+    "model.hidden_size": 512,
+    "model.num_heads": 8,
+    "model.num_layers": 3,
+    "model.moe.intermediate_size": 768,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something to plan and to run.
+
+    Attributes:
+        name: Of its row.
+        ranks: Processes of this machine.
+        fields: Of the configuration, beside what all have in common.
+    """
+
+    name: str
+    ranks: int
+    fields: dict[str, Any] = field(hash=False)
+
+    def options(self, run_dir: Path, steps: int) -> list[str]:
+        """Of moe-train train."""
+        values = _COMMON | self.fields | {"train.run_dir": str(run_dir), "train.steps": steps}
+        zero = json.dumps({"zero_optimization": {"reduce_bucket_size": _BUCKET_ELEMENTS}})
+        return [*(f"--{name}={value}" for name, value in values.items()), f"--deepspeed={zero}"]
+
+
+def _setting(name: str, ranks: int, base: dict[str, Any], **fields: Any) -> Setting:
+    given = {f"{section}.{key}": value for section, values in fields.items() for key, value in values.items()}
+    return Setting(name, ranks, base | given)
+
+
+SETTINGS = (
+    _setting("quickstart_1", 1, _QUICKSTART, parallel={"zero_stage": 1}),
+    _setting("quickstart_2", 2, _QUICKSTART, parallel={"zero_stage": 1, "expert_parallel_size": 2}),
+    _setting("quickstart_4", 4, _QUICKSTART, parallel={"zero_stage": 2, "expert_parallel_size": 4}),
+    _setting("larger_1", 1, _LARGER, parallel={"zero_stage": 2}),
+    _setting("larger_1_accumulates", 1, _LARGER, parallel={"zero_stage": 1}, train={"global_batch_size": 8}),
+    _setting("larger_1_recomputes", 1, _LARGER, train={"recompute_activations": True, "micro_batch_size": 8}),
+    _setting("larger_2_flat", 2, _LARGER, parallel={"zero_stage": 1, "expert_parallel_size": 2}),
+    _setting("larger_2_dense", 2, _LARGER, parallel={"zero_stage": 2, "expert_parallel_size": 1}),
+    _setting(
+        "larger_2_unique",
+        2,
+        _LARGER,
+        parallel={"zero_stage": 2, "expert_parallel_size": 2, "dispatch": "unique"},
+        model={"moe.num_experts": 16, "moe.top_k": 4, "moe.intermediate_size": 256},
+    ),
+    _setting("larger_2_zero3", 2, _LARGER, parallel={"zero_stage": 3, "expert_parallel_size": 2}),
+    _setting("larger_4_zero3", 4, _LARGER, parallel={"zero_stage": 3, "expert_parallel_size": 2}),
+    _setting("largest_1", 1, _LARGEST, parallel={"zero_stage": 1}),
+    _setting("largest_2_recomputes", 2, _LARGEST, parallel={"zero_stage": 1}, train={"recompute_activations": True}),
+    _setting(
+        "largest_4", 4, _LARGEST, parallel={"expert_parallel_size": 4, "chunks": 2}, train={"micro_batch_size": 2}
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a setting took; bytes and times of the rank with most.
+
+    Attributes:
+        states: Bytes of weights, master weights and moments.
+        peak: Most bytes of tensors at one time.
+        all_to_all: Bytes to other ranks in all-to-alls of a step, mean over ranks.
+        seconds: Of a step, median.
+    """
+
+    states: int
+    peak: int
+    all_to_all: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """A row of the table.
+
+    Attributes:
+        name: Of the setting.
+        ranks: Processes.
+        layout: What was planned, by the names of the configuration.
+        planned: By the names of `Measured`.
+        measured: Likewise.
+        off: Planned over measured, minus 1.
+        largest_term: Of the planned step.
+    """
+
+    name: str
+    ranks: int
+    layout: dict[str, Any]
+    planned: dict[str, float]
+    measured: dict[str, float]
+    off: dict[str, float]
+    largest_term: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def plan_setting(setting: Setting, machine: Machine) -> Plan:
+    """Plan a setting on this machine."""
+    config = load_config(setting.options(Path("unused"), 1), program="plan_check")
+    return make_plan(config, VOCABULARY, Question(Cluster(1, setting.ranks, machine)))
+
+
+def result_row(setting: Setting, plan: Plan, measured: Measured) -> RowResult:
+    """A row."""
+    parts = plan.traffic.parts
+    states = plan.memory.states
+    planned = {
+        "states": float(states.weights + states.optimizer_states),
+        "peak": plan.memory.total,
+        "all_to_all": parts["all_to_all_forward"].total + parts["all_to_all_backward"].total,
+        "seconds": plan.step.seconds,
+    }
+    found = asdict(measured)
+    off = {name: value / found[name] - 1 if found[name] else 0.0 for name, value in planned.items()}
+    return RowResult(setting.name, setting.ranks, plan.layout_fields(), planned, found, off, plan.step.largest_term)
+
+
+def claims_of(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
+    """What the experiment is to show, and whether this run of it does.
+
+    Returns:
+        For each: claim, in words with its figures; holds.
+    """
+    words = {"states": "Model states", "peak": "Peak memory", "seconds": "Step time"}
+    claims = []
+    for name, most in MOST_OFF.items():
+        worst = max(rows, key=lambda row: abs(row.off[name]))
+        text = f"{words[name]} planned within {most:.0%} in all {len(rows)} settings: at most {worst.off[name]:+.1%}"
+        claims.append({"claim": f"{text} ({worst.name}).", "holds": abs(worst.off[name]) <= most})
+    return claims
+
+
+def markdown_report(rows: Sequence[RowResult], claims: Sequence[dict[str, Any]], about: Sequence[str]) -> str:
+    """The table as a page."""
+    lines = ["# Plan against reality", "", *about, ""]
+    lines += ["| setting | EP | ZeRO | states | peak | all-to-all | step | largest term |", "|" + "---|" * 8]
+    for row in rows:
+        cells = [row.name, str(row.layout["expert_parallel_size"]), str(row.layout["zero_stage"])]
+        for name in ("states", "peak", "all_to_all"):
+            if row.measured[name]:
+                cells.append(
+                    f"{row.planned[name] / 1e6:,.1f} / {row.measured[name] / 1e6:,.1f} MB, {row.off[name]:+.1%}"
+                )
+            else:
+                cells.append("none")
+        cells.append(f"{row.planned['seconds']:.3f} / {row.measured['seconds']:.3f} s, {row.off['seconds']:+.1%}")
+        lines.append(f"| {' | '.join([*cells, row.largest_term])} |")
+    lines += ["", "Each cell: planned / measured, difference.", ""]
+    lines += [f"- {'holds' if claim['holds'] else 'does not hold'}: {claim['claim']}" for claim in claims]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,170 @@
+"""`moe-train plan`: memory, traffic and time of a configuration on a cluster, before there is one."""
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+
+from moe_train.cli.params import _vocab_size as known_vocab_size
+from moe_train.config.deepspeed import check_additions
+from moe_train.config.errors import UsageError
+from moe_train.config.load import dump_yaml, load_config
+from moe_train.config.root import Config
+
+if TYPE_CHECKING:
+    from moe_train.plan.planner import Plan, Question
+
+Amount = TypeVar("Amount", int, float)
+EXIT_NOTHING_FITS = 1  # --search found no layout
+_SHOWN = 8  # layouts of a search
+
+DESCRIPTION = """Say what a configuration takes on a cluster: memory of a rank by part, bytes inside and across nodes,
+time of a step. Nothing is allocated and no rank is started; paths under data need not exist. Any training option may
+follow; moe-train train --help lists them. Exit code 0: planned, whether or not it fits ("fits" in the JSON); 1:
+--search found nothing that fits; 2: bad input."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Plan and print."""
+    options, rest = _parser().parse_known_args(list(arguments))
+    _check_options(options)
+    rest += [] if options.config is None else ["--config", options.config]
+    config = load_config(rest, program="moe-train plan", defaults={"train": {"run_dir": "runs/planned"}})
+    check_additions(config)
+    question, size = _question(options), known_vocab_size(config)
+    if options.search:
+        return _search(config, size, question, options)
+    from moe_train.plan.planner import make_plan
+
+    _show(make_plan(config, size, question), options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moe-train plan", description=DESCRIPTION, allow_abbrev=False)
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML file of the run")
+    add("--nodes", default="1", metavar="N", help="nodes (default: 1)")
+    add("--gpus-per-node", default="1", metavar="G", help="ranks of a node (default: 1)")
+    add("--device", metavar="NAME", help="h100, h200, a100, mi300x, or a file of moe-train doctor --json")
+    add("--inter-node-gbps", metavar="X", help="gigabits a second of each device's port between nodes (400)")
+    add("--imbalance", default="0", metavar="X", help="coefficient of variation of the experts' loads (0: by chance)")
+    add("--loads", metavar="RUN_DIR", help="loads of the experts as a run had them, in place of --imbalance")
+    add("--seed", default="0", metavar="N", help="of the draws of loads (default: 0)")
+    add("--decode", nargs=2, metavar=("BATCH", "LENGTH"), help="keys and values of these sequences beside training")
+    add("--search", action="store_true", help="find the fastest layout that fits, with the same global batch")
+    add("--margin", metavar="X", help="share of the memory that --search leaves free (0.05)")
+    add("--output", metavar="FILE", help="write the configuration that --search found, in place of printing it")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Put numbers in the place of words; refuse what is out of range or has no effect."""
+    for name in ("nodes", "gpus_per_node"):
+        setattr(options, name, _number(name, getattr(options, name), int, 1))
+    options.seed = _number("seed", options.seed, int, 0)
+    options.imbalance = _number("imbalance", options.imbalance, float, 0.0)
+    if options.inter_node_gbps is not None:
+        options.inter_node_gbps = _number("inter_node_gbps", options.inter_node_gbps, float, 1e-3)
+    if options.decode is not None:
+        options.decode = [_number("decode", value, int, 1) for value in options.decode]
+    for name in ("margin", "output"):
+        if getattr(options, name) is not None and not options.search:
+            raise UsageError(f"--{name} ({getattr(options, name)}) has no effect without --search")
+    options.margin = _number("margin", "0.05" if options.margin is None else options.margin, float, 0.0)
+    if options.margin >= 1:
+        raise UsageError(f"--margin ({options.margin:g}) must be a share of the memory, below 1")
+    if options.loads is not None and options.imbalance:
+        raise UsageError(f"--imbalance ({options.imbalance:g}) has no effect with --loads ({options.loads}): give one")
+    if options.device is None:
+        raise UsageError("--device is missing: h100, h200, a100, mi300x, or a file of moe-train doctor --json")
+
+
+def _number(name: str, text: str, kind: type[Amount], least: Amount) -> Amount:
+    option = f"--{name.replace('_', '-')}"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UsageError(f"{option} ({text!r}) must be {'a whole' if kind is int else 'a'} number") from None
+    if not least <= value < float("inf"):
+        raise UsageError(f"{option} ({text}) must be {least:g} or more")
+    return value
+
+
+def _question(options: argparse.Namespace) -> "Question":
+    from moe_train.plan.devices import find_device
+    from moe_train.plan.layout import Cluster
+    from moe_train.plan.memory import Decoding
+    from moe_train.plan.planner import Question
+    from moe_train.plan.run_loads import read_shares
+
+    machine = find_device(options.device, options.inter_node_gbps)
+    if options.nodes > 1 and machine.inter_node is None:
+        raise UsageError(
+            f"--nodes ({options.nodes}): {options.device} tells nothing of links between nodes; run moe-train doctor "
+            "on two of them, or give --inter-node-gbps"
+        )
+    return Question(
+        Cluster(options.nodes, options.gpus_per_node, machine),
+        imbalance=options.imbalance,
+        seed=options.seed,
+        shares_LE=None if options.loads is None else read_shares(Path(options.loads)),
+        decoding=None if options.decode is None else Decoding(*options.decode),
+        margin=options.margin if options.search else 0.0,
+    )
+
+
+def _show(plan: "Plan", options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps(plan.as_dict()))
+        return
+    from moe_train.plan.report import show_plan
+
+    show_plan(plan, _console())
+
+
+def _search(config: Config, size: int, question: "Question", options: argparse.Namespace) -> int:
+    from moe_train.plan.planner import make_plan
+    from moe_train.plan.report import show_candidates
+    from moe_train.plan.search import apply_layout, search
+
+    found = search(config, size, question)
+    if not found.best:
+        room, least = question.capacity / 2**30, found.smallest.total / 2**30
+        print(
+            f"moe-train plan: none of {found.tried:,} layouts fits: the smallest takes {least:.1f} of {room:.1f} GiB a "
+            "rank; take more nodes, or train.sequence_length or a model that are smaller",
+            file=sys.stderr,
+        )
+        return EXIT_NOTHING_FITS
+    chosen = apply_layout(config, found.best[0].layout)
+    text = dump_yaml(chosen)
+    if options.output is not None:
+        try:
+            Path(options.output).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--output ({options.output}): cannot be written: {error}") from error
+    plan = make_plan(chosen, size, question)
+    if options.json:
+        print(json.dumps(plan.as_dict() | {"tried": found.tried, "config": chosen.model_dump(mode="json")}))
+        return 0
+    console = _console()
+    show_candidates(found.best[:_SHOWN], found.tried, console)
+    _show(plan, options)
+    if options.output is None:
+        print(f"\n{text}", end="")
+    else:
+        console.print(f"configuration written to {options.output}", markup=False)
+    return 0
+
+
+def _console() -> Console:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an output that has no block characters
+    return Console(highlight=False)

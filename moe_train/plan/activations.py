@@ -1,0 +1,143 @@
+"""What a pass keeps for its backward pass, block by block, and what it needs for a moment.
+
+Counted from the operations of moe_train/model and moe_train/ops: a tensor that autograd keeps is counted once.
+Legend: T tokens of a rank, B sequences, D hidden_size, H query heads, G key/value heads, d head size, F inner width,
+R rows at the experts of a rank, K top_k, E experts, V vocabulary, C chunks; e bytes of an element.
+"""
+
+from dataclasses import dataclass
+
+from moe_train.plan.layout import Layout
+from moe_train.plan.loads import RowLoads
+from moe_train.plan.shapes import LayerShape, ModelShape
+
+_WIDE = 4  # bytes of fp32
+_INDEX = 8  # bytes of int64
+_INDICES_OF_AN_ASSIGNMENT = 6  # orders, places and sources of rows that stay for the backward pass
+_ROUTER_TENSORS = {"noisy_topk": 9, "softmax_topk": 4, "sigmoid_topk": 4, "switch": 4}  # fp32 [T, E] that are kept
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of the cross-entropy
+_CHUNK_TENSORS = 2  # of that size at once
+_BLOCK_ROWS, _BLOCKS = 384, 6  # rows that an expert takes at once on a CPU
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """Bytes of one block.
+
+    Attributes:
+        saved: Kept from its forward to its backward pass.
+        input: Kept in its place where it is computed again.
+        work: Needed in its backward pass for a moment, without the gradients of its weights.
+        buffers: Of all-to-alls, likewise.
+        elements: Of its weights on this rank.
+    """
+
+    saved: float
+    input: float
+    work: float
+    buffers: float
+    elements: int
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """Bytes around the blocks: final norm, head and loss.
+
+    Attributes:
+        saved: Kept besides the gradient of the logits.
+        logits: The gradient of the logits, formed in the forward pass.
+        forward_work: The logits themselves and parts of them in fp32.
+        backward_work: The gradient that goes into the head.
+    """
+
+    saved: float
+    logits: float
+    forward_work: float
+    backward_work: float
+
+
+def payload_bytes(layout: Layout, hidden_size: int) -> int:
+    """Of one row on its way."""
+    sizes = {"model": layout.dtype_bytes * hidden_size, "bf16": 2 * hidden_size, "fp8": hidden_size + 4}
+    return sizes[layout.payload]
+
+
+def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowLoads, device: str) -> BlockMemory:
+    """The bytes of one block.
+
+    Args:
+        shape: The model.
+        layer: The block.
+        layout: Of the run.
+        loads: Rows of a rank's experts.
+        device: cpu or cuda.
+    """
+    config, e, tokens = shape.config, layout.dtype_bytes, layout.tokens
+    queries = config.num_heads * config.attention_head_dim
+    keys = config.attention_kv_heads * config.attention_head_dim
+    norm = _norm_bytes(e, device) * tokens * config.hidden_size
+    # The normed input; queries, keys, values and the mixture, and the mixture in the order of tokens; logsumexp.
+    attention = norm + e * tokens * (config.hidden_size + 3 * queries + 2 * keys) + _WIDE * tokens * config.num_heads
+    if config.qk_norm != "none":
+        attention += _norm_bytes(e, device) * tokens * (queries + (keys if layer.owns_key_value else 0))
+    work = _WIDE * tokens * (3 * config.hidden_size + 3 * queries)
+    published = 2 * keys if layer.owns_key_value else 0
+    held = e * tokens * (config.hidden_size + published)
+    elements = layer.dense + layer.experts // layout.ep_size
+    if not layer.is_moe:
+        inner = config.intermediate_size
+        saved = attention + norm + e * tokens * (config.hidden_size + 3 * inner)
+        return BlockMemory(saved, held, max(work, e * tokens * 5 * inner), 0.0, elements)
+    own, extra, buffers = _moe_memory(shape, layout, loads, device)
+    return BlockMemory(attention + norm + own, held, max(work, extra), buffers, elements)
+
+
+def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str) -> tuple[float, float, float]:
+    config, e, tokens, rows = shape.config, layout.dtype_bytes, layout.tokens, loads.most_rows
+    hidden, inner, moe = config.hidden_size, config.expert_intermediate_size, config.moe
+    assignments = tokens * moe.top_k
+    saved = float(e * tokens * hidden)  # the normed input, which the experts of one process take as it is
+    wide_inputs = 2 if moe.router == "noisy_topk" else 1
+    if e < _WIDE or moe.input_jitter:
+        saved += wide_inputs * _WIDE * tokens * hidden  # the router's input in fp32
+    saved += _ROUTER_TENSORS[moe.router] * _WIDE * tokens * moe.num_experts
+    saved += _INDICES_OF_AN_ASSIGNMENT * _INDEX * assignments + e * 2 * inner * rows  # the first product
+    buffers = 0.0
+    if layout.ep_size > 1:
+        arrived = loads.most_arriving
+        saved += e * hidden * arrived
+        # What is sent and what arrives, in the model's dtype too where it travels in another; two chunks at a time.
+        row = payload_bytes(layout, hidden) + (0 if layout.payload == "model" else e * hidden)
+        buffers = min(1.0, 2 / layout.chunks) * row * (loads.sent + arrived)
+    if moe.num_shared_experts:
+        saved += e * tokens * 3 * moe.num_shared_experts * inner
+    # Gradient of the rows; of a block of rows, or of all on CUDA, the activation's, its input's and its slope.
+    at_once = rows if device == "cuda" else min(rows, max(_BLOCK_ROWS, rows / _BLOCKS))
+    work = e * hidden * (rows + 2 * tokens) + e * at_once * (4 * inner + 2 * hidden)
+    return saved, work, buffers
+
+
+def head_memory(shape: ModelShape, layout: Layout, device: str) -> HeadMemory:
+    """The bytes around the blocks.
+
+    Args:
+        shape: The model.
+        layout: Of the run.
+        device: cpu or cuda.
+    """
+    e, tokens, hidden = layout.dtype_bytes, layout.tokens, shape.config.hidden_size
+    norm = _norm_bytes(e, device) if shape.config.norm_position == "pre" else 0
+    logits = float(tokens * shape.vocab_size)
+    slope = _WIDE if layout.precision == "fp16" else e
+    chunk = min(_CHUNK_TENSORS * _CHUNK_BYTES[device], _CHUNK_TENSORS * _WIDE * logits)
+    return HeadMemory(
+        saved=tokens * hidden * (norm + e),
+        logits=slope * logits,
+        forward_work=e * logits + chunk,
+        backward_work=e * logits + e * tokens * hidden,
+    )
+
+
+def _norm_bytes(e: int, device: str) -> int:
+    """What a norm keeps of an element: its input in fp32, and on a CPU the normed input too."""
+    return _WIDE if device == "cuda" else 2 * _WIDE

@@ -1,0 +1,147 @@
+"""A plan: everything that is said of a configuration on a cluster."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_train.config.root import Config
+from moe_train.plan.layout import Cluster, Layout, resolve
+from moe_train.plan.loads import RowLoads, row_loads
+from moe_train.plan.memory import Decoding, Memory, plan_memory
+from moe_train.plan.rates import Rates
+from moe_train.plan.shapes import ModelShape, model_shape
+from moe_train.plan.step import Step, Traffic, plan_step, step_traffic
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked beside the configuration.
+
+    Attributes:
+        cluster: Where to run.
+        imbalance: Coefficient of variation of the experts' shares.
+        seed: Of the draws.
+        shares_LE: Measured shares of every MoE layer in place of draws.
+        decoding: Whose keys and values are kept beside training.
+        margin: Share of the memory to leave free.
+    """
+
+    cluster: Cluster
+    imbalance: float = 0.0
+    seed: int = 0
+    shares_LE: np.ndarray | None = None
+    decoding: Decoding | None = None
+    margin: float = 0.0
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of a rank's memory that may be used."""
+        return self.cluster.machine.memory_bytes * (1 - self.margin)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer.
+
+    Attributes:
+        config: With every size a number.
+        layout: How it is spread.
+        shape: The model.
+        loads: Rows of a rank's experts.
+        memory: Of the rank with most.
+        traffic: Of a rank in a step.
+        step: Its time.
+        mfu: Model FLOPs utilisation: operations that the model needs over those at the peak.
+        capacity: Bytes of a rank's memory that may be used.
+    """
+
+    config: Config
+    layout: Layout
+    shape: ModelShape
+    loads: RowLoads
+    memory: Memory
+    traffic: Traffic
+    step: Step
+    mfu: float
+    capacity: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough."""
+        return self.memory.total <= self.capacity
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks."""
+        batch = self.config.train.global_batch_size
+        assert batch is not None
+        return batch * self.layout.sequence_length / self.step.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        count, total = self.shape.parameters, self.traffic.total
+        return {
+            "parameters": {"total": count.total, "active": count.active},
+            "memory": {name: int(held) for name, held in self.memory.parts.items()},
+            "memory_total": int(self.memory.total),
+            "memory_capacity": int(self.capacity),
+            "memory_moment": self.memory.moment,
+            "traffic": {"intra_node": int(total.intra_node), "inter_node": int(total.inter_node)},
+            "traffic_by_part": {
+                name: {"intra_node": int(sent.intra_node), "inter_node": int(sent.inter_node)}
+                for name, sent in self.traffic.parts.items()
+            },
+            "step": {
+                "seconds": self.step.seconds,
+                "largest_term": self.step.largest_term,
+                "p50": self.step.p50,
+                "p99": self.step.p99,
+                "terms": self.step.terms,
+                "hidden_all_to_all": self.step.hidden,
+                "tokens_per_second": self.tokens_per_second,
+            },
+            "mfu": self.mfu,
+            "fits": self.fits,
+            "layout": self.layout_fields(),
+        }
+
+    def layout_fields(self) -> dict[str, Any]:
+        """What was chosen, by the names of the configuration."""
+        layout = self.layout
+        return {
+            "world_size": layout.world_size,
+            "expert_parallel_size": layout.ep_size,
+            "zero_stage": layout.zero_stage,
+            "micro_batch_size": layout.micro_batch,
+            "gradient_accumulation": layout.accumulation,
+            "recompute_activations": layout.recomputes,
+            "dispatch": layout.dispatch,
+            "chunks": layout.chunks,
+            "precision": layout.precision,
+        }
+
+
+def make_plan(config: Config, vocab_size: int, question: Question) -> Plan:
+    """Plan a configuration.
+
+    Args:
+        config: As loaded.
+        vocab_size: Rows of the embedding.
+        question: What is asked.
+
+    Raises:
+        UsageError: If sizes do not divide.
+    """
+    config, layout = resolve(config, question.cluster)
+    shape = model_shape(config.model, vocab_size, layout.sequence_length)
+    loads = row_loads(shape, layout, question.imbalance, question.seed, question.shares_LE)
+    machine = question.cluster.machine
+    memory = plan_memory(shape, layout, loads, machine.device, question.decoding)
+    step = plan_step(shape, layout, loads, memory.states, Rates(machine, layout.precision))
+    traffic = step_traffic(shape, layout, loads, memory.states)
+    batch = config.train.global_batch_size
+    assert batch is not None
+    flops = shape.flops_per_token * batch * layout.sequence_length
+    mfu = flops / (step.seconds * layout.world_size * machine.flops_per_second[layout.precision])
+    return Plan(config, layout, shape, loads, memory, traffic, step, mfu, question.capacity)

@@ -1,0 +1,126 @@
+"""A plan as people read it: a bar of memory by part, traffic, the step's terms and a verdict."""
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe_train.plan.planner import Plan
+from moe_train.plan.search import Candidate
+
+_COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_blue", "bright_magenta", "bright_black")
+_GIB, _WIDTH, _LEAST_SHARE = 2**30, 60, 1e-3
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print a plan."""
+    count, layout = plan.shape.parameters, plan.layout
+    console.print(f"parameters  {count.total:,} total, {count.active:,} active a token")
+    console.print(
+        f"layout      {layout.world_size} ranks, expert parallel {layout.ep_size}, ZeRO {layout.zero_stage}, "
+        f"micro-batch {layout.micro_batch} x {layout.accumulation}, dispatch {layout.dispatch} in {layout.chunks}, "
+        f"{layout.precision}{', recomputation' if layout.recomputes else ''}"
+    )
+    console.print()
+    _show_memory(plan, console)
+    console.print()
+    console.print(_traffic_table(plan))
+    console.print(_terms_table(plan))
+    step = plan.step
+    console.print(
+        f"step        {_time(step.seconds)} in the mean, {_time(step.p50)} p50, {_time(step.p99)} p99; "
+        f"largest term: {step.largest_term}"
+    )
+    console.print(f"speed       {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}")
+    console.print(Text(verdict(plan), style="green" if plan.fits else "red"))
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and where not, by how much and what takes most."""
+    held, room = plan.memory.total / _GIB, plan.capacity / _GIB
+    if plan.fits:
+        return f"fits: {held:.1f} of {room:.1f} GiB a rank"
+    part = max(plan.memory.parts, key=lambda name: plan.memory.parts[name])
+    return (
+        f"does not fit: over by {held - room:.1f} GiB ({held:.1f} of {room:.1f} GiB a rank), largest part "
+        f"{part.replace('_', ' ')} with {plan.memory.parts[part] / _GIB:.1f} GiB"
+    )
+
+
+def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> None:
+    """Print the fastest layouts that fit."""
+    columns = ("EP", "ZeRO", "batch", "recompute", "dispatch", "chunks", "GiB", "step", "p99", "largest term")
+    title = f"the fastest of {tried:,} layouts"
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for candidate in best:
+        layout, step = candidate.layout, candidate.step
+        table.add_row(
+            str(layout.ep_size),
+            str(layout.zero_stage),
+            f"{layout.micro_batch} x {layout.accumulation}",
+            "yes" if layout.recomputes else "no",
+            layout.dispatch,
+            str(layout.chunks),
+            f"{candidate.memory.total / _GIB:.1f}",
+            _time(step.seconds),
+            _time(step.p99),
+            step.largest_term,
+        )
+    console.print(table)
+
+
+def _show_memory(plan: Plan, console: Console) -> None:
+    parts, total = plan.memory.parts, plan.memory.total
+    scale = max(total, plan.capacity)
+    bar, done, cells = Text("memory      "), 0.0, 0
+    for colour, held in zip(_COLOURS, parts.values(), strict=True):
+        done += held
+        end = round(done / scale * _WIDTH)
+        bar.append("█" * (end - cells), colour)
+        cells = end
+    bar.append("·" * (_WIDTH - cells))
+    bar.append(f"  {total / _GIB:.2f} of {plan.capacity / _GIB:.2f} GiB")
+    console.print(bar)
+    for colour, (name, held) in zip(_COLOURS, parts.items(), strict=True):
+        if held > _LEAST_SHARE * total:
+            line = Text("            ")
+            line.append("█ ", colour)
+            line.append(f"{name.replace('_', ' '):<18}{held / _GIB:>9.2f} GiB {held / total:>6.1%}")
+            console.print(line)
+    console.print(f"            at its most in: {plan.memory.moment}")
+
+
+def _traffic_table(plan: Plan) -> Table:
+    table = Table("bytes a rank sends in a step", "inside of the node", "across nodes", title_justify="left")
+    rows = {name.replace("_", " "): sent for name, sent in plan.traffic.parts.items()} | {"all": plan.traffic.total}
+    for name, sent in rows.items():
+        table.add_row(name, _bytes(sent.intra_node), _bytes(sent.inter_node))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _terms_table(plan: Plan) -> Table:
+    table = Table("seconds of a step", "", "share")
+    for name, seconds in sorted(plan.step.terms.items(), key=lambda item: -item[1]):
+        if seconds > _LEAST_SHARE * plan.step.seconds:
+            table.add_row(name.replace("_", " "), _time(seconds), f"{seconds / plan.step.seconds:.1%}")
+    if plan.step.hidden:
+        table.add_row("all to all, hidden", _time(plan.step.hidden), "")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

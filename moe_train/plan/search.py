@@ -1,0 +1,172 @@
+"""The layout of a configuration that is fastest among those that fit: every candidate is planned by arithmetic.
+
+Changed are expert_parallel_size, zero_stage, micro_batch_size, recompute_activations, dispatch and chunks; the global
+batch stays, so that every candidate takes the same steps. Memory is planned first: what does not fit is not timed, and
+recomputation is tried only where it is needed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moe_train.config.root import Config
+from moe_train.plan.layout import Layout, resolve
+from moe_train.plan.loads import RowLoads, row_loads
+from moe_train.plan.memory import Memory, plan_memory
+from moe_train.plan.planner import Question
+from moe_train.plan.rates import Rates
+from moe_train.plan.shapes import ModelShape, model_shape
+from moe_train.plan.step import Step, plan_step
+
+_CHUNKS = (1, 2, 4)
+_MOST_MICRO_BATCHES = 8  # sizes that are tried
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with what it takes.
+
+    Attributes:
+        layout: The sizes.
+        memory: Of the rank with most.
+        step: Its time.
+    """
+
+    layout: Layout
+    memory: Memory
+    step: Step
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        best: Candidates that fit, the fastest first.
+        tried: How many were planned.
+        smallest: The one that takes least memory, whether or not it fits.
+    """
+
+    best: tuple[Candidate, ...]
+    tried: int
+    smallest: Memory
+
+
+def search(config: Config, vocab_size: int, question: Question) -> Found:
+    """Find the fastest layouts that fit.
+
+    Args:
+        config: As loaded.
+        vocab_size: Rows of the embedding.
+        question: What is asked; its margin of memory stays free.
+
+    Raises:
+        UsageError: If the global batch cannot be divided among the ranks.
+    """
+    config, base = resolve(_open(config), question.cluster)
+    shape = model_shape(config.model, vocab_size, base.sequence_length)
+    machine, rates = question.cluster.machine, Rates(question.cluster.machine, base.precision)
+    loads: dict[tuple[int, int, str], RowLoads] = {}
+    found: list[Candidate] = []
+    tried, smallest = 0, None
+
+    def planned(layout: Layout) -> tuple[RowLoads, Memory]:
+        key = (layout.ep_size, layout.micro_batch, layout.dispatch)
+        if key not in loads:
+            loads[key] = row_loads(shape, layout, question.imbalance, question.seed, question.shares_LE)
+        return loads[key], plan_memory(shape, layout, loads[key], machine.device, question.decoding)
+
+    for spread in _spreads(shape, base, config.train.compile):
+        for recomputes in (False, True):
+            fitted = False
+            for layout in _ways(replace(spread, recomputes=recomputes), shape):
+                own_loads, memory = planned(layout)
+                tried += 1
+                if smallest is None or memory.total < smallest.total:
+                    smallest = memory
+                if memory.total > question.capacity:
+                    continue
+                fitted = True
+                step = plan_step(shape, layout, own_loads, memory.states, rates)
+                found.append(Candidate(layout, memory, step))
+            if fitted:
+                break
+    assert smallest is not None, "the configuration's own layout is a candidate"
+    found.sort(key=lambda candidate: (candidate.step.seconds, candidate.memory.total))
+    return Found(tuple(found), tried, smallest)
+
+
+def _open(config: Config) -> Config:
+    """The configuration without what is searched: its own sizes need not suit the cluster."""
+    parallel = {"expert_parallel_size": 1, "dispatch": "flat", "ranks_per_node": "auto", "chunks": 1}
+    train = {} if config.train.global_batch_size is None else {"micro_batch_size": 1}
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=parallel),
+            "train": config.train.model_copy(update=train),
+        }
+    )
+
+
+def apply_layout(config: Config, layout: Layout) -> Config:
+    """The configuration with a candidate's sizes; what depends on its precision stays as it was given.
+
+    Args:
+        config: As loaded.
+        layout: The candidate's.
+    """
+    batch = layout.micro_batch * layout.accumulation * layout.world_size
+    parallel = {
+        "expert_parallel_size": layout.ep_size,
+        "zero_stage": layout.zero_stage,
+        "dispatch": layout.dispatch,
+        "chunks": layout.chunks,
+        "ranks_per_node": layout.ranks_per_node or "auto",
+    }
+    train = {
+        "micro_batch_size": layout.micro_batch,
+        "global_batch_size": batch,
+        "recompute_activations": layout.recomputes,
+    }
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=parallel),
+            "train": config.train.model_copy(update=train),
+        }
+    )
+
+
+def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout]:
+    """Expert-parallel sizes, ZeRO stages and micro-batches."""
+    experts, world = shape.config.moe.num_experts, base.world_size
+    sizes = [size for size in range(1, min(experts, world) + 1) if experts % size == 0 and world % size == 0]
+    share = base.micro_batch * base.accumulation  # sequences of a rank in a step
+    micros = [size for size in _powers(share) if share % size == 0][:_MOST_MICRO_BATCHES]
+    if base.micro_batch not in micros:
+        micros.append(base.micro_batch)
+    for size in sizes if shape.num_moe_layers else [1]:
+        for stage in (1, 2) if compiles else (1, 2, 3):
+            for micro in micros:
+                yield replace(base, ep_size=size, zero_stage=stage, micro_batch=micro, accumulation=share // micro)
+
+
+def _powers(most: int) -> Iterator[int]:
+    size = 1
+    while size <= most:
+        yield size
+        size *= 2
+
+
+def _ways(layout: Layout, shape: ModelShape) -> Iterator[Layout]:
+    """Dispatches and numbers of chunks."""
+    if layout.ep_size == 1:
+        yield replace(layout, dispatch="flat", chunks=1, ranks_per_node=None)
+        return
+    for chunks in _CHUNKS:
+        if chunks > layout.tokens:
+            continue
+        yield replace(layout, dispatch="flat", chunks=chunks, ranks_per_node=None)
+        if shape.config.moe.top_k > 1:
+            yield replace(layout, dispatch="unique", chunks=chunks, ranks_per_node=None)
+        node = layout.node_size
+        if shape.config.moe.top_k > 1 and 1 < node < layout.ep_size and layout.ep_size % node == 0:
+            yield replace(layout, dispatch="two_level", chunks=chunks, ranks_per_node=node)

@@ -1,0 +1,105 @@
+"""A model's sizes by layer, counted from its logical tensors on the meta device.
+
+Legend: D hidden_size, H query heads, G key/value heads, d head size, F inner width, E experts, K top_k, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+from moe_train.config.model import ModelConfig
+from moe_train.model.build import build_model
+from moe_train.model.count import ParameterCount
+from moe_train.model.flops import training_flops_per_token
+from moe_train.model.parameters import LogicalTensor, logical_tensors
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One block.
+
+    Attributes:
+        is_moe: Whether it has experts.
+        owns_key_value: Whether it forms keys and values.
+        dense: Elements of its tensors without the experts.
+        experts: Elements of its experts, of all ranks.
+    """
+
+    is_moe: bool
+    owns_key_value: bool
+    dense: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model.
+
+    Attributes:
+        config: Its section.
+        vocab_size: V.
+        layers: Its blocks.
+        outside: Elements outside of blocks: embedding, final norm, head.
+        tensors: Every tensor.
+        flops_per_token: Operations of training that the model needs for a token.
+    """
+
+    config: ModelConfig
+    vocab_size: int
+    layers: tuple[LayerShape, ...]
+    outside: int
+    tensors: tuple[LogicalTensor, ...]
+    flops_per_token: float
+
+    @property
+    def parameters(self) -> ParameterCount:
+        """As `count_parameters`."""
+        experts = self.experts
+        moe = self.config.moe
+        active = self.dense + experts // moe.num_experts * moe.top_k
+        return ParameterCount(self.dense + experts, active, experts)
+
+    @property
+    def dense(self) -> int:
+        """Elements of all tensors but the experts'."""
+        return self.outside + sum(layer.dense for layer in self.layers)
+
+    @property
+    def experts(self) -> int:
+        """Elements of all experts."""
+        return sum(layer.experts for layer in self.layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Blocks with experts."""
+        return sum(layer.is_moe for layer in self.layers)
+
+
+def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> ModelShape:
+    """The sizes of a model.
+
+    Args:
+        config: The model section.
+        vocab_size: V.
+        sequence_length: Tokens of a sequence.
+    """
+    tensors = logical_tensors(build_model(config, vocab_size)).values()
+    dense, experts, outside = [0] * config.num_layers, [0] * config.num_layers, 0
+    for tensor in tensors:
+        parts = tensor.name.split(".")
+        if parts[0] != "blocks":
+            outside += tensor.global_numel
+        elif tensor.is_expert:
+            experts[int(parts[1])] += tensor.global_numel
+        else:
+            dense[int(parts[1])] += tensor.global_numel
+    moe, owners = set(config.moe_layer_indices), set(config.kv_owner_layers)
+    layers = tuple(
+        LayerShape(layer in moe, layer in owners, dense[layer], experts[layer]) for layer in range(config.num_layers)
+    )
+    flops = training_flops_per_token(config, vocab_size, sequence_length)
+    return ModelShape(config, vocab_size, layers, outside, tuple(tensors), flops)
+
+
+def share_reached(num_experts: int, behind: int, top_k: int) -> float:
+    """The share of tokens that draw at least one of `behind` experts, of K drawn evenly out of E."""
+    return 1 - math.comb(num_experts - behind, top_k) / math.comb(num_experts, top_k)

@@ -1,0 +1,123 @@
+"""Model states of one rank under DeepSpeed ZeRO as the trainer sets it up (deepspeed 0.19.8).
+
+Stages 1 and 2: every rank has all dense weights and its experts' weights in flat groups, and the fp32 master weights
+and two moments of one part of each: of n ranks for the dense tensors, of the expert-data-parallel ranks for experts.
+Stage 3: every tensor is cut for itself, its working weights too; tensors of up to 100,000 elements stay whole.
+"""
+
+import math
+from dataclasses import dataclass
+
+from moe_train.model.parameters import LogicalTensor
+from moe_train.plan.layout import Layout
+from moe_train.plan.shapes import ModelShape
+
+_MASTER_BYTES, _MOMENT_BYTES = 4, 8
+_ALIGNMENT = 2  # elements of a partition, for NCCL
+_LARGEST_EXPERT_GROUP = 178_956_971  # elements; larger groups of experts are divided
+_PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold
+_REUSE_ELEMENTS = 1_000_000_000  # stage3_max_reuse_distance
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that the optimizer takes as one.
+
+    Attributes:
+        numel: Elements on this rank before ZeRO.
+        partition: Elements that this rank updates.
+        ranks: That share it.
+        is_expert: Whether they are experts.
+        largest: Elements of its largest tensor on this rank before ZeRO.
+    """
+
+    numel: int
+    partition: int
+    ranks: int
+    is_expert: bool
+    largest: int
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes that one rank keeps from step to step.
+
+    Attributes:
+        weights: Working weights.
+        optimizer_states: fp32 master weights and Adam's two moments.
+        groups: What the optimizer updates, one after the other.
+        gathered: Stage 3: working weights of other ranks that are here while a pass goes through the blocks.
+    """
+
+    weights: int
+    optimizer_states: int
+    groups: tuple[Group, ...]
+    gathered: int
+
+    @property
+    def local_elements(self) -> int:
+        """Elements of all tensors on this rank before ZeRO."""
+        return sum(group.numel for group in self.groups)
+
+    @property
+    def partition_elements(self) -> int:
+        """Elements that this rank updates."""
+        return sum(group.partition for group in self.groups)
+
+
+def model_states(shape: ModelShape, layout: Layout) -> ModelStates:
+    """The states of one rank.
+
+    Args:
+        shape: The model.
+        layout: Of the run.
+    """
+    dense = [tensor for tensor in shape.tensors if not tensor.is_expert]
+    experts = [tensor for tensor in shape.tensors if tensor.is_expert]
+    matrices = [tensor for tensor in dense if len(tensor.shape) > 1]
+    vectors = [tensor for tensor in dense if len(tensor.shape) == 1]
+    listed = [(matrices, False), (vectors, False), *((part, True) for part in _divided(experts, layout))]
+    groups = tuple(_group(tensors, is_expert, layout) for tensors, is_expert in listed if tensors)
+    updated = sum(group.partition for group in groups)
+    optimizer_states = (_MASTER_BYTES + _MOMENT_BYTES) * updated
+    if layout.zero_stage < 3:
+        weights = sum(group.partition * group.ranks for group in groups) * layout.dtype_bytes
+        return ModelStates(weights, optimizer_states, groups, 0)
+    cut = [tensor for tensor in shape.tensors if _ranks(tensor.is_expert, layout) > 1]
+    persistent = sum(_numel(t, layout) for t in cut if _numel(t, layout) <= _PERSISTENT_ELEMENTS)
+    others = sum(_numel(t, layout) for t in cut) - persistent
+    # A weight stays from its forward to its backward pass where no more than so many others are used in between.
+    block = max((layer.dense + layer.experts // layout.ep_size for layer in shape.layers), default=0)
+    live = min(others, _REUSE_ELEMENTS // 2 + block)
+    weights = (updated + persistent) * layout.dtype_bytes
+    return ModelStates(weights, optimizer_states, groups, live * layout.dtype_bytes)
+
+
+def _divided(experts: list[LogicalTensor], layout: Layout) -> list[list[LogicalTensor]]:
+    parts: list[list[LogicalTensor]] = [[]]
+    size = 0
+    for tensor in experts:
+        numel = _numel(tensor, layout)
+        if parts[-1] and size + numel > _LARGEST_EXPERT_GROUP:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += numel
+    return parts
+
+
+def _group(tensors: list[LogicalTensor], is_expert: bool, layout: Layout) -> Group:
+    numels, ranks = [_numel(tensor, layout) for tensor in tensors], _ranks(is_expert, layout)
+    if layout.zero_stage == 3:
+        partition = sum(-(-numel // ranks) for numel in numels)
+    else:
+        partition = math.ceil(sum(numels) / (_ALIGNMENT * ranks)) * _ALIGNMENT
+    return Group(sum(numels), partition, ranks, is_expert, max(numels))
+
+
+def _numel(tensor: LogicalTensor, layout: Layout) -> int:
+    return tensor.global_numel // layout.ep_size if tensor.is_expert else tensor.global_numel
+
+
+def _ranks(is_expert: bool, layout: Layout) -> int:
+    return layout.edp_size if is_expert else layout.world_size

@@ -1,0 +1,234 @@
+"""Seconds of one optimizer step by term, and how they vary with the experts' loads."""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from moe_train.plan.compute import BlockWork, Pass, around_operations, block_work, head_work
+from moe_train.plan.layout import Layout
+from moe_train.plan.loads import RowLoads
+from moe_train.plan.rates import Rates
+from moe_train.plan.shapes import LayerShape, ModelShape
+from moe_train.plan.states import ModelStates
+from moe_train.plan.traffic import (
+    LayerTraffic,
+    Reduction,
+    Sent,
+    gradient_reductions,
+    latency,
+    layer_traffic,
+    send_seconds,
+    small_reductions,
+    weight_gathers,
+)
+
+TERMS = (
+    "attention",
+    "dense_feed_forward",
+    "router",
+    "experts",
+    "imbalance",
+    "head_and_loss",
+    "recomputation",
+    "all_to_all",
+    "gradient_reduction",
+    "weight_gathering",
+    "small_reductions",
+    "optimizer",
+    "operations",
+    "waiting",
+)
+_OWN_WORK = ("attention", "dense_feed_forward", "router", "experts", "head_and_loss", "recomputation", "operations")
+_CPU_VARIATION = 0.1  # of a rank's time between two all-to-alls, where the system's own work takes turns with ranks
+_COPIES_OF_A_GRADIENT = 8  # reads and writes of an element on its way through ZeRO's bucket
+_OPERATIONS_OF_A_TENSOR = 25  # of ZeRO for each tensor and reduction
+_OPERATIONS_OF_A_GATHER = 60  # of ZeRO-3 for each module, pass and micro-batch
+_MODULES_OF_A_BLOCK = 9
+_ADAM_BYTES = 28 + 8 + 16  # of an element: parameter, gradient, moments; clipping; the norm in fp64
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in one step.
+
+    Attributes:
+        parts: By what they are.
+    """
+
+    parts: dict[str, Sent]
+
+    @property
+    def total(self) -> Sent:
+        """Of all parts."""
+        return sum(self.parts.values(), Sent())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        terms: Seconds by the names of TERMS, in the mean; what is hidden behind other work is not in them.
+        p50: Seconds of half of the steps, or less.
+        p99: Of 99 of 100.
+        hidden: Seconds of all-to-alls behind other work.
+    """
+
+    terms: dict[str, float]
+    p50: float
+    p99: float
+    hidden: float
+
+    @property
+    def seconds(self) -> float:
+        """In the mean."""
+        return sum(self.terms.values())
+
+    @property
+    def largest_term(self) -> str:
+        """The term that takes most."""
+        return max(self.terms, key=lambda name: self.terms[name])
+
+
+def step_traffic(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelStates) -> Traffic:
+    """Bytes of a step.
+
+    Args:
+        shape: The model.
+        layout: Of the run.
+        loads: Rows of a rank's experts.
+        states: Of the rank.
+    """
+    layer, number = layer_traffic(shape, layout, loads), shape.num_moe_layers * layout.accumulation
+    again = 2 if layout.recomputes else 1
+    parts = {
+        "all_to_all_forward": layer.forward * (again * number),
+        "all_to_all_backward": layer.backward * number,
+    }
+    lists = {
+        "gradient_reduction": gradient_reductions(states, layout),
+        "weight_gathering": weight_gathers(states, shape, layout),
+        "small_reductions": small_reductions(shape, states, layout),
+    }
+    return Traffic(parts | {name: sum((each.sent for each in found), Sent()) for name, found in lists.items()})
+
+
+def plan_step(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelStates, rates: Rates) -> Step:
+    """The time of a step; arguments as `step_traffic`'s.
+
+    Args:
+        rates: Of the machine.
+    """
+    times: dict[str, float] = dict.fromkeys(TERMS, 0.0)
+    works: dict[LayerShape, BlockWork] = {}
+    for layer in shape.layers:
+        if layer not in works:
+            works[layer] = block_work(shape, layer, layout, loads, rates)
+    traffic = layer_traffic(shape, layout, loads)
+    varying = exchanged = hidden = 0.0
+    host = around_operations(rates)
+    device = head_work(shape, layout, rates)
+    times["head_and_loss"] = device.forward + device.backward
+    for layer in shape.layers:
+        work = works[layer]
+        whole = work.attention + work.feed_forward + work.router + work.experts
+        device, host = device + whole, host + work.operations
+        times["attention"] += _both(work.attention)
+        times["dense_feed_forward"] += _both(work.feed_forward)
+        times["router"] += _both(work.router)
+        times["experts"] += _both(work.experts)
+        if layout.recomputes:
+            times["recomputation"] += whole.forward
+            device, host = device + Pass(0.0, whole.forward), host + Pass(0.0, work.operations.forward)
+        if layer.is_moe and layout.ep_size > 1:
+            shown, behind = _exchange(traffic, work, layout, rates)
+            exchanged, hidden = exchanged + shown, hidden + behind
+            again = work.experts.forward if layout.recomputes else 0.0
+            varying += _both(work.experts) + again + shown
+    times["all_to_all"] = exchanged
+    # A GPU works while the host launches what comes next; a CPU is both.
+    fixed = _both(host)
+    times["operations"] = fixed if rates.is_cpu else max(0.0, fixed - _both(device))
+    times = {name: seconds * layout.accumulation for name, seconds in times.items()}
+    varying, hidden = varying * layout.accumulation, hidden * layout.accumulation
+    _add_reductions(times, shape, layout, states, rates)
+    if rates.is_cpu:
+        own = sum(times[name] for name in _OWN_WORK)
+        times["waiting"] = _CPU_VARIATION * _slowest_of(layout.world_size) * own
+    overload_N = _overloads(loads, shape)
+    times["imbalance"] = varying * float(overload_N.mean() - 1)
+    seconds_N = sum(times.values()) + varying * (overload_N - overload_N.mean())
+    p50, p99 = (float(value) for value in np.quantile(seconds_N, (0.5, 0.99)))
+    return Step(times, p50, p99, hidden)
+
+
+def _slowest_of(ranks: int) -> float:
+    """How many standard deviations the slowest of some ranks is over the mean (Blom 1958)."""
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
+
+
+def _both(work: Pass) -> float:
+    return work.forward + work.backward
+
+
+def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rates) -> tuple[float, float]:
+    """Seconds of a layer's all-to-alls that other work does not hide, and those that it does, in one micro-batch."""
+    group = layout.expert_parallel
+    passes = [(traffic.forward, traffic.forward_operations, work.experts.forward, work.feed_forward.forward)]
+    if layout.recomputes:
+        passes *= 2
+    passes.append((traffic.backward, traffic.backward_operations, work.experts.backward, work.feed_forward.backward))
+    shown = behind = 0.0
+    for sent, operations, experts, shared in passes:
+        fixed = operations[0] * rates.machine.intra_node.all_to_all.latency_seconds
+        if operations[1]:
+            fixed += operations[1] * latency(rates.machine, "all_to_all", group)
+        moving = send_seconds(rates.machine, "all_to_all", sent)
+        can_hide = 0.0
+        if not rates.is_cpu or sent.inter_node > 0:
+            others = 1 - 1 / layout.chunks  # the first chunk's way there and the last one's way back are seen
+            # Shared experts hide a chunk's way there.
+            can_hide = min(others * moving, others * experts) + min(moving / layout.chunks / 2, shared)
+        shown += fixed + moving - can_hide
+        behind += can_hide
+    return shown, behind
+
+
+def _add_reductions(
+    times: dict[str, float], shape: ModelShape, layout: Layout, states: ModelStates, rates: Rates
+) -> None:
+    """What comes once a step or, of stages 2 and 3, once a pass."""
+    machine, size = rates.machine, layout.gradient_bytes
+    local, own = states.local_elements, states.partition_elements
+    passes = 1 if layout.zero_stage == 1 else layout.accumulation
+
+    def seconds(found: list[Reduction]) -> float:
+        return sum(each.seconds(machine) for each in found)
+
+    copies = rates.moving(_COPIES_OF_A_GRADIENT * layout.dtype_bytes * local) * passes
+    if layout.accumulation > 1:
+        copies += rates.moving((layout.dtype_bytes + 8) * (local if layout.zero_stage == 1 else own)) * (
+            layout.accumulation
+        )
+    fixed = rates.operations(_OPERATIONS_OF_A_TENSOR * len(shape.tensors)) * passes
+    times["gradient_reduction"] = seconds(gradient_reductions(states, layout)) + copies + fixed
+    gathers = seconds(weight_gathers(states, shape, layout))
+    if layout.zero_stage == 3:
+        modules = len(shape.layers) * _MODULES_OF_A_BLOCK
+        again = 3 if layout.recomputes else 2
+        gathers += rates.operations(_OPERATIONS_OF_A_GATHER * modules * again) * layout.accumulation
+        gathers += rates.moving(2 * states.gathered) * layout.accumulation
+    times["weight_gathering"] = gathers
+    times["small_reductions"] = seconds(small_reductions(shape, states, layout))
+    times["optimizer"] = rates.moving((_ADAM_BYTES + 3 * size + 4 + layout.dtype_bytes) * own)
+
+
+def _overloads(loads: RowLoads, shape: ModelShape) -> np.ndarray:
+    """The mean over layers of the slowest rank's rows over the mean, of each sampled step."""
+    if loads.overload_NL.shape[1] == 0:
+        return np.ones(len(loads.overload_NL))
+    mean_N = loads.overload_NL.mean(1)
+    # Layers that were not sampled for themselves are further draws: the mean over more of them varies less.
+    part = (loads.overload_NL.shape[1] / max(shape.num_moe_layers, 1)) ** 0.5
+    return mean_N.mean() + (mean_N - mean_N.mean()) * min(1.0, part)

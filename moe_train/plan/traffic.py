@@ -1,0 +1,222 @@
+"""Bytes that one rank sends to other ranks in one optimizer step, inside of its node and across nodes, by part.
+
+All-to-alls are those of moe_train/model/moe: rows there and back in both passes, gates and places with them, counts
+before them. What is expected is over even routing, and exact for `flat` in the mean. Collective operations of n ranks
+are taken as rings: (n - 1)/n B for an all-gather or reduce-scatter of B bytes, twice that for an all-reduce; of the m
+ranks that a group has on a node each passes 1/m of it across nodes.
+Legend: T tokens of a rank, K top_k, E experts, x of them behind a rank of the group, P ranks, C chunks.
+"""
+
+from dataclasses import dataclass
+
+from moe_train.config.machine import Link, Machine, Network
+from moe_train.plan.activations import payload_bytes
+from moe_train.plan.layout import Layout, Ranks
+from moe_train.plan.loads import RowLoads
+from moe_train.plan.shapes import ModelShape, share_reached
+from moe_train.plan.states import ModelStates
+
+_COUNT_BYTES, _GATE_BYTES, _PLACE_BYTES, _SUM_BYTES = 8, 4, 4, 4
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes to other ranks.
+
+    Attributes:
+        intra_node: Of the same node.
+        inter_node: Of other nodes.
+    """
+
+    intra_node: float = 0.0
+    inter_node: float = 0.0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(self.intra_node + other.intra_node, self.inter_node + other.inter_node)
+
+    def __mul__(self, factor: float) -> "Sent":
+        return Sent(self.intra_node * factor, self.inter_node * factor)
+
+    @property
+    def total(self) -> float:
+        """Of both."""
+        return self.intra_node + self.inter_node
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """All-to-alls of one MoE layer and micro-batch.
+
+    Attributes:
+        forward: Bytes of a forward pass.
+        backward: Bytes of a backward pass.
+        forward_operations: All-to-alls of a forward pass, inside and across nodes.
+        backward_operations: Likewise.
+    """
+
+    forward: Sent
+    backward: Sent
+    forward_operations: tuple[int, int]
+    backward_operations: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Collective operations of one kind in a step.
+
+    Attributes:
+        kind: all_reduce or all_gather; a reduce-scatter counts as an all-gather.
+        ranks: Of the group.
+        num_bytes: Of the tensors, over all of the operations.
+        operations: How many.
+    """
+
+    kind: str
+    ranks: Ranks
+    num_bytes: float
+    operations: float
+
+    @property
+    def sent(self) -> Sent:
+        """Bytes to other ranks."""
+        size = self.ranks.size
+        if size <= 1:
+            return Sent()
+        total = (2 if self.kind == "all_reduce" else 1) * (size - 1) / size * self.num_bytes
+        if self.ranks.across <= 0:
+            return Sent(total, 0.0)
+        return Sent(total * (1 - 1 / self.ranks.on_node), total / self.ranks.on_node)
+
+    def seconds(self, machine: Machine) -> float:
+        """On a machine: both kinds of links at once, or the slower one."""
+        if self.ranks.size <= 1:
+            return 0.0
+        return self.operations * latency(machine, self.kind, self.ranks) + send_seconds(machine, self.kind, self.sent)
+
+
+def send_seconds(machine: Machine, kind: str, sent: Sent) -> float:
+    """Seconds of bytes without latencies: inside and across nodes at once."""
+    inside = sent.intra_node / _link(machine.intra_node, kind).bytes_per_second
+    if sent.inter_node <= 0:
+        return inside
+    return max(inside, sent.inter_node / _link(_between(machine), kind).bytes_per_second)
+
+
+def latency(machine: Machine, kind: str, ranks: Ranks) -> float:
+    """Seconds of one operation without bytes."""
+    network = _between(machine) if ranks.across > 0 else machine.intra_node
+    return _link(network, kind).latency_seconds
+
+
+def _between(machine: Machine) -> Network:
+    return machine.inter_node if machine.inter_node is not None else machine.intra_node
+
+
+def _link(network: Network, kind: str) -> Link:
+    found: Link = getattr(network, kind)
+    return found
+
+
+def layer_traffic(shape: ModelShape, layout: Layout, loads: RowLoads) -> LayerTraffic:
+    """All-to-alls of one MoE layer and micro-batch.
+
+    Args:
+        shape: The model.
+        layout: Of the run.
+        loads: Rows of a rank's experts.
+    """
+    moe, ranks = shape.config.moe, layout.ep_size
+    if ranks == 1:
+        return LayerTraffic(Sent(), Sent(), (0, 0), (0, 0))
+    rows, row = layout.tokens * moe.top_k * loads.kept, payload_bytes(layout, shape.config.hidden_size)
+    if layout.ranks_per_node is not None:
+        return _two_level(shape, layout, rows, row)
+    group, behind = layout.expert_parallel, moe.num_experts // ranks
+    is_flat = layout.dispatch == "flat"
+    each = rows / ranks if is_flat else layout.tokens * share_reached(moe.num_experts, behind, moe.top_k)
+    gates = rows / ranks * (_GATE_BYTES if is_flat else _GATE_BYTES + _PLACE_BYTES)
+    counts = layout.chunks * (1 + behind) * _COUNT_BYTES
+
+    def to_others(num_bytes: float) -> Sent:
+        return Sent(num_bytes * (group.on_node - 1), num_bytes * group.across)
+
+    # Rows there, gates there, rows back; counts once for all chunks.
+    passed, is_across = to_others(2 * each * row + gates), group.across > 0
+    operations, place = 3 * layout.chunks, 1 if is_across else 0
+    forward, backward = [0, 0], [0, 0]
+    forward[place], backward[place] = operations + 1, operations
+    return LayerTraffic(passed + to_others(counts), passed, (forward[0], forward[1]), (backward[0], backward[1]))
+
+
+def _two_level(shape: ModelShape, layout: Layout, assignments: float, row: int) -> LayerTraffic:
+    moe, inside = shape.config.moe, layout.ranks_per_node
+    assert inside is not None
+    nodes, experts, chunks = layout.ep_size // inside, moe.num_experts, layout.chunks
+    behind, gate = experts // layout.ep_size, _GATE_BYTES + _PLACE_BYTES
+    across_rows = layout.tokens * share_reached(experts, experts // nodes, moe.top_k)  # to each node
+    within_rows = layout.tokens * nodes * share_reached(experts, behind, moe.top_k)  # to each rank of the node
+    across = (nodes - 1) * (2 * across_rows * row + assignments / nodes * gate)
+    within = (inside - 1) * (2 * within_rows * row + assignments / inside * gate)
+    counts = Sent(
+        (inside - 1) * chunks * (1 + behind) * _COUNT_BYTES,
+        (nodes - 1) * chunks * (1 + inside + experts // nodes) * _COUNT_BYTES,
+    )
+    passed = Sent(within, across)
+    operations = 3 * chunks
+    return LayerTraffic(passed + counts, passed, (operations + 1, operations + 1), (operations, operations))
+
+
+def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
+    """What ZeRO does with gradients in a step: of dense tensors over all ranks, of experts over those with the same.
+
+    Stages 1 and 2 sum whole buckets on all ranks, stage 1 once a step and stage 2 after every pass; stage 3 gives each
+    rank its part after every pass.
+    """
+    e, found = layout.dtype_bytes, []
+    times = 1 if layout.zero_stage == 1 else layout.accumulation
+    buckets = max(1.0, states.local_elements / layout.bucket_elements)
+    kind = "all_gather" if layout.zero_stage == 3 else "all_reduce"
+    for is_expert, ranks in ((False, layout.world), (True, layout.expert_data_parallel)):
+        numel = sum(group.numel for group in states.groups if group.is_expert is is_expert)
+        if numel:
+            found.append(Reduction(kind, ranks, float(times * e * numel), times * buckets))
+    return found
+
+
+def weight_gathers(states: ModelStates, shape: ModelShape, layout: Layout) -> list[Reduction]:
+    """How working weights get to all ranks: stages 1 and 2 after the update; stage 3 in every pass, again in the
+    backward pass where they did not stay."""
+    found = []
+    for is_expert, ranks in ((False, layout.world), (True, layout.expert_data_parallel)):
+        groups = [group for group in states.groups if group.is_expert is is_expert]
+        num_bytes = float(layout.dtype_bytes * sum(group.numel for group in groups))
+        if not groups or ranks.size == 1:
+            continue
+        if layout.zero_stage < 3:
+            found.append(Reduction("all_gather", ranks, num_bytes, len(groups)))
+            continue
+        cut = sum(group.numel for group in states.groups) * layout.dtype_bytes
+        passes = 2 - min(1.0, states.gathered / cut)
+        blocks = sum(layer.is_moe or not is_expert for layer in shape.layers)
+        times = layout.accumulation * passes
+        found.append(Reduction("all_gather", ranks, times * num_bytes, times * blocks * _modules(is_expert)))
+    return found
+
+
+def _modules(is_expert: bool) -> int:
+    """Modules of a block whose weights are gathered for themselves under stage 3."""
+    return 1 if is_expert else 6
+
+
+def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> list[Reduction]:
+    """Sums of few numbers over all ranks: the balance terms of each pass, the gradients' norms and overflow."""
+    moe, found = shape.config.moe, []
+    terms = (moe.importance_cv2_coef > 0) + (moe.load_cv2_coef > 0) if moe.balance_scope == "global" else 0
+    terms += moe.switch_aux_coef > 0 and moe.switch_scope == "global"
+    if shape.num_moe_layers and terms:
+        times = 2 * terms * layout.accumulation  # forward and backward pass
+        size = _SUM_BYTES * shape.num_moe_layers * moe.num_experts
+        found.append(Reduction("all_reduce", layout.world, float(times * size), times))
+    norms = len(states.groups) + 2
+    found.append(Reduction("all_reduce", layout.world, float(_SUM_BYTES * norms), norms))
+    return found

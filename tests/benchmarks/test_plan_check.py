@@ -1,0 +1,60 @@
+"""The rows of benchmarks/plan_check.py, and one setting run for real."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.plan_check_rows import (
+    SETTINGS,
+    Measured,
+    claims_of,
+    markdown_report,
+    plan_setting,
+    result_row,
+)
+from benchmarks.plan_check_runs import measure
+from moe_train.plan.devices import DEVICES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CPU = DEVICES["h100"].model_copy(update={"device": "cpu"})
+
+
+def test_settings_are_of_all_kinds_and_can_be_planned() -> None:
+    assert len(SETTINGS) >= 8 and {setting.ranks for setting in SETTINGS} == {1, 2, 4}
+    plans = [plan_setting(setting, CPU) for setting in SETTINGS]
+    assert {plan.layout.zero_stage for plan in plans} == {1, 2, 3}
+    assert {plan.layout.ep_size for plan in plans} == {1, 2, 4}
+    assert {plan.layout.recomputes for plan in plans} == {True, False}
+
+
+def test_claims_hold_only_within_their_bounds() -> None:
+    setting = SETTINGS[0]
+    plan = plan_setting(setting, CPU)
+    exact = result_row(setting, plan, Measured(1, 1, 0.0, 1.0)).planned
+    near = Measured(int(exact["states"]), int(exact["peak"] * 1.1), 0.0, exact["seconds"] * 1.2)
+    far = Measured(int(exact["states"] * 1.1), int(exact["peak"] * 1.3), 0.0, exact["seconds"] * 1.5)
+    good, bad = (result_row(setting, plan, found) for found in (near, far))
+    assert all(claim["holds"] for claim in claims_of([good]))
+    assert not any(claim["holds"] for claim in claims_of([good, bad]))
+    report = markdown_report([good, bad], claims_of([good, bad]), ["about"])
+    assert "| quickstart_1 | 1 | 1 |" in report and report.count("does not hold") == 3
+
+
+def test_one_setting_for_real(tmp_path: Path) -> None:
+    setting = next(setting for setting in SETTINGS if setting.name == "quickstart_2")
+    found = measure(setting, 4, tmp_path)
+    row = result_row(setting, plan_setting(setting, CPU), found)
+    assert abs(row.off["states"]) < 0.03 and abs(row.off["peak"]) < 0.15 and abs(row.off["all_to_all"]) < 0.05
+    assert found.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--steps", "0"], "--steps (0) must be a multiple of 4"), (["--settings", "x"], "invalid choice: 'x'")],
+)
+def test_bad_options_are_named(options: list[str], message: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "plan_check.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 2 and message in done.stderr and done.stdout == ""

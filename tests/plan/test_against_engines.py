@@ -1,0 +1,77 @@
+"""Model states, peak memory and all-to-all bytes of the plan against real engines on gloo ranks."""
+
+import os
+
+import pytest
+import torch
+
+from benchmarks.plan_check_rank import make_batches, peak_bytes, state_bytes
+from moe_train.config.deepspeed import deepspeed_config
+from moe_train.config.load import load_config
+from moe_train.config.root import check_world
+from moe_train.parallel.traffic import TrafficMeter
+from moe_train.plan.devices import DEVICES
+from moe_train.plan.layout import Cluster
+from moe_train.plan.planner import Question, make_plan
+from tests.plan.cases import SMALL, VOCAB, options
+from tests.ranks import RankPool
+
+CPU = DEVICES["h100"].model_copy(update={"device": "cpu"})
+CASES = [
+    (1, {"parallel.zero_stage": 1}),
+    (1, {"parallel.zero_stage": 2, "train.global_batch_size": 8, "train.precision": "bf16"}),
+    (1, {"parallel.zero_stage": 3, "train.recompute_activations": True, "train.micro_batch_size": 8}),
+    (2, {"parallel.zero_stage": 1, "parallel.expert_parallel_size": 2, "train.global_batch_size": 16}),
+    (2, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 1, "train.precision": "bf16"}),
+    (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "parallel.dispatch": "unique"}),
+    (4, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 2, "parallel.chunks": 2}),
+    (4, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "model.tie_embeddings": True}),
+    (
+        4,
+        {
+            "parallel.expert_parallel_size": 4,
+            "parallel.dispatch": "two_level",
+            "parallel.ranks_per_node": 2,
+            "train.recompute_activations": True,
+        },
+    ),
+]
+
+
+def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    from moe_train.train.assemble import make_engine
+
+    config = check_world(load_config(given, program="test"), world_size, world_size)
+    precision, device = config.train.precision, torch.device("cpu")
+    assert precision != "auto"
+    meter, kinds = TrafficMeter(device), [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
+        engine = make_engine(config, deepspeed_config(config, world_size, precision), device, meter)
+        for step in range(2):
+            batches = make_batches(config, rank, world_size, step)
+            meter.reset()
+            with meter.counting(), torch.profiler.record_function("plan_check/step"):
+                engine.train_step(batches, 1e-4)
+    return {"states": state_bytes(engine), "peak": peak_bytes(profile), "bytes": meter.read().num_bytes}
+
+
+@pytest.fixture(scope="module")
+def pool1():
+    with RankPool(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("ranks", "changes"), CASES)
+def test_states_peak_and_all_to_all_bytes(ranks: int, changes: dict, request: pytest.FixtureRequest) -> None:
+    given = options(SMALL, changes)
+    found = request.getfixturevalue(f"pool{ranks}").run(run_steps, given, timeout=120)
+    plan = make_plan(load_config(given, program="test"), VOCAB, Question(Cluster(1, ranks, CPU)))
+    states = plan.memory.states
+    # Adam's step counters are 4 bytes a group; what is not the same on all ranks is padding.
+    assert states.weights + states.optimizer_states == pytest.approx(max(each["states"] for each in found), rel=0.001)
+    assert plan.memory.total == pytest.approx(max(each["peak"] for each in found), rel=0.15)
+    parts = plan.traffic.parts
+    sent = parts["all_to_all_forward"].total + parts["all_to_all_backward"].total
+    # Routing is random: a few percent of the expected rows for so few tokens.
+    assert sent == pytest.approx(sum(each["bytes"] for each in found) / ranks, rel=0.03)
