@@ -4,7 +4,11 @@
 #   launch/keep_running.sh [--max-restarts N] [--wait SECONDS] [--run-dir DIR] -- COMMAND ...
 #   launch/keep_running.sh -- deepspeed --hostfile launch/hostfile launch/train.py --config configs/NAME.yaml
 #
-# COMMAND is any launcher with launch/train.py, or moe-train train: deepspeed, torchrun, mpirun, srun.
+# COMMAND is any launcher with launch/train.py, or moe-train train: deepspeed, torchrun, mpirun, srun. On several hosts
+#
+#   launch/keep_running.sh -- moe-train launch --hostfile FILE --allow-fewer-hosts -- launch/train.py ...
+#
+# goes on with the hosts that are left.
 #
 # --max-restarts N   Give up after N restarts in a row without progress: no new checkpoint since (default 3).
 # --wait SECONDS     Before a restart (default 5).
@@ -51,6 +55,7 @@ previous=''
 for word in "$@"; do
   name=${word##*/}
   case $name in
+    launch) if [[ $previous == *moe-train || $previous == *moe_train ]]; then launcher=${launcher:-launch}; fi ;;
     deepspeed | torchrun | torch.distributed.run | mpirun | mpiexec | prterun | srun) launcher=${launcher:-$name} ;;
   esac
   if [[ -z $run_dir && $word == --train.run_dir=* ]]; then run_dir=${word#*=}; fi
@@ -76,6 +81,8 @@ ranks() { # and not what a rank has started
 # The signal that lets the ranks save and the launcher live until they have.
 hand_on() {
   case $launcher in
+    launch) # stops the ranks on all hosts
+      kill -TERM "$pid" 2>/dev/null || true ;;
     torchrun | torch.distributed.run) # sends SIGTERM to all ranks; one that exits by itself would be started again
       kill -TERM "$pid" 2>/dev/null || true ;;
     mpirun | mpiexec | prterun | srun) # send SIGUSR1 to all ranks, whereas SIGTERM ends them after a few seconds

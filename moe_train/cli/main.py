@@ -12,12 +12,15 @@ from moe_train.parallel.bootstrap import is_first_rank, leave_process_group
 
 SUBCOMMANDS = {
     "train": "train a model (start it with deepspeed, torchrun, mpirun or srun for more than one process)",
+    "launch": "look at the hosts of a hostfile, and start deepspeed, mpirun or torchrun on them",
     "evaluate": "measure a trained model on text: loss, bits per byte, expert load",
     "generate": "go on with text by a trained model",
     "load": "show how the experts of a run share the tokens, the worst layers first",
     "checkpoint": "list, verify, inspect, compare, remove and export the checkpoints of a run",
     "convert-attention": "reduce a trained model's keys and values to fewer heads and layers, by means",
     "params": "count a configuration's parameters without allocating them",
+    "doctor": "examine the ranks, hosts and links of a launcher before a run, and name what is wrong or slow",
+    "plan": "say what memory, traffic and time a configuration takes on a cluster, and search for the best layout",
     "parity": "check that every layout of ranks gives the same losses and gradient norms, here or on a cluster",
 }
 _FIRST_RANK_SPEAKS_SECONDS = 5.0  # it may first wait for 2.5 beats, until the others have heard why it ends

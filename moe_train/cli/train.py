@@ -18,6 +18,7 @@ from moe_train.config.errors import EXIT_STOPPED, UsageError
 from moe_train.config.load import load_config
 from moe_train.config.root import Config, check_payload, check_world
 from moe_train.data import PreparedData, check_data, prepare_data
+from moe_train.parallel.addresses import choose_interface
 from moe_train.parallel.bootstrap import (
     choose_device,
     discover_world,
@@ -26,6 +27,7 @@ from moe_train.parallel.bootstrap import (
     set_threads,
 )
 from moe_train.parallel.host_memory import keep_freed_memory
+from moe_train.parallel.versions import versions
 from moe_train.parallel.world import World, check_nodes
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def _prepare(config: Config, world: World) -> Setting:
 
     folder = open_run_folder(config.train.run_dir)
     device = choose_device(config.parallel.device, world)
+    choose_interface(config.parallel.network_interface)
     export_world(world, device)  # before DeepSpeed is imported, which looks for a device at once
     precision = resolve_precision(config.train.precision, device)
     check_payload(config.parallel, precision)
@@ -230,6 +233,7 @@ def _agree(setting: Setting, group: "Group | None") -> "Found":
 
     def describe(_: None) -> dict[str, str]:
         return {
+            **versions(),
             **{name: str(value) for name, value in field_values(config.model_dump(mode="json"))},
             "the data": " ".join(folder.name for folder in data.cache_dirs),
         }

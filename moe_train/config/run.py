@@ -33,6 +33,9 @@ class ParallelConfig(Section):
     """cpu (gloo) or cuda (NCCL); auto takes cuda where a device is visible."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of one rank; auto: the cores of the node shared among its ranks."""
+    network_interface: str | None = None
+    """Network interface of every host by which ranks reach each other, for gloo and NCCL, such as eth0 or ib0; None:
+    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where they are set, else that of the route to rank 0's host."""
     timeout_seconds: PositiveInt = 600
     """Seconds after which a collective operation that does not complete is an error."""
     peer_timeout_seconds: int = Field(20, ge=5)

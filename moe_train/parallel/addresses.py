@@ -1,10 +1,15 @@
 """Addresses and ports of this host at which the other ranks can meet."""
 
 import fcntl
+import os
 import socket
 import struct
+from collections.abc import MutableMapping
+
+from moe_train.config.errors import UsageError
 
 PROBE_SECONDS = 3.0  # for one connection within a cluster; a firewall that drops packets takes all of it
+SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # gloo reads no other's
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
@@ -14,11 +19,16 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def interfaces() -> list[str]:
+    """The names of this host's network interfaces."""
+    return [name for _, name in socket.if_nameindex()]
+
+
 def interface_addresses() -> dict[str, str]:
     """The IPv4 address of each of this host's network interfaces, by name, without loopback."""
     addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
+        for name in interfaces():
             try:
                 answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:  # an interface without an IPv4 address
@@ -45,3 +55,29 @@ def accepts_connections(address: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def choose_interface(setting: str | None, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lets gloo and NCCL take a network interface; call this before `export_world`.
+
+    Args:
+        setting: parallel.network_interface; None: it is left to the environment and to `export_world`.
+        environ: environment variables.
+    Raises: UsageError where this host has no such interface, or a variable names another.
+    """
+    if setting is None:
+        return
+    known = interfaces()
+    if setting not in known:
+        raise UsageError(
+            f"parallel.network_interface ({setting!r}): host {socket.gethostname()} has none of that name; "
+            f"it has {', '.join(known)}"
+        )
+    for name in SOCKET_INTERFACES:
+        given = environ.get(name, "")
+        # NCCL takes prefixes, and with = a whole name.
+        if given and given.removeprefix("=" if name.startswith("NCCL") else "") != setting:
+            raise UsageError(
+                f"parallel.network_interface ({setting!r}) contradicts {name} ({given!r}): unset one of them"
+            )
+        environ[name] = given or setting

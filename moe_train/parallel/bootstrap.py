@@ -10,16 +10,21 @@ import contextlib
 import os
 import socket
 import sys
-import time
-import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_train.config.errors import UsageError
-from moe_train.parallel.addresses import accepts_connections, free_port, interface_addresses, route_interface
+from moe_train.parallel.addresses import (
+    SOCKET_INTERFACES,
+    accepts_connections,
+    free_port,
+    interface_addresses,
+    route_interface,
+)
 from moe_train.parallel.cores import usable_cores
+from moe_train.parallel.rendezvous import join_agent, open_rendezvous
 from moe_train.parallel.world import (
     LOOPBACK,
     Launcher,
@@ -199,7 +204,8 @@ def export_world(
 ) -> None:
     """Writes the world into the environment, where DeepSpeed reads it instead of asking MPI.
 
-    On several hosts, GLOO_SOCKET_IFNAME becomes the interface of the route to rank 0 where it is not set.
+    On several hosts, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME become the interface of the route to rank 0 where they
+    are not set.
 
     Args:
         world: the place of this rank.
@@ -216,7 +222,8 @@ def export_world(
     environ["MASTER_PORT"] = str(world.master_port)
     interface = route_interface(world.master_addr) if world.num_nodes > 1 else None
     if interface is not None:  # gloo takes the host's name, which may not resolve, or resolve to loopback
-        environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        for name in SOCKET_INTERFACES:
+            environ.setdefault(name, interface)
     if device is not None and device.type == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
 
@@ -228,6 +235,7 @@ def init_process_group(world: World, device: torch.device, timeout_seconds: floa
         world: the place of this rank.
         device: of this rank, as `choose_device` gives it.
         timeout_seconds: seconds after which a collective operation that does not complete is an error.
+    Raises: UsageError where the port of the master is taken, on every rank.
     Collective: all ranks.
     """
     import torch
@@ -241,37 +249,12 @@ def init_process_group(world: World, device: torch.device, timeout_seconds: floa
     if world.world_size == 1:
         options["store"] = dist.HashStore()  # no port: nothing can clash
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        held = dist.TCPStore(world.master_addr, world.master_port, is_master=False, timeout=options["timeout"])
-        options["store"] = dist.PrefixStore(_meet(held, world), held)
+        options["store"] = join_agent(world, options["timeout"])
     elif world.launcher == "torchrun":
         options["init_method"] = "env://"
     else:
-        host = f"[{world.master_addr}]" if ":" in world.master_addr else world.master_addr
-        options["init_method"] = f"tcp://{host}:{world.master_port}"
+        options["store"] = open_rendezvous(world, options["timeout"])
     dist.init_process_group(rank=world.rank, world_size=world.world_size, **options)
-
-
-def _meet(store: Any, world: World) -> str:
-    """A name that the ranks of this life agree on, for a store that torchrun's agent holds.
-
-    The agent keeps one store for all restarts, and torch 2.13 puts no prefix before each one's keys: ranks that were
-    started again would take the addresses of those that are gone, and wait for them. Its count of restarts is no such
-    name: two agents count apart, and not where a node comes or goes. So each rank asks under a name of its own, and
-    rank 0 answers whoever has asked, also those of an earlier life, until all of this one have heard it.
-    Collective: all ranks.
-    """
-    own = uuid.uuid4().hex
-    if world.rank > 0:
-        store.set(f"ask/{world.rank}", own)
-        name = store.get(f"answer/{own}").decode()
-        store.add(f"heard/{name}", 1)
-        return name
-    questions = [f"ask/{rank}" for rank in range(1, world.world_size)]
-    while store.add(f"heard/{own}", 0) < len(questions):
-        asking = [f"answer/{name.decode()}" for name in store.multi_get(questions)]
-        store.multi_set(asking, [own] * len(asking))
-        time.sleep(0.02)
-    return own
 
 
 def leave_process_group(code: int) -> None:

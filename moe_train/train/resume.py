@@ -202,8 +202,9 @@ def _meaning(manifest: Manifest) -> dict[str, Any]:
 
 def _shape_fields(model: ModelConfig) -> dict[str, Any]:
     """Fields of the model that a checkpoint's must equal, each with what it comes to where it is left out."""
-    plain = ("vocab_size", "hidden_size", "num_layers", "num_heads", "mixer", "norm", "norm_position", "tie_embeddings")
-    fields: dict[str, Any] = {f"model.{name}": getattr(model, name) for name in plain}
+    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads")
+    kinds = ("mixer", "qk_norm", "norm", "norm_position", "tie_embeddings")
+    fields: dict[str, Any] = {f"model.{name}": getattr(model, name) for name in (*sizes, *kinds)}
     fields |= {
         "model.num_kv_heads": model.attention_kv_heads,
         "model.head_dim": model.attention_head_dim,

@@ -81,6 +81,8 @@ def test_a_flipped_bit_is_found(copied: Path) -> None:
 def test_another_model_is_refused_by_name(copied: Path) -> None:
     code, message = resume(copied, "--model.hidden_size=32")
     assert code == 2 and "model.hidden_size (32) differs" in message and "(64)" in message
+    code, message = resume(copied, "--model.qk_norm=head")
+    assert code == 2 and "model.qk_norm (head) differs" in message and "(none)" in message
 
 
 def test_another_global_batch_takes_the_next_sequences(copied: Path) -> None:

@@ -1,0 +1,107 @@
+"""`moe-train launch`: look at all hosts of a hostfile, then start the launcher of the house on them.
+
+    moe-train launch --hostfile launch/hostfile -- launch/train.py --config configs/NAME.yaml --section.field=value
+
+What is wrong with a host is one message before anything starts, exit code 2; afterwards nothing is left on any host.
+"""
+
+import argparse
+import secrets
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_train.config.errors import UsageError
+from moe_train.parallel.guards import Guard, check_guards, end_guards, master_address, start_guards
+from moe_train.parallel.host_guard import MARK
+from moe_train.parallel.hostfile import read_hostfile
+from moe_train.parallel.launch_commands import LAUNCHERS, PASSED_ON, LaunchPlan, launch_commands, passed_environment
+from moe_train.parallel.launched import Signals, end, start, watch
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Launch and wait; the exit code of the ranks."""
+    options = _parser().parse_args(arguments)
+    hosts = read_hostfile(options.hostfile)
+    program, *rest = _program(options.program)
+    mark, python, folder = secrets.token_hex(8), sys.executable, Path.cwd()
+    environment = passed_environment(options.env, mark, python)
+    task = {"mark": mark, "program": program, "python": python, "first": hosts[0].name}
+    guards: list[Guard] = []
+    with tempfile.TemporaryDirectory(prefix="moe-train-launch-") as scratch:
+        signals = Signals()
+        with signals.noted():
+            try:
+                guards = start_guards(hosts, task, folder, options.master_port)
+                kept, port = check_guards(
+                    guards,
+                    folder=folder,
+                    python=python,
+                    port=options.master_port,
+                    allow_fewer=options.allow_fewer_hosts,
+                )
+                plan = LaunchPlan(
+                    hosts=[guard.host for guard in kept],
+                    program=program,
+                    arguments=rest,
+                    python=python,
+                    folder=folder,
+                    address=options.master_addr or master_address(kept),
+                    port=port,
+                    environment=environment,
+                    scratch=Path(scratch),
+                )
+                commands, extra = launch_commands(options.launcher, plan)
+                launchers = start(commands, {**extra, MARK: mark})
+                try:
+                    return watch(launchers, kept, signals)
+                finally:
+                    end(launchers)  # first: told by a guard, deepspeed would reach for all hosts again
+                    end_guards(kept)
+            finally:
+                end_guards([guard for guard in guards if guard.process.poll() is None])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-train launch",
+        description="Start ranks on the hosts of a hostfile over ssh, with the launcher of your choice.",
+        epilog=f"Handed on to the ranks: {', '.join(PASSED_ON)}, and the lines of .deepspeed_env or DS_ENV_FILE.",
+    )
+    parser.add_argument("--hostfile", type=Path, required=True, help="lines NAME slots=N; the first is the master")
+    parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="pdsh",
+        help="deepspeed by pdsh (default) or openmpi; mpirun, the first on PATH; or torchrun, an agent a host by ssh",
+    )
+    parser.add_argument(
+        "--master-addr", metavar="ADDRESS", help="of the first host; default: as the last host knows its name"
+    )
+    parser.add_argument(
+        "--master-port", type=_port, default=0, metavar="N", help="on the first host; default: one that is free there"
+    )
+    parser.add_argument(
+        "--allow-fewer-hosts", action="store_true", help="go on, with a warning, without hosts that do not answer"
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable to hand on; may be repeated"
+    )
+    parser.add_argument(
+        "program", nargs=argparse.REMAINDER, help="after --: launch/train.py or a command, and its options"
+    )
+    return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} must be from 1 to 65535")
+    return int(text)
+
+
+def _program(words: Sequence[str]) -> list[str]:
+    words = list(words[1:] if words[:1] == ["--"] else words)
+    if not words:
+        raise UsageError("no program: it follows --, such as: -- launch/train.py --config configs/NAME.yaml")
+    return words

@@ -1,0 +1,218 @@
+"""The guards of a launch, one a host, each at the other end of an ssh connection that tells when the host is lost."""
+
+import contextlib
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_train.config.errors import UsageError
+from moe_train.parallel.hostfile import HostLine
+
+CONNECT_SECONDS, REPORT_SECONDS, END_SECONDS = 10, 40.0, 20.0
+# A host that is silent for 18 s is lost: ranks outlive an outage of less. No password or question is waited for.
+SSH = (
+    "ssh -o BatchMode=yes -o LogLevel=ERROR -o ServerAliveInterval=3 -o ServerAliveCountMax=6 "
+    f"-o ConnectTimeout={CONNECT_SECONDS}"
+).split()
+_NO_FOLDER, _NO_PYTHON, _NO_SSH = 91, 92, 255
+_UNREACHABLE = ("timed out", "No route to host", "Connection refused", "Network is unreachable", "Connection reset")
+
+
+def shell_command(folder: Path, words: Sequence[str]) -> str:
+    """A command for any login shell of another host: words, run in a folder."""
+    script = f"cd {shlex.quote(str(folder))} 2>/dev/null || exit {_NO_FOLDER}; "
+    script += f"[ -x {shlex.quote(words[0])} ] || exit {_NO_PYTHON}; exec {shlex.join(words)}"
+    return f"exec sh -c {shlex.quote(script)}"
+
+
+@dataclass
+class Guard:
+    """Of one host.
+
+    Attributes:
+        host: The host.
+        report: What it has; None as long as it has not said so.
+        ranks: That run there now.
+        has_run: Whether any ran there.
+        lost: When the connection ended without being asked to, in seconds of time.monotonic; None: it stands.
+    """
+
+    host: HostLine
+    process: "subprocess.Popen[bytes]"
+    report: dict[str, Any] | None = None
+    ranks: int = 0
+    has_run: bool = False
+    lost: float | None = None
+    errors: list[str] = field(default_factory=list)
+    is_ending: bool = False
+    reported: threading.Event = field(default_factory=threading.Event)
+
+    def tell(self, word: str) -> None:
+        """A word to the guard; one that is lost does not hear it."""
+        self.is_ending |= word == "end"
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it is lost: the reader says so
+            self.process.stdin.write(f"{word}\n".encode())
+            self.process.stdin.flush()
+
+    def read(self) -> None:
+        """Hear it until the connection ends; of a thread of its own."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            try:
+                values = json.loads(line)
+            except ValueError:  # what a login shell prints
+                continue
+            if "versions" in values:
+                self.report = values
+                self.reported.set()
+            self.ranks = values.get("ranks", self.ranks)
+            self.has_run |= self.ranks > 0
+        self.process.wait()
+        if not self.is_ending:
+            self.lost = time.monotonic()
+        self.reported.set()
+
+    def read_errors(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.errors.append(line.decode(errors="replace").strip())
+
+    def fault(self, folder: Path, python: str) -> str | None:
+        """Why no ranks can start there, or None."""
+        name = f"{self.host.place}: {self.host.name}"
+        if self.report is not None:
+            missing = self.report["missing"]
+            return f"{name} lacks {', '.join(missing)}" if missing else None
+        code = self.process.poll()
+        if code == _NO_FOLDER:
+            return f"{name} has no folder {folder}: the repository must be at the same path on every host"
+        if code == _NO_PYTHON:
+            return f"{name} has no interpreter {python}: the environment must be at the same path on every host"
+        said = next((line for line in reversed(self.errors) if line), "")
+        if code is None:
+            return f"{name} does not answer within {REPORT_SECONDS:.0f} s"
+        if code == _NO_SSH:
+            return f"{name} cannot be reached over ssh: {said or 'ssh says nothing'}"
+        return f"{name} cannot be examined: exit code {code}: {said}"
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the host does not answer, rather than refuse."""
+        unreachable = self.process.poll() == _NO_SSH and any(u in line for u in _UNREACHABLE for line in self.errors)
+        return self.report is None and (self.process.poll() is None or unreachable)
+
+
+def start_guards(hosts: Sequence[HostLine], task: Mapping[str, Any], folder: Path, port: int) -> list[Guard]:
+    """Connect to all hosts at once, and wait until each has said what it has, or cannot.
+
+    Args:
+        hosts: The first is the master's.
+        task: For each guard, but the port.
+        folder: To run in.
+        port: To try; 0: to choose.
+    """
+    source = Path(__file__).with_name("host_guard.py").read_text(encoding="utf-8")
+    guards = []
+    for host in hosts:
+        own = json.dumps({**task, "port": port})  # of each: a first host that does not answer may be left out
+        command = [*SSH, host.name, shell_command(folder, [task["python"], "-c", source, own])]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the launch
+        )
+        guard = Guard(host, process)
+        threading.Thread(target=guard.read, daemon=True).start()
+        threading.Thread(target=guard.read_errors, daemon=True).start()
+        guards.append(guard)
+    deadline = time.monotonic() + REPORT_SECONDS
+    for guard in guards:
+        guard.reported.wait(max(0.0, deadline - time.monotonic()))
+        if guard.report is None and guard.process.poll() is not None:
+            time.sleep(0.05)  # for its last words
+    return guards
+
+
+def end_guards(guards: Sequence[Guard]) -> None:
+    """Nothing of the launch is left on any host that can be reached."""
+    for guard in guards:
+        guard.tell("end")
+        assert guard.process.stdin is not None
+        with contextlib.suppress(OSError):  # it is lost
+            guard.process.stdin.close()
+    deadline = time.monotonic() + END_SECONDS
+    for guard in guards:
+        if guard.lost is None:
+            try:
+                guard.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                print(f"{guard.host.name} does not answer: what runs there may be left", file=sys.stderr)
+        guard.process.kill()
+
+
+def check_guards(
+    guards: list[Guard], *, folder: Path, python: str, port: int, allow_fewer: bool
+) -> tuple[list[Guard], int]:
+    """The guards of the hosts to run on, and the port of the master.
+
+    Raises:
+        UsageError: One message with all that is wrong.
+    """
+    silent = [guard for guard in guards if guard.is_silent] if allow_fewer else []
+    for guard in silent:
+        print(f"moe-train launch: warning: {guard.fault(folder, python)}; going on without it", file=sys.stderr)
+        guard.process.kill()
+    kept = [guard for guard in guards if guard not in silent]
+    if not kept:
+        raise UsageError("no host of the hostfile answers over ssh")
+    faults = [fault for guard in kept if (fault := guard.fault(folder, python)) is not None]
+    if not faults:
+        faults = _differences(kept)
+    first = kept[0].report
+    if first is not None and first["taken"] is not None:
+        faults.append(f"--master-port ({port}): is taken on {kept[0].host.name} ({first['taken']}): choose another")
+    if faults:
+        raise UsageError("; ".join(faults))
+    assert first is not None
+    return kept, first["port"]
+
+
+def _differences(guards: list[Guard]) -> list[str]:
+    found = []
+    first = guards[0]
+    assert first.report is not None
+    for name, value in first.report["versions"].items():
+        for guard in guards[1:]:
+            assert guard.report is not None
+            other = guard.report["versions"].get(name)
+            if other != value:
+                where = f"{value} on {first.host.name}, {other} on {guard.host.name}"
+                found.append(f"the version of {name} differs between hosts: {where}")
+                break
+    return found
+
+
+def master_address(guards: Sequence[Guard]) -> str:
+    """The first host's address, as the last host of the list knows it.
+
+    Raises:
+        UsageError: If that host does not know its name.
+    """
+    if len(guards) == 1:
+        return "127.0.0.1"
+    report = guards[-1].report
+    if report is None or report["address"] is None:
+        raise UsageError(
+            f"{guards[-1].host.name} does not know the address of {guards[0].host.name}: give it as --master-addr"
+        )
+    return str(report["address"])

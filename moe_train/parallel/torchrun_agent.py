@@ -1,0 +1,14 @@
+"""torchrun, with the exit code of the first rank that failed: torchrun itself returns 1 whatever a rank returns."""
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        # A rank that was killed has a negative code.
+        sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
