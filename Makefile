@@ -1,6 +1,6 @@
 # Everything a newcomer runs. `make` alone lists the targets; requirements/setup.sh keeps .venv current for all of them.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint venv
+.PHONY: help setup train test lint docs venv
 
 PYTHON ?=
 TORCH_INDEX_URL ?=
@@ -24,6 +24,7 @@ help:
 	@echo '                          CONFIG=configs/NAME.yaml   LAUNCH_ARGS="--num_gpus 4" (any option of deepspeed)'
 	@echo 'make test [ARGS="..."]    run the tests; ARGS="-k router -x" goes to pytest'
 	@echo 'make lint                 ruff check, ruff format --check, mypy'
+	@echo 'make docs                 build the pages of docs/ into build/docs; every warning is an error'
 	@echo 'make help                 this list'
 	@echo
 	@echo 'For the set-up, also as part of another target:'
@@ -55,3 +56,12 @@ lint: venv
 	.venv/bin/ruff format --check . || status=1; \
 	.venv/bin/mypy || status=1; \
 	exit $$status
+
+# Its tools are not needed for anything else, and come with the first call.
+docs: venv
+	@.venv/bin/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || \
+	    .venv/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c requirements/constraints.txt \
+	    --no-build-isolation -e '.[docs]'
+	@.venv/bin/python docs/make_reference.py --check
+	@.venv/bin/python -m sphinx -W --keep-going -q docs build/docs
+	@echo 'build/docs/index.html'
