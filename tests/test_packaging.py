@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TARGETS = ("setup", "train", "test", "lint", "help")
+TARGETS = ("setup", "train", "test", "lint", "docs", "help")
 
 
 def constraints() -> dict[str, Requirement]:

@@ -50,9 +50,6 @@ class _Setting:
 def run(arguments: Sequence[str]) -> int:
     """Examine and show; 0 if all is well, 1 if a problem was found. Collective: all ranks of a launcher."""
     options, rest = _parser().parse_known_args(list(arguments))
-    if {"-h", "--help"}.intersection(rest):
-        _parser().print_help()
-        return 0
     sizes = None if options.sizes is None else _read_sizes(options.sizes)
     if options.timeout <= 0:
         raise UsageError(f"--timeout ({options.timeout:g}) must be more than 0 seconds")
@@ -92,9 +89,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="moe-train doctor", description=DESCRIPTION, allow_abbrev=False, add_help=False
-    )
+    parser = argparse.ArgumentParser(prog="moe-train doctor", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--shared-dir", metavar="DIR", help="folder that all hosts should share (default: where train.run_dir is)")
     add("--sizes", metavar="N,N", help="bytes of collective operations, as 1K,4M (default: 1K to 16M; CUDA: to 256M)")

@@ -12,7 +12,7 @@ from moe_train.config.root import Config
 def run(arguments: Sequence[str]) -> int:
     """Count and print."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, rest = parser.parse_known_args(list(arguments))
     config = load_config(
         rest,

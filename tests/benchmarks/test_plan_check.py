@@ -42,6 +42,7 @@ def test_claims_hold_only_within_their_bounds() -> None:
     assert "| quickstart_1 | 1 | 1 |" in report and report.count("does not hold") == 3
 
 
+@pytest.mark.slow
 def test_one_setting_for_real(tmp_path: Path) -> None:
     setting = next(setting for setting in SETTINGS if setting.name == "quickstart_2")
     found = measure(setting, 4, tmp_path)

@@ -79,6 +79,7 @@ def test_another_seed_is_named() -> None:
     assert "2 on rank 1" in problem["message"]
 
 
+@pytest.mark.slow
 def test_an_environment_variable_is_named() -> None:
     results = examine(2, environments=[{}, {"OMP_NUM_THREADS": "2"}])
     problem = only_problem(results, "environment")
@@ -92,6 +93,7 @@ def test_another_code_is_named_and_not_measured() -> None:
     assert report_of(results)["machine"] is None
 
 
+@pytest.mark.slow
 def test_another_version_is_named() -> None:
     problem = only_problem(examine(2, faults={"version": 1}), "versions")
     assert "deepspeed differs: " in problem["message"]
@@ -107,6 +109,7 @@ def test_wrong_numbers_are_named() -> None:
     assert {e["operation"] for e in report["collectives"] if not e["correct"]} == {"all_to_all"}
 
 
+@pytest.mark.slow
 def test_folder_that_is_another_one_is_named(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
@@ -125,6 +128,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_clock_that_is_ahead_is_a_warning() -> None:
     results = examine(2, environments=TWO_HOSTS, faults={"clock": 1})
     report = report_of(results)
@@ -141,6 +145,7 @@ def test_rank_that_hangs_is_named_and_leaves_none_behind() -> None:
     assert max(result.seconds for result in results) < 60
 
 
+@pytest.mark.slow
 def test_rank_that_never_comes_is_named() -> None:
     environment = CPU | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -167,14 +172,20 @@ def test_rank_without_a_first_rank_says_so() -> None:
         (("--expect-bandwidth=-1",), "--expect-bandwidth (-1) must be more than 0"),
         (("--output=/no/such/folder/x",), "there is no folder /no/such/folder"),
         (("--train.no_such_field=1",), "unknown option --train.no_such_field"),
-        (("--model.moe.num_experts=6", "--parallel.expert_parallel_size=4"), "must be divisible by"),
     ],
 )
 def test_bad_usage(arguments: tuple[str, ...], message: str) -> None:
-    results = examine(2, *arguments)
+    (result,) = examine(1, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_bad_usage_of_ranks_is_said_once() -> None:
+    results = examine(2, "--model.moe.num_experts=6", "--parallel.expert_parallel_size=4")
     assert [result.returncode for result in results] == [2, 2]
-    assert message in results[0].stderr
-    assert "Traceback" not in results[0].stderr
+    said = "".join(result.stderr for result in results)
+    assert said.count("must be divisible by") == 1 and "Traceback" not in said
 
 
 def test_configuration_of_one_rank_alone_is_a_problem(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ CASES = [
         },
     ),
 ]
+ALWAYS = (2, 3, 8)  # by `make test`: each stage, each number of ranks
 
 
 def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
@@ -62,7 +63,10 @@ def pool1():
         yield pool
 
 
-@pytest.mark.parametrize(("ranks", "changes"), CASES)
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [pytest.param(*case, marks=() if number in ALWAYS else pytest.mark.slow) for number, case in enumerate(CASES)],
+)
 def test_states_peak_and_all_to_all_bytes(ranks: int, changes: dict, request: pytest.FixtureRequest) -> None:
     given = options(SMALL, changes)
     found = request.getfixturevalue(f"pool{ranks}").run(run_steps, given, timeout=120)
