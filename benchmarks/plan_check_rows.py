@@ -54,6 +54,18 @@ _LARGEST = _LARGER | {
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where ranks run: how many, on how many nodes, with what line each; see Setting."""
+
+    ranks: int
+    nodes: int
+    link_mbit: float
+
+    def __str__(self) -> str:
+        return str(self.ranks) + (f", {self.nodes} nodes, {self.link_mbit:g} Mbit/s" if self.nodes > 1 else "")
+
+
+@dataclass(frozen=True)
 class Setting:
     """Something to plan and to run.
 
@@ -61,11 +73,20 @@ class Setting:
         name: Of its row.
         ranks: Processes of this machine.
         fields: Of the configuration, beside what all have in common.
+        nodes: Network namespaces among which the ranks are divided; 1: there is no network between them.
+        link_mbit: Megabits a second of each node's line.
     """
 
     name: str
     ranks: int
     fields: dict[str, Any] = field(hash=False)
+    nodes: int = 1
+    link_mbit: float = 0.0
+
+    @property
+    def place(self) -> "Place":
+        """What the doctor measures once for all settings that have it in common."""
+        return Place(self.ranks, self.nodes, self.link_mbit)
 
     def options(self, run_dir: Path, steps: int) -> list[str]:
         """Of moe-train train."""
@@ -74,9 +95,11 @@ class Setting:
         return [*(f"--{name}={value}" for name, value in values.items()), f"--deepspeed={zero}"]
 
 
-def _setting(name: str, ranks: int, base: dict[str, Any], **fields: Any) -> Setting:
+def _setting(
+    name: str, ranks: int, base: dict[str, Any], nodes: int = 1, link_mbit: float = 0.0, **fields: Any
+) -> Setting:
     given = {f"{section}.{key}": value for section, values in fields.items() for key, value in values.items()}
-    return Setting(name, ranks, base | given)
+    return Setting(name, ranks, base | given, nodes, link_mbit)
 
 
 SETTINGS = (
@@ -101,6 +124,18 @@ SETTINGS = (
     _setting("largest_2_recomputes", 2, _LARGEST, parallel={"zero_stage": 1}, train={"recompute_activations": True}),
     _setting(
         "largest_4", 4, _LARGEST, parallel={"expert_parallel_size": 4, "chunks": 2}, train={"micro_batch_size": 2}
+    ),
+    _setting("link_2_flat", 2, _LARGER, nodes=2, link_mbit=200.0, parallel={"expert_parallel_size": 2}),
+    _setting("link_2_dense", 2, _LARGER, nodes=2, link_mbit=200.0, parallel={"expert_parallel_size": 1}),
+    _setting("link_4_flat", 4, _LARGER, nodes=2, link_mbit=300.0, parallel={"expert_parallel_size": 4}),
+    _setting(
+        "link_4_two_level",
+        4,
+        _LARGER,
+        nodes=2,
+        link_mbit=300.0,
+        parallel={"expert_parallel_size": 4, "dispatch": "two_level", "chunks": 2},
+        model={"moe.num_experts": 16, "moe.top_k": 4, "moe.intermediate_size": 256},
     ),
 )
 
@@ -128,7 +163,7 @@ class RowResult:
 
     Attributes:
         name: Of the setting.
-        ranks: Processes.
+        ranks: Processes, and the nodes and lines between them.
         layout: What was planned, by the names of the configuration.
         planned: By the names of `Measured`.
         measured: Likewise.
@@ -137,7 +172,7 @@ class RowResult:
     """
 
     name: str
-    ranks: int
+    ranks: str
     layout: dict[str, Any]
     planned: dict[str, float]
     measured: dict[str, float]
@@ -152,7 +187,7 @@ class RowResult:
 def plan_setting(setting: Setting, machine: Machine) -> Plan:
     """Plan a setting on this machine."""
     config = load_config(setting.options(Path("unused"), 1), program="plan_check")
-    return make_plan(config, VOCABULARY, Question(Cluster(1, setting.ranks, machine)))
+    return make_plan(config, VOCABULARY, Question(Cluster(setting.nodes, setting.ranks // setting.nodes, machine)))
 
 
 def result_row(setting: Setting, plan: Plan, measured: Measured) -> RowResult:
@@ -167,11 +202,17 @@ def result_row(setting: Setting, plan: Plan, measured: Measured) -> RowResult:
     }
     found = asdict(measured)
     off = {name: value / found[name] - 1 if found[name] else 0.0 for name, value in planned.items()}
-    return RowResult(setting.name, setting.ranks, plan.layout_fields(), planned, found, off, plan.step.largest_term)
+    return RowResult(
+        setting.name, str(setting.place), plan.layout_fields(), planned, found, off, plan.step.largest_term
+    )
 
 
-def claims_of(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
+def claims_of(rows: Sequence[RowResult], slow_lines: dict[str, bool] | None = None) -> list[dict[str, Any]]:
     """What the experiment is to show, and whether this run of it does.
+
+    Args:
+        rows: Of the table.
+        slow_lines: Whether the doctor named the line of each place that has one.
 
     Returns:
         For each: claim, in words with its figures; holds.
@@ -182,15 +223,17 @@ def claims_of(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
         worst = max(rows, key=lambda row: abs(row.off[name]))
         text = f"{words[name]} planned within {most:.0%} in all {len(rows)} settings: at most {worst.off[name]:+.1%}"
         claims.append({"claim": f"{text} ({worst.name}).", "holds": abs(worst.off[name]) <= most})
+    for place, named in (slow_lines or {}).items():
+        claims.append({"claim": f"The doctor names the slow line of ranks: {place}.", "holds": named})
     return claims
 
 
 def markdown_report(rows: Sequence[RowResult], claims: Sequence[dict[str, Any]], about: Sequence[str]) -> str:
     """The table as a page."""
     lines = ["# Plan against reality", "", *about, ""]
-    lines += ["| setting | EP | ZeRO | states | peak | all-to-all | step | largest term |", "|" + "---|" * 8]
+    lines += ["| setting | ranks | EP | ZeRO | states | peak | all-to-all | step | largest term |", "|" + "---|" * 9]
     for row in rows:
-        cells = [row.name, str(row.layout["expert_parallel_size"]), str(row.layout["zero_stage"])]
+        cells = [row.name, row.ranks, str(row.layout["expert_parallel_size"]), str(row.layout["zero_stage"])]
         for name in ("states", "peak", "all_to_all"):
             if row.measured[name]:
                 cells.append(

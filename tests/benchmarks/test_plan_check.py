@@ -27,6 +27,8 @@ def test_settings_are_of_all_kinds_and_can_be_planned() -> None:
     assert {plan.layout.zero_stage for plan in plans} == {1, 2, 3}
     assert {plan.layout.ep_size for plan in plans} == {1, 2, 4}
     assert {plan.layout.recomputes for plan in plans} == {True, False}
+    linked = [plan for plan, setting in zip(plans, SETTINGS) if setting.nodes > 1]
+    assert {plan.traffic.total.inter_node > 0 for plan in linked} == {True}
 
 
 def test_claims_hold_only_within_their_bounds() -> None:
@@ -39,7 +41,7 @@ def test_claims_hold_only_within_their_bounds() -> None:
     assert all(claim["holds"] for claim in claims_of([good]))
     assert not any(claim["holds"] for claim in claims_of([good, bad]))
     report = markdown_report([good, bad], claims_of([good, bad]), ["about"])
-    assert "| quickstart_1 | 1 | 1 |" in report and report.count("does not hold") == 3
+    assert "| quickstart_1 | 1 | 1 | 1 |" in report and report.count("does not hold") == 3
 
 
 @pytest.mark.slow
