@@ -104,14 +104,8 @@ def _question(options: argparse.Namespace) -> "Question":
     from moe_train.plan.planner import Question
     from moe_train.plan.run_loads import read_shares
 
-    machine = find_device(options.device, options.inter_node_gbps)
-    if options.nodes > 1 and machine.inter_node is None:
-        raise UsageError(
-            f"--nodes ({options.nodes}): {options.device} tells nothing of links between nodes; run moe-train doctor "
-            "on two of them, or give --inter-node-gbps"
-        )
     return Question(
-        Cluster(options.nodes, options.gpus_per_node, machine),
+        Cluster(options.nodes, options.gpus_per_node, find_device(options.device, options.inter_node_gbps)),
         imbalance=options.imbalance,
         seed=options.seed,
         shares_LE=None if options.loads is None else read_shares(Path(options.loads)),

@@ -66,8 +66,8 @@ class Machine(Section):
     """Fixed seconds of one small operation: launch of a kernel, or the host's time for it."""
     ranks_per_node: PositiveInt
     """Ranks of a node with which this was measured; on a data sheet its devices."""
-    intra_node: Network
-    """Among ranks of one node."""
+    intra_node: Network | None = None
+    """Among ranks of one node; None: not known, as where each node had one rank."""
     inter_node: Network | None = None
     """Among ranks of several nodes, one of each at a time in the same place; None: not known."""
 

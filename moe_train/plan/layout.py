@@ -18,11 +18,27 @@ class Cluster:
         nodes: Of the cluster.
         gpus_per_node: Ranks of a node.
         machine: Its device.
+
+    Raises:
+        UsageError: If the machine tells nothing of links that the cluster needs.
     """
 
     nodes: int
     gpus_per_node: int
     machine: Machine
+
+    def __post_init__(self) -> None:
+        name = self.machine.name
+        if self.nodes > 1 and self.machine.inter_node is None:
+            raise UsageError(
+                f"--nodes ({self.nodes}): nothing is known of links between nodes of {name}: run moe-train doctor on "
+                "two of them, or give --inter-node-gbps"
+            )
+        if self.gpus_per_node > 1 and self.machine.intra_node is None:
+            raise UsageError(
+                f"--gpus-per-node ({self.gpus_per_node}): nothing is known of links inside of a node of {name}: run "
+                "moe-train doctor with two ranks on a node"
+            )
 
     @property
     def world_size(self) -> int:

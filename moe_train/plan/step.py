@@ -181,7 +181,9 @@ def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rat
     passes.append((traffic.backward, traffic.backward_operations, work.experts.backward, work.feed_forward.backward))
     shown = behind = 0.0
     for sent, operations, experts, shared in passes:
-        fixed = operations[0] * rates.machine.intra_node.all_to_all.latency_seconds
+        fixed = 0.0
+        if operations[0] and rates.machine.intra_node is not None:  # one rank a node sends nothing inside of it
+            fixed += operations[0] * rates.machine.intra_node.all_to_all.latency_seconds
         if operations[1]:
             fixed += operations[1] * latency(rates.machine, "all_to_all", group)
         moving = send_seconds(rates.machine, "all_to_all", sent)

@@ -96,23 +96,19 @@ class Reduction:
 
 def send_seconds(machine: Machine, kind: str, sent: Sent) -> float:
     """Seconds of bytes without latencies: inside and across nodes at once."""
-    inside = sent.intra_node / _link(machine.intra_node, kind).bytes_per_second
-    if sent.inter_node <= 0:
-        return inside
-    return max(inside, sent.inter_node / _link(_between(machine), kind).bytes_per_second)
+    inside = sent.intra_node / link_of(machine.intra_node, kind).bytes_per_second if sent.intra_node > 0 else 0.0
+    across = sent.inter_node / link_of(machine.inter_node, kind).bytes_per_second if sent.inter_node > 0 else 0.0
+    return max(inside, across)
 
 
 def latency(machine: Machine, kind: str, ranks: Ranks) -> float:
     """Seconds of one operation without bytes."""
-    network = _between(machine) if ranks.across > 0 else machine.intra_node
-    return _link(network, kind).latency_seconds
+    return link_of(machine.inter_node if ranks.across > 0 else machine.intra_node, kind).latency_seconds
 
 
-def _between(machine: Machine) -> Network:
-    return machine.inter_node if machine.inter_node is not None else machine.intra_node
-
-
-def _link(network: Network, kind: str) -> Link:
+def link_of(network: Network | None, kind: str) -> Link:
+    """Of an operation; a plan is made only of a machine that knows its networks (layout.Cluster)."""
+    assert network is not None
     found: Link = getattr(network, kind)
     return found
 

@@ -39,12 +39,6 @@ def fit_network(timings: Sequence[Timing], scope: str) -> Network | None:
     return Network(**links)
 
 
-def copy_network(bytes_per_second: float) -> Network:
-    """For a host of one rank, among whose ranks nothing travels: a copy in its memory."""
-    link = Link(latency_seconds=0.0, bytes_per_second=bytes_per_second)
-    return Network(all_to_all=link, all_reduce=link, all_gather=link)
-
-
 def combine_products(speeds: Sequence[Speed]) -> dict[str, tuple[Product, ...]]:
     """The products that all ranks measured, each as fast as on the median rank."""
     combined = {}
@@ -87,6 +81,6 @@ def make_machine(
         memory_bytes_per_second=memory,
         operation_seconds=statistics.median(speed.operation_seconds for speed in speeds),
         ranks_per_node=per_node,
-        intra_node=fit_network(timings, "within") or copy_network(memory / 2),
+        intra_node=fit_network(timings, "within"),
         inter_node=fit_network(timings, "across"),
     )
