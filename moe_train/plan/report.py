@@ -11,7 +11,7 @@ from moe_train.plan.planner import Plan
 from moe_train.plan.search import Candidate
 
 _COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_blue", "bright_magenta", "bright_black")
-_GIB, _WIDTH, _LEAST_SHARE = 2**30, 60, 1e-3
+_GIB, _WIDTH, _LEAST_SHARE = 2**30, 40, 1e-3
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -19,9 +19,10 @@ def show_plan(plan: Plan, console: Console) -> None:
     count, layout = plan.shape.parameters, plan.layout
     console.print(f"parameters  {count.total:,} total, {count.active:,} active a token")
     console.print(
-        f"layout      {layout.world_size} ranks, expert parallel {layout.ep_size}, ZeRO {layout.zero_stage}, "
+        f"layout      {layout.world_size} rank{'' if layout.world_size == 1 else 's'}, expert parallel {layout.ep_size}, ZeRO {layout.zero_stage}, "
         f"micro-batch {layout.micro_batch} x {layout.accumulation}, dispatch {layout.dispatch} in {layout.chunks}, "
-        f"{layout.precision}{', recomputation' if layout.recomputes else ''}"
+        f"{layout.precision}{', recomputation' if layout.recomputes else ''}",
+        soft_wrap=True,
     )
     console.print()
     _show_memory(plan, console)
@@ -31,10 +32,11 @@ def show_plan(plan: Plan, console: Console) -> None:
     step = plan.step
     console.print(
         f"step        {_time(step.seconds)} in the mean, {_time(step.p50)} p50, {_time(step.p99)} p99; "
-        f"largest term: {step.largest_term}"
+        f"largest term: {step.largest_term.replace('_', ' ')}",
+        soft_wrap=True,
     )
     console.print(f"speed       {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}")
-    console.print(Text(verdict(plan), style="green" if plan.fits else "red"))
+    console.print(Text(verdict(plan), style="green" if plan.fits else "red"), soft_wrap=True)
 
 
 def verdict(plan: Plan) -> str:
@@ -51,7 +53,7 @@ def verdict(plan: Plan) -> str:
 
 def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> None:
     """Print the fastest layouts that fit."""
-    columns = ("EP", "ZeRO", "batch", "recompute", "dispatch", "chunks", "GiB", "step", "p99", "largest term")
+    columns = ("EP", "ZeRO", "batch", "recomputes", "dispatch", "GiB", "step", "p99", "largest term")
     title = f"the fastest of {tried:,} layouts"
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for candidate in best:
@@ -61,12 +63,11 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
             str(layout.zero_stage),
             f"{layout.micro_batch} x {layout.accumulation}",
             "yes" if layout.recomputes else "no",
-            layout.dispatch,
-            str(layout.chunks),
+            f"{layout.dispatch} x {layout.chunks}",
             f"{candidate.memory.total / _GIB:.1f}",
             _time(step.seconds),
             _time(step.p99),
-            step.largest_term,
+            step.largest_term.replace("_", " "),
         )
     console.print(table)
 

@@ -289,8 +289,8 @@ class Examination:
         def judge(given: list[dict[str, Any]]) -> None:
             machine = make_machine(self._facts, timings, [Speed(**values) for values in given], peaks)
             self._parts["machine"] = machine.model_dump(mode="json")
-            if machine.ranks_per_node == 1:
-                self._skip("the network within a host: each has one rank; a copy in memory stands for it")
+            if machine.intra_node is None:
+                self._skip("the network within a host: each has one rank")
 
         self._meet("speeds", speed.as_dict(), judge)
 
