@@ -97,13 +97,14 @@ run_sshd() {
 [[ $# -gt 0 ]] || die "no command: deepspeed, torchrun, mpirun, moe-train, sshd, ...; help lists them"
 word=$1
 shift
+# For every word that may start a launcher: the hosts of a cluster that have made keys are reached with them.
+if [[ -f $keys/known_hosts && ! -f $HOME/.ssh/config ]]; then write_client_config; fi
 case $word in
   help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
   sshd) run_sshd "$@" ;;
   keep_running.sh | launch/keep_running.sh) exec "$here/../launch/keep_running.sh" "$@" ;;
   deepspeed | torchrun | mpirun | mpiexec | moe-train | python | make | bash)
     command -v "$word" >/dev/null || die "$word is not on PATH ($PATH)"
-    if [[ -f $keys/known_hosts && ! -f $HOME/.ssh/config ]]; then write_client_config; fi
     exec "$word" "$@"
     ;;
   *) die "$word: no such command; deepspeed, torchrun, mpirun, moe-train, sshd, ...; help lists them" ;;
