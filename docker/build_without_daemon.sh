@@ -8,6 +8,8 @@
 # --device NAME     cpu (default) or cuda.
 # --suite NAME      Of Debian, 12 or newer (default bookworm).
 # --mirror URL      Of Debian (default http://deb.debian.org/debian).
+# --security-mirror URL
+#                   Of Debian's security updates (default http://deb.debian.org/debian-security); none goes without.
 # --base NAME       The base image (default moe-train-base:SUITE); one that is there already is used as it is.
 # --wheels FOLDER   Python packages, read before any index. Offline altogether: with --pip-args --no-index. One is filled,
 #                   with the Python version of the suite (3.11 in bookworm), by
@@ -19,7 +21,8 @@
 # Images lie where buildah keeps them; STORAGE_DRIVER=vfs and BUILDAH_ISOLATION=chroot (default here) do without kernel
 # features that containers within containers lack. Then, for example,
 #   container=$(buildah from moe-train:cpu)
-#   buildah run --isolation chroot "$container" docker/entrypoint.sh torchrun --nproc-per-node 2 launch/train.py ...
+#   buildah run --isolation chroot --hostname localhost "$container" docker/entrypoint.sh \
+#       torchrun --nproc-per-node 2 launch/train.py ...   # a host name of its own would have no address
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 export BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
@@ -31,6 +34,7 @@ usage() {
 }
 
 tag=moe-train:cpu device=cpu suite=bookworm mirror=http://deb.debian.org/debian
+security_mirror=http://deb.debian.org/debian-security
 base='' wheels='' pip_args='' ca='' archive=''
 while [[ $# -gt 0 && $1 != -- ]]; do
   [[ $# -ge 2 ]] || usage "$1: unknown, or its value is missing"
@@ -39,6 +43,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --device) device=$2 ;;
     --suite) suite=$2 ;;
     --mirror) mirror=$2 ;;
+    --security-mirror) security_mirror=$2 ;;
     --base) base=$2 ;;
     --wheels) wheels=$2 ;;
     --pip-args) pip_args=$2 ;;
@@ -71,7 +76,13 @@ make_base() {
   echo "Making $base: Debian $suite from $mirror"
   debootstrap --variant=minbase "$suite" "$temporary/root" "$mirror" >"$temporary/log" 2>&1 ||
     { tail -n 20 "$temporary/log" >&2; exit 1; }
-  # Security updates and point releases, as Debian's own images have them; security.debian.org has bookworm-security etc.
+  {
+    echo "deb $mirror $suite main"
+    echo "deb $mirror $suite-updates main"
+    if [[ $security_mirror != none ]]; then echo "deb $security_mirror $suite-security main"; fi
+  } >"$temporary/root/etc/apt/sources.list"
+  chroot "$temporary/root" sh -c 'apt-get update && apt-get -y upgrade' </dev/null >"$temporary/log" 2>&1 ||
+    { tail -n 20 "$temporary/log" >&2; exit 1; }
   rm -rf "$temporary"/root/var/cache/apt/archives/*.deb "$temporary"/root/var/lib/apt/lists/* "$temporary"/root/dev/*
   tar -C "$temporary/root" -cf "$temporary/root.tar" .
   rm -rf "$temporary/root"
