@@ -63,5 +63,6 @@ docs: venv
 	    .venv/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c requirements/constraints.txt \
 	    --no-build-isolation -e '.[docs]'
 	@.venv/bin/python docs/make_reference.py --check
+	@.venv/bin/python docs/make_scaling.py --check
 	@.venv/bin/python -m sphinx -W --keep-going -q docs build/docs
 	@echo 'build/docs/index.html'

@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     from moe_train.model.count import count_parameters  # torch is imported only for a configuration that is right
 
-    count = count_parameters(config.model, _vocab_size(config))
+    count = count_parameters(config.model, known_vocab_size(config))
     if options.json:
         print(json.dumps({"total": count.total, "active": count.active, "experts": count.experts}))
     else:
@@ -31,7 +31,15 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _vocab_size(config: Config) -> int:
+def known_vocab_size(config: Config) -> int:
+    """Rows of the embedding, as far as the configuration alone tells.
+
+    Args:
+        config: As loaded.
+
+    Raises:
+        UsageError: If only the tokenizer's file tells it.
+    """
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     known = {"bytes": 257, "bpe": config.data.bpe_vocab_size}

@@ -6,11 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from rich.console import Console
 
-from moe_train.cli.params import _vocab_size as known_vocab_size
+from moe_train.cli.params import known_vocab_size
 from moe_train.config.deepspeed import check_additions
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml, load_config
@@ -18,6 +18,7 @@ from moe_train.config.root import Config
 
 if TYPE_CHECKING:
     from moe_train.plan.planner import Plan, Question
+    from moe_train.plan.search import Found
 
 Amount = TypeVar("Amount", int, float)
 EXIT_NOTHING_FITS = 1  # --search found no layout
@@ -27,6 +28,13 @@ DESCRIPTION = """Say what a configuration takes on a cluster: memory of a rank b
 time of a step. Nothing is allocated and no rank is started; paths under data need not exist. Any training option may
 follow; moe-train train --help lists them. Exit code 0: planned, whether or not it fits ("fits" in the JSON); 1:
 --search found nothing that fits; 2: bad input."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moe-train plan", description=DESCRIPTION, allow_abbrev=False)
+    parser = _Parser(prog="moe-train plan", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of the run")
     add("--nodes", default="1", metavar="N", help="nodes (default: 1)")
@@ -72,6 +80,8 @@ def _check_options(options: argparse.Namespace) -> None:
     options.imbalance = _number("imbalance", options.imbalance, float, 0.0)
     if options.inter_node_gbps is not None:
         options.inter_node_gbps = _number("inter_node_gbps", options.inter_node_gbps, float, 1e-3)
+        if options.nodes == 1:
+            raise UsageError(f"--inter-node-gbps ({options.inter_node_gbps:g}) has no effect with --nodes (1)")
     if options.decode is not None:
         options.decode = [_number("decode", value, int, 1) for value in options.decode]
     for name in ("margin", "output"):
@@ -130,12 +140,7 @@ def _search(config: Config, size: int, question: "Question", options: argparse.N
 
     found = search(config, size, question)
     if not found.best:
-        room, least = question.capacity / 2**30, found.smallest.total / 2**30
-        print(
-            f"moe-train plan: none of {found.tried:,} layouts fits: the smallest takes {least:.1f} of {room:.1f} GiB a "
-            "rank; take more nodes, or train.sequence_length or a model that are smaller",
-            file=sys.stderr,
-        )
+        _show_nothing(found, question.capacity, options.json)
         return EXIT_NOTHING_FITS
     chosen = apply_layout(config, found.best[0].layout)
     text = dump_yaml(chosen)
@@ -156,6 +161,23 @@ def _search(config: Config, size: int, question: "Question", options: argparse.N
     else:
         console.print(f"configuration written to {options.output}", markup=False)
     return 0
+
+
+def _show_nothing(found: "Found", capacity: float, as_json: bool) -> None:
+    room, least = capacity / 2**30, found.smallest.total / 2**30
+    print(
+        f"moe-train plan: none of {found.tried:,} layouts fits: the smallest takes {least:.1f} of {room:.1f} GiB a "
+        "rank; take more nodes, or train.sequence_length or a model that are smaller",
+        file=sys.stderr,
+    )
+    if as_json:
+        smallest = {
+            "memory": {name: int(held) for name, held in found.smallest.parts.items()},
+            "memory_total": int(found.smallest.total),
+            "memory_capacity": int(capacity),
+            "memory_moment": found.smallest.moment,
+        }
+        print(json.dumps({"fits": False, "tried": found.tried, "smallest": smallest}))
 
 
 def _console() -> Console:

@@ -93,7 +93,9 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
 
 
 def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str) -> tuple[float, float, float]:
-    config, e, tokens, rows = shape.config, layout.dtype_bytes, layout.tokens, loads.most_rows
+    config, e, tokens = shape.config, layout.dtype_bytes, layout.tokens
+    # What stays is summed over blocks; what is computed again, and what is needed for a moment, is of one block.
+    kept = loads.busiest_rows if layout.recomputes else loads.most_rows
     hidden, inner, moe = config.hidden_size, config.expert_intermediate_size, config.moe
     assignments = tokens * moe.top_k
     saved = float(e * tokens * hidden)  # the normed input, which the experts of one process take as it is
@@ -101,16 +103,16 @@ def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str)
     if e < _WIDE or moe.input_jitter:
         saved += wide_inputs * _WIDE * tokens * hidden  # the router's input in fp32
     saved += _ROUTER_TENSORS[moe.router] * _WIDE * tokens * moe.num_experts
-    saved += _INDICES_OF_AN_ASSIGNMENT * _INDEX * assignments + e * 2 * inner * rows  # the first product
+    saved += _INDICES_OF_AN_ASSIGNMENT * _INDEX * assignments + e * 2 * inner * kept  # the first product
     buffers = 0.0
     if layout.ep_size > 1:
-        arrived = loads.most_arriving
-        saved += e * hidden * arrived
+        saved += e * hidden * (loads.busiest_arriving if layout.recomputes else loads.most_arriving)
         # What is sent and what arrives, in the model's dtype too where it travels in another; two chunks at a time.
         row = payload_bytes(layout, hidden) + (0 if layout.payload == "model" else e * hidden)
-        buffers = min(1.0, 2 / layout.chunks) * row * (loads.sent + arrived)
+        buffers = min(1.0, 2 / layout.chunks) * row * (loads.sent + loads.busiest_arriving)
     if moe.num_shared_experts:
         saved += e * tokens * 3 * moe.num_shared_experts * inner
+    rows = loads.busiest_rows
     # Gradient of the rows; of a block of rows, or of all on CUDA, the activation's, its input's and its slope.
     at_once = rows if device == "cuda" else min(rows, max(_BLOCK_ROWS, rows / _BLOCKS))
     work = e * hidden * (rows + 2 * tokens) + e * at_once * (4 * inner + 2 * hidden)

@@ -153,11 +153,11 @@ def _scores(length: int, window: int, size: int, rates: Rates) -> float:
     """Seconds of one head's attention over one sequence, forward."""
     window = min(window, length)
     seen = (window * (window + 1) / 2 + (length - window) * window) / length
-    softmax = 0.0
-    if rates.is_cpu:
-        # A block of keys is skipped only where no query of a block sees any of it; softmax takes its own time.
-        seen = min(length, seen + _CPU_KEY_BLOCK / 2)
-        softmax = rates.elementwise(_SOFTMAX_PASSES * _WIDE * length * seen)
+    if not rates.is_cpu:
+        return rates.fused(4.0 * length * size * seen, (length, size, seen), 4 * length * size)
+    # A block of keys is skipped only where no query of a block sees any of it; softmax takes its own time.
+    seen = min(length, seen + _CPU_KEY_BLOCK / 2)
+    softmax = rates.elementwise(_SOFTMAX_PASSES * _WIDE * length * seen)
     return rates.product(length, size, seen) + rates.product(length, seen, size) + softmax
 
 

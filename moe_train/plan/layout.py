@@ -1,6 +1,7 @@
 """How a configuration is spread over the ranks of a cluster, in numbers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from moe_train.config.errors import UsageError
 from moe_train.config.machine import Arithmetic, Machine
@@ -8,6 +9,7 @@ from moe_train.config.root import Config, check_payload, check_world
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _BUCKET_ELEMENTS = 500_000_000  # zero_optimization.reduce_bucket_size of deepspeed 0.19.8
+_PLANNED = ("stage", "reduce_bucket_size", "offload_optimizer", "offload_param")  # settings that a plan is told of
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Cluster:
         machine: Its device.
 
     Raises:
-        UsageError: If the machine tells nothing of links that the cluster needs.
+        UsageError: If the machine tells nothing of links that the cluster needs, or its nodes have fewer devices.
     """
 
     nodes: int
@@ -39,6 +41,21 @@ class Cluster:
                 f"--gpus-per-node ({self.gpus_per_node}): nothing is known of links inside of a node of {name}: run "
                 "moe-train doctor with two ranks on a node"
             )
+        if self.gpus_per_node > self.machine.ranks_per_node and not self.machine.products:
+            raise UsageError(
+                f"--gpus-per-node ({self.gpus_per_node}): a node of {name} has {self.machine.ranks_per_node} devices"
+            )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a plan for it cannot know."""
+        measured = self.machine.ranks_per_node
+        if self.gpus_per_node <= measured:
+            return ()
+        return (
+            f"--gpus-per-node ({self.gpus_per_node}): links and rates of {self.machine.name} were measured with "
+            f"{measured} a node; more of them may be slower",
+        )
 
     @property
     def world_size(self) -> int:
@@ -83,7 +100,6 @@ class Layout:
         payload: The form in which rows travel.
         ranks_per_node: Between which bytes are cheap, for dispatch two_level; None: it makes no difference.
         bucket_elements: Of ZeRO's gradient bucket.
-        clips: Whether gradients are clipped.
     """
 
     world_size: int
@@ -100,7 +116,6 @@ class Layout:
     payload: str
     ranks_per_node: int | None
     bucket_elements: int = _BUCKET_ELEMENTS
-    clips: bool = True
 
     @property
     def tokens(self) -> int:
@@ -157,7 +172,7 @@ def resolve(config: Config, cluster: Cluster) -> tuple[Config, Layout]:
         cluster: Where to run; precision auto is bf16 where its device multiplies in it.
 
     Raises:
-        UsageError: If sizes do not divide.
+        UsageError: If sizes do not divide, or the device or a setting of DeepSpeed is another than is planned.
     """
     precision = config.train.precision
     if precision == "auto":
@@ -167,14 +182,17 @@ def resolve(config: Config, cluster: Cluster) -> tuple[Config, Layout]:
         raise UsageError(
             f"train.precision ({precision}): nothing is known of it for {cluster.machine.name}, only {known}"
         )
+    if config.parallel.device not in ("auto", cluster.machine.device):
+        raise UsageError(
+            f"parallel.device ({config.parallel.device}) contradicts the machine that is planned for: "
+            f"{cluster.machine.name} is {cluster.machine.device}"
+        )
     check_payload(config.parallel, precision)
     config = check_world(config, cluster.world_size, cluster.gpus_per_node)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     parallel, train = config.parallel, config.train
     assert isinstance(parallel.expert_parallel_size, int) and isinstance(parallel.chunks, int)
     assert isinstance(train.micro_batch_size, int) and train.global_batch_size is not None
-    zero = config.deepspeed.get("zero_optimization", {})
-    bucket = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS) if isinstance(zero, dict) else _BUCKET_ELEMENTS
     layout = Layout(
         world_size=cluster.world_size,
         node_size=cluster.gpus_per_node,
@@ -189,7 +207,42 @@ def resolve(config: Config, cluster: Cluster) -> tuple[Config, Layout]:
         chunks=parallel.chunks if parallel.expert_parallel_size > 1 else 1,
         payload=parallel.payload,
         ranks_per_node=parallel.node_size,
-        bucket_elements=int(bucket),
-        clips=config.optim.max_grad_norm > 0,
+        bucket_elements=_bucket_elements(config),
     )
     return config, layout
+
+
+def _bucket_elements(config: Config) -> int:
+    zero = _zero_settings(config)
+    for name in ("offload_optimizer", "offload_param"):
+        kept = zero.get(name)
+        if kept is not None and not (isinstance(kept, dict) and kept.get("device", "none") == "none"):
+            raise UsageError(f"deepspeed.zero_optimization.{name} ({kept!r}) is not planned: leave it out")
+    size = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS)
+    is_number = isinstance(size, int | float) and not isinstance(size, bool)
+    if not is_number or not 1 <= size < float("inf") or size != int(size):
+        raise UsageError(
+            f"deepspeed.zero_optimization.reduce_bucket_size ({size!r}) must be a whole number of elements, 1 or more"
+        )
+    return int(size)
+
+
+def settings_not_planned(config: Config) -> tuple[str, ...]:
+    """Settings of DeepSpeed's ZeRO that are given, and make no difference to the plan.
+
+    Args:
+        config: As loaded.
+    """
+    ignored = [
+        name
+        for name, value in _zero_settings(config).items()
+        if name not in _PLANNED and (name, value) != ("overlap_comm", False)  # as the trainer has it
+    ]
+    return tuple(f"deepspeed.zero_optimization.{name}" for name in ignored)
+
+
+def _zero_settings(config: Config) -> dict[str, Any]:
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UsageError(f"deepspeed.zero_optimization ({zero!r}) must be a mapping")
+    return zero

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_train.config.errors import UsageError
 from moe_train.config.moe import MoEConfig
 from moe_train.plan.layout import Layout
 from moe_train.plan.shapes import ModelShape, share_reached
@@ -28,17 +29,21 @@ class RowLoads:
     Attributes:
         kept: Share of the assignments that capacity leaves.
         mean_rows: Assignments that a rank's experts compute, in the mean.
-        most_rows: Of the rank with most, over layers, in 99 of 100 steps.
+        most_rows: Of the rank with most over all layers, the mean of a layer, in 99 of 100 steps: what stays is summed.
+        busiest_rows: Of the rank with most in one layer, the busiest of a step, in 99 of 100 steps.
         sent: Rows that a rank sends, one way, those for itself included.
-        most_arriving: Rows that arrive at the rank with most.
+        most_arriving: Rows that arrive at the rank of most_rows.
+        busiest_arriving: Rows that arrive at the rank of busiest_rows.
         overload_NL: The slowest rank's rows over the mean, of each step and layer, mean over its micro-batches.
     """
 
     kept: float
     mean_rows: float
     most_rows: float
+    busiest_rows: float
     sent: float
     most_arriving: float
+    busiest_arriving: float
     overload_NL: np.ndarray
 
 
@@ -57,10 +62,14 @@ def row_loads(
         imbalance: Coefficient of variation of the experts' shares: 0 is even, 1 as with Dirichlet(1).
         seed: Of the draws.
         shares_LE: Shares of every MoE layer in place of draws; rows sum to 1.
+
+    Raises:
+        UsageError: If no loads vary as much, or the shares are of another model.
     """
     moe = shape.config.moe
+    _check(shape, imbalance, shares_LE)
     if shape.num_moe_layers == 0:
-        return RowLoads(1.0, 0.0, 0.0, 0.0, 0.0, np.ones((_STEPS, 0)))
+        return RowLoads(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.ones((_STEPS, 0)))
     draws = np.random.default_rng(seed)
     num_layers = min(shape.num_moe_layers, _MOST_LAYERS)
     if shares_LE is not None:
@@ -71,14 +80,33 @@ def row_loads(
     kept_NLE = shares_NLE * _kept_share(shares_NLE, moe, layout)
     kept = float(kept_NLE.sum(2).mean())
     mean_rows = layout.tokens * moe.top_k * kept
-    overload_NL, most = np.ones((_STEPS, num_layers)), 1.0
+    overload_NL, most, busiest = np.ones((_STEPS, num_layers)), 1.0, 1.0
     if layout.ep_size > 1:
-        overload_NL, most = _overloads(draws, kept_NLE, kept, moe, layout)
+        overload_NL, most, busiest = _overloads(draws, kept_NLE, kept, moe, layout)
     one_way = mean_rows
     if layout.dispatch != "flat" and layout.ep_size > 1:
         behind = moe.num_experts // layout.ep_size
         one_way = layout.tokens * layout.ep_size * share_reached(moe.num_experts, behind, moe.top_k)
-    return RowLoads(kept, mean_rows, most * mean_rows, one_way, most * one_way, overload_NL)
+    rows, arriving = ((most * mean, busiest * mean) for mean in (mean_rows, one_way))
+    return RowLoads(kept, mean_rows, *rows, one_way, *arriving, overload_NL)
+
+
+def _check(shape: ModelShape, imbalance: float, shares_LE: np.ndarray | None) -> None:
+    layers, experts, top_k = shape.num_moe_layers, shape.config.moe.num_experts, shape.config.moe.top_k
+    if shares_LE is not None and shares_LE.shape != (layers, experts):
+        raise UsageError(
+            f"--loads: is of a run with {shares_LE.shape[0]} MoE layers of {shares_LE.shape[1]} experts; the model has "
+            f"{layers} of {experts}"
+        )
+    # No expert has more than 1/K of the assignments: K experts with all of them vary most.
+    most = math.sqrt(experts / top_k - 1)
+    if imbalance > 0 and (layers == 0 or imbalance >= most):
+        raise UsageError(
+            f"--imbalance ({imbalance:g}) must be below sqrt(num_experts / top_k - 1) ({most:.3g}), which loads of "
+            f"{experts} experts of which a token takes {top_k} cannot reach"
+            if layers
+            else f"--imbalance ({imbalance:g}) has no effect: the model has no MoE layer"
+        )
 
 
 def draw_shares(
@@ -123,8 +151,9 @@ def _kept_share(shares_NLE: np.ndarray, moe: MoEConfig, layout: Layout) -> np.nd
 
 def _overloads(
     draws: np.random.Generator, kept_NLE: np.ndarray, kept: float, moe: MoEConfig, layout: Layout
-) -> tuple[np.ndarray, float]:
-    """The slowest rank's rows over the mean by step and layer; and the busiest rank's over all layers, 99 of 100."""
+) -> tuple[np.ndarray, float, float]:
+    """Rows over the mean: the slowest rank's by step and layer; the busiest rank's over all layers, and in its busiest
+    layer, in 99 of 100 steps."""
     steps, layers, _ = kept_NLE.shape
     ranks, tokens = layout.ep_size, layout.tokens * layout.ep_size
     chosen = np.minimum(kept_NLE * moe.top_k, 1.0)
@@ -144,4 +173,6 @@ def _overloads(
     if groups > 1:
         away = math.sqrt(2 * math.log(groups))
         overload_NL = overload_NL + away * spread_NL / math.sqrt(max(1, layout.accumulation) * layers)
-    return np.maximum(overload_NL, 1.0), max(1.0, float(np.quantile(totals.max(1), 0.99)) / (even * layers))
+    most = float(np.quantile(totals.max(1), 0.99)) / (even * layers)
+    busiest = float(np.quantile(worst.max((0, 2)), 0.99)) / even
+    return np.maximum(overload_NL, 1.0), max(1.0, most), max(1.0, busiest)

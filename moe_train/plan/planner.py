@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_train.config.root import Config
-from moe_train.plan.layout import Cluster, Layout, resolve
+from moe_train.plan.layout import Cluster, Layout, resolve, settings_not_planned
 from moe_train.plan.loads import RowLoads, row_loads
 from moe_train.plan.memory import Decoding, Memory, plan_memory
 from moe_train.plan.rates import Rates
@@ -54,6 +54,8 @@ class Plan:
         step: Its time.
         mfu: Model FLOPs utilisation: operations that the model needs over those at the peak.
         capacity: Bytes of a rank's memory that may be used.
+        not_planned: Settings of DeepSpeed that were given and make no difference to the plan.
+        warnings: What the plan cannot know, in words.
     """
 
     config: Config
@@ -65,6 +67,8 @@ class Plan:
     step: Step
     mfu: float
     capacity: float
+    not_planned: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -103,6 +107,8 @@ class Plan:
             },
             "mfu": self.mfu,
             "fits": self.fits,
+            "not_planned": list(self.not_planned),
+            "warnings": list(self.warnings),
             "layout": self.layout_fields(),
         }
 
@@ -131,7 +137,7 @@ def make_plan(config: Config, vocab_size: int, question: Question) -> Plan:
         question: What is asked.
 
     Raises:
-        UsageError: If sizes do not divide.
+        UsageError: If sizes do not divide, or something is asked that cannot be.
     """
     config, layout = resolve(config, question.cluster)
     shape = model_shape(config.model, vocab_size, layout.sequence_length)
@@ -144,4 +150,5 @@ def make_plan(config: Config, vocab_size: int, question: Question) -> Plan:
     assert batch is not None
     flops = shape.flops_per_token * batch * layout.sequence_length
     mfu = flops / (step.seconds * layout.world_size * machine.flops_per_second[layout.precision])
-    return Plan(config, layout, shape, loads, memory, traffic, step, mfu, question.capacity)
+    ignored, warnings = settings_not_planned(config), question.cluster.warnings
+    return Plan(config, layout, shape, loads, memory, traffic, step, mfu, question.capacity, ignored, warnings)

@@ -67,10 +67,27 @@ class Rates:
             # A measured product is repeated with the same matrices; a model's come from memory.
             rate = min(_interpolate(measured, m, math.sqrt(k * n)), self.sustained)
             return flops / rate + self.moving(moved)
+        return max(flops / self._reached((m, k, n), used), self.moving(moved))
+
+    def fused(self, flops: float, sizes: tuple[float, float, float], elements: float) -> float:
+        """Seconds of products in one kernel, which keeps what is between them.
+
+        Args:
+            flops: Of all products.
+            sizes: Dimensions of one of them.
+            elements: Of the matrices that are read and written.
+        """
+        m, k, n = sizes
+        measured = self.machine.products.get(self.precision, ())
+        rate = _interpolate(measured, m, math.sqrt(k * n)) if measured else self._reached(sizes, self.precision)
+        return max(flops / rate, self.moving(DTYPE_BYTES[self.precision] * elements))
+
+    def _reached(self, sizes: tuple[float, float, float], precision: Arithmetic) -> float:
+        """Operations a second of a product of these dimensions on a device of a data sheet."""
         share = PEAK_SHARE
-        for size in (m, k, n):
+        for size in sizes:
             share *= size / (size + _HALF_RATE_SIZE)
-        return max(flops / (share * self.machine.flops_per_second[used]), self.moving(moved))
+        return share * self.machine.flops_per_second[precision]
 
     def gradients(self, m: float, k: float, n: float, precision: Arithmetic | None = None) -> float:
         """Seconds of both gradients of [m, k] x [k, n]."""

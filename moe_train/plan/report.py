@@ -17,9 +17,10 @@ _GIB, _WIDTH, _LEAST_SHARE = 2**30, 40, 1e-3
 def show_plan(plan: Plan, console: Console) -> None:
     """Print a plan."""
     count, layout = plan.shape.parameters, plan.layout
+    ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
     console.print(f"parameters  {count.total:,} total, {count.active:,} active a token")
     console.print(
-        f"layout      {layout.world_size} rank{'' if layout.world_size == 1 else 's'}, expert parallel {layout.ep_size}, ZeRO {layout.zero_stage}, "
+        f"layout      {ranks}, expert parallel {layout.ep_size}, ZeRO {layout.zero_stage}, "
         f"micro-batch {layout.micro_batch} x {layout.accumulation}, dispatch {layout.dispatch} in {layout.chunks}, "
         f"{layout.precision}{', recomputation' if layout.recomputes else ''}",
         soft_wrap=True,
@@ -36,6 +37,9 @@ def show_plan(plan: Plan, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(f"speed       {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}")
+    ignored = [f"{name} is not planned: figures are those without it" for name in plan.not_planned]
+    for warning in (*plan.warnings, *ignored):
+        console.print(Text(f"warning     {warning}", style="yellow"), soft_wrap=True)
     console.print(Text(verdict(plan), style="green" if plan.fits else "red"), soft_wrap=True)
 
 

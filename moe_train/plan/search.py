@@ -18,7 +18,7 @@ from moe_train.plan.shapes import ModelShape, model_shape
 from moe_train.plan.step import Step, plan_step
 
 _CHUNKS = (1, 2, 4)
-_MOST_MICRO_BATCHES = 8  # sizes that are tried
+_LARGEST_MICRO_BATCH, _MOST_MICRO_BATCHES = 64, 16  # that are tried
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def apply_layout(config: Config, layout: Layout) -> Config:
         "zero_stage": layout.zero_stage,
         "dispatch": layout.dispatch,
         "chunks": layout.chunks,
+        "payload": layout.payload,
         "ranks_per_node": layout.ranks_per_node or "auto",
     }
     train = {
@@ -140,7 +141,8 @@ def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout
     experts, world = shape.config.moe.num_experts, base.world_size
     sizes = [size for size in range(1, min(experts, world) + 1) if experts % size == 0 and world % size == 0]
     share = base.micro_batch * base.accumulation  # sequences of a rank in a step
-    micros = [size for size in _powers(share) if share % size == 0][:_MOST_MICRO_BATCHES]
+    divisors = [size for size in range(1, min(share, _LARGEST_MICRO_BATCH) + 1) if share % size == 0]
+    micros = divisors[:_MOST_MICRO_BATCHES]
     if base.micro_batch not in micros:
         micros.append(base.micro_batch)
     for size in sizes if shape.num_moe_layers else [1]:
@@ -149,17 +151,10 @@ def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout
                 yield replace(base, ep_size=size, zero_stage=stage, micro_batch=micro, accumulation=share // micro)
 
 
-def _powers(most: int) -> Iterator[int]:
-    size = 1
-    while size <= most:
-        yield size
-        size *= 2
-
-
 def _ways(layout: Layout, shape: ModelShape) -> Iterator[Layout]:
     """Dispatches and numbers of chunks."""
     if layout.ep_size == 1:
-        yield replace(layout, dispatch="flat", chunks=1, ranks_per_node=None)
+        yield replace(layout, dispatch="flat", chunks=1, payload="model", ranks_per_node=None)
         return
     for chunks in _CHUNKS:
         if chunks > layout.tokens:

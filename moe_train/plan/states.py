@@ -39,6 +39,25 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Tensors that stage 3 cuts among the same ranks.
+
+    Attributes:
+        is_expert: Whether they are experts.
+        passing: Elements of those that are gathered in every pass.
+        num_passing: How many those are.
+        staying: Elements of those that stay whole, and are gathered after the update.
+        num_staying: How many those are.
+    """
+
+    is_expert: bool
+    passing: int
+    num_passing: int
+    staying: int
+    num_staying: int
+
+
+@dataclass(frozen=True)
 class ModelStates:
     """Bytes that one rank keeps from step to step.
 
@@ -47,12 +66,14 @@ class ModelStates:
         optimizer_states: fp32 master weights and Adam's two moments.
         groups: What the optimizer updates, one after the other.
         gathered: Stage 3: working weights of other ranks that are here while a pass goes through the blocks.
+        cuts: Stage 3: what is gathered, of dense tensors and of experts.
     """
 
     weights: int
     optimizer_states: int
     groups: tuple[Group, ...]
     gathered: int
+    cuts: tuple["Cut", ...] = ()
 
     @property
     def local_elements(self) -> int:
@@ -83,14 +104,20 @@ def model_states(shape: ModelShape, layout: Layout) -> ModelStates:
     if layout.zero_stage < 3:
         weights = sum(group.partition * group.ranks for group in groups) * layout.dtype_bytes
         return ModelStates(weights, optimizer_states, groups, 0)
-    cut = [tensor for tensor in shape.tensors if _ranks(tensor.is_expert, layout) > 1]
-    persistent = sum(_numel(t, layout) for t in cut if _numel(t, layout) <= _PERSISTENT_ELEMENTS)
-    others = sum(_numel(t, layout) for t in cut) - persistent
+    cuts = tuple(_cut(tensors, kind, layout) for tensors, kind in ((dense, False), (experts, True)) if tensors)
+    persistent, others = sum(cut.staying for cut in cuts), sum(cut.passing for cut in cuts)
     # A weight stays from its forward to its backward pass where no more than so many others are used in between.
     block = max((layer.dense + layer.experts // layout.ep_size for layer in shape.layers), default=0)
     live = min(others, _REUSE_ELEMENTS // 2 + block)
     weights = (updated + persistent) * layout.dtype_bytes
-    return ModelStates(weights, optimizer_states, groups, live * layout.dtype_bytes)
+    return ModelStates(weights, optimizer_states, groups, live * layout.dtype_bytes, cuts)
+
+
+def _cut(tensors: list[LogicalTensor], is_expert: bool, layout: Layout) -> Cut:
+    numels = [_numel(tensor, layout) for tensor in tensors] if _ranks(is_expert, layout) > 1 else []
+    passing = [numel for numel in numels if numel > _PERSISTENT_ELEMENTS]
+    staying = [numel for numel in numels if numel <= _PERSISTENT_ELEMENTS]
+    return Cut(is_expert, sum(passing), len(passing), sum(staying), len(staying))
 
 
 def _divided(experts: list[LogicalTensor], layout: Layout) -> list[list[LogicalTensor]]:

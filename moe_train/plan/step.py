@@ -43,8 +43,7 @@ _OWN_WORK = ("attention", "dense_feed_forward", "router", "experts", "head_and_l
 _CPU_VARIATION = 0.1  # of a rank's time between two all-to-alls, where the system's own work takes turns with ranks
 _COPIES_OF_A_GRADIENT = 8  # reads and writes of an element on its way through ZeRO's bucket
 _OPERATIONS_OF_A_TENSOR = 25  # of ZeRO for each tensor and reduction
-_OPERATIONS_OF_A_GATHER = 60  # of ZeRO-3 for each module, pass and micro-batch
-_MODULES_OF_A_BLOCK = 9
+_OPERATIONS_OF_A_GATHER = 60  # of ZeRO-3 for each module with weights, pass and micro-batch
 _ADAM_BYTES = 28 + 8 + 16  # of an element: parameter, gradient, moments; clipping; the norm in fp64
 
 
@@ -108,7 +107,7 @@ def step_traffic(shape: ModelShape, layout: Layout, loads: RowLoads, states: Mod
     }
     lists = {
         "gradient_reduction": gradient_reductions(states, layout),
-        "weight_gathering": weight_gathers(states, shape, layout),
+        "weight_gathering": weight_gathers(states, layout),
         "small_reductions": small_reductions(shape, states, layout),
     }
     return Traffic(parts | {name: sum((each.sent for each in found), Sent()) for name, found in lists.items()})
@@ -147,12 +146,16 @@ def plan_step(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelS
             again = work.experts.forward if layout.recomputes else 0.0
             varying += _both(work.experts) + again + shown
     times["all_to_all"] = exchanged
-    # A GPU works while the host launches what comes next; a CPU is both.
-    fixed = _both(host)
-    times["operations"] = fixed if rates.is_cpu else max(0.0, fixed - _both(device))
+    times["operations"] = _both(host)
     times = {name: seconds * layout.accumulation for name, seconds in times.items()}
     varying, hidden = varying * layout.accumulation, hidden * layout.accumulation
     _add_reductions(times, shape, layout, states, rates)
+    fixed = _zero_operations(shape, layout, rates)
+    if rates.is_cpu:
+        times |= {name: times[name] + seconds for name, seconds in fixed.items()}
+    else:  # a GPU works while the host launches what comes next; a CPU is both
+        launching = times["operations"] + sum(fixed.values())
+        times["operations"] = max(0.0, launching - _both(device) * layout.accumulation)
     if rates.is_cpu:
         own = sum(times[name] for name in _OWN_WORK)
         times["waiting"] = _CPU_VARIATION * _slowest_of(layout.world_size) * own
@@ -186,12 +189,15 @@ def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rat
             fixed += operations[0] * rates.machine.intra_node.all_to_all.latency_seconds
         if operations[1]:
             fixed += operations[1] * latency(rates.machine, "all_to_all", group)
-        moving = send_seconds(rates.machine, "all_to_all", sent)
+        inside, across = send_seconds(rates.machine, "all_to_all", sent)
+        # A hop inside of the node follows the one across, and is waited for at once: only the one across is hidden.
+        two_hops = layout.ranks_per_node is not None
+        moving, leaving = (inside + across, across) if two_hops else (max(inside, across), max(inside, across))
         can_hide = 0.0
         if not rates.is_cpu or sent.inter_node > 0:
             others = 1 - 1 / layout.chunks  # the first chunk's way there and the last one's way back are seen
             # Shared experts hide a chunk's way there.
-            can_hide = min(others * moving, others * experts) + min(moving / layout.chunks / 2, shared)
+            can_hide = min(others * leaving, others * experts) + min(leaving / layout.chunks / 2, shared)
         shown += fixed + moving - can_hide
         behind += can_hide
     return shown, behind
@@ -213,17 +219,22 @@ def _add_reductions(
         copies += rates.moving((layout.dtype_bytes + 8) * (local if layout.zero_stage == 1 else own)) * (
             layout.accumulation
         )
-    fixed = rates.operations(_OPERATIONS_OF_A_TENSOR * len(shape.tensors)) * passes
-    times["gradient_reduction"] = seconds(gradient_reductions(states, layout)) + copies + fixed
-    gathers = seconds(weight_gathers(states, shape, layout))
-    if layout.zero_stage == 3:
-        modules = len(shape.layers) * _MODULES_OF_A_BLOCK
-        again = 3 if layout.recomputes else 2
-        gathers += rates.operations(_OPERATIONS_OF_A_GATHER * modules * again) * layout.accumulation
-        gathers += rates.moving(2 * states.gathered) * layout.accumulation
-    times["weight_gathering"] = gathers
+    times["gradient_reduction"] = seconds(gradient_reductions(states, layout)) + copies
+    times["weight_gathering"] = seconds(weight_gathers(states, layout))
+    times["weight_gathering"] += rates.moving(2 * states.gathered) * layout.accumulation
     times["small_reductions"] = seconds(small_reductions(shape, states, layout))
     times["optimizer"] = rates.moving((_ADAM_BYTES + 3 * size + 4 + layout.dtype_bytes) * own)
+
+
+def _zero_operations(shape: ModelShape, layout: Layout, rates: Rates) -> dict[str, float]:
+    """The host's seconds of ZeRO in a step, by the term that they belong to."""
+    passes = 1 if layout.zero_stage == 1 else layout.accumulation
+    fixed = {"gradient_reduction": rates.operations(_OPERATIONS_OF_A_TENSOR * len(shape.tensors)) * passes}
+    if layout.zero_stage == 3:
+        modules = len({tensor.name.rpartition(".")[0] for tensor in shape.tensors})
+        again = 3 if layout.recomputes else 2
+        fixed["weight_gathering"] = rates.operations(_OPERATIONS_OF_A_GATHER * modules * again) * layout.accumulation
+    return fixed
 
 
 def _overloads(loads: RowLoads, shape: ModelShape) -> np.ndarray:

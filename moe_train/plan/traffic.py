@@ -91,14 +91,15 @@ class Reduction:
         """On a machine: both kinds of links at once, or the slower one."""
         if self.ranks.size <= 1:
             return 0.0
-        return self.operations * latency(machine, self.kind, self.ranks) + send_seconds(machine, self.kind, self.sent)
+        moving = max(send_seconds(machine, self.kind, self.sent))
+        return self.operations * latency(machine, self.kind, self.ranks) + moving
 
 
-def send_seconds(machine: Machine, kind: str, sent: Sent) -> float:
-    """Seconds of bytes without latencies: inside and across nodes at once."""
+def send_seconds(machine: Machine, kind: str, sent: Sent) -> tuple[float, float]:
+    """Seconds of bytes without latencies, inside and across nodes: one operation of both takes the longer of them."""
     inside = sent.intra_node / link_of(machine.intra_node, kind).bytes_per_second if sent.intra_node > 0 else 0.0
     across = sent.inter_node / link_of(machine.inter_node, kind).bytes_per_second if sent.inter_node > 0 else 0.0
-    return max(inside, across)
+    return inside, across
 
 
 def latency(machine: Machine, kind: str, ranks: Ranks) -> float:
@@ -179,29 +180,25 @@ def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
     return found
 
 
-def weight_gathers(states: ModelStates, shape: ModelShape, layout: Layout) -> list[Reduction]:
-    """How working weights get to all ranks: stages 1 and 2 after the update; stage 3 in every pass, again in the
-    backward pass where they did not stay."""
-    found = []
-    for is_expert, ranks in ((False, layout.world), (True, layout.expert_data_parallel)):
-        groups = [group for group in states.groups if group.is_expert is is_expert]
-        num_bytes = float(layout.dtype_bytes * sum(group.numel for group in groups))
-        if not groups or ranks.size == 1:
-            continue
-        if layout.zero_stage < 3:
-            found.append(Reduction("all_gather", ranks, num_bytes, len(groups)))
-            continue
-        cut = sum(group.numel for group in states.groups) * layout.dtype_bytes
-        passes = 2 - min(1.0, states.gathered / cut)
-        blocks = sum(layer.is_moe or not is_expert for layer in shape.layers)
-        times = layout.accumulation * passes
-        found.append(Reduction("all_gather", ranks, times * num_bytes, times * blocks * _modules(is_expert)))
+def weight_gathers(states: ModelStates, layout: Layout) -> list[Reduction]:
+    """How working weights get to all ranks: after the update; under stage 3 only those that stay, the others in every
+    pass, again in the backward pass where they did not stay from the forward pass. Each tensor is gathered by itself.
+    """
+    ranks_of = {False: layout.world, True: layout.expert_data_parallel}
+    found, e = [], layout.dtype_bytes
+    if layout.zero_stage < 3:
+        for is_expert, ranks in ranks_of.items():
+            groups = [group for group in states.groups if group.is_expert is is_expert]
+            if groups and ranks.size > 1:
+                found.append(Reduction("all_gather", ranks, float(e * sum(g.numel for g in groups)), len(groups)))
+        return found
+    passing = e * sum(cut.passing for cut in states.cuts)
+    times = layout.accumulation * (2 - states.gathered / passing) if passing else 0.0
+    for cut in states.cuts:
+        size, number = cut.staying + times * cut.passing, cut.num_staying + times * cut.num_passing
+        if number:
+            found.append(Reduction("all_gather", ranks_of[cut.is_expert], e * size, number))
     return found
-
-
-def _modules(is_expert: bool) -> int:
-    """Modules of a block whose weights are gathered for themselves under stage 3."""
-    return 1 if is_expert else 6
 
 
 def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> list[Reduction]:

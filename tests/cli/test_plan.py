@@ -20,6 +20,10 @@ def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def zero(name: str, value: object) -> str:
+    return f"--deepspeed={json.dumps({'zero_optimization': {name: value}})}"
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, *CONFIG, *CLUSTER)
     assert found["parameters"] == {"total": 46_702_792_704, "active": 12_879_925_248}
@@ -42,7 +46,7 @@ def test_what_does_not_fit_is_said_with_the_largest_part(capsys: pytest.CaptureF
 def test_thousands_of_gpus_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.process_time()
     found = plan_json(
-        capsys, *CONFIG, "--nodes=512", "--gpus-per-node=8", "--device=h200", "--train.global_batch_size=8192"
+        capsys, *CONFIG, "--nodes=512", "--gpus-per-node=8", "--device=h200", "--train.global_batch_size=32768"
     )
     assert found["layout"]["world_size"] == 4096
     assert time.process_time() - began < 5  # of a core: other processes may have the others
@@ -58,7 +62,36 @@ def test_search_writes_a_configuration_that_plans_alike(capsys: pytest.CaptureFi
 
 def test_search_that_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *CONFIG, "--device", "h100", "--search"]) == 1
-    assert "fits: the smallest takes" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "fits: the smallest takes" in captured.err and captured.out == ""
+    assert main(["plan", *CONFIG, "--device", "h100", "--search", "--json"]) == 1
+    [line] = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert found["fits"] is False and found["tried"] > 10
+    smallest = found["smallest"]
+    assert smallest["memory_total"] > smallest["memory_capacity"]
+    assert sum(smallest["memory"].values()) == pytest.approx(smallest["memory_total"], abs=10)
+
+
+def test_settings_of_deepspeed_that_are_not_planned_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    zero = {"reduce_bucket_size": 1000, "overlap_comm": True, "stage3_max_live_parameters": 7}
+    given = [*CONFIG, *CLUSTER, f"--deepspeed={json.dumps({'zero_optimization': zero})}"]
+    names = [f"deepspeed.zero_optimization.{name}" for name in ("overlap_comm", "stage3_max_live_parameters")]
+    assert plan_json(capsys, *given)["not_planned"] == names
+    assert main(["plan", *given]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{name} is not planned" in text for name in names)
+    assert plan_json(capsys, *CONFIG, *CLUSTER)["not_planned"] == []
+
+
+def test_more_ranks_a_node_than_were_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file, product = tmp_path / "machine.json", {"rows": 64, "width": 64, "flops_per_second": 1e12}
+    machine = DEVICES["a100"].model_dump(mode="json") | {"products": {"bf16": [product]}, "ranks_per_node": 4}
+    file.write_text(json.dumps(machine))
+    given = [*CONFIG, "--nodes", "4", "--device", str(file), "--gpus-per-node"]
+    [warning] = plan_json(capsys, *given, "8")["warnings"]
+    assert "--gpus-per-node (8)" in warning and "measured with 4 a node" in warning
+    assert plan_json(capsys, *given, "4", "--parallel.expert_parallel_size=4")["warnings"] == []
 
 
 def test_a_machine_out_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -80,6 +113,21 @@ def test_a_machine_out_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: P
         ([*CONFIG, "--device", "h100", "--output", "x"], "--output (x) has no effect without --search"),
         ([*CONFIG, "--device", "h100", "--loads", "nowhere"], "--loads ('nowhere')"),
         (["--config", "nowhere.yaml", "--device", "h100"], "nowhere.yaml"),
+        ([*CONFIG, "--device", "h100", "--decode", "1"], "--decode: expected 2 arguments"),
+        ([*CONFIG, "--device", "h100", "--gpus-per-node", "9"], "--gpus-per-node (9): a node of NVIDIA H100"),
+        ([*CONFIG, "--device", "h100", "--inter-node-gbps", "9"], "--inter-node-gbps (9) has no effect with --nodes"),
+        ([*CONFIG, *CLUSTER, "--parallel.device=cpu"], "parallel.device (cpu) contradicts the machine"),
+        (
+            [*CONFIG, *CLUSTER, "--imbalance", "1.8"],
+            "--imbalance (1.8) must be below sqrt(num_experts / top_k - 1) (1.73)",
+        ),
+        ([*CONFIG, *CLUSTER, zero("reduce_bucket_size", "abc")], "reduce_bucket_size ('abc') must be a whole number"),
+        ([*CONFIG, *CLUSTER, zero("reduce_bucket_size", None)], "reduce_bucket_size (None) must be a whole number"),
+        ([*CONFIG, *CLUSTER, zero("reduce_bucket_size", -5)], "reduce_bucket_size (-5) must be a whole number"),
+        (
+            [*CONFIG, *CLUSTER, zero("offload_param", {"device": "cpu"})],
+            "offload_param ({'device': 'cpu'}) is not planned",
+        ),
     ],
 )
 def test_errors_are_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

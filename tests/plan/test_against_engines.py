@@ -1,9 +1,12 @@
-"""Model states, peak memory and all-to-all bytes of the plan against real engines on gloo ranks."""
+"""Model states, peak memory and bytes of the plan, all-to-alls' and ZeRO's, against real engines on gloo ranks."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plan_check_rank import make_batches, peak_bytes, state_bytes
 from moe_train.config.deepspeed import deepspeed_config
@@ -79,3 +82,75 @@ def test_states_peak_and_all_to_all_bytes(ranks: int, changes: dict, request: py
     sent = parts["all_to_all_forward"].total + parts["all_to_all_backward"].total
     # Routing is random: a few percent of the expected rows for so few tokens.
     assert sent == pytest.approx(sum(each["bytes"] for each in found) / ranks, rel=0.03)
+
+
+class RingBytes(TorchDispatchMode):
+    """Counts what each rank of a ring sends for ZeRO's collective operations; sums of a few numbers are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = {"gradient_reduction": 0.0, "weight_gathering": 0.0}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        parts = {"allreduce_": 2, "_reduce_scatter_base_": 1, "_allgather_base_": 1}
+        name = op.__name__.partition(".")[0]
+        if op.namespace == "c10d" and name in parts:
+            tensors = [each for arg in args[:2] for each in (arg if isinstance(arg, list | tuple) else [arg])]
+            whole = max((each.nbytes for each in tensors if torch.is_tensor(each)), default=0)
+            if whole >= LEAST_BYTES:
+                size = next(s for s in map(_group_size, args) if s)
+                part = "weight_gathering" if name == "_allgather_base_" else "gradient_reduction"
+                self.sent[part] += parts[name] * (size - 1) / size * whole
+        return op(*args, **(kwargs or {}))
+
+
+LEAST_BYTES = 128  # a norm's gather in bf16 is the smallest; sums over experts and of norms are of 64 bytes and less
+
+
+def _group_size(argument: Any) -> int:
+    """Of the group's script object among the arguments of an operation; 0: it is another argument."""
+    return dist.ProcessGroup.unbox(argument).size() if "ProcessGroup" in str(argument) else 0
+
+
+def count_zero_bytes(rank: int, world_size: int, given: list[str]) -> dict[str, float]:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    from moe_train.train.assemble import make_engine
+
+    config = check_world(load_config(given, program="test"), world_size, world_size)
+    precision, device = config.train.precision, torch.device("cpu")
+    assert precision != "auto"
+    engine = make_engine(config, deepspeed_config(config, world_size, precision), device, TrafficMeter(device))
+    for step in range(3):  # stage 3 goes by its record of the first step, and gathers as it will from the third on
+        with RingBytes() as counted:
+            engine.train_step(make_batches(config, rank, world_size, step), 1e-4)
+    return counted.sent
+
+
+ACCUMULATES = {"train.global_batch_size": 32}
+ZERO_CASES = [
+    pytest.param(2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 1, "train.global_batch_size": 16}),
+    pytest.param(4, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2}, marks=pytest.mark.slow),
+    pytest.param(
+        4, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 2} | ACCUMULATES, marks=pytest.mark.slow
+    ),
+    pytest.param(
+        4,
+        {"parallel.zero_stage": 1, "parallel.expert_parallel_size": 2, "train.precision": "bf16"} | ACCUMULATES,
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        2,
+        {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute_activations": True},
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("ranks", "changes"), ZERO_CASES)
+def test_bytes_of_zero(ranks: int, changes: dict, request: pytest.FixtureRequest) -> None:
+    given = options(SMALL, changes)
+    found = request.getfixturevalue(f"pool{ranks}").run(count_zero_bytes, given, timeout=120)
+    parts = make_plan(load_config(given, program="test"), VOCAB, Question(Cluster(1, ranks, CPU))).traffic.parts
+    for part in ("gradient_reduction", "weight_gathering"):
+        # Padding of partitions is less than a thousandth.
+        assert parts[part].total == pytest.approx(max(each[part] for each in found), rel=0.03), part

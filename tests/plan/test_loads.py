@@ -1,14 +1,17 @@
 """Sampled loads: even in the mean, as uneven as asked, and as the seed says."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_train.config.errors import UsageError
 from moe_train.plan.loads import draw_shares, row_loads
-from tests.plan.cases import planned
+from moe_train.plan.memory import plan_memory
+from tests.plan.cases import LARGE, planned
 
 
 @settings(deadline=None, max_examples=30)
@@ -65,3 +68,50 @@ def test_measured_shares_take_the_place_of_draws() -> None:
     shares[:, :8] = 0.5 / 8  # half of all on the first rank
     loads = row_loads(plan.shape, plan.layout, shares_LE=shares)
     assert float(loads.overload_NL.mean()) == pytest.approx(4.0, rel=0.05)
+
+
+def test_more_imbalance_is_never_faster_up_to_what_is_possible() -> None:
+    most = math.sqrt(64 / 8 - 1)
+    values = [0.0, *(most * part for part in (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95, 0.999))]
+    plans = [planned(parallel__expert_parallel_size=8, imbalance=value) for value in values]
+    found = [plan.step.seconds for plan in plans]
+    assert found == sorted(found) and found[0] < found[-1]
+
+
+def test_impossible_imbalance_is_refused_with_both_numbers() -> None:
+    with pytest.raises(UsageError, match=r"--imbalance \(2\.65\) must be below .* \(2\.65\)"):
+        planned(imbalance=2.65)  # sqrt(7) is 2.6458
+    with pytest.raises(UsageError, match=r"--imbalance \(0\.1\) has no effect: the model has no MoE layer"):
+        dense = {name: value for name, value in LARGE.items() if ".moe." not in name}
+        planned(dense, imbalance=0.1, model__moe_every=0)
+
+
+def test_shares_of_another_model_are_refused() -> None:
+    plan = planned()
+    with pytest.raises(
+        UsageError, match="--loads: is of a run with 3 MoE layers of 32 experts; the model has 16 of 64"
+    ):
+        row_loads(plan.shape, plan.layout, shares_LE=np.full((3, 32), 1 / 32))
+
+
+def test_one_busy_layer_counts_for_what_one_block_needs() -> None:
+    plan = planned(parallel__expert_parallel_size=8)
+    shares = np.full((plan.shape.num_moe_layers, 64), 1 / 64)
+    shares[3], shares[3, :8] = 0.5 / 56, 0.5 / 8  # in one layer of 16, half of all on the first rank
+    loads = row_loads(plan.shape, plan.layout, shares_LE=shares)
+    assert loads.busiest_rows == pytest.approx(4 * loads.mean_rows, rel=0.05)
+    assert loads.most_rows == pytest.approx((4 + 15) / 16 * loads.mean_rows, rel=0.05)
+    assert loads.busiest_arriving / loads.busiest_rows == pytest.approx(loads.most_arriving / loads.most_rows)
+
+
+@pytest.mark.parametrize(("recomputes", "grows"), [(True, False), (False, True)])
+def test_rows_over_all_layers_count_only_for_what_stays(recomputes: bool, grows: bool) -> None:
+    plan = planned(parallel__expert_parallel_size=8, train__recompute_activations=recomputes)
+
+    def total(**changes: float) -> float:
+        return plan_memory(plan.shape, plan.layout, replace(plan.loads, **changes), "cuda").total
+
+    loads = plan.loads
+    more = total(most_rows=2 * loads.most_rows, most_arriving=2 * loads.most_arriving)
+    assert (more > plan.memory.total) is grows
+    assert total(busiest_rows=9 * loads.busiest_rows, busiest_arriving=9 * loads.busiest_arriving) > plan.memory.total
