@@ -54,6 +54,7 @@ launcher=''
 previous=''
 for word in "$@"; do
   name=${word##*/}
+  name=${name%.sh} # launch/torchrun.sh and its like become the launcher
   case $name in
     launch) if [[ $previous == *moe-train || $previous == *moe_train ]]; then launcher=${launcher:-launch}; fi ;;
     deepspeed | torchrun | torch.distributed.run | mpirun | mpiexec | prterun | srun) launcher=${launcher:-$name} ;;

@@ -1,7 +1,9 @@
 """`moe-train doctor`: examine the ranks, hosts and links that a launcher gives, before a run."""
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from moe_train.config.base import field_values
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
 from moe_train.config.root import Config, check_world
+from moe_train.parallel.addresses import choose_interface
 from moe_train.parallel.bootstrap import choose_device, discover_world, export_world, set_threads
 from moe_train.parallel.world import World
 
@@ -39,27 +42,30 @@ class _Setting:
         device: Of this rank; the CPU after a failure.
         precisions: Of products.
         failure: "", or what was wrong.
+        unwritable: Why rank 0 cannot write --output; "".
     """
 
     config: Config | None
     device: "torch.device"
     precisions: "tuple[Precision, ...]"
     failure: str
+    unwritable: str
 
 
 def run(arguments: Sequence[str]) -> int:
     """Examine and show; 0 if all is well, 1 if a problem was found. Collective: all ranks of a launcher."""
     options, rest = _parser().parse_known_args(list(arguments))
     sizes = None if options.sizes is None else _read_sizes(options.sizes)
-    if options.timeout <= 0:
-        raise UsageError(f"--timeout ({options.timeout:g}) must be more than 0 seconds")
-    if options.expect_bandwidth is not None and options.expect_bandwidth <= 0:
-        raise UsageError(f"--expect-bandwidth ({options.expect_bandwidth:g}) must be more than 0 GB/s")
+    if not 0 < options.timeout < math.inf:
+        raise UsageError(f"--timeout ({options.timeout:g}) must be more than 0 seconds, and finite")
+    if options.expect_bandwidth is not None and not 0 < options.expect_bandwidth < math.inf:
+        raise UsageError(f"--expect-bandwidth ({options.expect_bandwidth:g}) must be more than 0 GB/s, and finite")
     world = discover_world()
     setting = _read_setting(rest, options, world)
 
-    from moe_train.parallel.doctor.examine import Examination, Request
+    from moe_train.parallel.doctor.examine import Examination
     from moe_train.parallel.doctor.facts import collect_facts
+    from moe_train.parallel.doctor.request import Request
 
     config = setting.config
     threads = set_threads(config.parallel.threads_per_rank if config else "auto", world)
@@ -78,14 +84,26 @@ def run(arguments: Sequence[str]) -> int:
         timeout_seconds=options.timeout,
         expected=None if options.expect_bandwidth is None else options.expect_bandwidth * 1e9,
         folder=_shared_folder(options.shared_dir, config),
+        unwritable=setting.unwritable,
     )
     output = None if options.output is None else Path(options.output)
-    examination = Examination(request, lambda report: _show(report, options.json, output), _say)
+    closed = list[BrokenPipeError]()
+
+    def show(report: dict[str, Any]) -> None:
+        try:
+            _show(report, options.json, output)
+        except BrokenPipeError as error:  # nobody reads it; the other ranks still have to hear how it ends
+            closed.append(error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered is flushed once more
+
     try:
-        return examination.run()
+        code = Examination(request, show, _say).run()
     except ConnectionError as error:
         print(f"moe-train doctor: {error}", file=sys.stderr, flush=True)
         return 1
+    if closed:
+        raise closed[0]
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,17 +132,18 @@ def _read_sizes(text: str) -> tuple[int, ...]:
 def _read_setting(rest: list[str], options: argparse.Namespace, world: World) -> _Setting:
     from moe_train.parallel.precision import resolve_precision
 
-    config, failure = None, _check_output(options.output) if world.rank == 0 else ""
+    config, unwritable = None, _check_output(options.output) if world.rank == 0 else ""
     cpu = choose_device("cpu", world, {})
     try:
         if rest:
             config = load_config(rest, program="moe-train doctor", defaults={"train": {"run_dir": _NO_RUN_DIR}})
             config = check_world(config, world.world_size, world.local_world_size)
         device = choose_device(config.parallel.device if config else "auto", world)
+        choose_interface(config.parallel.network_interface if config else None)
         precision = resolve_precision(config.train.precision if config else "auto", device)
     except UsageError as error:
-        return _Setting(None, cpu, ("fp32",), str(error))
-    return _Setting(config, device, tuple(dict.fromkeys(("fp32", precision))), failure)
+        return _Setting(None, cpu, ("fp32",), str(error), unwritable)
+    return _Setting(config, device, tuple(dict.fromkeys(("fp32", precision))), "", unwritable)
 
 
 def _check_output(output: str | None) -> str:
@@ -148,7 +167,8 @@ def _shared_folder(given: str | None, config: Config | None) -> Path | None:
 
 
 def _say(text: str) -> None:
-    print(f"doctor: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it
+        print(f"doctor: {text}", file=sys.stderr, flush=True)
 
 
 def _show(report: dict[str, Any], as_json: bool, output: Path | None) -> None:
@@ -164,5 +184,7 @@ def _show(report: dict[str, Any], as_json: bool, output: Path | None) -> None:
     if as_json:
         print(json.dumps(report), flush=True)
     else:
-        show_report(report, Console())
-        sys.stdout.flush()
+        console = Console()
+        with console.capture() as captured:  # rich would end the process on a closed output
+            show_report(report, console)
+        print(captured.get(), end="", flush=True)

@@ -13,54 +13,63 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.config.errors import UsageError
-from moe_train.parallel.guards import Guard, check_guards, end_guards, master_address, start_guards
+from moe_train.parallel.guards import Guard, check_guards, end_guards, master_address, networks, start_guards
 from moe_train.parallel.host_guard import MARK
-from moe_train.parallel.hostfile import read_hostfile
+from moe_train.parallel.hostfile import HostLine, read_hostfile
 from moe_train.parallel.launch_commands import LAUNCHERS, PASSED_ON, LaunchPlan, launch_commands, passed_environment
-from moe_train.parallel.launched import Signals, end, start, watch
+from moe_train.parallel.launched import Signals, Stopped, end, start, watch
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Launch and wait; the exit code of the ranks."""
+    """Launch and wait; the exit code of the ranks, or 128 plus the signal that came before anything was started."""
     options = _parser().parse_args(arguments)
     hosts = read_hostfile(options.hostfile)
-    program, *rest = _program(options.program)
+    program = _program(options.program)
+    signals = Signals()
+    with signals.taken():
+        try:
+            return _launch(options, hosts, program, signals)
+        except Stopped as stopped:
+            print(f"moe-train launch: {stopped}: nothing was started", file=sys.stderr)
+            return 128 + stopped.number
+
+
+def _launch(options: argparse.Namespace, hosts: Sequence[HostLine], words: Sequence[str], signals: Signals) -> int:
     mark, python, folder = secrets.token_hex(8), sys.executable, Path.cwd()
     environment = passed_environment(options.env, mark, python)
-    task = {"mark": mark, "program": program, "python": python, "first": hosts[0].name}
+    names = [host.name for host in hosts] if options.allow_fewer_hosts else [hosts[0].name]  # any may become the first
+    names += [options.master_addr] if options.master_addr else []
+    task = {"mark": mark, "program": words[0], "python": python, "names": names}
     guards: list[Guard] = []
     with tempfile.TemporaryDirectory(prefix="moe-train-launch-") as scratch:
-        signals = Signals()
-        with signals.noted():
+        try:
+            guards = start_guards(hosts, task, folder, options.master_port)
+            kept, port = check_guards(
+                guards, folder=folder, python=python, port=options.master_port, allow_fewer=options.allow_fewer_hosts
+            )
+            address = master_address(kept, options.master_addr)
+            plan = LaunchPlan(
+                hosts=[guard.host for guard in kept],
+                program=words[0],
+                arguments=words[1:],
+                python=python,
+                folder=folder,
+                address=address,
+                networks=networks(kept, address),
+                port=port,
+                environment=environment,
+                scratch=Path(scratch),
+            )
+            commands, extra = launch_commands(options.launcher, plan)
+            signals.are_watched = True
+            launchers = start(commands, {**extra, MARK: mark})
             try:
-                guards = start_guards(hosts, task, folder, options.master_port)
-                kept, port = check_guards(
-                    guards,
-                    folder=folder,
-                    python=python,
-                    port=options.master_port,
-                    allow_fewer=options.allow_fewer_hosts,
-                )
-                plan = LaunchPlan(
-                    hosts=[guard.host for guard in kept],
-                    program=program,
-                    arguments=rest,
-                    python=python,
-                    folder=folder,
-                    address=options.master_addr or master_address(kept),
-                    port=port,
-                    environment=environment,
-                    scratch=Path(scratch),
-                )
-                commands, extra = launch_commands(options.launcher, plan)
-                launchers = start(commands, {**extra, MARK: mark})
-                try:
-                    return watch(launchers, kept, signals)
-                finally:
-                    end(launchers)  # first: told by a guard, deepspeed would reach for all hosts again
-                    end_guards(kept)
+                return watch(launchers, kept, signals)
             finally:
-                end_guards([guard for guard in guards if guard.process.poll() is None])
+                end(launchers)  # first: told by a guard, deepspeed would reach for all hosts again
+                end_guards(kept)
+        finally:
+            end_guards([guard for guard in guards if guard.process.poll() is None])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -48,6 +48,11 @@ def route_interface(host: str) -> str | None:
     return next((name for name, address in interface_addresses().items() if address == source), None)
 
 
+def interface_value(name: str, interface: str) -> str:
+    """What a variable of SOCKET_INTERFACES holds for one interface: NCCL takes prefixes, and with = a whole name."""
+    return f"={interface}" if name.startswith("NCCL") else interface
+
+
 def accepts_connections(address: str, port: int) -> bool:
     """Whether a connection from this host to the address can be made."""
     try:
@@ -75,9 +80,8 @@ def choose_interface(setting: str | None, environ: MutableMapping[str, str] = os
         )
     for name in SOCKET_INTERFACES:
         given = environ.get(name, "")
-        # NCCL takes prefixes, and with = a whole name.
-        if given and given.removeprefix("=" if name.startswith("NCCL") else "") != setting:
+        if given and given not in (setting, interface_value(name, setting)):
             raise UsageError(
                 f"parallel.network_interface ({setting!r}) contradicts {name} ({given!r}): unset one of them"
             )
-        environ[name] = given or setting
+        environ[name] = given or interface_value(name, setting)

@@ -1,7 +1,7 @@
 """From a started process to a member of the world: rank discovery, device, CPU threads, torch.distributed.
 
-The only file of the package that reads or writes os.environ, and the only one that imports mpi4py. torch is imported
-inside the functions that need it, so that a wrong setting is reported before torch is loaded.
+The only file of the package that writes os.environ, and the only one that imports mpi4py; other files of parallel/ read
+os.environ. torch is imported inside the functions that need it: a wrong setting is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from moe_train.parallel.addresses import (
     accepts_connections,
     free_port,
     interface_addresses,
+    interface_value,
     route_interface,
 )
 from moe_train.parallel.cores import usable_cores
-from moe_train.parallel.rendezvous import join_agent, open_rendezvous
+from moe_train.parallel.rendezvous import join_group, open_store
 from moe_train.parallel.world import (
     LOOPBACK,
     Launcher,
@@ -223,7 +224,7 @@ def export_world(
     interface = route_interface(world.master_addr) if world.num_nodes > 1 else None
     if interface is not None:  # gloo takes the host's name, which may not resolve, or resolve to loopback
         for name in SOCKET_INTERFACES:
-            environ.setdefault(name, interface)
+            environ.setdefault(name, interface_value(name, interface))
     if device is not None and device.type == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
 
@@ -238,23 +239,9 @@ def init_process_group(world: World, device: torch.device, timeout_seconds: floa
     Raises: UsageError where the port of the master is taken, on every rank.
     Collective: all ranks.
     """
-    import torch
-    import torch.distributed as dist
-
+    timeout = timedelta(seconds=timeout_seconds)
     export_world(world, device)
-    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=timeout_seconds)}
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
-    if world.world_size == 1:
-        options["store"] = dist.HashStore()  # no port: nothing can clash
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        options["store"] = join_agent(world, options["timeout"])
-    elif world.launcher == "torchrun":
-        options["init_method"] = "env://"
-    else:
-        options["store"] = open_rendezvous(world, options["timeout"])
-    dist.init_process_group(rank=world.rank, world_size=world.world_size, **options)
+    join_group(open_store(world, timeout), world, device, timeout)
 
 
 def leave_process_group(code: int) -> None:

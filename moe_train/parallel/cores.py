@@ -4,11 +4,10 @@ import math
 import os
 from pathlib import Path
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
+from moe_train.parallel.control_groups import MEMBERSHIP, ROOT, control_groups
 
 
-def usable_cores(root: Path = CGROUP_ROOT, membership: Path = CGROUP_MEMBERSHIP) -> int:
+def usable_cores(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int:
     """Cores of the affinity mask, or fewer where a control group grants less CPU time, rounded down; at least 1.
 
     Args:
@@ -21,24 +20,11 @@ def usable_cores(root: Path = CGROUP_ROOT, membership: Path = CGROUP_MEMBERSHIP)
 def cpu_quotas(root: Path, membership: Path) -> list[float]:
     """Quotas, in cores, of the control groups of this process and their ancestors (versions 2 and 1)."""
     quotas = []
-    for line in _read(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root if not controllers else root / "cpu"
-        group = mount / path.lstrip("/")  # in a container it may not be there, but its ancestor, the mount, is
-        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(mount))):
-            if controllers:
-                quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-            else:
-                quota, _, period = _read(folder / "cpu.max").partition(" ")
-            if quota.isdecimal() and period.isdecimal() and int(period):  # not "max" and not -1
-                quotas.append(int(quota) / int(period))
+    for group in control_groups("cpu", root, membership):
+        if group.version == 1:
+            quota, period = group.read("cpu.cfs_quota_us"), group.read("cpu.cfs_period_us")
+        else:
+            quota, _, period = group.read("cpu.max").partition(" ")
+        if quota.isdecimal() and period.isdecimal() and int(period):  # not "max" and not -1
+            quotas.append(int(quota) / int(period))
     return quotas
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""

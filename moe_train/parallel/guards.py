@@ -16,11 +16,13 @@ from moe_train.config.errors import UsageError
 from moe_train.parallel.hostfile import HostLine
 
 CONNECT_SECONDS, REPORT_SECONDS, END_SECONDS = 10, 40.0, 20.0
+ALIVE_SECONDS = 3.0  # between two words to guards, which end what is theirs without them
 # A host that is silent for 18 s is lost: ranks outlive an outage of less. No password or question is waited for.
 SSH = (
     "ssh -o BatchMode=yes -o LogLevel=ERROR -o ServerAliveInterval=3 -o ServerAliveCountMax=6 "
     f"-o ConnectTimeout={CONNECT_SECONDS}"
 ).split()
+_LAST_WORDS_SECONDS = 2.0  # for an error that ssh has written; what it started may hold the pipe open
 _NO_FOLDER, _NO_PYTHON, _NO_SSH = 91, 92, 255
 _UNREACHABLE = ("timed out", "No route to host", "Connection refused", "Network is unreachable", "Connection reset")
 
@@ -53,6 +55,13 @@ class Guard:
     errors: list[str] = field(default_factory=list)
     is_ending: bool = False
     reported: threading.Event = field(default_factory=threading.Event)
+    _hears_errors: threading.Thread | None = None
+
+    def hear(self) -> None:
+        """Begin to read what it says, in threads of its own."""
+        self._hears_errors = threading.Thread(target=self._read_errors, daemon=True)
+        self._hears_errors.start()
+        threading.Thread(target=self._read, daemon=True).start()
 
     def tell(self, word: str) -> None:
         """A word to the guard; one that is lost does not hear it."""
@@ -62,13 +71,15 @@ class Guard:
             self.process.stdin.write(f"{word}\n".encode())
             self.process.stdin.flush()
 
-    def read(self) -> None:
-        """Hear it until the connection ends; of a thread of its own."""
-        assert self.process.stdout is not None
+    def _read(self) -> None:
+        """Until the connection ends."""
+        assert self.process.stdout is not None and self._hears_errors is not None
         for line in self.process.stdout:
             try:
                 values = json.loads(line)
-            except ValueError:  # what a login shell prints
+            except ValueError:
+                values = None
+            if not isinstance(values, dict):  # what a login shell prints, which may be a number
                 continue
             if "versions" in values:
                 self.report = values
@@ -76,11 +87,12 @@ class Guard:
             self.ranks = values.get("ranks", self.ranks)
             self.has_run |= self.ranks > 0
         self.process.wait()
+        self._hears_errors.join(_LAST_WORDS_SECONDS)
         if not self.is_ending:
             self.lost = time.monotonic()
         self.reported.set()
 
-    def read_errors(self) -> None:
+    def _read_errors(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.errors.append(line.decode(errors="replace").strip())
@@ -88,6 +100,8 @@ class Guard:
     def fault(self, folder: Path, python: str) -> str | None:
         """Why no ranks can start there, or None."""
         name = f"{self.host.place}: {self.host.name}"
+        if self.report is not None and self.lost is not None:
+            return f"{name} was lost while the others were asked: {self._last_words}"
         if self.report is not None:
             missing = self.report["missing"]
             return f"{name} lacks {', '.join(missing)}" if missing else None
@@ -96,22 +110,29 @@ class Guard:
             return f"{name} has no folder {folder}: the repository must be at the same path on every host"
         if code == _NO_PYTHON:
             return f"{name} has no interpreter {python}: the environment must be at the same path on every host"
-        said = next((line for line in reversed(self.errors) if line), "")
         if code is None:
             return f"{name} does not answer within {REPORT_SECONDS:.0f} s"
         if code == _NO_SSH:
-            return f"{name} cannot be reached over ssh: {said or 'ssh says nothing'}"
-        return f"{name} cannot be examined: exit code {code}: {said}"
+            return f"{name} cannot be reached over ssh: {self._last_words}"
+        return f"{name} cannot be examined: exit code {code}: {self._last_words}"
+
+    @property
+    def _last_words(self) -> str:
+        return next((line for line in reversed(self.errors) if line), "ssh says nothing")
 
     @property
     def is_silent(self) -> bool:
-        """Whether the host does not answer, rather than refuse."""
+        """Whether the host does not answer, or not any more, rather than refuse."""
+        if self.report is not None:
+            return self.lost is not None
         unreachable = self.process.poll() == _NO_SSH and any(u in line for u in _UNREACHABLE for line in self.errors)
-        return self.report is None and (self.process.poll() is None or unreachable)
+        return self.process.poll() is None or unreachable
 
 
 def start_guards(hosts: Sequence[HostLine], task: Mapping[str, Any], folder: Path, port: int) -> list[Guard]:
     """Connect to all hosts at once, and wait until each has said what it has, or cannot.
+
+    They are told from then on that the launch lives, until they end.
 
     Args:
         hosts: The first is the master's.
@@ -120,33 +141,44 @@ def start_guards(hosts: Sequence[HostLine], task: Mapping[str, Any], folder: Pat
         port: To try; 0: to choose.
     """
     source = Path(__file__).with_name("host_guard.py").read_text(encoding="utf-8")
-    guards = []
-    for host in hosts:
-        own = json.dumps({**task, "port": port})  # of each: a first host that does not answer may be left out
-        command = [*SSH, host.name, shell_command(folder, [task["python"], "-c", source, own])]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the launch
-        )
-        guard = Guard(host, process)
-        threading.Thread(target=guard.read, daemon=True).start()
-        threading.Thread(target=guard.read_errors, daemon=True).start()
-        guards.append(guard)
-    deadline = time.monotonic() + REPORT_SECONDS
-    for guard in guards:
-        guard.reported.wait(max(0.0, deadline - time.monotonic()))
-        if guard.report is None and guard.process.poll() is not None:
-            time.sleep(0.05)  # for its last words
+    guards: list[Guard] = []
+    try:
+        for host in hosts:
+            own = json.dumps({**task, "port": port})  # of each: a first host that does not answer may be left out
+            command = [*SSH, host.name, shell_command(folder, [task["python"], "-c", source, own])]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the launch
+            )
+            guards.append(Guard(host, process))
+            guards[-1].hear()
+        threading.Thread(target=_keep_alive, args=(guards,), daemon=True).start()
+        deadline = time.monotonic() + REPORT_SECONDS
+        for guard in guards:
+            guard.reported.wait(max(0.0, deadline - time.monotonic()))
+    except BaseException:  # such as a signal's
+        end_guards(guards)
+        raise
     return guards
+
+
+def _keep_alive(guards: Sequence[Guard]) -> None:
+    while any(guard.process.poll() is None for guard in guards):
+        for guard in guards:
+            if not guard.is_ending:
+                guard.tell("alive")
+        time.sleep(ALIVE_SECONDS)
 
 
 def end_guards(guards: Sequence[Guard]) -> None:
     """Nothing of the launch is left on any host that can be reached."""
     for guard in guards:
         guard.tell("end")
+        if guard.report is None:  # ssh may still be trying; one that has come through ends with its connection
+            guard.process.kill()
         assert guard.process.stdin is not None
         with contextlib.suppress(OSError):  # it is lost
             guard.process.stdin.close()
@@ -202,17 +234,35 @@ def _differences(guards: list[Guard]) -> list[str]:
     return found
 
 
-def master_address(guards: Sequence[Guard]) -> str:
+def master_address(guards: Sequence[Guard], name: str | None = None) -> str:
     """The first host's address, as the last host of the list knows it.
+
+    Args:
+        guards: Of the hosts to run on.
+        name: Of the first host for the others, if it is not the hostfile's; or an address.
 
     Raises:
         UsageError: If that host does not know its name.
     """
-    if len(guards) == 1:
+    if name is not None and ":" in name:
+        return name  # IPv6, which guards do not look at
+    if len(guards) == 1 and name is None:
         return "127.0.0.1"
     report = guards[-1].report
-    if report is None or report["address"] is None:
+    address = report["addresses"].get(name or guards[0].host.name) if report is not None else None
+    if address is None and name is not None:
+        raise UsageError(f"--master-addr ({name}): {guards[-1].host.name} does not know it: give an address")
+    if address is None:
         raise UsageError(
             f"{guards[-1].host.name} does not know the address of {guards[0].host.name}: give it as --master-addr"
         )
-    return str(report["address"])
+    return str(address)
+
+
+def networks(guards: Sequence[Guard], address: str) -> list[str]:
+    """The network of an address of the first host, such as 10.0.0.7/24; if no interface has it, all that there are."""
+    report = guards[0].report
+    assert report is not None
+    found: dict[str, int] = report["networks"]
+    chosen = {address: found[address]} if address in found else found
+    return [f"{own}/{length}" for own, length in chosen.items()]

@@ -8,6 +8,7 @@ every process of the launch, which carry its mark in their environment, and itse
 """
 
 import contextlib
+import fcntl
 import importlib
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterable
@@ -24,16 +26,18 @@ from typing import Any
 
 MARK = "MOE_TRAIN_LAUNCH"  # environment variable of all processes of a launch
 RANKS = (b"LOCAL_RANK=", b"OMPI_COMM_WORLD_RANK=", b"PMI_RANK=")
+GET_ADDRESS, GET_MASK = 0x8915, 0x891B  # Linux: SIOCGIFADDR, SIOCGIFNETMASK
 LOOK_SECONDS, SILENCE_SECONDS, TERM_SECONDS = 1.0, 25.0, 8.0
 
 
 def report(task: dict[str, Any]) -> dict[str, Any]:
-    """What this host has. task: program, python, first (name of the first host), port (to try; 0: to choose)."""
+    """What this host has. task: program, python, names (of hosts, to resolve), port (to try; 0: to choose)."""
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "missing": [],
         "versions": {},
-        "address": None,
+        "addresses": {},
+        "networks": networks(),
         "port": None,
         "taken": None,
     }
@@ -53,13 +57,29 @@ def report(task: dict[str, Any]) -> dict[str, Any]:
             found["missing"].append(f"the script {program} in {os.getcwd()}")
     elif shutil.which(program, path=os.path.dirname(task["python"]) + os.pathsep + os.environ.get("PATH", "")) is None:
         found["missing"].append("the command " + program)
-    with contextlib.suppress(OSError):  # a name of ssh's configuration alone
-        found["address"] = socket.getaddrinfo(task["first"], None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+    for name in task["names"]:
+        with contextlib.suppress(OSError):  # a name of ssh's configuration alone
+            found["addresses"][name] = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     try:
         with socket.create_server(("", task["port"])) as server:
             found["port"] = server.getsockname()[1]
     except OSError as error:
         found["taken"] = error.strerror or str(error)
+    return found
+
+
+def networks() -> dict[str, int]:
+    """The prefix length of the network of each IPv4 address of this host, without loopback."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:  # struct ifreq: name[16], family[2], port[2], address[4]
+                address, mask = (fcntl.ioctl(probe.fileno(), ask, request)[20:24] for ask in (GET_ADDRESS, GET_MASK))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if address[0] != 127:
+                found[socket.inet_ntoa(address)] = int.from_bytes(mask, "big").bit_count()
     return found
 
 

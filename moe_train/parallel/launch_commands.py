@@ -22,6 +22,7 @@ PASSED_ON = (
     *("DS_ACCELERATOR", "OMP_NUM_THREADS", "*_SOCKET_IFNAME", "NCCL_*", "PATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"),
     *("PYTHONPATH", "MPI4PY_MPIABI"),
 )
+_AGENT_SECONDS = 120  # for torchrun's agents to find each other, and a word of one to the others
 # mpirun refuses root unless told twice, and binds ranks to one core each where there are more than two.
 _MPI_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -37,6 +38,7 @@ class LaunchPlan:
         python: Interpreter on every host.
         folder: To run in, on every host.
         address: Of the first host, as the others reach it.
+        networks: Of that address, as 10.0.0.7/24.
         port: Of the master there.
         environment: For the ranks.
         scratch: A folder for files of the launch.
@@ -48,6 +50,7 @@ class LaunchPlan:
     python: str
     folder: Path
     address: str
+    networks: Sequence[str]
     port: int
     environment: Mapping[str, str]
     scratch: Path
@@ -117,19 +120,27 @@ def launch_commands(launcher: LaunchBy, plan: LaunchPlan) -> tuple[list[list[str
     needed = {"pdsh": "pdsh", "openmpi": "ompi_info"}[launcher]
     _require(needed, launcher, plan)
     env_file = plan.scratch / "environment"
-    env_file.write_text("".join(f"{name}={value}\n" for name, value in plan.environment.items()))
     command = [str(Path(plan.python).with_name("deepspeed")), "--hostfile", str(plan.hostfile()), "--force_multi"]
     command += ["--launcher", launcher, "--master_addr", plan.address, "--master_port", str(plan.port)]
     command += ["--no_ssh_check", "--log_level", "error"]
     extra = {"DS_ENV_FILE": str(env_file)}
     if launcher == "openmpi":
-        # deepspeed names eth0 for MPI's own messages unless it is told otherwise; a network does as well.
-        command += ["--launcher_args", f"--bind-to none --oversubscribe --mca btl_tcp_if_include {plan.address}/16"]
-        extra |= {**_MPI_ROOT, **_agent(plan)}
+        # Values by env, as they are: deepspeed would put quotes round some, as a part of them.
+        env_file.touch()
+        command += _openmpi_options(plan.networks)
+        variables = [f"{name}={value}" for name, value in plan.environment.items()]
+        command += ["--no_python", "/usr/bin/env", *variables, *plan.words]
+        return [command], {**extra, **_MPI_ROOT, **_agent(plan)}
+    env_file.write_text("".join(_line_for_pdsh(name, value) for name, value in plan.environment.items()))
     if not plan.is_script:
         command.append("--no_python")
-    arguments = [_for_pdsh(word) for word in plan.arguments] if launcher == "pdsh" else list(plan.arguments)
-    return [[*command, plan.program, *arguments]], extra
+    return [[*command, plan.program, *(_for_pdsh(word) for word in plan.arguments)]], extra
+
+
+def _openmpi_options(networks: Sequence[str]) -> list[str]:
+    # deepspeed names eth0 for MPI's own messages unless it is told otherwise; networks do as well.
+    words = ["--bind-to", "none", "--oversubscribe", "--mca", "btl_tcp_if_include", ",".join(networks)]
+    return ["--launcher_args", shlex.join(words)]
 
 
 def _for_pdsh(word: str) -> str:
@@ -140,6 +151,17 @@ def _for_pdsh(word: str) -> str:
     """
     word = word.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
+
+
+def _line_for_pdsh(name: str, value: str) -> str:
+    """A variable in deepspeed's file, likewise.
+
+    deepspeed puts quotes round values of more than letters and the like; the other host's shell reads what is in them.
+    """
+    if "\n" in value:
+        raise UsageError(f"{name} has a line break, which deepspeed's file of variables cannot hold: unset it")
+    value = re.sub(r'([\\$`"])', r"\\\1", value.replace("%", "%%"))
+    return f"{name}={value}\n"
 
 
 def _agent(plan: LaunchPlan) -> dict[str, str]:
@@ -163,12 +185,13 @@ def _mpirun(plan: LaunchPlan) -> tuple[list[str], dict[str, str]]:
 
 
 def _torchrun(plan: LaunchPlan) -> list[list[str]]:
-    endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{plan.address}:{plan.port}"]
+    """An agent a host, in places that the hostfile gives: with c10d they would take them as they come."""
     commands = []
     for number, host in enumerate(plan.hosts):
-        holds = f"is_host={'true' if number == 0 else 'false'}"
         agent = [plan.python, "-m", "moe_train.parallel.torchrun_agent", "--nnodes", str(len(plan.hosts))]
-        agent += ["--nproc-per-node", str(host.slots), *endpoint, "--rdzv-conf", holds]
+        agent += ["--nproc-per-node", str(host.slots), "--node-rank", str(number)]
+        agent += ["--rdzv-conf", f"timeout={_AGENT_SECONDS}"]
+        agent += ["--master-addr", plan.address, "--master-port", str(plan.port)]
         agent += ["--rdzv-id", plan.environment[MARK], *([] if plan.is_script else ["--no-python"])]
         variables = [f"{name}={value}" for name, value in plan.environment.items()]
         words = ["/usr/bin/env", *variables, *agent, plan.program, *plan.arguments]
@@ -177,7 +200,9 @@ def _torchrun(plan: LaunchPlan) -> list[list[str]]:
 
 
 def _require(command: str, launcher: str, plan: LaunchPlan) -> str:
-    path = os.pathsep.join([str(Path(plan.python).parent), os.environ.get("PATH", os.defpath)])
+    folders = [str(Path(plan.python).parent), os.environ.get("PATH", os.defpath)]
+    # An Open MPI may be installed beside python: the user's choice comes first.
+    path = os.pathsep.join(folders[::-1] if launcher == "mpirun" else folders)
     found = shutil.which(command, path=path)
     if found is None:
         raise UsageError(f"--launcher {launcher}: {command} is not installed here; --launcher torchrun needs ssh alone")

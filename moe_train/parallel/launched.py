@@ -13,25 +13,46 @@ from moe_train.config.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USAGE
 from moe_train.parallel.guards import Guard
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_LOOK_SECONDS, _ALIVE_SECONDS = 0.2, 3.0
+_LOOK_SECONDS = 0.2
 _GONE_SECONDS = 2.0  # without a rank on any host that answers, after a host was lost: the launcher would wait for it
 _HANG_SECONDS = 60.0  # the same with all hosts there
 
 
+class Stopped(Exception):
+    """A signal came before there was anything to stop in order.
+
+    Attributes:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 class Signals:
-    """Notes the signals that come while its block runs."""
+    """Takes the signals that come while its block runs, in place of ending this process.
+
+    Attributes:
+        received: Their numbers.
+        are_watched: Whether someone looks at `received`; else the first of them raises Stopped, where the program is.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self.are_watched = False
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Notes them, in place of ending this process."""
+    def taken(self) -> Iterator[None]:
+        """Takes them, but for those that this process was started to ignore, as by nohup."""
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def take(number: int, frame: FrameType | None) -> None:
             self.received.append(number)
+            if not self.are_watched and len(self.received) == 1:
+                raise Stopped(number)
 
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, take) for number in heard}
         try:
             yield
         finally:
@@ -56,13 +77,9 @@ def watch(launchers: Sequence["subprocess.Popen[bytes]"], guards: Sequence[Guard
         Theirs; 70 where a host was lost or the launchers had to be ended; 128 plus the signal where one came before
         there were ranks, or a second one came.
     """
-    handled, said, told_alive, idle_since = 0, set[str](), 0.0, None
+    handled, said, idle_since = 0, set[str](), None
     while any(launcher.poll() is None for launcher in launchers):
         now = time.monotonic()
-        if now - told_alive >= _ALIVE_SECONDS:
-            told_alive = now
-            for guard in guards:
-                guard.tell("alive")
         for guard in guards:
             if guard.lost is not None and guard.host.name not in said:
                 said.add(guard.host.name)

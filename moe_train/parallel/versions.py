@@ -1,6 +1,7 @@
 """What must be the same on all hosts before their processes can work together."""
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from moe_train import __version__
@@ -8,13 +9,21 @@ from moe_train import __version__
 PACKAGES = ("torch", "deepspeed")
 
 
-def versions() -> dict[str, str]:
-    """The versions that matter, by name; nothing is imported for it."""
-    found = {"the version of moe_train": __version__}
-    found["the version of python"] = ".".join(platform.python_version_tuple()[:2])
-    for name in PACKAGES:
+def software(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of moe_train, Python and packages, by name; nothing is imported for it.
+
+    Args:
+        packages: Names of distributions; one that is not there is "not installed".
+    """
+    found = {"moe_train": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
+    for name in packages:
         try:
-            found[f"the version of {name}"] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            found[f"the version of {name}"] = "not installed"
+            found[name] = "not installed"
     return found
+
+
+def versions() -> dict[str, str]:
+    """The versions that matter to training, by name in words."""
+    return {f"the version of {name}": number for name, number in software().items()}

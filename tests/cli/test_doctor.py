@@ -1,11 +1,14 @@
 """`moe-train doctor` on real ranks, sound ones and such that something is wrong with."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+from moe_train.cli.doctor import run
+from moe_train.config.errors import UsageError
 from moe_train.config.machine import read_machine
 from tests.parallel.doctor.faulty import examine, report_of
 from tests.processes import run_process
@@ -87,10 +90,23 @@ def test_an_environment_variable_is_named() -> None:
     assert problem["where"].startswith("rank 1 (")
 
 
-def test_another_code_is_named_and_not_measured() -> None:
-    results = examine(2, faults={"code": 1})
-    assert "the code of moe_train differs" in only_problem(results, "code")["message"]
-    assert report_of(results)["machine"] is None
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_another_checkout_is_named_and_not_measured(world_size: int, tmp_path: Path) -> None:
+    results = examine(world_size, f"--shared-dir={tmp_path}/new", faults={"checkout": world_size - 1})
+    problem, report = only_problem(results, "code"), report_of(results)
+    assert "the code of moe_train differs" in problem["message"]
+    assert problem["where"].startswith(f"rank {world_size - 1} (")
+    assert [rank["rank"] for rank in report["ranks"]] == list(range(world_size - 1))
+    assert (report["machine"], report["folder"]) == (None, None)
+    assert len(report["not_measured"]) == 2
+    assert all("bring the same checkout" in text for text in report["not_measured"])
+
+
+@pytest.mark.slow
+def test_another_code_is_named_in_a_table() -> None:
+    results = examine(2, faults={"code": 1}, as_json=False)
+    assert [result.returncode for result in results] == [1, 1]
+    assert "PROBLEM [code] rank 1" in results[0].stdout and "all is well" not in results[0].stdout
 
 
 @pytest.mark.slow
@@ -138,6 +154,54 @@ def test_clock_that_is_ahead_is_a_warning() -> None:
     assert "100.00 s ahead of the first host's" in warnings[0]["message"]
 
 
+@pytest.mark.slow
+def test_hosts_with_different_numbers_of_ranks(tmp_path: Path) -> None:
+    places = [(0, 2, 0), (1, 2, 0), (0, 1, 1)]
+    environments = [
+        {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": str(node), "GROUP_WORLD_SIZE": "2"}
+        for rank, size, node in places
+    ]
+    results = examine(3, f"--shared-dir={tmp_path}", environments=environments)
+    report = report_of(results)
+    assert [result.returncode for result in results] == [0] * 3, (report, results[0].stderr)
+    host = [rank["host"] for rank in report["ranks"]]
+    assert host[0] == host[1] != host[2]
+    told = [found["message"] for found in report["warnings"] if "as many ranks" in found["message"]]
+    assert told == [f"not all have as many ranks: 2 on {host[0]}, 1 on {host[2]}"]
+    assert {each["scope"] for each in report["collectives"]} == {"within", "across", "all"}
+    assert report["machine"]["intra_node"] and report["machine"]["inter_node"]
+
+
+def test_interface_of_the_configuration_is_the_one_that_is_looked_at() -> None:
+    results = examine(2, "--parallel.network_interface=lo", "--sizes=1K", environments=TWO_HOSTS)
+    report = report_of(results)
+    assert [rank["interface"] for rank in report["ranks"]] == ["lo", "lo"]
+    assert [rank["environment"]["GLOO_SOCKET_IFNAME"] for rank in report["ranks"]] == ["lo", "lo"]
+
+
+@pytest.mark.slow
+def test_interface_of_the_configuration_that_one_rank_lacks_is_a_problem() -> None:
+    results = examine(2, own=[[], ["--parallel.network_interface=ib7"]])
+    problem = only_problem(results, "configuration")
+    assert "parallel.network_interface ('ib7')" in problem["message"] and problem["where"].startswith("rank 1 (")
+
+
+@pytest.mark.parametrize("as_json", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_closed_output_ends_as_that_of_other_commands(as_json: bool) -> None:
+    command = [sys.executable, "-m", "moe_train", "doctor", "--quick", *(["--json"] if as_json else [])]
+    result = run_process(
+        ["bash", "-c", f"{shlex.join(command)} | true; echo ${{PIPESTATUS[0]}}"], 90, env=CPU, cwd=ROOT
+    )
+    assert result.stdout.split() == ["141"], result
+    assert "Traceback" not in result.stderr and "gone" not in result.stderr
+
+
+@pytest.mark.slow
+def test_closed_output_lets_the_other_ranks_end_well() -> None:
+    results = examine(2, faults={"pipe": 0})
+    assert [result.returncode for result in results] == [141, 0], results
+
+
 def test_rank_that_hangs_is_named_and_leaves_none_behind() -> None:
     results = examine(4, "--timeout=4", faults={"hang": 2})
     problem = only_problem(results, "unanswered")
@@ -161,17 +225,23 @@ def test_rank_without_a_first_rank_says_so() -> None:
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     result = run_process([sys.executable, "-m", "moe_train", "doctor", "--timeout=1"], 60, env=environment, cwd=ROOT)
     assert result.returncode == 1, result
-    assert "rank 1 cannot reach rank 0 at 127.0.0.1" in result.stderr
+    assert "rank 1 cannot meet the others: nothing listened at 127.0.0.1" in result.stderr
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "nan", "inf", "-inf"])
+@pytest.mark.parametrize("option", ["--timeout", "--expect-bandwidth"])
+def test_numbers_that_are_none(option: str, number: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{option} \({number}\) must be more than 0 .*and finite"):
+        run([f"{option}={number}"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--sizes=1K,x",), "--sizes ('1K,x') must be bytes"),
-        (("--timeout=0",), "--timeout (0) must be more than 0"),
-        (("--expect-bandwidth=-1",), "--expect-bandwidth (-1) must be more than 0"),
         (("--output=/no/such/folder/x",), "there is no folder /no/such/folder"),
         (("--train.no_such_field=1",), "unknown option --train.no_such_field"),
+        (("--parallel.network_interface=ib7",), "parallel.network_interface ('ib7'): host "),
     ],
 )
 def test_bad_usage(arguments: tuple[str, ...], message: str) -> None:

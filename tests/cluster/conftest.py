@@ -1,5 +1,6 @@
 """A cluster of two hosts for the tests of a module, and the training that they run on it."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -11,11 +12,12 @@ from tests.cluster.training import Training, prepare
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[VirtualCluster]:
     """host1 and host2, with two slots each."""
-    try:
-        with virtual_cluster(num_hosts=2, slots=2) as made:
-            yield made
-    except ClusterUnavailable as error:
-        pytest.skip(str(error))
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(virtual_cluster(num_hosts=2, slots=2))
+        except ClusterUnavailable as error:
+            pytest.skip(str(error))
+        yield made  # what goes wrong with it from now on is a failure
 
 
 @pytest.fixture(scope="module")

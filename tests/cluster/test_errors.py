@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Host, VirtualCluster
-from tests.cluster.training import BIN, Training, run
+from tests.cluster.training import BIN, Training, need, run
 from tests.processes import ProcessResult
 from tests.train.runs import ROOT
 
@@ -95,6 +94,7 @@ def test_port_taken(cluster: VirtualCluster, training: Training) -> None:
 
 
 def test_port_taken_under_a_plain_launcher(cluster: VirtualCluster, training: Training) -> None:
+    need("mpirun")
     arguments = ["python", *training.arguments(training.new_run())]
     options = ["--host", "host1:2,host2:2", "-n", "4", "--bind-to", "none"]
     passed = [word for name in ("PATH", "DS_ACCELERATOR", "MASTER_ADDR", "MASTER_PORT") for word in ("-x", name)]
@@ -129,6 +129,7 @@ def test_mixed_versions(cluster: VirtualCluster, training: Training, other_versi
 
 
 def test_mixed_versions_under_a_plain_launcher(cluster: VirtualCluster, training: Training, other_version: str) -> None:
+    need("mpirun")
     options = ["--host", "host1:1,host2:1", "-n", "2", "--bind-to", "none", "-x", "PATH", "-x", "DS_ACCELERATOR"]
     arguments = training.arguments(training.new_run(), "--parallel.expert_parallel_size=2")
     result = run(cluster.hosts[0], "mpirun", *options, "python", *arguments)
@@ -153,8 +154,7 @@ def test_missing_folder_and_interpreter(cluster: VirtualCluster, training: Train
 
 @pytest.mark.parametrize("launcher", ["pdsh", "torchrun"])
 def test_expert_parallel_size_that_does_not_divide(cluster: VirtualCluster, training: Training, launcher: str) -> None:
-    if launcher == "pdsh" and shutil.which("pdsh") is None:
-        pytest.skip("pdsh is not installed")
+    need(launcher)
     more = ("--parallel.expert_parallel_size=3",)
     result = launch(cluster, training, "--launcher", launcher, more=more)
     assert result.returncode == 2, result

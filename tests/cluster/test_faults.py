@@ -1,5 +1,6 @@
 """A link cut, a rank killed, a host without power in mid-run: it is named, all ends, a run goes on from its save."""
 
+import contextlib
 import os
 import re
 import signal
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Host, VirtualCluster
-from tests.cluster.training import ENVIRONMENT, Training, need, run
+from tests.cluster.hosts import ClusterUnavailable, Host, VirtualCluster, virtual_cluster
+from tests.cluster.training import ENVIRONMENT, Training, mpich, need, prepare, run
 from tests.train.runs import ROOT, losses, records
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("idle")]
@@ -23,7 +24,7 @@ LONG = (f"--train.steps={STEPS}", "--checkpoint.every=5")
 class Running:
     """A command on a host, with its output in a file."""
 
-    def __init__(self, host: Host, output: Path, *args: str) -> None:
+    def __init__(self, host: Host, output: Path, *args: str, **variables: str) -> None:
         self.output, self.args = output, args
         with output.open("wb") as file:
             self.process = subprocess.Popen(
@@ -31,7 +32,7 @@ class Running:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **variables},
                 cwd=ROOT,
                 start_new_session=True,
             )
@@ -70,16 +71,21 @@ def rank_pids(host: Host) -> list[int]:
     return sorted(own)
 
 
-def end_by_kill(cluster: VirtualCluster) -> None:
-    os.kill(rank_pids(cluster.hosts[1])[0], signal.SIGKILL)
+def end_by_kill(cluster: VirtualCluster) -> str:
+    pid = rank_pids(cluster.hosts[1])[0]
+    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    os.kill(pid, signal.SIGKILL)
+    return next(word for word in words if word.startswith(b"RANK="))[5:].decode()
 
 
-def end_by_cut(cluster: VirtualCluster) -> None:
+def end_by_cut(cluster: VirtualCluster) -> str:
     cluster.hosts[1].cut()
+    return "[23]"
 
 
-def end_by_power(cluster: VirtualCluster) -> None:
+def end_by_power(cluster: VirtualCluster) -> str:
     cluster.hosts[1].power_off()
+    return "[23]"
 
 
 @pytest.fixture
@@ -109,17 +115,17 @@ def test_fault(
     tmp_path: Path,
     running: list[Running],
     launcher: str,
-    fault: Callable[[VirtualCluster], None],
+    fault: Callable[[VirtualCluster], str],
 ) -> None:
-    if launcher == "pdsh":
-        need("pdsh")
+    """A fault gives a pattern of the ranks that it hits: no other may be named."""
+    need({"pdsh": "pdsh", "torchrun": "torchrun"}.get(launcher, "mpirun"))
     run_dir = training.new_run()
     command = Running(cluster.hosts[0], tmp_path / "out.txt", *launch(cluster, training, launcher, run_dir))
     running.append(command)
     command.wait_for_step(run_dir, 8)
-    fault(cluster)
+    ranks = fault(cluster)
     named = command.wait_until(
-        lambda: re.search(r"rank [0-3] (has given no|is gone|lost|has ended)", command.text()) is not None,
+        lambda: re.search(rf"rank {ranks} (has given no|is gone|lost|has ended)", command.text()) is not None,
         NOTICE_SECONDS,
     )
     ended = named + command.wait_until(lambda: command.process.poll() is not None, 15)
@@ -144,21 +150,73 @@ def test_fault(
     assert before.items() <= losses(whole).items()
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "pdsh", "openmpi", "mpirun", "mpich"])
 def test_signal_is_an_orderly_stop(
-    cluster: VirtualCluster, training: Training, tmp_path: Path, running: list[Running]
+    cluster: VirtualCluster, training: Training, tmp_path: Path, running: list[Running], launcher: str
 ) -> None:
+    variables, options = _launcher(launcher, tmp_path)
     run_dir = training.new_run()
-    command = Running(cluster.hosts[0], tmp_path / "out.txt", *launch(cluster, training, "torchrun", run_dir))
+    words = launch(cluster, training, "mpirun" if launcher == "mpich" else launcher, run_dir, *options)
+    command = Running(cluster.hosts[0], tmp_path / "out.txt", *words, **variables)
     running.append(command)
     command.wait_for_step(run_dir, 6)
-    for pid, line in cluster.hosts[0].processes().items():
-        if re.match(r"\S*python\S* \S*moe-train launch --hostfile", line):  # nsenter would hand nothing on
-            os.kill(pid, signal.SIGTERM)
+    send(cluster.hosts[0], signal.SIGTERM)
     command.wait_until(lambda: command.process.poll() is not None, 30)
     assert command.process.returncode == 75, command.text()
     assert "SIGTERM: the ranks finish their step and save" in command.text()
     assert cluster.wait_until_idle(20) == {}
     assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{records(run_dir)[-1]['step']:08d}\n"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "pdsh", "openmpi", "mpirun", "mpich"])
+def test_a_failed_rank_is_never_a_success(
+    cluster: VirtualCluster, training: Training, tmp_path: Path, running: list[Running], launcher: str
+) -> None:
+    variables, options = _launcher(launcher, tmp_path)
+    run_dir = training.new_run()
+    words = launch(cluster, training, "mpirun" if launcher == "mpich" else launcher, run_dir, *options)
+    command = Running(cluster.hosts[0], tmp_path / "out.txt", *words, **variables)
+    running.append(command)
+    command.wait_for_step(run_dir, 6)
+    end_by_kill(cluster)
+    command.wait_until(lambda: command.process.poll() is not None, 60)
+    print(f"{launcher}: exit code {command.process.returncode}")
+    assert command.process.returncode not in (0, 2, 75), command.text()
+    assert cluster.wait_until_idle(20) == {}
+
+
+def _launcher(name: str, folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Variables and options to have a launcher; skips the test where it is not installed."""
+    if name == "mpich":
+        (folder / "mpich").mkdir()
+        return mpich(folder / "mpich"), ("--env", "UCX_TLS")
+    need({"pdsh": "pdsh", "torchrun": "torchrun"}.get(name, "mpirun"))
+    return {}, ()
+
+
+def send(host: Host, number: int) -> None:
+    """A signal to `moe-train launch` on a host: nsenter, which started it, would hand nothing on."""
+    for pid, line in host.processes().items():
+        if re.match(r"\S*python\S* \S*moe-train launch --hostfile", line):
+            os.kill(pid, number)
+
+
+def test_goes_on_without_the_first_of_three_hosts(tmp_path: Path) -> None:
+    need("torchrun")
+    with contextlib.ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(virtual_cluster(num_hosts=3, slots=1))
+        except ClusterUnavailable as error:
+            pytest.skip(str(error))
+        training = prepare(cluster)
+        cluster.hosts[0].power_off()
+        run_dir = training.new_run()
+        options = ["--hostfile", str(cluster.hostfile), "--launcher", "torchrun", "--allow-fewer-hosts"]
+        more = ["--parallel.expert_parallel_size=2", "--train.steps=2"]
+        result = run(cluster.hosts[1], "moe-train", "launch", *options, "--", *training.arguments(run_dir, *more))
+        assert result.returncode == 0, result
+        assert "host1 cannot be reached over ssh" in result.stderr and "2 x cpu" in result.stdout + result.stderr
+        assert set(losses(run_dir)) == {1, 2}
 
 
 def test_goes_on_with_the_hosts_that_are_left(

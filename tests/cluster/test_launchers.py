@@ -7,92 +7,96 @@ import pytest
 
 from moe_train.parallel.addresses import free_port
 from tests.cluster.hosts import VirtualCluster
-from tests.cluster.training import ENVIRONMENT, PASSED, Training, need, run
+from tests.cluster.training import Training, mpich, need, run
 from tests.processes import ProcessResult
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
-def environment_file(cluster: VirtualCluster) -> str:
-    """What pdsh does not hand on, in deepspeed's own format."""
-    path = cluster.folder / "deepspeed_env"
-    path.write_text("".join(f"{name}={ENVIRONMENT[name]}\n" for name in PASSED))
-    return str(path)
+SAY = """
+import os, pathlib, socket
+rank = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK"))
+pathlib.Path(__file__).with_name("rank" + rank).write_text(socket.gethostname() + chr(10) + os.environ["MINE"])
+"""
 
 
-def on_both(cluster: VirtualCluster, *commands: list[str]) -> ProcessResult:
-    """A command on each host at the same time; the result of the first that failed."""
+def on_both(cluster: VirtualCluster, *command: str, **variables: str) -> ProcessResult:
+    """A command on each host at the same time, with NODE_RANK; the result of the first that failed."""
+
+    def start(rank: int) -> ProcessResult:
+        return run(cluster.hosts[rank], *command, NODE_RANK=str(rank), **variables)
+
     with ThreadPoolExecutor(2) as threads:
-        results = list(threads.map(lambda pair: run(pair[0], *pair[1]), zip(cluster.hosts, commands)))
+        results = list(threads.map(start, range(2)))
     return next((result for result in results if result.returncode), results[0])
 
 
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpirun", "torchrun"])
 def test_launch(cluster: VirtualCluster, training: Training, launcher: str) -> None:
-    if launcher == "pdsh":
-        need("pdsh")
+    need({"pdsh": "pdsh", "torchrun": "torchrun"}.get(launcher, "mpirun"))
     run_dir = training.new_run()
     options = ["--hostfile", str(cluster.hostfile), "--launcher", launcher]
     result = run(cluster.hosts[0], "moe-train", "launch", *options, "--", *training.arguments(run_dir))
     training.check(result, run_dir)
 
 
-def test_deepspeed_over_pdsh(cluster: VirtualCluster, training: Training) -> None:
-    need("pdsh")
+@pytest.mark.parametrize(("way", "command"), [("pdsh", "pdsh"), ("openmpi", "mpirun")])
+def test_deepspeed(cluster: VirtualCluster, training: Training, way: str, command: str) -> None:
+    need(command)
     run_dir = training.new_run()
-    options = ["--hostfile", str(cluster.hostfile), "--master_port", str(free_port())]
-    variables = {"DS_ENV_FILE": environment_file(cluster)}
-    result = run(cluster.hosts[0], "deepspeed", *options, *training.arguments(run_dir), **variables)
-    training.check(result, run_dir)
-
-
-def test_deepspeed_over_openmpi(cluster: VirtualCluster, training: Training) -> None:
-    run_dir = training.new_run()
-    options = ["--hostfile", str(cluster.hostfile), "--launcher", "openmpi", "--launcher_args=--bind-to none"]
-    variables = {"DS_ENV_FILE": environment_file(cluster)}
-    result = run(cluster.hosts[0], "deepspeed", *options, *training.arguments(run_dir), **variables)
+    arguments = [way, str(cluster.hostfile), *training.arguments(run_dir)[1:]]
+    result = run(cluster.hosts[0], "launch/deepspeed.sh", *arguments, MASTER_PORT=str(free_port()))
     training.check(result, run_dir)
 
 
 def test_deepspeed_without_ssh(cluster: VirtualCluster, training: Training) -> None:
     run_dir = training.new_run()
-    options = ["--hostfile", str(cluster.hostfile), "--no_ssh", "--master_addr", cluster.hosts[0].address]
-    options += ["--master_port", str(free_port())]
-    commands = [["deepspeed", *options, f"--node_rank={rank}", *training.arguments(run_dir)] for rank in range(2)]
-    training.check(on_both(cluster, *commands), run_dir)
+    arguments = ["no-ssh", str(cluster.hostfile), *training.arguments(run_dir)[1:]]
+    variables = {"MASTER_ADDR": cluster.hosts[0].address, "MASTER_PORT": str(free_port())}
+    training.check(on_both(cluster, "launch/deepspeed.sh", *arguments, **variables), run_dir)
 
 
 def test_open_mpi(cluster: VirtualCluster, training: Training) -> None:
+    need("mpirun")
     run_dir = training.new_run()
-    passed = [word for name in PASSED for word in ("-x", name)]
-    options = ["--host", "host1:2,host2:2", "-n", "4", "--bind-to", "none", *passed]
-    result = run(cluster.hosts[0], "mpirun", *options, "python", *training.arguments(run_dir))
-    training.check(result, run_dir)
+    arguments = ["launch/mpirun.sh", "4", *training.arguments(run_dir)[1:]]
+    training.check(run(cluster.hosts[0], *arguments, HOSTS="host1:2,host2:2"), run_dir)
 
 
 def test_mpich(cluster: VirtualCluster, training: Training, tmp_path: Path) -> None:
-    mpirun = need("mpirun.mpich")
-    library = next((path for path in Path("/usr/lib").glob("*/libmpich.so.12")), None)
-    if library is None:
-        pytest.skip("no libmpich.so.12")
-    (tmp_path / "libmpi.so.12").symlink_to(library)  # the name that mpi4py's wheel looks for
-    variables = {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": str(tmp_path), "UCX_TLS": "tcp,self"}
+    variables = mpich(tmp_path)
     run_dir = training.new_run()
-    options = ["-hosts", "host1:2,host2:2", "-n", "4"]  # hydra hands on the whole environment
-    result = run(cluster.hosts[0], mpirun, *options, "python", *training.arguments(run_dir), **variables)
-    training.check(result, run_dir)
+    arguments = ["launch/mpirun.sh", "4", *training.arguments(run_dir)[1:]]
+    training.check(run(cluster.hosts[0], *arguments, HOSTS="host1:2,host2:2", **variables), run_dir)
+
+
+def test_launch_over_mpich(cluster: VirtualCluster, training: Training, tmp_path: Path) -> None:
+    variables = mpich(tmp_path)
+    run_dir = training.new_run()
+    options = ["--hostfile", str(cluster.hostfile), "--launcher", "mpirun", "--env", "UCX_TLS"]
+    arguments = ["moe-train", "launch", *options, "--", *training.arguments(run_dir)]
+    training.check(run(cluster.hosts[0], *arguments, **variables), run_dir)
 
 
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_torchrun(cluster: VirtualCluster, training: Training, rendezvous: str) -> None:
     run_dir = training.new_run()
-    address, port = cluster.hosts[0].address, free_port()
-    commands = []
-    for rank in range(2):
-        options = ["--nnodes", "2", "--nproc-per-node", "2"]
-        if rendezvous == "static":
-            options += ["--node-rank", str(rank), "--master-addr", address, "--master-port", str(port)]
-        else:
-            options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}", "--rdzv-id", "test"]
-        commands.append(["torchrun", *options, *training.arguments(run_dir)])
-    training.check(on_both(cluster, *commands), run_dir)
+    arguments = [rendezvous, *training.arguments(run_dir)[1:]]
+    variables = {"MASTER_ADDR": cluster.hosts[0].address, "MASTER_PORT": str(free_port()), "RANKS": "2"}
+    training.check(on_both(cluster, "launch/torchrun.sh", *arguments, **variables), run_dir)
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpirun", "torchrun"])
+def test_places_and_values_are_what_was_given(cluster: VirtualCluster, tmp_path: Path, launcher: str) -> None:
+    """Ranks follow the lines of the hostfile, here not the order of the hosts' names; values arrive as they are."""
+    need({"pdsh": "pdsh", "torchrun": "torchrun"}.get(launcher, "mpirun"))
+    hostfile, script = tmp_path / "hostfile", tmp_path / "say.py"
+    hostfile.write_text("host2 slots=2\nhost1 slots=2\n")
+    script.write_text(SAY)
+    value = """a b $HOME `id` "c" 'd' \\ %h ^e;"""
+    options = ["--hostfile", str(hostfile), "--launcher", launcher, "--env", f"MINE={value}"]
+    result = run(cluster.hosts[0], "moe-train", "launch", *options, "--", str(script))
+    assert result.returncode == 0, result
+    said = {path.name: path.read_text().split("\n") for path in tmp_path.glob("rank*")}
+    hosts = ["host2", "host2", "host1", "host1"]
+    assert said == {f"rank{rank}": [host, value] for rank, host in enumerate(hosts)}, result

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,29 +19,28 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 MBIT, SLOW_MBIT = 800, 40  # 20 times: far from what a busy machine does by itself
 PORT = 29417  # free: the nodes have a network of their own
 TIMEOUT_SECONDS = 120
-TC = "/usr/sbin/tc"
+COMMANDS = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # where tc is; not everyone's PATH has the latter two
 
 
 @contextlib.contextmanager
 def hosts(number: int) -> Iterator[list[Node]]:
     """Nodes; skips where they are not possible."""
-    try:
-        link = slow_link(number, MBIT)
-        nodes = link.__enter__()
-    except SlowLinkUnavailable as reason:
-        pytest.skip(str(reason))
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            nodes = stack.enter_context(slow_link(number, MBIT))
+        except SlowLinkUnavailable as reason:
+            pytest.skip(str(reason))
         yield nodes
-    finally:
-        link.__exit__(None, None, None)
 
 
 def slow_down(node: Node) -> None:
     """What a node sends, and what it is sent: the switch's end of its line is in a namespace of its own."""
+    tc = shutil.which("tc", path=COMMANDS)
+    assert tc is not None  # else there would be no nodes
     switch = node.namespace.rpartition("-")[0] + "-switch"
     for where, interface in ((node.namespace, node.interface), (switch, f"node{node.rank}")):
         rate = ["tbf", "rate", f"{SLOW_MBIT}mbit", "burst", "16kb", "limit", "4mb"]
-        command = [TC, "-n", where, "qdisc", "replace", "dev", interface, "root", *rate]
+        command = [tc, "-n", where, "qdisc", "replace", "dev", interface, "root", *rate]
         subprocess.run(command, check=True, capture_output=True)
 
 
@@ -93,7 +93,7 @@ def test_slow_host_of_three_is_named(slow: int) -> None:
     assert [found["kind"] for found in problems] == ["link"], problems
     assert problems[0]["where"].endswith(f"#{slow}")
     assert "its line is" in problems[0]["message"]
-    assert report["machine"]["inter_node"]["all_to_all"]["bytes_per_second"] < 4 * SLOW_MBIT * 1e6 / 8
+    assert report["machine"]["inter_node"]["all_to_all"]["bytes_per_second"] < 2 * SLOW_MBIT * 1e6 / 8
 
 
 def test_slow_line_of_two_hosts_is_a_warning_and_a_problem_where_more_is_expected() -> None:

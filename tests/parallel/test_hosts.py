@@ -33,10 +33,10 @@ def test_lines_that_are_no_hosts(tmp_path: Path, line: str) -> None:
 def test_interface_by_name() -> None:
     environ: dict[str, str] = {}
     choose_interface("lo", environ)
-    assert environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    told = {"NCCL_SOCKET_IFNAME": "=lo"}
+    assert environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}  # else NCCL would take lo2 too
+    told = {"NCCL_SOCKET_IFNAME": "lo"}
     choose_interface("lo", told)
-    assert told == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+    assert told == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     unset: dict[str, str] = {}
     choose_interface(None, unset)
     assert unset == {}

@@ -362,7 +362,7 @@ def test_gloo_takes_the_route_to_rank_0_on_several_hosts_unless_told(monkeypatch
     monkeypatch.setattr("moe_train.parallel.bootstrap.route_interface", lambda host: f"to-{host}")
     exported: dict[str, str] = {}
     export_world(discover_world(SLURM), environ=exported)
-    assert exported["GLOO_SOCKET_IFNAME"] == exported["NCCL_SOCKET_IFNAME"] == "to-node08"
+    assert (exported["GLOO_SOCKET_IFNAME"], exported["NCCL_SOCKET_IFNAME"]) == ("to-node08", "=to-node08")
     told = {"GLOO_SOCKET_IFNAME": "ib0"}
     export_world(discover_world(SLURM), environ=told)
     assert told["GLOO_SOCKET_IFNAME"] == "ib0"

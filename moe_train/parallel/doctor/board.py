@@ -1,4 +1,4 @@
-"""What ranks tell each other apart from collectives: a store in rank 0's process, where each wait has its end.
+"""What ranks tell each other apart from collectives: a store in rank 0's process or its agent's; each wait has its end.
 
 So the doctor knows which rank did not answer when a collective operation hangs, and can compare ranks that could not
 even form a process group. Only rank 0 reads what all ranks have written, and tells the others what follows from it.
@@ -6,7 +6,6 @@ even form a process group. Only rank 0 reads what all ranks have written, and te
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -15,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_train.config.errors import UsageError
-from moe_train.parallel.addresses import accepts_connections
+from moe_train.parallel.rendezvous import join_group, open_store
 from moe_train.parallel.world import World
 
 _PAUSE_SECONDS = 0.02  # between two looks of rank 0
@@ -153,7 +151,7 @@ class Board:
 
 
 def open_stores(world: World, seconds: float) -> tuple[Any, Any]:
-    """Two connections to a store in rank 0's process: one for the work, one for a thread that looks for a hang.
+    """Two connections to the store of this start: one for the work, one for a thread that looks for a hang.
 
     Args:
         world: The place of this process.
@@ -161,49 +159,20 @@ def open_stores(world: World, seconds: float) -> tuple[Any, Any]:
 
     Raises:
         ConnectionError: If rank 0 cannot be reached.
-        UsageError: In rank 0, if its port is taken.
+        UsageError: If its port is taken; on all ranks.
 
     Collective: All ranks.
     """
-    if world.world_size == 1:
-        store = dist.HashStore()
-        return store, store
-    address, port, limit = world.master_addr, world.master_port, timedelta(seconds=seconds)
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return _open_beside_agent(world, seconds)
-        first = dist.TCPStore(address, port, is_master=world.rank == 0, wait_for_workers=False, timeout=limit)
-        return first, dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
-    except RuntimeError as error:
+        store = open_store(world, timedelta(seconds=seconds))
+        return store, store if world.world_size == 1 else store.clone()
+    except (RuntimeError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        if world.rank == 0:
-            raise UsageError(
-                f"port {port} cannot be opened for the ranks to meet ({reason}): set MASTER_PORT"
-            ) from error
-        raise ConnectionError(f"rank {world.rank} cannot reach rank 0 at {address}, port {port}: {reason}") from error
-
-
-def _open_beside_agent(world: World, seconds: float) -> tuple[Any, Any]:
-    """Under torchrun, whose agent's store stays from one start to the next: it only tells where rank 0's is."""
-    address, limit = world.master_addr, timedelta(seconds=seconds)
-    agent = dist.TCPStore(address, world.master_port, is_master=False, wait_for_workers=False, timeout=limit)
-    key = f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if world.rank == 0:
-        first = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        port = first.port
-        agent.set(key, str(port))
-    else:
-        deadline = time.monotonic() + seconds
-        while not accepts_connections(address, port := int(agent.get(key))):  # it may be that of an earlier start
-            if time.monotonic() >= deadline:
-                raise ConnectionError(f"rank {world.rank} cannot reach rank 0 at {address}, port {port}")
-            time.sleep(10 * _PAUSE_SECONDS)
-        first = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
-    return first, dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+        raise ConnectionError(f"rank {world.rank} cannot meet the others: {reason}") from error
 
 
 def join_ranks(store: Any, world: World, device: torch.device, seconds: float) -> None:
-    """Join torch.distributed as training does: gloo, and on CUDA NCCL beside it.
+    """Join torch.distributed as training does.
 
     Args:
         store: One of `open_stores`.
@@ -213,9 +182,4 @@ def join_ranks(store: Any, world: World, device: torch.device, seconds: float) -
 
     Collective: All ranks.
     """
-    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=seconds)}
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
-    group_store = dist.PrefixStore("group", store)
-    dist.init_process_group(rank=world.rank, world_size=world.world_size, store=group_store, **options)
+    join_group(dist.PrefixStore("group", store), world, device, timedelta(seconds=seconds))

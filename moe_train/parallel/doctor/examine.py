@@ -5,70 +5,41 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from moe_train.config.errors import UsageError
 from moe_train.parallel.doctor.board import Board, Unanswered, join_ranks, open_stores
 from moe_train.parallel.doctor.collectives import Timing, check_collectives, merge_timings, time_collectives
 from moe_train.parallel.doctor.facts import Facts, measure_busy_cores
 from moe_train.parallel.doctor.finding import Finding
-from moe_train.parallel.doctor.folder import check_folder
+from moe_train.parallel.doctor.folder import WAIT_SECONDS, check_folder
 from moe_train.parallel.doctor.judge_links import LinkJudge, judge_reach, judge_silence
 from moe_train.parallel.doctor.judge_ranks import (
     can_be_measured,
     host_names,
     judge_clocks,
     judge_facts,
+    judge_software,
     place_ranks,
     rank_names,
 )
 from moe_train.parallel.doctor.links import Flow, measure_links
 from moe_train.parallel.doctor.machine import make_machine
 from moe_train.parallel.doctor.reach import answering, own_address, reach_all
+from moe_train.parallel.doctor.request import Request
 from moe_train.parallel.doctor.scopes import create_scopes, host_ranks
 from moe_train.parallel.doctor.speed import Speed, measure_speed
 from moe_train.parallel.doctor.watch import Watch
 from moe_train.parallel.peak import peak_flops
-from moe_train.parallel.precision import Precision
-from moe_train.parallel.world import World
 
 _MEET_FACTOR = 3  # ranks start at different times: imports from a slow disk
 _SPARE_SECONDS = 5.0  # after which a hanging operation, which has its own limit, is ended from outside
 _SAY_SECONDS = 3.0
 _SHOWN_SECONDS = 12.0  # for rank 0 to ask who hangs, and to show it
 _LEAVE_SECONDS = 5.0
+_MEASUREMENTS = "collective operations, links and devices"
 EXIT_PROBLEM = 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to examine.
-
-    Attributes:
-        world: The place of this process.
-        device: Of this rank.
-        facts: Of this rank.
-        precisions: Of products; fp32 and what training would use.
-        sizes: Bytes of collective operations, ascending.
-        budget_seconds: Of the operations of one scope, and of the products of one precision.
-        timeout_seconds: After which a link counts as broken, or a rank as hanging.
-        expected: Bytes a second between two hosts that the user expects; None.
-        folder: That all ranks should share; None: not known.
-    """
-
-    world: World
-    device: torch.device
-    facts: Facts
-    precisions: tuple[Precision, ...]
-    sizes: tuple[int, ...]
-    budget_seconds: float
-    timeout_seconds: float
-    expected: float | None
-    folder: Path | None
 
 
 class Examination:
@@ -118,19 +89,18 @@ class Examination:
     def _examine(self, store: Any, meet_seconds: float) -> int:
         nodes, names, hosts, can_measure, have_folder = self._compare(meet_seconds)
         folder = self._request.folder
-        if folder is None or not have_folder:
-            self._skip("the shared folder: give all ranks --config with train.run_dir, or --shared-dir")
-        else:
+        if folder is not None and have_folder:
             self._stage("the shared folder")
+            self._watch.expect("the shared folder", self._request.timeout_seconds + WAIT_SECONDS + _SPARE_SECONDS)
             *findings, self._parts["folder"] = check_folder(folder, self._board, self._request.timeout_seconds)
             self._add(*findings)
         if can_measure and len(host_ranks(nodes)) > 1:
             can_measure = self._reach(nodes, hosts)
+            if not can_measure:
+                self._skip(f"{_MEASUREMENTS}: put the problems right first")
         if can_measure:
             timings = self._measure_network(store, nodes, names, hosts)
             self._measure_machine(timings)
-        else:
-            self._skip("collective operations, links and devices: put the problems right first")
         self._watch.rest()
         return self._conclude()
 
@@ -172,18 +142,7 @@ class Examination:
         own = replace(self._request.facts, busy_cores=busy)
 
         def judge(given: list[Any]) -> list[Any]:
-            facts = [Facts(**values) for values, _ in given]
-            have_folder = all(has for _, has in given)
-            failures = [fact.failure for fact in facts]
-            # What rank 0 alone has to do with, or what all ranks were given alike, is bad usage; else ranks differ.
-            if failures[0] and (len(set(failures)) == 1 or failures[0].startswith("--output")):
-                return [failures[0], [], [], [], False, False]
-            self._facts = facts
-            hosts, self._names = host_names(facts), rank_names(facts)
-            self._add(*judge_facts(facts))
-            self._parts["ranks"] = [fact.summary(host) for fact, host in zip(facts, hosts, strict=True)]
-            can_measure = can_be_measured(facts) and not any(failures)
-            return ["", [fact.node for fact in facts], self._names, hosts, can_measure, have_folder]
+            return self._judge_facts([values for values, _ in given], all(has for _, has in given))
 
         value = [own.as_dict(), self._request.folder is not None]
         failure, *verdict = self._board.meet("facts", value, judge, meet_seconds)
@@ -191,6 +150,34 @@ class Examination:
             raise UsageError(failure)
         nodes, self._names, hosts, can_measure, have_folder = verdict
         return nodes, self._names, hosts, can_measure, have_folder
+
+    def _judge_facts(self, given: list[dict[str, Any]], have_folder: bool) -> list[Any]:
+        """In rank 0: what `_compare` gives, after why there is nothing to examine; ""."""
+        failures = [values.get("failure", "") for values in given]
+        # What rank 0 alone has to do with, or what all ranks were given alike, is bad usage; else ranks differ.
+        usage = self._request.unwritable or (failures[0] if len(set(failures)) == 1 else "")
+        if usage:
+            return [usage, [], [], [], False, False]
+        own = self._request.facts.digest
+        is_alike = all(values.get("digest") == own for values in given)
+        # Another moe_train may have given other fields.
+        self._facts = facts = [Facts(**values) for values in given if values.get("digest") == own]
+        hosts = host_names(facts)
+        self._parts["ranks"] = [fact.summary(host) for fact, host in zip(facts, hosts, strict=True)]
+        if not is_alike:
+            self._add(judge_software(given), [])
+            remedy = "bring the same checkout to all hosts first"
+            self._skip(f"the shared folder: {remedy}")
+            self._skip(f"{_MEASUREMENTS}: {remedy}")
+            return ["", [values.get("node", 0) for values in given], self._names, [], False, False]
+        self._names = rank_names(facts)
+        self._add(*judge_facts(facts))
+        can_measure = can_be_measured(facts) and not any(failures)
+        if not have_folder:
+            self._skip("the shared folder: give all ranks --config with train.run_dir, or --shared-dir")
+        if not can_measure:
+            self._skip(f"{_MEASUREMENTS}: put the problems right first")
+        return ["", [fact.node for fact in facts], self._names, hosts, can_measure, have_folder]
 
     def _reach(self, nodes: list[int], hosts: list[str]) -> bool:
         """Whether every host reaches every other; rank 0 takes down clocks and broken links."""

@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ import torch
 import moe_train
 from moe_train.parallel.addresses import route_interface
 from moe_train.parallel.cores import usable_cores
+from moe_train.parallel.host_memory import host_memory
+from moe_train.parallel.versions import PACKAGES, software
 from moe_train.parallel.world import World
 
 # Variables that change what training does, or how fast. What each rank must have for itself is not among them.
@@ -27,7 +28,13 @@ _PREFIXES = (
     *("OPENBLAS_", "PYTORCH_", "CUBLAS_", "CUDNN_", "CUDA_", "HSA_", "DS_", "TRITON_", "TORCH_ALLOW_TF32"),
 )
 _NAMES = ("LD_PRELOAD", "PYTHONHASHSEED", "MALLOC_ARENA_MAX", "TORCH_LOGS")
-_OWN = ("CUDA_VISIBLE_DEVICES",)
+# What a launcher or host has for itself, or a rank for its own cores and files, and what only one need have.
+_OWN = (
+    *("CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_CACHE_PATH"),
+    *("DS_ENV_FILE", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "TRITON_CACHE_DIR"),
+    *("NCCL_HOSTID", "NCCL_DEBUG_FILE", "NCCL_TOPO_DUMP_FILE", "NCCL_GRAPH_DUMP_FILE"),
+    *("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"),
+)
 _GIT_SECONDS = 5
 _BUSY_SECONDS = 0.25
 
@@ -51,6 +58,7 @@ class Facts:
         device: Its kind ("cpu", "cuda"), name, memory, free memory and, on CUDA, UUID.
         memory, memory_available: Of the host, or what its control group grants.
         cores: That this process may use.
+        host_cores: That the host has.
         threads: Of one rank on the CPU.
         shared_memory, shared_memory_free: Of /dev/shm.
         open_files: That this process may have.
@@ -75,6 +83,7 @@ class Facts:
     memory: int
     memory_available: int
     cores: int
+    host_cores: int
     threads: int
     shared_memory: int
     shared_memory_free: int
@@ -141,6 +150,7 @@ def collect_facts(
         memory=memory,
         memory_available=available,
         cores=usable_cores(),
+        host_cores=os.cpu_count() or 1,
         threads=threads,
         shared_memory=shared.total if shared else 0,
         shared_memory_free=shared.free if shared else 0,
@@ -160,14 +170,8 @@ def chosen_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_versions(device: torch.device) -> dict[str, str]:
-    """Versions by name; what is not there is left out."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    found["moe_train"] = moe_train.__version__
-    for package in ("deepspeed", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    """Versions by name; of CUDA, HIP, NCCL and the driver those that are there."""
+    found = software((*PACKAGES, "numpy"))
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     if torch.version.hip:
@@ -219,25 +223,6 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def host_memory(meminfo: Path = Path("/proc/meminfo"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Memory that there is and that is available, in bytes; no more than this process's control group grants."""
-    values = {}
-    for line in meminfo.read_text().splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = int(rest.split()[0]) * 1024
-    total, available = values["MemTotal"], values["MemAvailable"]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            granted, taken = int((root / limit).read_text()), int((root / used).read_text())
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-        total, available = min(total, granted), min(available, max(0, granted - taken))
-    return total, available
 
 
 def _interface_mbit(interface: str) -> int | None:

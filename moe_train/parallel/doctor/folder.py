@@ -11,7 +11,9 @@ from typing import Any
 from moe_train.parallel.doctor.board import Board
 from moe_train.parallel.doctor.finding import Finding, name_ranks
 
-_CACHE_SECONDS = 3.0  # network file systems show a new file of another host after a while
+_CACHE_SECONDS = 3.0  # network file systems show a new file or folder of another host after a while
+WAIT_SECONDS = 3 * _CACHE_SECONDS  # at most, for all that they show late
+_PAUSE_SECONDS = 0.1  # between two looks
 _LEAST_FREE_BYTES = 2**30
 
 
@@ -28,17 +30,16 @@ def check_folder(folder: Path, board: Board, seconds: float) -> tuple[list[Findi
 
     Collective: All ranks.
     """
-    missing = [part for part in (folder, *folder.parents) if not part.exists()] if board.rank == 0 else []
+    missing, failure = _make(folder) if board.rank == 0 else ([], "")
     try:
-        failure = _make(folder) if board.rank == 0 else ""
         word = board.meet("folder/word", failure, lambda given: [given[0], uuid.uuid4().hex], seconds)
         failure, nonce = word
         own = folder / f".moe_train_doctor_{nonce}_{board.rank}"
-        failure = failure or _write(own, nonce)
+        failure = failure or _write(own, nonce, time.monotonic() + _CACHE_SECONDS)
         try:
-            board.meet("folder/written", None, lambda given: None, seconds)
+            board.meet("folder/written", None, lambda given: None, seconds + _CACHE_SECONDS)
             seen = _reads(folder / f".moe_train_doctor_{nonce}_0", nonce, time.monotonic() + _CACHE_SECONDS)
-            free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+            free = _free_bytes(folder)
 
             def judge(given: list[list[Any]]) -> list[Any]:
                 files = [folder / f".moe_train_doctor_{nonce}_{rank}" for rank in range(board.world_size)]
@@ -86,24 +87,42 @@ def judge_folder(path: str, given: list[list[Any]], unseen: list[int]) -> tuple[
     return problems, warnings
 
 
-def _make(folder: Path) -> str:
+def _make(folder: Path) -> tuple[list[Path], str]:
+    """Make a folder. The parts of it that were not there, the innermost first, and why it could not be made; ""."""
+    missing = list[Path]()
     try:
+        for part in (folder, *folder.parents):
+            if part.exists():
+                break
+            missing.append(part)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        return missing, error.strerror or str(error)
+    return missing, ""
 
 
-def _write(file: Path, text: str) -> str:
-    """Why it could not be written; "" if it was."""
+def _write(file: Path, text: str, deadline: float) -> str:
+    """Why it could not be written; "" if it was. A folder that is not there yet is waited for."""
+    while True:
+        try:
+            with file.open("x", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) or time.monotonic() >= deadline:
+                return error.strerror or str(error)
+            time.sleep(_PAUSE_SECONDS)
+        else:
+            return ""
+
+
+def _free_bytes(folder: Path) -> int:
+    """0 where it cannot be told: then it could not be written either."""
     try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def _reads(file: Path, text: str, deadline: float) -> bool:
@@ -114,4 +133,4 @@ def _reads(file: Path, text: str, deadline: float) -> bool:
                 return True
         if time.monotonic() >= deadline:
             return False
-        time.sleep(0.1)
+        time.sleep(_PAUSE_SECONDS)

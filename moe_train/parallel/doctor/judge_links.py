@@ -9,6 +9,7 @@ from moe_train.parallel.doctor.finding import Finding, name_ranks
 from moe_train.parallel.doctor.links import Flow
 
 SLOW_FACTOR = 3.0  # so many times slower than the median is slow
+LEAST_LANES = 3  # of two lanes the median tells nothing
 FLOOR_BYTES_PER_SECOND = 1e9 / 8  # between hosts; below it training across hosts makes no sense
 INTERFACE_SHARE = 0.25  # of an interface's speed, that a link should reach
 
@@ -63,6 +64,24 @@ def find_slow(rates: Mapping[tuple[End, End], float]) -> list[Slow[End]]:
     for (source, target), rate in rates.items():
         if rate * SLOW_FACTOR < median and source not in senders and target not in receivers:
             slow.append(Slow(source, target, median / rate, rate))
+    return slow
+
+
+def find_slow_lanes(rates: Mapping[tuple[int, int], float], nodes: Sequence[int]) -> list[Slow[int]]:
+    """Slow lanes between two hosts, each held against the median of the lanes of the same direction.
+
+    Each rank has one partner on the other host: which of the two is slow cannot be told.
+
+    Args:
+        rates: Bytes a second from rank to rank.
+        nodes: The host of each rank.
+    """
+    slow = list[Slow[int]]()
+    for node in dict.fromkeys(nodes[source] for source, _ in rates):
+        lanes = {pair: rate for pair, rate in rates.items() if nodes[pair[0]] == node}
+        median = statistics.median(lanes.values())
+        if len(lanes) >= LEAST_LANES:
+            slow += [Slow(*pair, median / rate, rate) for pair, rate in lanes.items() if rate * SLOW_FACTOR < median]
     return slow
 
 
@@ -144,9 +163,12 @@ class LinkJudge:
         found = warnings if self.on_cpu else problems
         slow_hosts = {end for each in slow for end in (each.source, each.target)}
         ranks = {rank: f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)}
-        lanes = {(f.source, f.target): f.bytes_per_second for f in flows if self._crosses(f, slow_hosts)}
-        if len(names) > 2 and len(self.nodes) > len(names):
-            remedy = "look at this rank's network adapter (NCCL_DEBUG=INFO shows which it takes)"
+        remedy = "look at this rank's network adapter (NCCL_DEBUG=INFO shows which it takes)"
+        if len(names) == 2:
+            lanes = {(f.source, f.target): f.bytes_per_second for f in flows if self._crosses(f, set())}
+            found += describe_slow("link", find_slow_lanes(lanes, self.nodes), ranks, remedy)
+        elif len(self.nodes) > len(names) > 2:
+            lanes = {(f.source, f.target): f.bytes_per_second for f in flows if self._crosses(f, slow_hosts)}
             found += describe_slow("link", find_slow(lanes), ranks, remedy)
         inner = {
             (f.source, f.target): f.bytes_per_second for f in flows if self.nodes[f.source] == self.nodes[f.target]
@@ -200,10 +222,14 @@ def judge_reach(reached: Sequence[Sequence[tuple[int, str]]], names: Sequence[st
     remedy = "look at cable, firewall, routes and MTU (ping -M do -s 8972); *_SOCKET_IFNAME chooses the interface"
     num_hosts, findings, told = len(names), list[Finding](), set()
     for node in range(num_hosts):
-        others = {other for pair in failed if node in pair for other in pair if other != node}
-        if num_hosts > 2 and len(others) == num_hosts - 1:
-            text = next(failed[pair] for pair in failed if node in pair)
-            findings.append(Finding("link", names[node], f"{names[node]}: no other host reaches it; {text}", remedy))
+        inward = [text for (_, other), text in failed.items() if other == node]
+        outward = [text for (other, _), text in failed.items() if other == node]
+        is_cut = [num_hosts > 2 and len(texts) == num_hosts - 1 for texts in (inward, outward)]
+        if any(is_cut):
+            words = "no other host reaches it" if is_cut[0] else "it reaches no other host"
+            words += ", and it reaches none" if all(is_cut) else ""
+            text = (inward if is_cut[0] else outward)[0]
+            findings.append(Finding("link", names[node], f"{names[node]}: {words}; {text}", remedy))
             told.add(node)
     for (node, other), text in failed.items():
         if told.intersection((node, other)) or (node > other and (other, node) in failed):

@@ -1,6 +1,6 @@
 """What follows from what the ranks know of themselves: what differs and should not, and what a host lacks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moe_train.parallel.doctor.facts import Facts
@@ -9,7 +9,7 @@ from moe_train.parallel.doctor.finding import Finding, name_ranks
 Judgement = tuple[list[Finding], list[Finding]]  # problems and warnings
 
 _MOST_VALUES, _MOST_FIELDS, _MOST_CHARACTERS = 4, 12, 60
-_BUSY_SHARE = 0.25  # of a host's cores at work for others, from which on its times mean little
+_BUSY_SHARE = 0.25  # of a host's cores, all of them, at work for others, from which on its times mean little
 _SHARED_MEMORY_BYTES = 2**29  # NCCL and data loaders; a container has 64 MiB if nobody asks for more
 _GPU_TAKEN_BYTES = 2 * 2**30  # before training: a context of CUDA takes half a GiB
 _OPEN_FILES, _OPEN_FILES_A_RANK = 256, 16  # connections of several process groups to every rank
@@ -18,10 +18,14 @@ _CLOCK_SECONDS = 1.0
 
 def host_names(facts: Sequence[Facts]) -> list[str]:
     """A name for the host of each rank: as the host says, with its number where two say the same."""
-    names: dict[str, set[int]] = {}
-    for fact in facts:
-        names.setdefault(fact.hostname, set()).add(fact.node)
-    return [f.hostname if len(names[f.hostname]) == 1 else f"{f.hostname}#{f.node}" for f in facts]
+    return _tell_apart([(fact.hostname, fact.node) for fact in facts])
+
+
+def _tell_apart(hosts: Sequence[tuple[str, int]]) -> list[str]:
+    nodes: dict[str, set[int]] = {}
+    for name, node in hosts:
+        nodes.setdefault(name, set()).add(node)
+    return [name if len(nodes[name]) == 1 else f"{name}#{node}" for name, node in hosts]
 
 
 def rank_names(facts: Sequence[Facts]) -> list[str]:
@@ -31,8 +35,8 @@ def rank_names(facts: Sequence[Facts]) -> list[str]:
 
 def judge_facts(facts: Sequence[Facts]) -> Judgement:
     """Hold the ranks against each other and against what training needs."""
-    problems, warnings = _judge_equality(facts)
-    for judge in (_judge_devices, _judge_hosts):
+    problems, warnings = judge_software([vars(fact) for fact in facts]), list[Finding]()
+    for judge in (_judge_equality, _judge_devices, _judge_hosts):
         more_problems, more_warnings = judge(facts)
         problems += more_problems
         warnings += more_warnings
@@ -51,6 +55,34 @@ def can_be_measured(facts: Sequence[Facts]) -> bool:
     return all(len({str(value(fact)) for fact in facts}) == 1 for value in alike) and not _shared_devices(facts)
 
 
+def judge_software(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Problems of versions and code that differ.
+
+    Args:
+        facts: Of each rank, as `Facts.as_dict` gives them; another moe_train may have given other fields.
+    """
+    hosts = _tell_apart([(fact.get("hostname", "?"), fact.get("node", 0)) for fact in facts])
+    given = [fact.get("versions", {}) for fact in facts]
+    held = [
+        ("versions", name, [versions.get(name) for versions in given], "install the same environment on all hosts")
+        for name in dict.fromkeys(name for versions in given for name in versions)
+    ]
+    if len({fact.get("digest") for fact in facts}) > 1:
+        commits = [fact.get("commit") for fact in facts]
+        codes = [
+            f"{fact.get('digest')}{f' (commit {commit[:12]})' if commit else ''}"
+            for fact, commit in zip(facts, commits, strict=True)
+        ]
+        held.append(("code", "the code of moe_train", codes, "bring the same checkout to all hosts"))
+    found = []
+    for kind, name, values, remedy in held:
+        difference = describe_difference(values, hosts)
+        if difference is not None:
+            where, text = difference
+            found.append(Finding(kind, where, f"{name} differs: {text}", remedy))
+    return found
+
+
 def _judge_equality(facts: Sequence[Facts]) -> Judgement:
     problems, warnings = list[Finding](), list[Finding]()
 
@@ -60,12 +92,6 @@ def _judge_equality(facts: Sequence[Facts]) -> Judgement:
             where, text = difference
             found.append(Finding(kind, where, f"{name} differs: {text}", remedy))
 
-    remedy = "install the same environment on all hosts"
-    for name in dict.fromkeys(name for fact in facts for name in fact.versions):
-        hold("versions", name, [fact.versions.get(name) for fact in facts], remedy, problems)
-    codes = [f"{fact.digest}{f' (commit {fact.commit[:12]})' if fact.commit else ''}" for fact in facts]
-    if len({fact.digest for fact in facts}) > 1:
-        hold("code", "the code of moe_train", codes, "bring the same checkout to all hosts", problems)
     failures = [fact.failure or None for fact in facts]
     if any(failures):
         remedy = "give all ranks the same file and options, and all hosts the same devices"
@@ -174,8 +200,8 @@ def _judge_hosts(facts: Sequence[Facts]) -> Judgement:
         if num_threads > fact.cores and fact.device["kind"] == "cpu":
             message = f"{counts[host]} ranks have {num_threads} threads for {fact.cores} cores"
             warnings.append(Finding("host", host, message, "fewer ranks, or parallel.threads_per_rank"))
-        if fact.busy_cores is not None and fact.busy_cores > _BUSY_SHARE * fact.cores:
-            message = f"{fact.busy_cores:.1f} of {fact.cores} cores are at work for something else"
+        if fact.busy_cores is not None and fact.busy_cores > _BUSY_SHARE * fact.host_cores:
+            message = f"{fact.busy_cores:.1f} of {fact.host_cores} cores are at work for something else"
             warnings.append(Finding("host", host, message, "end it, or do not trust the times below"))
         if fact.shared_memory < _SHARED_MEMORY_BYTES and counts[host] > 1:
             message = f"/dev/shm has {fact.shared_memory / 2**20:.0f} MiB"

@@ -3,12 +3,15 @@
 {"hang": rank}     this rank sleeps for ever before the products of numbers are checked
 {"wrong": rank}    this rank gets wrong numbers from each all-to-all
 {"code": rank}     this rank has other files of moe_train
+{"pipe": rank}     nobody reads what this rank prints
 {"version": rank}  this rank has another DeepSpeed
+{"checkout": rank} this rank has another moe_train, whose facts have other fields
 {"clock": rank}    this rank's clock is 100 s ahead
 """
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +31,7 @@ def examine(
     faults: Mapping[str, int] | None = None,
     environments: Sequence[Mapping[str, str]] | None = None,
     own: Sequence[Sequence[str]] | None = None,
+    as_json: bool = True,
 ) -> list[RankResult]:
     """The end of each rank.
 
@@ -37,12 +41,14 @@ def examine(
         faults: See above.
         environments: More variables of each rank.
         own: More arguments of each rank.
+        as_json: Whether rank 0 prints JSON; else tables.
     """
     server, given = fork_server(), local_rank_environments(world_size)
     ranks = []
     for rank, environment in enumerate(given):
         more = {} if environments is None else environments[rank]
-        command = [json.dumps(dict(faults or {})), "doctor", "--quick", "--json", "--sizes=1K,64K", *arguments]
+        command = [json.dumps(dict(faults or {})), "doctor", "--quick", "--sizes=1K,64K", *arguments]
+        command += ["--json"] if as_json else []
         command += [] if own is None else own[rank]
         ranks.append(server.start("tests.parallel.doctor.faulty:main", command, environment | more, ROOT))
     return wait_for_all(ranks, TIMEOUT)
@@ -93,10 +99,30 @@ def have_other_code() -> None:
 
 def have_other_version() -> None:
     """Of DeepSpeed."""
-    from moe_train.parallel.doctor import facts
+    from moe_train.parallel import versions
 
-    version = facts.version
-    facts.version = lambda name: "0.0.1" if name == "deepspeed" else version(name)
+    version = versions.version
+    versions.version = lambda name: "0.0.1" if name == "deepspeed" else version(name)
+
+
+def have_other_checkout() -> None:
+    """Another digest, one field more and one less."""
+    from moe_train.parallel.doctor.facts import Facts
+
+    have_other_code()
+    given = Facts.as_dict
+
+    def as_dict(self):
+        return {name: value for name, value in given(self).items() if name != "cores"} | {"of_another_checkout": 1}
+
+    Facts.as_dict = as_dict
+
+
+def have_closed_output() -> None:
+    """The reading end is closed already."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, sys.stdout.fileno())
 
 
 def set_clock_ahead() -> None:
@@ -109,6 +135,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "hang": hang,
     "wrong": give_wrong_numbers,
     "code": have_other_code,
+    "pipe": have_closed_output,
     "version": have_other_version,
+    "checkout": have_other_checkout,
     "clock": set_clock_ahead,
 }

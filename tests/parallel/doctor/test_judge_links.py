@@ -93,6 +93,33 @@ def test_slow_adapter_of_one_rank_is_named() -> None:
     assert [found.where for found in problems] == ["rank 3 (b)"]
 
 
+def two_hosts(lanes: int, factors: dict[tuple[int, int], float]):
+    """Judged links of two hosts, whose lanes are so many times slower than others."""
+    pairs = [pair for lane in range(lanes) for pair in ((lane, lane + lanes), (lane + lanes, lane))]
+    flows = [Flow(*pair, 1e-5, GOOD / factors.get(pair, 1)) for pair in pairs]
+    hosts = ["a"] * lanes + ["b"] * lanes
+    return LinkJudge([0] * lanes + [1] * lanes, hosts, False, None, [None] * 2 * lanes).judge(flows)
+
+
+def test_slow_lane_of_two_hosts_is_named() -> None:
+    assert two_hosts(4, {}) == ([], [])
+    problems, _ = two_hosts(4, {(1, 5): 20, (5, 1): 10})
+    assert [found.message for found in problems] == [
+        "rank 1 (a) <-> rank 5 (b): this link is 20.0x slower than the median (500 MB/s)"
+    ]
+    problems, _ = two_hosts(3, {(3, 0): 5})
+    assert [found.where for found in problems] == ["rank 3 (b) -> rank 0 (a)"]
+    problems, _ = two_hosts(3, dict.fromkeys([(0, 3), (1, 4), (2, 5)], 10))  # one way between the hosts, and no lane
+    assert [found.where for found in problems] == ["a -> b"]
+    assert two_hosts(2, {(0, 2): 5}) == ([], [])  # of two lanes none is the median
+
+
+def test_two_hosts_with_different_numbers_of_ranks() -> None:
+    nodes, hosts = [0, 0, 1], ["a", "a", "b"]
+    flows = [Flow(*pair, 1e-5, GOOD) for pair in ((0, 2), (2, 0), (0, 1), (1, 0))]
+    assert LinkJudge(nodes, hosts, False, None, [None] * 3).judge(flows) == ([], [])
+
+
 @pytest.mark.parametrize("size", range(1, 12))
 def test_tournament_lets_each_meet_each_once(size: int) -> None:
     rounds = tournament(size)
@@ -123,6 +150,19 @@ def test_broken_links() -> None:
     assert [found.where for found in lost] == ["d"]
     pair = judge_reach(reached(2, {(0, 1), (1, 0)}), names[:2])
     assert [found.where for found in pair] == ["a <-> b"]
+
+
+def test_broken_links_of_one_host_keep_their_direction() -> None:
+    names = ["a", "b", "c", "d"]
+    (found,) = judge_reach(reached(4, {(3, other) for other in range(3)}), names)
+    assert found.message == "d: it reaches no other host; no answer in time"
+    (found,) = judge_reach(reached(4, {(other, 3) for other in range(3)}), names)
+    assert found.message == "d: no other host reaches it; no answer in time"
+    both = {pair for other in range(3) for pair in ((3, other), (other, 3))}
+    (found,) = judge_reach(reached(4, both), names)
+    assert found.message == "d: no other host reaches it, and it reaches none; no answer in time"
+    mixed = judge_reach(reached(4, {(3, 0), (1, 3), (3, 2)}), names)
+    assert sorted(found.where for found in mixed) == ["b -> d", "d -> a", "d -> c"]
 
 
 def silence(places: list[int], failed: list[int], unanswered: tuple[int, ...] = ()) -> str:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_train.parallel.doctor.facts import Facts, chosen_variables, collect_facts, package_digest
-from moe_train.parallel.doctor.judge_ranks import can_be_measured, host_names, judge_clocks, judge_facts
+from moe_train.parallel.doctor.facts import Facts, collect_facts
+from moe_train.parallel.doctor.judge_ranks import can_be_measured, host_names, judge_clocks, judge_facts, judge_software
 from moe_train.parallel.doctor.scopes import group_ranks
 from moe_train.parallel.world import World
 
@@ -15,7 +15,7 @@ def facts(hosts: str = "aabb") -> list[Facts]:
     """Of ranks on hosts by name, all alike, without a fault."""
     world = World(0, 1, 0, 1, 1, 0, "127.0.0.1", 0, "single")
     own = collect_facts(world, torch.device("cpu"), 1, {"train.seed": "1"}, "", {"sizes": ""}, {"OMP_NUM_THREADS": "1"})
-    own = replace(own, cores=8, open_files=65536, shared_memory=2**33)
+    own = replace(own, cores=8, host_cores=8, open_files=65536, shared_memory=2**33)
     names = sorted(set(hosts))
     return [
         replace(own, rank=rank, local_rank=hosts[:rank].count(host), node=names.index(host), hostname=host)
@@ -79,6 +79,12 @@ def test_host_that_lacks_something_is_a_warning(values: dict, message: str) -> N
     assert all("b" in found.where for found in warnings)
 
 
+def test_load_is_held_against_the_cores_of_the_host_and_not_of_a_quota() -> None:
+    assert judge_facts(changed(2, cores=2, host_cores=64, busy_cores=4.0)) == ([], [])
+    _, warnings = judge_facts(changed(2, cores=2, host_cores=64, busy_cores=20.0))
+    assert [found.message for found in warnings] == ["20.0 of 64 cores are at work for something else"]
+
+
 def test_two_ranks_on_one_gpu() -> None:
     ranks = [replace(fact, device=GPU | {"uuid": f"GPU-{min(fact.rank, 2)}"}) for fact in facts()]
     problems, _ = judge_facts(ranks)
@@ -99,6 +105,15 @@ def test_unequal_hosts() -> None:
     assert "not all have as many ranks: 2 on a, 1 on b" in warnings[0].message
 
 
+def test_software_is_compared_of_ranks_that_have_other_facts() -> None:
+    given = [fact.as_dict() for fact in facts("abb")]
+    assert judge_software(given) == []
+    del given[1]["versions"], given[2]["hostname"]
+    given[1] |= {"digest": "other", "a_field_of_another_checkout": 1}
+    found = judge_software(given)
+    assert {f.kind for f in found} == {"code", "versions"} and {f.where for f in found} == {"rank 1 (b)"}
+
+
 def test_hosts_of_the_same_name_are_told_apart() -> None:
     assert host_names([replace(fact, hostname="vm") for fact in facts()]) == ["vm#0", "vm#0", "vm#1", "vm#1"]
 
@@ -107,26 +122,6 @@ def test_clocks() -> None:
     assert judge_clocks([("b", 0.9, 0.001), ("c", 30.0, 29.5)]) == []
     (found,) = judge_clocks([("b", -5.0, 0.001)])
     assert "5.00 s behind the first host's" in found.message
-
-
-def test_variables_that_matter() -> None:
-    environ = {
-        "NCCL_DEBUG": "INFO",
-        "HOME": "/",
-        "CUDA_VISIBLE_DEVICES": "1",
-        "OMP_NUM_THREADS": "2",
-        "SECRET_KEY": "x",
-    }
-    assert chosen_variables(environ) == {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "2"}
-
-
-def test_digest_is_of_names_and_contents(tmp_path) -> None:
-    (tmp_path / "a.py").write_text("1")
-    first = package_digest(tmp_path)
-    (tmp_path / "a.py").write_text("2")
-    second = package_digest(tmp_path)
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert len({first, second, package_digest(tmp_path)}) == 3
 
 
 @pytest.mark.parametrize(
