@@ -45,6 +45,7 @@ def test_one_process_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["machine.json"]
 
 
+@pytest.mark.slow
 def test_ranks_of_one_host(tmp_path: Path) -> None:
     results = examine(4, f"--train.run_dir={tmp_path}/run", "--train.seed=7")
     report = report_of(results)
@@ -136,6 +137,7 @@ def test_folder_that_is_another_one_is_named(tmp_path: Path) -> None:
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
 
+@pytest.mark.slow
 def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     problem = only_problem(examine(2, own=[[f"--shared-dir={tmp_path}/{name}"] for name in ("new", "file")]), "folder")
@@ -220,6 +222,7 @@ def test_rank_that_never_comes_is_named() -> None:
     assert (problem["kind"], problem["where"]) == ("unanswered", "rank 1")
 
 
+@pytest.mark.slow
 def test_rank_without_a_first_rank_says_so() -> None:
     environment = CPU | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -105,6 +105,7 @@ def test_name_of_a_launch_has_what_launchers_say() -> None:
     )
 
 
+@pytest.mark.slow
 def test_doctor_ends_on_all_ranks_where_its_port_is_taken() -> None:
     """By real processes: a thread that waits for the listener must not hold them."""
     with socket.create_server(("", 0)) as server:
