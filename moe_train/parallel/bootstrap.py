@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from datetime import timedelta
@@ -42,6 +43,7 @@ from moe_train.parallel.world import (
 if TYPE_CHECKING:
     import torch
 
+_SETTLE_SECONDS = 0.5  # 24 starts of 24 on two hosts ended well, and 10 of 20 without
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
@@ -99,6 +101,10 @@ def _ask_mpi(environ: Mapping[str, str], manager: Manager) -> World:
         master_port=port,
         launcher="mpirun",
     )
+    if len(leaders) > 1:
+        # MPICH 4.0 over UCX: connections that are still being set up made one Finalize in two wait without end.
+        world.Barrier()
+        time.sleep(_SETTLE_SECONDS)
     mpi.Finalize()  # at exit it would wait for all ranks, and a rank that fails could not end
     return result
 
