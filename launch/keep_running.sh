@@ -17,7 +17,7 @@
 #
 # It ends, with COMMAND's exit code, on
 #   0    done. Where the run folder is known, 0 without a new summary.json is a fault: deepspeed also returns 0 when its
-#        own launcher was killed, and MPICH's mpirun when a rank failed.
+#        own launcher was killed.
 #   2    a usage error, which would come again
 #   65   the numbers went wrong for good: diagnosis.json in the run folder says where
 #   75   stopped by a signal after saving
