@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from kv_cache_decode import STEPS, DecodePlan, measure_decoding, measure_recomputation  # noqa: E402
 from kv_cache_rows import RECOMPUTED_LENGTH, Sharing, claims_of, result_rows  # noqa: E402
-from reports import can_draw, processor, say, write_whole  # noqa: E402
+from reports import can_draw, make_output, processor, say, write_whole  # noqa: E402
 from training_runs import RunFailed, TrainingRun, run_all  # noqa: E402
 
 from moe_train.parallel.cores import usable_cores  # noqa: E402
@@ -109,10 +109,7 @@ def parse_options(model: dict[str, Any]) -> argparse.Namespace:
                 what = "divide" if name == "kv_heads" else "be 1 to"
                 parser.error(f"{option} ({value}) must {what} {field} ({most}) of {CONFIG.name}")
         setattr(options, name, values)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output ({options.output}) cannot be a folder: {error.strerror}")
+    make_output(parser, options.output)
     return options
 
 

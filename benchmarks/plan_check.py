@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.plan_check_rows import SETTINGS, STEPS_A_RECORD, claims_of, markdown_report, plan_setting, result_row  # noqa: E402
 from benchmarks.plan_check_runs import measure, measure_machine  # noqa: E402
-from benchmarks.reports import processor, say, write_whole  # noqa: E402
+from benchmarks.reports import make_output, processor, say, write_whole  # noqa: E402
 from benchmarks.slow_link import SlowLinkUnavailable  # noqa: E402
 from moe_train.parallel.cores import usable_cores  # noqa: E402
 
@@ -39,10 +39,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.steps < 1 or options.steps % STEPS_A_RECORD:
         parser.error(f"--steps ({options.steps}) must be a multiple of {STEPS_A_RECORD}")
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output ({options.output}) cannot be a folder: {error.strerror}")
+    make_output(parser, options.output)
     return options
 
 

@@ -1,5 +1,6 @@
 """What every benchmark's report needs: the processor's name, lines of progress, matplotlib, whole files."""
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -30,6 +31,14 @@ def can_draw(program: str) -> bool:
         say(f"{program}: the chart needs matplotlib: pip install -c requirements/constraints.txt -e '.[bench]'")
         return False
     return True
+
+
+def make_output(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Make the folder of --output; the parser refuses what cannot be one, with exit code 2."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output ({folder}) cannot be a folder: {error.strerror}")
 
 
 def write_whole(path: Path, content: bytes) -> None:

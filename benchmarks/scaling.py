@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.reports import can_draw, processor, say, write_whole  # noqa: E402
+from benchmarks.reports import can_draw, make_output, processor, say, write_whole  # noqa: E402
 from benchmarks.scaling_measure import (  # noqa: E402
     MODEL,
     MODEL_EXPERT_WIDTH,
@@ -162,10 +162,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         if options.top_k > fewest[axis]:
             parser.error(f"--top-k ({options.top_k}) must be at most {fewest[axis]}, the fewest experts along {axis}")
     options.axes = [axis for axis in AXES if axis in options.axes]
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output ({options.output}) cannot be a folder: {error.strerror}")
+    make_output(parser, options.output)
 
 
 if __name__ == "__main__":

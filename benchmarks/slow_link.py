@@ -16,22 +16,18 @@ import os
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
+
+from benchmarks.namespaces import answer_of, command_path, left_over, namespaces_of, remove_namespaces, run_command
 
 INTERFACE = "eth0"  # of every node
 SUBNET = "198.18.0"  # of the range that RFC 2544 sets aside for benchmarks
 MOST_NODES = 250
 NAME_PREFIX = "moe-train-slow-link"  # of namespaces; the process's id and random digits follow
-COMMAND_SECONDS = 30
-END_SECONDS = 5  # for what still runs in a node to be gone after SIGKILL
-_COMMAND_FOLDERS = "/usr/sbin:/sbin"  # where ip and tc are, which are not in everyone's PATH
 # A line that was idle sends this much at once: small, or a short message would not be slowed.
 _BURST_SECONDS, _LEAST_BURST_BYTES = 1e-3, 16 * 1024
 # What waits for the line: TCP keeps to much less by itself, and a packet that is dropped costs a retransmission.
@@ -115,11 +111,11 @@ def slow_link(num_nodes: int, mbit: float, delay_ms: float = 0.0) -> Iterator[li
     name = f"{NAME_PREFIX}-{os.getpid()}-{secrets.token_hex(3)}"
     with _ended_by_sigterm():
         try:
-            _take_down(ip, [stale for stale in _namespaces(ip) if _is_left_over(stale)])
+            remove_namespaces(left_over(NAME_PREFIX))
             yield _put_up(ip, tc, name, num_nodes, _Line(mbit, delay_ms))
         finally:
             with _undisturbed():
-                _take_down(ip, [own for own in _namespaces(ip) if own.startswith(f"{name}-")])
+                remove_namespaces(namespaces_of(name))
 
 
 def _find_commands() -> tuple[str, str]:
@@ -128,7 +124,7 @@ def _find_commands() -> tuple[str, str]:
         raise SlowLinkUnavailable(f"network namespaces are Linux's, and this is {sys.platform}")
     if os.geteuid() != 0:
         raise SlowLinkUnavailable(f"only root can make network namespaces, and this is user {os.geteuid()}")
-    found = [shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_COMMAND_FOLDERS}") for name in ("ip", "tc")]
+    found = [shutil.which(name, path=command_path()) for name in ("ip", "tc")]
     missing = [name for name, path in zip(("ip", "tc"), found, strict=True) if path is None]
     if missing:
         raise SlowLinkUnavailable(f"no command {' and no command '.join(missing)}: install iproute2")
@@ -167,41 +163,12 @@ def _limit(tc: str, namespace: str, interface: str, line: _Line) -> None:
     """Limit what an interface sends, with the first queueing discipline that the kernel has."""
     answers = []
     for discipline in line.disciplines():
-        result = _run(tc, "-n", namespace, "qdisc", "replace", "dev", interface, "root", *discipline)
+        result = run_command(tc, "-n", namespace, "qdisc", "replace", "dev", interface, "root", *discipline)
         if result.returncode == 0:
             return
-        answers.append(f"{discipline[0]} ({_answer(result)})")
+        answers.append(f"{discipline[0]} ({answer_of(result)})")
     what = "a rate and a delay" if line.delay_ms else "a rate"
     raise SlowLinkUnavailable(f"this kernel has no queueing discipline with {what}: tried {', '.join(answers)}")
-
-
-def _take_down(ip: str, namespaces: list[str]) -> None:
-    """Remove namespaces, with what runs in them and their interfaces."""
-    failed = []
-    for namespace in namespaces:
-        deadline = time.monotonic() + END_SECONDS
-        while (processes := _run(ip, "netns", "pids", namespace).stdout.split()) and time.monotonic() < deadline:
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(process), signal.SIGKILL)
-            time.sleep(0.02)
-        result = _run(ip, "netns", "delete", namespace)
-        if result.returncode:
-            failed.append(f"{namespace}: {_answer(result)}")
-    if failed:
-        raise RuntimeError(f"network namespaces could not be removed ({'; '.join(failed)}): ip netns delete NAME")
-
-
-def _namespaces(ip: str) -> list[str]:
-    """Those of this machine that are this file's."""
-    lines = _run(ip, "netns", "list").stdout.splitlines()  # NAME (id: N)
-    return [line.split()[0] for line in lines if line.startswith(f"{NAME_PREFIX}-")]
-
-
-def _is_left_over(namespace: str) -> bool:
-    """Whether the process that made it is gone."""
-    process = namespace.removeprefix(f"{NAME_PREFIX}-").partition("-")[0]
-    return not Path("/proc", process).exists()
 
 
 def _need(otherwise: str, *command: str) -> None:
@@ -211,25 +178,9 @@ def _need(otherwise: str, *command: str) -> None:
         otherwise: What it means when it fails.
         command: To run.
     """
-    result = _run(*command)
+    result = run_command(*command)
     if result.returncode:
-        raise SlowLinkUnavailable(f"{otherwise}: `{' '.join(command)}` says: {_answer(result)}")
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    # In a session of its own: Ctrl-C in a terminal is for the caller, and must not end what takes the nodes down.
-    return subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_SECONDS,
-        start_new_session=True,
-    )
-
-
-def _answer(result: subprocess.CompletedProcess[str]) -> str:
-    return " ".join(result.stderr.split()) or f"exit code {result.returncode}"
+        raise SlowLinkUnavailable(f"{otherwise}: `{' '.join(command)}` says: {answer_of(result)}")
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> N
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr("benchmarks.slow_link._COMMAND_FOLDERS", str(folder))
+    monkeypatch.setattr("benchmarks.namespaces._FOLDERS", str(folder))
     monkeypatch.setattr("os.geteuid", lambda: 0)
 
 

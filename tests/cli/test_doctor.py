@@ -65,6 +65,7 @@ def test_ranks_of_one_host(tmp_path: Path) -> None:
     assert results[1].stdout == ""
 
 
+@pytest.mark.slow
 def test_two_hosts_have_a_network_between_them() -> None:
     results = examine(2, environments=TWO_HOSTS)
     report = report_of(results)
@@ -77,6 +78,7 @@ def test_two_hosts_have_a_network_between_them() -> None:
     assert report["warnings"] == [] or all(found["kind"] != "clock" for found in report["warnings"])
 
 
+@pytest.mark.slow
 def test_another_seed_is_named() -> None:
     problem = only_problem(examine(2, own=[["--train.seed=1"], ["--train.seed=2"]]), "configuration")
     assert "train.seed differs: 1 on rank 0" in problem["message"]
@@ -174,6 +176,7 @@ def test_hosts_with_different_numbers_of_ranks(tmp_path: Path) -> None:
     assert report["machine"]["intra_node"] and report["machine"]["inter_node"]
 
 
+@pytest.mark.slow
 def test_interface_of_the_configuration_is_the_one_that_is_looked_at() -> None:
     results = examine(2, "--parallel.network_interface=lo", "--sizes=1K", environments=TWO_HOSTS)
     report = report_of(results)
@@ -188,7 +191,8 @@ def test_interface_of_the_configuration_that_one_rank_lacks_is_a_problem() -> No
     assert "parallel.network_interface ('ib7')" in problem["message"] and problem["where"].startswith("rank 1 (")
 
 
-@pytest.mark.parametrize("as_json", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("as_json", [True, False])
 def test_closed_output_ends_as_that_of_other_commands(as_json: bool) -> None:
     command = [sys.executable, "-m", "moe_train", "doctor", "--quick", *(["--json"] if as_json else [])]
     result = run_process(
@@ -204,6 +208,7 @@ def test_closed_output_lets_the_other_ranks_end_well() -> None:
     assert [result.returncode for result in results] == [141, 0], results
 
 
+@pytest.mark.slow
 def test_rank_that_hangs_is_named_and_leaves_none_behind() -> None:
     results = examine(4, "--timeout=4", faults={"hang": 2})
     problem = only_problem(results, "unanswered")

@@ -26,13 +26,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.namespaces import (
+    END_SECONDS,
+    answer_of,
+    command_path,
+    left_over,
+    namespaces_of,
+    remove_namespaces,
+    run_command,
+)
 from tests.processes import ProcessResult, run_process
 
 NAME_PREFIX = "moe-train-cluster"  # of namespaces; the process's id and random digits follow
 INTERFACE = "eth0"  # of every host
-COMMANDS = ("ip", "tc", "unshare", "nsenter", "ssh", "ssh-keygen", "sshd")
-_FOLDERS = "/usr/sbin:/sbin:/usr/bin:/bin"  # not all of these are in everyone's PATH
-_COMMAND_SECONDS, _START_SECONDS, _END_SECONDS = 30, 20, 5
+COMMANDS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "sshd")
+_START_SECONDS = 20
 _SSHD_CONFIG = """Port 22
 HostKey {folder}/host_key
 PidFile none
@@ -101,17 +109,6 @@ class Host:
         """Plug its cable in again."""
         _need("ip", "-n", self.switch, "link", "set", self.name, "up")
 
-    def slow(self, mbit: float) -> None:
-        """Limit what it sends and receives to some megabits a second."""
-        for namespace, interface in ((self.namespace, INTERFACE), (self.switch, self.name)):
-            rate = ("tbf", "rate", f"{mbit:g}mbit", "burst", "32kb", "latency", "200ms")
-            _need("tc", "-n", namespace, "qdisc", "replace", "dev", interface, "root", *rate)
-
-    def unlimit(self) -> None:
-        """Undo `slow`."""
-        for namespace, interface in ((self.namespace, INTERFACE), (self.switch, self.name)):
-            _run("tc", "-n", namespace, "qdisc", "delete", "dev", interface, "root")
-
     def power_off(self) -> None:
         """All its processes are gone at once, and no packet tells of it."""
         self.cut()
@@ -145,7 +142,7 @@ class Host:
         assert result.returncode == 0, result
 
     def _start(self) -> None:
-        sshd = shutil.which("sshd", path=_FOLDERS)
+        sshd = shutil.which("sshd", path=command_path())
         script = _FIRST_PROCESS.format(name=self.name, folder=self.folder, sshd=sshd)
         apart = ["unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
         with (self.folder / "first_process.log").open("ab") as log:
@@ -155,7 +152,7 @@ class Host:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:{_FOLDERS}"},
+                env={**os.environ, "PATH": command_path()},
             )
         deadline = time.monotonic() + _START_SECONDS
         while True:
@@ -173,7 +170,7 @@ class Host:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._first_pid or self._process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_SECONDS)
+                self._process.wait(END_SECONDS)
             self._process, self._first_pid = None, 0
 
 
@@ -231,9 +228,7 @@ def virtual_cluster(num_hosts: int = 2, slots: int = 2) -> Iterator[VirtualClust
     reason = missing()
     if reason is not None:
         raise ClusterUnavailable(reason)
-    for stale in _namespaces():
-        if not Path("/proc", stale.removeprefix(f"{NAME_PREFIX}-").partition("-")[0]).exists():
-            _remove(stale)
+    remove_namespaces(left_over(NAME_PREFIX))
     name = f"{NAME_PREFIX}-{os.getpid()}-{secrets.token_hex(3)}"
     hosts: list[Host] = []
     with tempfile.TemporaryDirectory(prefix=f"{NAME_PREFIX}-") as folder:
@@ -245,9 +240,7 @@ def virtual_cluster(num_hosts: int = 2, slots: int = 2) -> Iterator[VirtualClust
         finally:
             for host in hosts:
                 host._kill()
-            for own in _namespaces():
-                if own.startswith(f"{name}-"):
-                    _remove(own)
+            remove_namespaces(namespaces_of(name))
 
 
 def missing() -> str | None:
@@ -256,11 +249,10 @@ def missing() -> str | None:
         return "namespaces are Linux's"
     if os.geteuid() != 0:
         return f"only root can make hosts out of namespaces, and this is user {os.geteuid()}"
-    path = f"{os.environ.get('PATH', '')}:{_FOLDERS}"
-    absent = [name for name in COMMANDS if shutil.which(name, path=path) is None]
+    absent = [name for name in COMMANDS if shutil.which(name, path=command_path()) is None]
     if absent:
         return f"no command {', '.join(absent)}: install iproute2, util-linux, openssh-client and openssh-server"
-    tried = _run("unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "true")
+    tried = run_command("unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "true")
     return None if tried.returncode == 0 else f"namespaces are not allowed here: {tried.stderr.strip()}"
 
 
@@ -327,35 +319,7 @@ def _pid_namespace(pid: int) -> str | None:
     return None
 
 
-def _namespaces() -> list[str]:
-    lines = _run("ip", "netns", "list").stdout.splitlines()  # NAME (id: N)
-    return [line.split()[0] for line in lines if line.startswith(f"{NAME_PREFIX}-")]
-
-
-def _remove(namespace: str) -> None:
-    deadline = time.monotonic() + _END_SECONDS
-    while (pids := _run("ip", "netns", "pids", namespace).stdout.split()) and time.monotonic() < deadline:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        time.sleep(0.02)
-    _need("ip", "netns", "delete", namespace)
-
-
 def _need(*command: str) -> None:
-    result = _run(*command)
+    result = run_command(*command)
     if result.returncode:
-        raise ClusterUnavailable(f"`{' '.join(command)}` says: {' '.join(result.stderr.split())}")
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    # In a session of its own: Ctrl-C in a terminal must not end what takes the hosts down.
-    return subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_COMMAND_SECONDS,
-        start_new_session=True,
-        env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:{_FOLDERS}"},
-    )
+        raise ClusterUnavailable(f"`{' '.join(command)}` says: {answer_of(result)}")

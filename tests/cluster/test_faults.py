@@ -154,10 +154,7 @@ def test_fault(
 def test_signal_is_an_orderly_stop(
     cluster: VirtualCluster, training: Training, tmp_path: Path, running: list[Running], launcher: str
 ) -> None:
-    variables, options = _launcher(launcher, tmp_path)
-    run_dir = training.new_run()
-    words = launch(cluster, training, "mpirun" if launcher == "mpich" else launcher, run_dir, *options)
-    command = Running(cluster.hosts[0], tmp_path / "out.txt", *words, **variables)
+    command, run_dir = start_with(launcher, cluster, training, tmp_path)
     running.append(command)
     command.wait_for_step(run_dir, 6)
     send(cluster.hosts[0], signal.SIGTERM)
@@ -174,10 +171,7 @@ def test_signal_is_an_orderly_stop(
 def test_a_failed_rank_is_never_a_success(
     cluster: VirtualCluster, training: Training, tmp_path: Path, running: list[Running], launcher: str, host: int
 ) -> None:
-    variables, options = _launcher(launcher, tmp_path)
-    run_dir = training.new_run()
-    words = launch(cluster, training, "mpirun" if launcher == "mpich" else launcher, run_dir, *options)
-    command = Running(cluster.hosts[0], tmp_path / "out.txt", *words, **variables)
+    command, run_dir = start_with(launcher, cluster, training, tmp_path)
     running.append(command)
     command.wait_for_step(run_dir, 6)
     os.kill(rank_pids(cluster.hosts[host])[1], signal.SIGKILL)
@@ -185,6 +179,14 @@ def test_a_failed_rank_is_never_a_success(
     print(f"{launcher}: exit code {command.process.returncode}")
     assert command.process.returncode not in (0, 2, 75), command.text()
     assert cluster.wait_until_idle(20) == {}
+
+
+def start_with(launcher: str, cluster: VirtualCluster, training: Training, folder: Path) -> tuple[Running, Path]:
+    """A long training by `moe-train launch` with a launcher below it, and its run folder."""
+    variables, options = _launcher(launcher, folder)
+    run_dir = training.new_run()
+    words = launch(cluster, training, "mpirun" if launcher == "mpich" else launcher, run_dir, *options)
+    return Running(cluster.hosts[0], folder / "out.txt", *words, **variables), run_dir
 
 
 def _launcher(name: str, folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Every launcher on two hosts of two ranks each: the losses are those of four ranks on one host."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,6 +85,26 @@ def test_torchrun(cluster: VirtualCluster, training: Training, rendezvous: str) 
     arguments = [rendezvous, *training.arguments(run_dir)[1:]]
     variables = {"MASTER_ADDR": cluster.hosts[0].address, "MASTER_PORT": str(free_port()), "RANKS": "2"}
     training.check(on_both(cluster, "launch/torchrun.sh", *arguments, **variables), run_dir)
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpirun", "torchrun", "mpich"])
+def test_doctor(cluster: VirtualCluster, training: Training, tmp_path: Path, launcher: str) -> None:
+    if launcher == "mpich":
+        below, variables, more = "mpirun", mpich(tmp_path), ["--env", "UCX_TLS"]
+    else:
+        need({"pdsh": "pdsh", "torchrun": "torchrun"}.get(launcher, "mpirun"))
+        below, variables, more = launcher, {}, []
+    output = cluster.folder / f"machine_{launcher}.json"
+    options = ["--hostfile", str(cluster.hostfile), "--launcher", below, *more]
+    asked = ["--quick", "--sizes=1K,64K", "--output", str(output), *training.arguments(training.new_run())[1:]]
+    result = run(cluster.hosts[0], "moe-train", "launch", *options, "--", "moe-train", "doctor", *asked, **variables)
+    assert result.returncode == 0, result
+    report = json.loads(output.read_text())
+    assert report["passed"] and report["problems"] == []
+    assert [rank["host"] for rank in report["ranks"]] == ["host1", "host1", "host2", "host2"]
+    assert {each["scope"] for each in report["collectives"]} == {"within", "across", "all"}
+    assert report["machine"]["intra_node"] and report["machine"]["inter_node"]
+    assert cluster.wait_until_idle(10) == {}
 
 
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpirun", "torchrun"])

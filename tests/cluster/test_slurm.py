@@ -5,6 +5,7 @@ fast steps are. All jobs are of 2 nodes x 2 tasks and share one Slurm.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -207,6 +208,16 @@ def test_ranks_find_each_other(slurm: Slurm, command: tuple[str, ...]) -> None:
         pytest.skip("this Slurm has no pmix plugin, or no libpmix (Debian: libpmix-dev)")
     # The names of these nodes, n1 and n2, are known to Slurm only.
     check_two_nodes(slurm.run(*command, sys.executable, SCRIPT, MASTER_ADDR="127.0.0.1"))
+
+
+def test_doctor_under_srun(slurm: Slurm, tmp_path: Path) -> None:
+    doctor = ["-m", "moe_train", "doctor", "--quick", "--sizes=1K,64K", f"--shared-dir={tmp_path}"]
+    output = tmp_path / "machine.json"
+    result = slurm.run("srun", *TASKS, sys.executable, *doctor, f"--output={output}", timeout=LIFE_SECONDS, **CPU)
+    assert result.returncode == 0, result
+    report = json.loads(output.read_text())
+    assert report["passed"] and len(report["ranks"]) == 4
+    assert {each["scope"] for each in report["collectives"]} == {"within", "across", "all"}
 
 
 def test_trainings_of_one_rank_each_are_refused(slurm: Slurm, tmp_path: Path) -> None:

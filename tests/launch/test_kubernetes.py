@@ -235,6 +235,7 @@ def test_mpirun_starts_a_rank_for_each_gpu() -> None:
     assert grace >= pod("pytorchjob", "Worker")["terminationGracePeriodSeconds"]  # the same training has to be saved
 
 
+@pytest.mark.slow
 def test_worker_stays_until_its_ranks_have_saved() -> None:
     """Deletion sends SIGTERM to all pods: sshd ends at once, and its container with it, but for preStop."""
     worker = container("mpijob", "Worker")

@@ -103,6 +103,7 @@ def test_what_a_login_shell_prints_is_no_report(instead_of_ssh: Path) -> None:
     assert guards[0].process.returncode is not None
 
 
+@pytest.mark.slow
 def test_a_guard_outlives_a_slow_one(instead_of_ssh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Guards that wait for a word for 2 s only, and one host that takes 5 s to answer.
     monkeypatch.setattr(guards_module, "ALIVE_SECONDS", 0.3, raising=False)

@@ -42,7 +42,7 @@ def test_ranks_of_a_launch_meet() -> None:
     [
         pytest.param({MARK: "another"}, 4, id="another launch"),
         pytest.param({MARK: "first"}, 8, id="of another size"),
-        pytest.param({MARK: "first"}, 4, id="of the same name"),  # it has all its ranks
+        pytest.param({MARK: "first"}, 4, id="of the same name", marks=pytest.mark.slow),  # it has all its ranks
     ],
 )
 def test_a_store_of_another_launch_is_left_alone(own: dict[str, str], size: int) -> None:

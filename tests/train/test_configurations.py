@@ -41,7 +41,12 @@ def small_options(values: dict[str, Any], folder: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in sizes.items()]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def by_time(path: Path):
+    """128 experts take long."""
+    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if "qwen3" in path.stem else ())
+
+
+@pytest.mark.parametrize("path", [by_time(path) for path in FILES])
 def test_a_small_copy_trains(tmp_path: Path, path: Path) -> None:
     for name, numbers in (("train", range(300)), ("held_out", range(300, 330))):
         lines = "".join(f"{number} and {number * number} are a number and its square\n" for number in numbers)

@@ -9,7 +9,8 @@ from tests.train.runs import SMALL, losses, records, train_forked
 TOLERANCE = 1e-4  # relative: fp32, other ranks, sums in another order
 
 
-@pytest.mark.parametrize("qk_norm", ["head", pytest.param("projection", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("qk_norm", ["head", "projection"])
 def test_two_ranks_train_as_one_and_go_on_in_another_layout(tmp_path: Path, qk_norm: str) -> None:
     base = [*SMALL, f"--model.qk_norm={qk_norm}", "--model.num_kv_heads=1", "--model.kv_layers=1"]
     base += ["--train.global_batch_size=4", "--optim.learning_rate=1e-2"]
