@@ -207,7 +207,6 @@ class VirtualCluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             host.restore()
-            host.unlimit()
             if host._process is None:
                 host.power_on()
 
