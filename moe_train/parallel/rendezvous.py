@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
 import time
 import uuid
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _ANSWER_SECONDS = 20.0  # for a store that listens to answer; it does so at once
 _NAME_SECONDS = 10.0  # for rank 0 to write the launch's name, the first thing it does with its store
 _ASK_SECONDS = 0.1  # between two looks whether rank 0 listens yet
+_RESOLVE_SECONDS = 30.0  # for the master's name to be known: Kubernetes makes that of a pod as it starts
 _LAUNCH_KEY, _SEATS = "moe_train/launch", "moe_train/seat"
 
 
@@ -36,7 +38,7 @@ def open_store(world: World, timeout: timedelta) -> Any:
         timeout: To wait for the other ranks, here and in operations of the store.
 
     Raises:
-        UsageError: If the master's port is taken; on every rank.
+        UsageError: If the master's port is taken, or its name not known; on every rank.
         TimeoutError: If nothing listens there.
         ConnectionError: If rank 0 was lost meanwhile.
 
@@ -79,13 +81,14 @@ def open_rendezvous(world: World, timeout: timedelta, environ: Mapping[str, str]
     found its launch's name, takes its seat, which is free in a store of a launch of the same name alone if that is its
     own.
 
-    Raises: UsageError where the port is taken: on rank 0 at once, on the others as soon as what has it gives no answer
-    or another launch's. TimeoutError, ConnectionError as `open_store`.
+    Raises: UsageError where the master's name is not known, or the port is taken: on rank 0 at once, on the others as
+    soon as what has it gives no answer or another launch's. TimeoutError, ConnectionError as `open_store`.
     Collective: all ranks.
     """
     import torch.distributed as dist
 
     name = launch_name(world, environ)
+    _resolve(world, min(timeout.total_seconds(), _RESOLVE_SECONDS))
     if world.rank == 0:
         try:
             store = dist.TCPStore(
@@ -126,6 +129,23 @@ def launch_name(world: World, environ: Mapping[str, str] = os.environ) -> str:
     names |= {"torchrun": ("TORCHELASTIC_RUN_ID",)}
     known = [f"{name}={environ.get(name, '')}" for name in (MARK, *names.get(world.launcher, ()))]
     return " ".join([f"{world.world_size} ranks", world.launcher, *known])
+
+
+def _resolve(world: World, seconds: float) -> None:
+    """Wait until the master's name is known here. torch alone would say of it that the port cannot be reached."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(world.master_addr, world.master_port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"MASTER_ADDR ({world.master_addr!r}): {socket.gethostname()} does not know this host "
+                    f"({error.strerror}); set it to the address of rank 0's host, or make the name known to all hosts"
+                ) from error
+            time.sleep(_ASK_SECONDS)
+        else:
+            return
 
 
 def _connect(world: World, seconds: float) -> Any:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -70,6 +71,15 @@ def test_a_listener_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match="what listens there gives no answer"):
             open_rendezvous(world(1, server.getsockname()[1]), LIMIT, {})
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_master_whose_name_nobody_knows(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setattr(rendezvous, "_RESOLVE_SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(UsageError, match=r"MASTER_ADDR \('no-such-host\.invalid'\): .* does not know this host"):
+        open_rendezvous(replace(world(rank, free_port()), master_addr="no-such-host.invalid"), LIMIT, {})
+    assert time.monotonic() - started < 10
 
 
 @pytest.fixture

@@ -28,12 +28,14 @@ _PREFIXES = (
     *("OPENBLAS_", "PYTORCH_", "CUBLAS_", "CUDNN_", "CUDA_", "HSA_", "DS_", "TRITON_", "TORCH_ALLOW_TF32"),
 )
 _NAMES = ("LD_PRELOAD", "PYTHONHASHSEED", "MALLOC_ARENA_MAX", "TORCH_LOGS")
-# What a launcher or host has for itself, or a rank for its own cores and files, and what only one need have.
+# What a launcher or host has for itself, or a rank for its own cores and files, and what only one need have. The last:
+# `import deepspeed` sets it, so that ranks next to a launcher that did so inherit it, and others do not.
 _OWN = (
     *("CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_CACHE_PATH"),
     *("DS_ENV_FILE", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "TRITON_CACHE_DIR"),
     *("NCCL_HOSTID", "NCCL_DEBUG_FILE", "NCCL_TOPO_DUMP_FILE", "NCCL_GRAPH_DUMP_FILE"),
     *("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"),
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
 )
 _GIT_SECONDS = 5
 _BUSY_SECONDS = 0.25

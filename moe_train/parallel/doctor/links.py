@@ -120,6 +120,19 @@ def measure_links(nodes: Sequence[int], names: Sequence[str], device: torch.devi
     return flows
 
 
+def better_flows(first: Sequence[Flow], second: Sequence[Flow]) -> list[Flow]:
+    """Of two measurements of the same links, in the same order, the better latency and rate of each."""
+    return [
+        Flow(
+            a.source,
+            a.target,
+            min(a.latency_seconds, b.latency_seconds),
+            max(a.bytes_per_second, b.bytes_per_second),
+        )
+        for a, b in zip(first, second, strict=True)
+    ]
+
+
 def _send_and_time(target: int, device: torch.device, seconds: float) -> Flow:
     """Send larger and larger messages until one takes long enough; the receiver answers each with a word."""
     word = torch.zeros(1, dtype=torch.int64)  # on the host: of CUDA's ranks it travels by gloo

@@ -33,6 +33,7 @@ def test_variables_that_matter() -> None:
         "CUDA_MPS_PIPE_DIRECTORY",
         "GOMP_CPU_AFFINITY",
         "TRITON_CACHE_DIR",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",  # `import deepspeed` in a launcher sets it for the ranks beside it
     ],
 )
 def test_variables_that_each_host_or_rank_has_for_itself(name: str) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.parallel.doctor.judge_links import LinkJudge, describe_slow, find_slow, judge_reach, judge_silence
-from moe_train.parallel.doctor.links import Flow, plan_rounds, tournament
+from moe_train.parallel.doctor.links import Flow, better_flows, plan_rounds, tournament
 
 GOOD = 10e9
 
@@ -178,3 +178,9 @@ def test_rank_to_blame() -> None:
     assert silence([2, 3, 4, 4], [0, 1]) == "r0, r1"  # both ends of a link; the others wait for them
     assert silence([3, 3, 3], [0, 1, 2]) == "ranks 0-2"  # nobody in particular
     assert silence([3, 3, 3], [0], (1, 2)) == "r1, r2"
+
+
+def test_of_two_measurements_the_better_counts() -> None:
+    first = [Flow(0, 1, 2e-6, 1e9), Flow(0, 2, 1e-6, 5e9)]
+    second = [Flow(0, 1, 1e-6, 4e9), Flow(0, 2, 3e-6, 2e9)]
+    assert better_flows(first, second) == [Flow(0, 1, 1e-6, 4e9), Flow(0, 2, 1e-6, 5e9)]
