@@ -106,7 +106,9 @@ class Training:
         """Until the job is back in the queue, and lets it start."""
         fields = self.job.wait_for("PENDING", LIFE_SECONDS, self.log)
         assert fields["Restarts"] == str(restarts), fields
-        self.job.update("TimeLimit=60", "StartTime=now")  # instead of in the two minutes that a requeued job waits
+        # Instead of in the two minutes that a requeued job waits. Not at once: a start that has its credential in the
+        # second in which the life before was ended is refused by slurmd as one of that ("already killed").
+        self.job.update("TimeLimit=60", "StartTime=now+3seconds")
 
     def wait_for_end(self) -> dict[str, str]:
         return self.job.wait_for("COMPLETED", LIFE_SECONDS, self.log)
