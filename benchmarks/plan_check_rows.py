@@ -1,6 +1,7 @@
 """The rows of benchmarks/plan_check.py: what is run, and how far the plan is from it."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -190,15 +191,22 @@ def plan_setting(setting: Setting, machine: Machine) -> Plan:
     return make_plan(config, VOCABULARY, Question(Cluster(setting.nodes, setting.ranks // setting.nodes, machine)))
 
 
-def result_row(setting: Setting, plan: Plan, measured: Measured) -> RowResult:
-    """A row."""
+def result_row(setting: Setting, plans: Sequence[Plan], measured: Measured) -> RowResult:
+    """A row.
+
+    Args:
+        setting: That was run.
+        plans: Of the machine as it was measured at several times. They differ in the time of a step, whose mean counts.
+        measured: In the run.
+    """
+    plan = plans[0]
     parts = plan.traffic.parts
     states = plan.memory.states
     planned = {
         "states": float(states.weights + states.optimizer_states),
         "peak": plan.memory.total,
         "all_to_all": parts["all_to_all_forward"].total + parts["all_to_all_backward"].total,
-        "seconds": plan.step.seconds,
+        "seconds": statistics.mean(each.step.seconds for each in plans),
     }
     found = asdict(measured)
     off = {name: value / found[name] - 1 if found[name] else 0.0 for name, value in planned.items()}
