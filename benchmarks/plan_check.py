@@ -66,9 +66,8 @@ def main() -> int:
 
         def examine(place: Place) -> Machine:
             say(f"moe-train doctor, ranks: {place}")
-            known = machines.setdefault(str(place), [])
-            machine, named = measure_machine(place, folder / f"doctor_{len(machines)}_{len(known)}")
-            known.append(machine)
+            machine, named = measure_machine(place, folder / f"doctor_{sum(map(len, machines.values()))}")
+            machines.setdefault(str(place), []).append(machine)
             if place.nodes > 1:
                 slow_lines[str(place)] = slow_lines.get(str(place), True) and named
             return machine
@@ -93,8 +92,8 @@ def main() -> int:
     found = [rows[setting.name] for setting in chosen if setting.name in rows]
     claims = claims_of(found, slow_lines)
     about = [
-        f"`python benchmarks/plan_check.py` on {processor()}, {usable_cores()} cores, torch {version('torch')}, "
-        f"deepspeed {version('deepspeed')}; ranks of one thread, fp32, gloo. Peak: most bytes of tensors at one time.",
+        f"`python benchmarks/plan_check.py --steps {options.steps}` on {processor()}, {usable_cores()} cores, "
+        f"torch {version('torch')}, deepspeed {version('deepspeed')}; ranks of one thread, fp32, gloo. Peak: most bytes of tensors at one time.",
         *left_out,
     ]
     report = markdown_report(found, claims, about)

@@ -231,11 +231,12 @@ class Examination:
         merged = self._meet("collectives", given, lambda found: self._judge_collectives(found, hosts))
         self._stage("links between ranks")
         flows = measure_links(nodes, names, request.device, self._mark)
-        if self._meet("links", [vars(flow) for flow in flows], lambda found: self._are_slow(found, nodes, hosts)):
+        given_flows = [vars(flow) for flow in flows]
+        if self._meet("links", given_flows, lambda found: self._judge_links(found, nodes, hosts, is_last=False)):
             self._stage("links between ranks, again: some were slow")  # which other work may have done
             flows = better_flows(flows, measure_links(nodes, names, request.device, self._mark))
-        given_flows = [vars(flow) for flow in flows]
-        self._meet("links at best", given_flows, lambda found: self._judge_links(found, nodes, hosts))
+            given_flows = [vars(flow) for flow in flows]
+            self._meet("links again", given_flows, lambda found: self._judge_links(found, nodes, hosts, is_last=True))
         return [Timing(**timing) for timing in merged]
 
     def _judge_collectives(self, given: list[dict[str, Any]], hosts: list[str]) -> list[dict[str, Any]]:
@@ -258,18 +259,20 @@ class Examination:
         )
         return [vars(timing) for timing in merged]
 
-    def _link_judge(self, nodes: list[int], hosts: list[str]) -> LinkJudge:
+    def _judge_links(
+        self, given: list[list[dict[str, Any]]], nodes: list[int], hosts: list[str], *, is_last: bool
+    ) -> bool:
+        """Whether they are to be measured again before any is called slow."""
+        flows = [Flow(**values) for each in given for values in each]
         on_cpu = self._request.device.type == "cpu"
         interface_mbit = [fact.interface_mbit for fact in self._facts]
-        return LinkJudge(nodes, hosts, on_cpu, self._request.expected, interface_mbit)
-
-    def _are_slow(self, given: list[list[dict[str, Any]]], nodes: list[int], hosts: list[str]) -> bool:
-        return any(self._link_judge(nodes, hosts).judge([Flow(**values) for each in given for values in each]))
-
-    def _judge_links(self, given: list[list[dict[str, Any]]], nodes: list[int], hosts: list[str]) -> None:
-        judge, flows = self._link_judge(nodes, hosts), [Flow(**values) for each in given for values in each]
-        self._add(*judge.judge(flows))
+        judge = LinkJudge(nodes, hosts, on_cpu, self._request.expected, interface_mbit)
+        problems, warnings = judge.judge(flows)
+        if (problems or warnings) and not is_last:
+            return True
+        self._add(problems, warnings)
         self._parts["links"] = judge.list_links(flows)
+        return False
 
     def _measure_machine(self, timings: list[Timing]) -> None:
         request = self._request
