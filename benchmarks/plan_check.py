@@ -93,7 +93,8 @@ def main() -> int:
     claims = claims_of(found, slow_lines)
     about = [
         f"`python benchmarks/plan_check.py --steps {options.steps}` on {processor()}, {usable_cores()} cores, "
-        f"torch {version('torch')}, deepspeed {version('deepspeed')}; ranks of one thread, fp32, gloo. Peak: most bytes of tensors at one time.",
+        f"torch {version('torch')}, deepspeed {version('deepspeed')}; ranks of one thread, fp32, gloo. "
+        "Peak: most bytes of tensors at one time.",
         *left_out,
     ]
     report = markdown_report(found, claims, about)
