@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.reports import processor  # noqa: E402
 from moe_train.cli.parity import TRAINING_MODULES  # noqa: E402
-from moe_train.parallel.bootstrap import local_rank_environments  # noqa: E402
-from moe_train.parallel.cores import usable_cores  # noqa: E402
-from moe_train.parallel.forked import ForkServer, wait_for_all  # noqa: E402
+from moe_train.distributed.bootstrap import local_rank_environments  # noqa: E402
+from moe_train.host.cores import usable_cores  # noqa: E402
+from moe_train.launch.fork_server import ForkServer, wait_for_all  # noqa: E402
 
 TIMEOUT_SECONDS = 1800
 STALL_BAR, WRITE_BAR, READ_BAR = 1.2, 0.7, 0.7

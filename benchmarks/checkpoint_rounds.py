@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_train.config.deepspeed import deepspeed_config
+from moe_train.checkpoint.folders import Retention
+from moe_train.checkpoint.reader import load_checkpoint
+from moe_train.checkpoint.writer import CheckpointWriter
 from moe_train.config.load import load_config
 from moe_train.config.root import check_world
 from moe_train.data import TrainEntry, TrainingSequences
-from moe_train.parallel.bootstrap import discover_world, init_process_group, leave_process_group, set_threads
-from moe_train.parallel.collectives import barrier, gather_objects
-from moe_train.parallel.groups import create_background_group
-from moe_train.parallel.host_memory import keep_freed_memory
-from moe_train.train.assemble import make_engine
+from moe_train.distributed.bootstrap import discover_world, init_process_group, leave_process_group, set_threads
+from moe_train.distributed.collectives import barrier, gather_objects
+from moe_train.distributed.mesh import create_background_group
+from moe_train.host.memory import keep_freed_memory
 from moe_train.train.batches import BatchPlan, micro_batches
-from moe_train.train.checkpoint.folders import Retention
-from moe_train.train.checkpoint.reader import load_checkpoint
-from moe_train.train.checkpoint.writer import CheckpointWriter
-from moe_train.train.engine import TrainEngine
+from moe_train.train.engine.build import make_engine
+from moe_train.train.engine.engine import TrainEngine
+from moe_train.train.engine.settings import deepspeed_config
 from moe_train.train.progress import Progress
 from moe_train.train.resume import newest_whole
 

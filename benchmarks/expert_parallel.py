@@ -40,9 +40,9 @@ from benchmarks.expert_parallel_rows import (  # noqa: E402
 )
 from benchmarks.reports import processor, say  # noqa: E402
 from benchmarks.slow_link import Node, SlowLinkUnavailable, slow_link  # noqa: E402
-from moe_train.parallel.bootstrap import local_rank_environments  # noqa: E402
-from moe_train.parallel.cores import usable_cores  # noqa: E402
-from moe_train.parallel.forked import ForkServer, wait_for_all  # noqa: E402
+from moe_train.distributed.bootstrap import local_rank_environments  # noqa: E402
+from moe_train.host.cores import usable_cores  # noqa: E402
+from moe_train.launch.fork_server import ForkServer, wait_for_all  # noqa: E402
 
 TIMEOUT_SECONDS = 1800
 DISPATCHES = ("flat", "unique", "two_level")

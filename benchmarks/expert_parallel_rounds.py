@@ -17,6 +17,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.expert_parallel_rows import Sent, Shape, Turn, Variant, count_rows
+from moe_train.distributed.bootstrap import discover_world, init_process_group, leave_process_group
+from moe_train.distributed.collectives import (
+    all_reduce_sum,
+    barrier,
+    gather_objects,
+    group_rank,
+    group_size,
+    world_group,
+)
+from moe_train.distributed.mesh import create_mesh
+from moe_train.host.memory import keep_freed_memory
 from moe_train.model.moe.dispatch import DISPATCHERS, Dispatcher
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
@@ -25,10 +36,6 @@ from moe_train.model.moe.routers.softmax_topk import SoftmaxTopKRouter
 from moe_train.model.parameters import ExpertParameter, materialize
 from moe_train.ops.keyed_random import fill_normal_, make_key
 from moe_train.ops.payload import Payload
-from moe_train.parallel.bootstrap import discover_world, init_process_group, leave_process_group
-from moe_train.parallel.collectives import all_reduce_sum, barrier, gather_objects, group_rank, group_size, world_group
-from moe_train.parallel.groups import create_expert_groups
-from moe_train.parallel.host_memory import keep_freed_memory
 
 _DEVICE = torch.device("cpu")
 _TIMEOUT_SECONDS = 300
@@ -216,7 +223,7 @@ def make_trainee(variant: Variant, shape: Shape) -> Trainee:
     local, path, own_rank = shape.experts // ranks, (), group_rank(world_group())
     if ranks > 1:
         node_size = shape.node_size(ranks) if variant.dispatch == "two_level" else None
-        path = create_expert_groups(ranks, _TIMEOUT_SECONDS, node_size).path
+        path = create_mesh(ranks, _TIMEOUT_SECONDS, node_size).path
     with torch.device("meta"):
         router = SoftmaxTopKRouter(
             shape.hidden,

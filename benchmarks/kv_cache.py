@@ -28,7 +28,7 @@ from kv_cache_rows import RECOMPUTED_LENGTH, Sharing, claims_of, result_rows  # 
 from reports import can_draw, make_output, processor, say, write_whole  # noqa: E402
 from training_runs import RunFailed, TrainingRun, run_all  # noqa: E402
 
-from moe_train.parallel.cores import usable_cores  # noqa: E402
+from moe_train.host.cores import usable_cores  # noqa: E402
 
 EXIT_USAGE = 2
 RUN_TIMEOUT_SECONDS = 1800

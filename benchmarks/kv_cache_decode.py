@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_train.config.model import ModelConfig
 from moe_train.model.build import build_model
-from moe_train.model.cache import Cache, KeyValue, kv_cache_bytes
+from moe_train.model.decode_state import Cache, KeyValue, kv_cache_bytes
 from moe_train.model.parameters import materialize
 from moe_train.model.transformer import Tokens, Transformer
 

@@ -4,7 +4,7 @@ Layouts are 1, 2 and 4 ranks x every expert-parallel size x ZeRO 1, 2 and 3: 18,
 3 steps, saves, and trains 3 more. Then each checkpoint is loaded in each layout, saved again before any step, and
 trained 3 more steps. Held against what was loaded: every weight, Adam's moments and step, and the router's bias, bit
 for bit. Held against the run that never stopped: the losses. The suite has 18 of the pairs
-(tests/train/checkpoint/test_layouts.py).
+(tests/checkpoint/test_layouts.py).
 
     python benchmarks/layout_matrix.py [--json]
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.train.checkpoint.layouts import (  # noqa: E402
+from tests.checkpoint.layouts import (  # noqa: E402
     LAYOUTS,
     LOSS_TOLERANCE,
     Resumption,

@@ -35,8 +35,8 @@ from moe_layer_rows import (  # noqa: E402
 from reports import processor, say  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from moe_train.parallel.cores import usable_cores  # noqa: E402
-from moe_train.parallel.host_memory import keep_freed_memory  # noqa: E402
+from moe_train.host.cores import usable_cores  # noqa: E402
+from moe_train.host.memory import keep_freed_memory  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEAK_MEMORY = {

@@ -32,7 +32,7 @@ from benchmarks.plan_check_runs import measure, measure_machine  # noqa: E402
 from benchmarks.reports import make_output, processor, say, write_whole  # noqa: E402
 from benchmarks.slow_link import SlowLinkUnavailable  # noqa: E402
 from moe_train.config.machine import Machine  # noqa: E402
-from moe_train.parallel.cores import usable_cores  # noqa: E402
+from moe_train.host.cores import usable_cores  # noqa: E402
 
 
 def parse_options() -> argparse.Namespace:

@@ -19,15 +19,15 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch._C._profiler import _EventType  # noqa: E402
 
-from moe_train.config.deepspeed import deepspeed_config  # noqa: E402
 from moe_train.config.load import load_config  # noqa: E402
 from moe_train.config.root import Config, check_world  # noqa: E402
+from moe_train.distributed.bootstrap import discover_world, init_process_group  # noqa: E402
+from moe_train.distributed.collectives import barrier  # noqa: E402
+from moe_train.distributed.traffic import TrafficMeter  # noqa: E402
 from moe_train.model.transformer import Tokens  # noqa: E402
-from moe_train.parallel.bootstrap import discover_world, init_process_group  # noqa: E402
-from moe_train.parallel.collectives import barrier  # noqa: E402
-from moe_train.parallel.traffic import TrafficMeter  # noqa: E402
-from moe_train.train.assemble import make_engine  # noqa: E402
-from moe_train.train.engine import TrainEngine  # noqa: E402
+from moe_train.train.engine.build import make_engine  # noqa: E402
+from moe_train.train.engine.engine import TrainEngine  # noqa: E402
+from moe_train.train.engine.settings import deepspeed_config  # noqa: E402
 
 _STEP = "plan_check/step"
 _LEARNING_RATE = 1e-4

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.plan_check_rows import STEPS_A_RECORD, Measured, Place, Setting
 from benchmarks.slow_link import slow_link
 from moe_train.config.machine import Machine, read_machine
-from moe_train.parallel.bootstrap import local_rank_environments
+from moe_train.distributed.bootstrap import local_rank_environments
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 900  # of one group of ranks

@@ -30,8 +30,8 @@ from benchmarks.scaling_measure import (  # noqa: E402
     measure,
 )
 from benchmarks.scaling_rows import AXES, Point, Timing, claims_of, series_of  # noqa: E402
-from moe_train.parallel.cores import usable_cores  # noqa: E402
-from moe_train.parallel.host_memory import keep_freed_memory  # noqa: E402
+from moe_train.host.cores import usable_cores  # noqa: E402
+from moe_train.host.memory import keep_freed_memory  # noqa: E402
 
 EXIT_USAGE = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -21,13 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moe_train.config.deepspeed import deepspeed_config  # noqa: E402
 from moe_train.config.errors import EXIT_USAGE, UsageError  # noqa: E402
 from moe_train.config.load import load_config  # noqa: E402
 from moe_train.config.root import Config, check_world  # noqa: E402
 from moe_train.data import PreparedData, prepare_data  # noqa: E402
-from moe_train.parallel.addresses import free_port  # noqa: E402
-from moe_train.parallel.bootstrap import (  # noqa: E402
+from moe_train.distributed.addresses import free_port  # noqa: E402
+from moe_train.distributed.bootstrap import (  # noqa: E402
     child_environment,
     choose_device,
     discover_world,
@@ -36,7 +35,8 @@ from moe_train.parallel.bootstrap import (  # noqa: E402
     leave_process_group,
     set_threads,
 )
-from moe_train.parallel.world import World  # noqa: E402
+from moe_train.distributed.world import World  # noqa: E402
+from moe_train.train.engine.settings import deepspeed_config  # noqa: E402
 
 TIMEOUT_SECONDS = 3600
 WARM_UP_BLOCKS = 2  # of each kind
@@ -125,7 +125,7 @@ def run_rank(options: argparse.Namespace, extra: list[str]) -> int:
 
 def prepare(config: Config, world: World, device) -> tuple[Config, PreparedData]:
     """The data, and the configuration with what depends on it and on the device."""
-    from moe_train.parallel.precision import resolve_precision
+    from moe_train.host.precision import resolve_precision
 
     set_threads(config.parallel.threads_per_rank, world)
     data = prepare_data(
@@ -145,10 +145,10 @@ def prepare(config: Config, world: World, device) -> tuple[Config, PreparedData]
 
 def measure(config: Config, data: PreparedData, world: World, device, folder: Path, num_pairs: int) -> Costs:
     """Blocks in turn. Collective: all ranks."""
-    from moe_train.parallel.collectives import barrier, gather_objects
-    from moe_train.parallel.traffic import TrafficMeter
-    from moe_train.train.assemble import make_engine
+    from moe_train.distributed.collectives import barrier, gather_objects
+    from moe_train.distributed.traffic import TrafficMeter
     from moe_train.train.batches import BatchPlan, micro_batches
+    from moe_train.train.engine.build import make_engine
 
     plan = BatchPlan(config.train.micro_batch_size, config.train.global_batch_size, world.rank, world.world_size)
     settings = deepspeed_config(config, world.world_size, config.train.precision)
@@ -216,17 +216,17 @@ def finish(device) -> None:
 
 def make_recorder(config: Config, plan, meter, folder: Path):
     """What `moe-train train` records with."""
-    from moe_train.train.alarms import Bounds, ExpertWatch
     from moe_train.train.console import RunConsole
-    from moe_train.train.recorder import StepRecorder
-    from moe_train.train.telemetry import MetricsWriter
+    from moe_train.train.telemetry.load_alarms import Bounds, LoadAlarms
+    from moe_train.train.telemetry.recorder import StepRecorder
+    from moe_train.train.telemetry.writer import MetricsWriter
 
     writer = watch = None
     layers = config.model.moe_layer_indices
     if plan.rank == 0:
         writer = MetricsWriter(folder, 0, use_tensorboard=True, say=print)
         writer.describe(layers, [], "")
-        watch = ExpertWatch(layers, Bounds.of(config.telemetry, config.model.moe))
+        watch = LoadAlarms(layers, Bounds.of(config.telemetry, config.model.moe))
     return StepRecorder(config, plan, RunConsole(None), meter, writer, watch)
 
 

@@ -48,7 +48,7 @@ from moe_train.config.errors import UsageError  # noqa: E402
 from moe_train.config.load import load_config  # noqa: E402
 from moe_train.config.root import Config, check_world  # noqa: E402
 from moe_train.data import prepare_data  # noqa: E402
-from moe_train.parallel.cores import usable_cores  # noqa: E402
+from moe_train.host.cores import usable_cores  # noqa: E402
 
 _SIZES = {
     "hidden": (256, "hidden_size"),
@@ -143,7 +143,7 @@ def _further_rows(parser: argparse.ArgumentParser, given: list[str]) -> dict[str
 def _resolve_dtype(name: str) -> str:
     import torch
 
-    from moe_train.parallel.precision import resolve_precision
+    from moe_train.host.precision import resolve_precision
 
     return resolve_precision(name, torch.device("cpu"))
 

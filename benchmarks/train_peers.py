@@ -26,14 +26,14 @@ from moe_train.config.load import load_config  # noqa: E402
 from moe_train.config.model import ModelConfig  # noqa: E402
 from moe_train.config.root import Config, check_world  # noqa: E402
 from moe_train.data import prepare_data  # noqa: E402
-from moe_train.parallel.bootstrap import (  # noqa: E402
+from moe_train.distributed.bootstrap import (  # noqa: E402
     discover_world,
     init_process_group,
     leave_process_group,
     set_threads,
 )
-from moe_train.parallel.host_memory import keep_freed_memory  # noqa: E402
-from moe_train.parallel.world import World  # noqa: E402
+from moe_train.distributed.world import World  # noqa: E402
+from moe_train.host.memory import keep_freed_memory  # noqa: E402
 from moe_train.train.batches import BatchPlan, micro_batches  # noqa: E402
 from moe_train.train.progress import Progress  # noqa: E402
 

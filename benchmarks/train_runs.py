@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.train_rows import STEPS_A_RECORD, WARM_UP_STEPS, Outcome, Setting
-from moe_train.parallel.bootstrap import local_rank_environments
+from moe_train.distributed.bootstrap import local_rank_environments
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 1800  # of one run

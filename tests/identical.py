@@ -74,7 +74,10 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
             "--model.moe.input_jitter=0.01",
         ),
     ),
-    "switch": (1, ("--model.moe.router=switch", "--model.moe.top_k=1", "--model.moe.renormalize_gates=false", NO_LOAD_TERM)),
+    "switch": (
+        1,
+        ("--model.moe.router=switch", "--model.moe.top_k=1", "--model.moe.renormalize_gates=false", NO_LOAD_TERM),
+    ),
     "dense": (1, ("--model.moe_every=0",)),
     "flat_2": (2, ("--parallel.expert_parallel_size=2", "--parallel.chunks=2")),
     "unique_2": (2, ("--parallel.dispatch=unique", "--parallel.chunks=3", "--model.kv_layers=2")),
@@ -103,7 +106,10 @@ def main() -> int:
         options.folder.mkdir(parents=True)
     different = []
     for name in options.only:
-        found, kept = observe(name, options.folder, is_first=options.action == "record"), options.folder / f"{name}.json"
+        found, kept = (
+            observe(name, options.folder, is_first=options.action == "record"),
+            options.folder / f"{name}.json",
+        )
         if options.action == "record":
             kept.write_text(json.dumps(found, indent=1))
             print(f"recorded  {name}", flush=True)
@@ -130,7 +136,17 @@ def observe(name: str, folder: Path, is_first: bool) -> dict[str, Any]:
     files = sorted(exported.rglob("*.safetensors"))
     found["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     if name in USED:
-        text = ("--prompt", "def main(", "--prompt", "import", "--max-new-tokens", "12", "--precision", "fp32", "--json")
+        text = (
+            "--prompt",
+            "def main(",
+            "--prompt",
+            "import",
+            "--max-new-tokens",
+            "12",
+            "--precision",
+            "fp32",
+            "--json",
+        )
         output = last_object(command(1, "generate", "--run", str(run), *text))
         found["generated"] = [each["text"] for each in output["completions"]]
         output = last_object(command(1, "evaluate", "--run", str(run), "--precision", "fp32", "--json"))

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from moe_train.config.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_train.train.checkpoint.manifest import Manifest
-    from moe_train.train.checkpoint.verification import Verification
+    from moe_train.checkpoint.manifest import Manifest
+    from moe_train.checkpoint.verification import Verification
 
 EXIT_DIFFERENT = 1  # damage was found, or two checkpoints differ
 Show = Callable[[Any], None]
@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace, show: Show) -> int:
-    from moe_train.train.checkpoint.inventory import checkpoints_folder, list_entries
-    from moe_train.train.checkpoint.tables import entries_table
+    from moe_train.checkpoint.inventory import checkpoints_folder, list_entries
+    from moe_train.checkpoint.tools.tables import entries_table
 
     folder = checkpoints_folder(options.run_dir)
     entries = list_entries(folder)
@@ -101,10 +101,10 @@ def _list(options: argparse.Namespace, show: Show) -> int:
 
 
 def _verify(options: argparse.Namespace, show: Show) -> int:
-    from moe_train.train.checkpoint.folders import list_checkpoints
-    from moe_train.train.checkpoint.inventory import checkpoints_folder, is_checkpoint
-    from moe_train.train.checkpoint.tables import verification_table
-    from moe_train.train.checkpoint.verification import readable_bytes, verify_checkpoint, verify_surroundings
+    from moe_train.checkpoint.folders import list_checkpoints
+    from moe_train.checkpoint.inventory import checkpoints_folder, is_checkpoint
+    from moe_train.checkpoint.tools.tables import verification_table
+    from moe_train.checkpoint.verification import readable_bytes, verify_checkpoint, verify_surroundings
 
     given = [Path(path) for path in options.paths]
     for path in given:
@@ -136,8 +136,8 @@ def _verify(options: argparse.Namespace, show: Show) -> int:
 
 
 def _inspect(options: argparse.Namespace, show: Show) -> int:
-    from moe_train.train.checkpoint.inspection import inspect_manifest, tensor_statistics
-    from moe_train.train.checkpoint.tables import inspection_tables, statistics_table
+    from moe_train.checkpoint.tools.inspection import inspect_manifest, tensor_statistics
+    from moe_train.checkpoint.tools.tables import inspection_tables, statistics_table
 
     manifest = _read(options.checkpoint, "CHECKPOINT")
     about: dict[str, Any] = {"folder": str(manifest.folder), "step": manifest.step}
@@ -162,8 +162,8 @@ def _inspect(options: argparse.Namespace, show: Show) -> int:
 
 
 def _diff(options: argparse.Namespace, show: Show) -> int:
-    from moe_train.train.checkpoint.difference import compare_checkpoints
-    from moe_train.train.checkpoint.tables import difference_tables
+    from moe_train.checkpoint.tools.difference import compare_checkpoints
+    from moe_train.checkpoint.tools.tables import difference_tables
 
     tolerance = options.tolerance
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
@@ -178,10 +178,10 @@ def _diff(options: argparse.Namespace, show: Show) -> int:
 
 
 def _prune(options: argparse.Namespace, show: Show) -> int:
-    from moe_train.train.checkpoint.folders import Retention
-    from moe_train.train.checkpoint.inventory import checkpoints_folder
-    from moe_train.train.checkpoint.pruning import prune
-    from moe_train.train.checkpoint.tables import as_bytes, plain
+    from moe_train.checkpoint.folders import Retention
+    from moe_train.checkpoint.inventory import checkpoints_folder
+    from moe_train.checkpoint.tools.pruning import prune
+    from moe_train.checkpoint.tools.tables import as_bytes, plain
 
     for name, least in (("keep_last", 1), ("keep_every", 0)):
         if getattr(options, name) < least:
@@ -192,8 +192,8 @@ def _prune(options: argparse.Namespace, show: Show) -> int:
     for name, problem in found.damaged.items():
         show(plain(f"{name} is damaged: {problem}"))
     if found.damaged:
-        whole = f"{found.newest_whole} is the newest whole one and stays" if found.newest_whole else "none is whole"
-        show(f"{whole}{'' if found.newest_whole else ': none is removed'}")
+        whole = f"{found.latest_valid} is the newest whole one and stays" if found.latest_valid else "none is whole"
+        show(f"{whole}{'' if found.latest_valid else ': none is removed'}")
     would = "would be removed" if options.dry_run else "removed"
     for name in (*found.removed, *found.leftovers):
         show(f"{would}: {name}")
@@ -208,9 +208,9 @@ def _prune(options: argparse.Namespace, show: Show) -> int:
 
 
 def _export(options: argparse.Namespace, show: Show) -> int:
-    from moe_train.train.checkpoint.export import MAX_SHARD_BYTES, export_weights
-    from moe_train.train.checkpoint.tables import as_bytes, plain
-    from moe_train.train.checkpoint.verification import readable_bytes
+    from moe_train.checkpoint.tools.export import MAX_SHARD_BYTES, export_weights
+    from moe_train.checkpoint.tools.tables import as_bytes, plain
+    from moe_train.checkpoint.verification import readable_bytes
 
     limit = MAX_SHARD_BYTES if options.max_shard_bytes is None else options.max_shard_bytes
     if limit < 1:
@@ -224,8 +224,8 @@ def _export(options: argparse.Namespace, show: Show) -> int:
 
 
 def _read(path: str, name: str) -> "Manifest":
-    from moe_train.train.checkpoint.inventory import find_checkpoint_folder
-    from moe_train.train.checkpoint.manifest import read_manifest
+    from moe_train.checkpoint.inventory import find_checkpoint_folder
+    from moe_train.checkpoint.manifest import read_manifest
 
     return read_manifest(find_checkpoint_folder(path, name))
 

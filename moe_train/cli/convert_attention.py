@@ -11,8 +11,8 @@ from moe_train.cli.trained import add_run_option, check_positive
 from moe_train.config.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_train.train.checkpoint.conversion import Converted
-    from moe_train.train.checkpoint.manifest import Manifest
+    from moe_train.checkpoint.manifest import Manifest
+    from moe_train.interop.convert_attention import Converted
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -22,9 +22,9 @@ def run(arguments: Sequence[str]) -> int:
     check_positive(options, "steps")
     if options.num_kv_heads is None and kv_layers is None:
         raise UsageError("give --num-kv-heads, --kv-layers or both: without them nothing changes")
-    from moe_train.train.checkpoint.conversion import ConversionRequest, convert_attention
-    from moe_train.train.checkpoint.inventory import find_checkpoint_folder
-    from moe_train.train.checkpoint.manifest import read_manifest
+    from moe_train.checkpoint.inventory import find_checkpoint_folder
+    from moe_train.checkpoint.manifest import read_manifest
+    from moe_train.interop.convert_attention import ConversionRequest, convert_attention
 
     manifest = read_manifest(find_checkpoint_folder(options.run, "--run"))
     request = ConversionRequest(Path(options.output), options.num_kv_heads, kv_layers, options.steps, options.widen_mlp)

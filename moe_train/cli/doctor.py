@@ -15,14 +15,20 @@ from moe_train.config.base import field_values
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
 from moe_train.config.root import Config, check_world
-from moe_train.parallel.addresses import choose_interface
-from moe_train.parallel.bootstrap import choose_device, discover_world, export_world, set_threads
-from moe_train.parallel.world import World
+from moe_train.distributed.addresses import choose_interface
+from moe_train.distributed.bootstrap import (
+    choose_device,
+    discover_world,
+    environment,
+    export_world,
+    set_threads,
+)
+from moe_train.distributed.world import World
 
 if TYPE_CHECKING:
     import torch
 
-    from moe_train.parallel.precision import Precision
+    from moe_train.host.precision import Precision
 
 DESCRIPTION = """Examine ranks, hosts and links before a run: what should be equal on all ranks, the shared folder,
 devices, clocks, the numbers and times of collective operations, slow and broken links. Start it as training is started.
@@ -63,16 +69,16 @@ def run(arguments: Sequence[str]) -> int:
     world = discover_world()
     setting = _read_setting(rest, options, world)
 
-    from moe_train.parallel.doctor.examine import Examination
-    from moe_train.parallel.doctor.facts import collect_facts
-    from moe_train.parallel.doctor.request import Request
+    from moe_train.doctor.examine import Examination
+    from moe_train.doctor.facts import collect_facts
+    from moe_train.doctor.request import Request
 
     config = setting.config
     threads = set_threads(config.parallel.threads_per_rank if config else "auto", world)
     fields = {} if config is None else {n: str(v) for n, v in field_values(config.model_dump(mode="json"))}
     # What decides how ranks talk to each other; a folder may have another name on each host.
     alike = {"sizes": options.sizes or "", "quick": str(options.quick), "timeout": f"{options.timeout:g}"}
-    facts = collect_facts(world, setting.device, threads, fields, setting.failure, alike)
+    facts = collect_facts(world, setting.device, threads, fields, setting.failure, alike, environment())
     export_world(world, setting.device)
     request = Request(
         world=world,
@@ -130,7 +136,7 @@ def _read_sizes(text: str) -> tuple[int, ...]:
 
 
 def _read_setting(rest: list[str], options: argparse.Namespace, world: World) -> _Setting:
-    from moe_train.parallel.precision import resolve_precision
+    from moe_train.host.precision import resolve_precision
 
     config, unwritable = None, _check_output(options.output) if world.rank == 0 else ""
     cpu = choose_device("cpu", world, {})
@@ -139,7 +145,7 @@ def _read_setting(rest: list[str], options: argparse.Namespace, world: World) ->
             config = load_config(rest, program="moe-train doctor", defaults={"train": {"run_dir": _NO_RUN_DIR}})
             config = check_world(config, world.world_size, world.local_world_size)
         device = choose_device(config.parallel.device if config else "auto", world)
-        choose_interface(config.parallel.network_interface if config else None)
+        choose_interface(config.parallel.network_interface if config else None, environment())
         precision = resolve_precision(config.train.precision if config else "auto", device)
     except UsageError as error:
         return _Setting(None, cpu, ("fp32",), str(error), unwritable)
@@ -174,7 +180,7 @@ def _say(text: str) -> None:
 def _show(report: dict[str, Any], as_json: bool, output: Path | None) -> None:
     from rich.console import Console
 
-    from moe_train.parallel.doctor.report import show_report
+    from moe_train.doctor.report import show_report
 
     if output is not None:
         try:

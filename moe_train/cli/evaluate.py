@@ -52,8 +52,8 @@ def run(arguments: Sequence[str]) -> int:
         text = f"--sequence-length ({options.sequence_length}) is beyond train.sequence_length ({trained_on})"
         print(f"warning: {text}, which the model was trained on", file=sys.stderr)
     model = load_model(trained)
+    from moe_train.distributed.collectives import world_group
     from moe_train.infer.evaluate import EvaluationPlan, chosen_sequences, evaluate, joined
-    from moe_train.parallel.collectives import world_group
 
     mark = trained.tokenizer.end_of_document if config.model.isolate_documents else None
     plan = EvaluationPlan(options.batch_size, options.max_sequences, mark)
@@ -168,7 +168,7 @@ def _loss_table(results: "Sequence[Evaluation]", has_experts: bool) -> Table:
 
 
 def _load_table(results: "Sequence[Evaluation]", layers: Sequence[int]) -> Table:
-    from moe_train.train.load_report import load_bars
+    from moe_train.train.telemetry.load_report import load_bars
 
     title = "Tokens an expert (a full bar: twice the mean)"
     table = Table(title=title, title_justify="left", min_width=len(title) + 2)

@@ -54,8 +54,8 @@ def run(arguments: Sequence[str]) -> int:
     ids = [_encode(prompt, trained.tokenizer) for prompt in prompts]
     plan = _plan(options, trained, prompts, ids)
     model = load_model(trained)
+    from moe_train.distributed.collectives import world_group
     from moe_train.infer.generate import generate
-    from moe_train.parallel.collectives import world_group
 
     is_alone = trained.world.world_size == 1
     streams = is_alone and len(prompts) == 1 and not options.json
@@ -238,9 +238,9 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
 def _plan(
     options: argparse.Namespace, trained: Trained, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]
 ) -> "DecodePlan":
+    from moe_train.host.precision import torch_dtype
     from moe_train.infer.decode import DecodePlan
     from moe_train.infer.sampling import Sampling
-    from moe_train.parallel.precision import torch_dtype
 
     config = trained.config
     given, most = options.max_length is not None, options.max_length or config.train.sequence_length

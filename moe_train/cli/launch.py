@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.config.errors import UsageError
-from moe_train.parallel.guards import Guard, check_guards, end_guards, master_address, networks, start_guards
-from moe_train.parallel.host_guard import MARK
-from moe_train.parallel.hostfile import HostLine, read_hostfile
-from moe_train.parallel.launch_commands import LAUNCHERS, PASSED_ON, LaunchPlan, launch_commands, passed_environment
-from moe_train.parallel.launched import Signals, Stopped, end, start, watch
+from moe_train.distributed.rendezvous import LAUNCH_MARK
+from moe_train.launch.commands import LAUNCHERS, PASSED_ON, LaunchPlan, launch_commands, passed_environment
+from moe_train.launch.host_agents import HostAgent, check_agents, end_agents, master_address, networks, start_agents
+from moe_train.launch.hostfile import HostLine, read_hostfile
+from moe_train.launch.supervise import Signals, Stopped, end, start, watch
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -39,17 +39,17 @@ def _launch(options: argparse.Namespace, hosts: Sequence[HostLine], words: Seque
     environment = passed_environment(options.env, mark, python)
     names = [host.name for host in hosts] if options.allow_fewer_hosts else [hosts[0].name]  # any may become the first
     names += [options.master_addr] if options.master_addr else []
-    task = {"mark": mark, "program": words[0], "python": python, "names": names}
-    guards: list[Guard] = []
+    task = {"mark": f"{LAUNCH_MARK}={mark}", "program": words[0], "python": python, "names": names}
+    agents: list[HostAgent] = []
     with tempfile.TemporaryDirectory(prefix="moe-train-launch-") as scratch:
         try:
-            guards = start_guards(hosts, task, folder, options.master_port)
-            kept, port = check_guards(
-                guards, folder=folder, python=python, port=options.master_port, allow_fewer=options.allow_fewer_hosts
+            agents = start_agents(hosts, task, folder, options.master_port)
+            kept, port = check_agents(
+                agents, folder=folder, python=python, port=options.master_port, allow_fewer=options.allow_fewer_hosts
             )
             address = master_address(kept, options.master_addr)
             plan = LaunchPlan(
-                hosts=[guard.host for guard in kept],
+                hosts=[agent.host for agent in kept],
                 program=words[0],
                 arguments=words[1:],
                 python=python,
@@ -62,14 +62,14 @@ def _launch(options: argparse.Namespace, hosts: Sequence[HostLine], words: Seque
             )
             commands, extra = launch_commands(options.launcher, plan)
             signals.are_watched = True
-            launchers = start(commands, {**extra, MARK: mark})
+            launchers = start(commands, {**extra, LAUNCH_MARK: mark})
             try:
                 return watch(launchers, kept, signals)
             finally:
-                end(launchers)  # first: told by a guard, deepspeed would reach for all hosts again
-                end_guards(kept)
+                end(launchers)  # first: told by a agent, deepspeed would reach for all hosts again
+                end_agents(kept)
         finally:
-            end_guards([guard for guard in guards if guard.process.poll() is None])
+            end_agents([agent for agent in agents if agent.process.poll() is None])
 
 
 def _parser() -> argparse.ArgumentParser:

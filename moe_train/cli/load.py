@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from moe_train.config.errors import UsageError
-from moe_train.train.load_report import expert_load, layer_table, load_table
-from moe_train.train.records import read_records
+from moe_train.train.telemetry.load_report import expert_load, layer_table, load_table
+from moe_train.train.telemetry.records import read_records
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from moe_train import __version__
 from moe_train.config.errors import EXIT_USAGE, UsageError
-from moe_train.parallel.bootstrap import is_first_rank, leave_process_group
+from moe_train.distributed.bootstrap import is_first_rank, leave_process_group
 
 SUBCOMMANDS = {
     "train": "train a model (start it with deepspeed, torchrun, mpirun or srun for more than one process)",

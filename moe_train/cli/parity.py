@@ -20,15 +20,15 @@ from rich.table import Table
 
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
-from moe_train.parallel.addresses import free_port
-from moe_train.parallel.bootstrap import (
+from moe_train.distributed.addresses import free_port
+from moe_train.distributed.bootstrap import (
     child_environment,
     choose_device,
     discover_world,
     init_process_group,
 )
-from moe_train.parallel.forked import ForkServer, wait_for_all
-from moe_train.parallel.world import World
+from moe_train.distributed.world import World
+from moe_train.launch.fork_server import ForkServer, wait_for_all
 
 RUN_TIMEOUT_SECONDS = 600
 # What training imports from the first line to the last, for ranks that are forked.
@@ -39,7 +39,7 @@ TRAINING_MODULES = (
     "moe_train.cli.assembly",
     "moe_train.infer.generate",
     "moe_train.model.count",
-    "moe_train.train.assemble",
+    "moe_train.train.engine.build",
     "moe_train.train.loop",
     "moe_train.train.resume",
     "moe_train.train.summary",
@@ -73,9 +73,9 @@ def run(arguments: Sequence[str]) -> int:
 def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World, scratch: Path) -> int:
     import torch
 
-    from moe_train.parallel.collectives import barrier, gather_objects
+    from moe_train.distributed.collectives import barrier, gather_objects
     from moe_train.train.parity import OPTIONS, Comparison, Layout, choose_layouts, compare
-    from moe_train.train.records import Record, read_records
+    from moe_train.train.telemetry.records import Record, read_records
 
     config = load_config([*OPTIONS, *extra, f"--train.run_dir={scratch}"], program="moe-train parity")
     device = choose_device(config.parallel.device, replace(world, local_world_size=1, local_rank=0))
@@ -111,7 +111,7 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
 
 
 def _rank_limit(wanted: int | None, world: World, device_type: str) -> int:
-    from moe_train.parallel.bootstrap import num_devices
+    from moe_train.distributed.bootstrap import num_devices
 
     available = world.world_size if world.world_size > 1 else num_devices(device_type)
     if wanted is not None and available is not None and wanted > available:

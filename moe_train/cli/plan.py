@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from rich.console import Console
 
 from moe_train.cli.params import known_vocab_size
-from moe_train.config.deepspeed import check_additions
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml, load_config
 from moe_train.config.root import Config
+from moe_train.train.engine.settings import check_additions
 
 if TYPE_CHECKING:
     from moe_train.plan.planner import Plan, Question

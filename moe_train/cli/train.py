@@ -8,50 +8,37 @@ import faulthandler
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from moe_train.config.base import field_values
-from moe_train.config.deepspeed import check_additions, deepspeed_config
 from moe_train.config.errors import EXIT_STOPPED, UsageError
 from moe_train.config.load import load_config
 from moe_train.config.root import Config, check_payload, check_world
 from moe_train.data import PreparedData, check_data, prepare_data
-from moe_train.parallel.addresses import choose_interface
-from moe_train.parallel.bootstrap import (
+from moe_train.distributed.addresses import choose_interface
+from moe_train.distributed.bootstrap import (
     choose_device,
     discover_world,
+    environment,
     export_world,
     init_process_group,
     set_threads,
 )
-from moe_train.parallel.host_memory import keep_freed_memory
-from moe_train.parallel.versions import versions
-from moe_train.parallel.world import World, check_nodes
+from moe_train.distributed.world import World, check_nodes
+from moe_train.host.memory import keep_freed_memory
+from moe_train.host.versions import versions
+from moe_train.train.engine.settings import check_additions, deepspeed_config
 
 if TYPE_CHECKING:
-    import torch
-
-    from moe_train.parallel.collectives import Group
+    from moe_train.checkpoint.resume_point import ResumePoint
+    from moe_train.cli.assembly import Setting
+    from moe_train.distributed.collectives import Group
+    from moe_train.liveness.health import Health
     from moe_train.train.console import RunConsole
     from moe_train.train.loop import Run, TrainResult
-    from moe_train.train.resilience.lifelines import Lifelines
-    from moe_train.train.resume import Found
-    from moe_train.train.run_folder import RunFolder
 
 DESCRIPTION = "Train a Mixture-of-Experts language model. Dotted options override the fields of the YAML file."
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is known before ranks meet."""
-
-    config: Config
-    world: World
-    device: "torch.device"
-    folder: "RunFolder"
-    data: PreparedData
 
 
 def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
@@ -90,13 +77,13 @@ def _with_saved_batch(config: Config) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": saved})})
 
 
-def _prepare(config: Config, world: World) -> Setting:
-    from moe_train.parallel.precision import resolve_precision
+def _prepare(config: Config, world: World) -> "Setting":
+    from moe_train.host.precision import resolve_precision
     from moe_train.train.run_folder import open_run_folder
 
     folder = open_run_folder(config.train.run_dir)
     device = choose_device(config.parallel.device, world)
-    choose_interface(config.parallel.network_interface)
+    choose_interface(config.parallel.network_interface, environment())
     export_world(world, device)  # before DeepSpeed is imported, which looks for a device at once
     precision = resolve_precision(config.train.precision, device)
     check_payload(config.parallel, precision)
@@ -114,6 +101,8 @@ def _prepare(config: Config, world: World) -> Setting:
         local_rank=world.local_rank,
         show_progress=world.local_rank == 0,
     )
+    from moe_train.cli.assembly import Setting  # brings all that training needs
+
     return Setting(_resolve_vocabulary(config, data), world, device, folder, data)
 
 
@@ -125,7 +114,7 @@ def _resolve_vocabulary(config: Config, data: PreparedData) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def _redirect(setting: Setting) -> tuple[TextIO, TextIO]:
+def _redirect(setting: "Setting") -> tuple[TextIO, TextIO]:
     from moe_train.train.run_folder import redirect_output
 
     output, errors = redirect_output(setting.folder.log(setting.world.rank))
@@ -133,11 +122,11 @@ def _redirect(setting: Setting) -> tuple[TextIO, TextIO]:
     return output, errors
 
 
-def _train(setting: Setting, output: TextIO, errors: TextIO) -> int:
+def _train(setting: "Setting", output: TextIO, errors: TextIO) -> int:
+    from moe_train.distributed.consensus import run_on_all_ranks
+    from moe_train.liveness.health import connect
     from moe_train.model.compiled import check_compiler
-    from moe_train.train.agreement import together
     from moe_train.train.console import RunConsole
-    from moe_train.train.resilience.lifelines import connect
 
     config, world = setting.config, setting.world
     console = RunConsole(output if world.rank == 0 else None)
@@ -146,8 +135,8 @@ def _train(setting: Setting, output: TextIO, errors: TextIO) -> int:
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
     init_process_group(world, setting.device, config.parallel.timeout_seconds)
     if config.train.compile:
-        together(lambda: check_compiler(setting.device))
-    lifelines = connect(
+        run_on_all_ranks(lambda: check_compiler(setting.device))
+    health = connect(
         world.master_addr,
         world.rank,
         world.world_size,
@@ -156,27 +145,27 @@ def _train(setting: Setting, output: TextIO, errors: TextIO) -> int:
         streams=(sys.stderr, errors),
     )
     try:
-        code = _train_watched(setting, lifelines, console, errors)
+        code = _train_watched(setting, health, console, errors)
     except UsageError as error:
-        lifelines.peers.fail(str(error))  # mostly all find the same, but none must wait for one that has left
+        health.peers.fail(str(error))  # mostly all find the same, but none must wait for one that has left
         raise
     except BaseException as error:
         with contextlib.suppress(OSError):
             traceback.print_exc()  # to the log, before others are asked
-        reason, code = lifelines.explain(error)
+        reason, code = health.explain(error)
         with contextlib.suppress(OSError):
             print(f"rank {world.rank}: {reason}; its log is {setting.folder.log(world.rank)}", file=errors)
         return code
-    lifelines.leave()
+    health.leave()
     return code
 
 
-def _train_watched(setting: Setting, lifelines: "Lifelines", console: "RunConsole", errors: TextIO) -> int:
+def _train_watched(setting: "Setting", health: "Health", console: "RunConsole", errors: TextIO) -> int:
     from moe_train.cli.assembly import assemble
-    from moe_train.parallel.collectives import barrier
-    from moe_train.parallel.groups import create_background_group
+    from moe_train.distributed.collectives import barrier
+    from moe_train.distributed.mesh import create_background_group
+    from moe_train.liveness.signals import StopSignals
     from moe_train.train.loop import train
-    from moe_train.train.resilience.signals import StopSignals
 
     rank = setting.world.rank
 
@@ -186,8 +175,8 @@ def _train_watched(setting: Setting, lifelines: "Lifelines", console: "RunConsol
 
     with StopSignals(say) as signals:
         group = create_background_group()
-        found = _agree(setting, group)
-        training, first = assemble(setting, found, lifelines, signals, console, group)
+        point = _agree(setting, group)
+        training, first = assemble(setting, point, health, signals, console, group)
         result = train(training, first)
         if result.stopped is not None:
             signals.ignore()
@@ -216,12 +205,13 @@ def _conclude(training: "Run", result: "TrainResult") -> None:
         show_summary(training, summary)
 
 
-def _agree(setting: Setting, group: "Group | None") -> "Found":
+def _agree(setting: "Setting", group: "Group | None") -> "ResumePoint":
     """The checkpoint to go on from; everything that each rank found out for itself must be the same on all."""
-    from moe_train.train.agreement import together
-    from moe_train.train.checkpoint.folders import remove_leftovers
-    from moe_train.train.records import read_records
-    from moe_train.train.resume import check_resumable, find_checkpoint
+    from moe_train.checkpoint.folders import remove_leftovers
+    from moe_train.checkpoint.resume_point import find_resume_point
+    from moe_train.distributed.consensus import run_on_all_ranks
+    from moe_train.train.resume import check_resumable
+    from moe_train.train.telemetry.records import read_records
 
     config, data, world, folder = setting.config, setting.data, setting.world, setting.folder
 
@@ -238,11 +228,11 @@ def _agree(setting: Setting, group: "Group | None") -> "Found":
             "the data": " ".join(folder.name for folder in data.cache_dirs),
         }
 
-    together(tidy, describe)
-    found = find_checkpoint(config.checkpoint.resume, folder.checkpoints, world.rank, world.world_size, group)
-    if found.manifest is not None:
-        check_resumable(found.manifest, config, data.tokenizer.fingerprint)
-    return found
+    run_on_all_ranks(tidy, describe)
+    point = find_resume_point(config.checkpoint.resume, folder.checkpoints, world.rank, world.world_size, group)
+    if point.manifest is not None:
+        check_resumable(point.manifest, config, data.tokenizer.fingerprint)
+    return point
 
 
 def _sample(training: "Run") -> str | None:

@@ -14,21 +14,21 @@ from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config, validate_config
 from moe_train.config.root import Config, check_world
 from moe_train.data import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer_file
-from moe_train.parallel.bootstrap import (
+from moe_train.distributed.bootstrap import (
     choose_device,
     discover_world,
     export_world,
     init_process_group,
     set_threads,
 )
-from moe_train.parallel.host_memory import keep_freed_memory
-from moe_train.parallel.world import World
+from moe_train.distributed.world import World
+from moe_train.host.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
 
+    from moe_train.checkpoint.manifest import Manifest
     from moe_train.model.transformer import Transformer
-    from moe_train.train.checkpoint.manifest import Manifest
 
 _NAMING = ("source", "mixture", "paths", "name", "subset")  # fields that name other data than the run's
 _TOKENIZER = ("tokenizer", "bpe_vocab_size", "end_of_document")
@@ -106,9 +106,9 @@ def open_trained(
     Raises:
         UsageError: If there is none, or it is not of this model or tokenizer.
     """
-    from moe_train.parallel.precision import torch_dtype
-    from moe_train.train.checkpoint.inventory import find_checkpoint_folder
-    from moe_train.train.checkpoint.manifest import read_manifest
+    from moe_train.checkpoint.inventory import find_checkpoint_folder
+    from moe_train.checkpoint.manifest import read_manifest
+    from moe_train.host.precision import torch_dtype
 
     check_positive(options, "expert_parallel_size", "threads")
     manifest = read_manifest(find_checkpoint_folder(options.run, "--run"))
@@ -127,11 +127,11 @@ def open_trained(
 
 def load_model(trained: Trained) -> "Transformer":
     """The model with its weights on this rank, every byte of which is verified first. Collective: all ranks."""
+    from moe_train.checkpoint.files import verify_files
+    from moe_train.distributed.consensus import run_on_all_ranks
+    from moe_train.distributed.mesh import create_mesh
     from moe_train.infer.loading import check_fits, load_weights
     from moe_train.model.build import ExpertPlacement, build_model
-    from moe_train.parallel.groups import create_expert_groups
-    from moe_train.train.agreement import together
-    from moe_train.train.checkpoint.files import verify_files
 
     config, world, manifest = trained.config, trained.world, trained.manifest
     size, placement = config.parallel.expert_parallel_size, ExpertPlacement()
@@ -139,17 +139,17 @@ def load_model(trained: Trained) -> "Transformer":
     if world.world_size > 1:
         init_process_group(world, trained.device, config.parallel.timeout_seconds)
         # In one hop and one chunk: a few tokens are a matter of latency. What travels is what it was in training.
-        groups = create_expert_groups(size, config.parallel.timeout_seconds)
+        groups = create_mesh(size, config.parallel.timeout_seconds)
         placement = ExpertPlacement(
             groups.ep_rank, size, groups.path, config.parallel.dispatch, payload=config.parallel.payload
         )
     model = build_model(config.model, config.model.vocab_size, seed=config.train.seed, placement=placement)
     check_fits(model, manifest)
-    together(
+    run_on_all_ranks(
         lambda: verify_files(manifest, sorted(manifest.files)[world.rank :: world.world_size]),
         lambda _: {"the checkpoint": f"{manifest.folder.name} of {manifest.step} steps"},
     )
-    together(lambda: load_weights(model, manifest, dtype=trained.dtype, device=trained.device))
+    run_on_all_ranks(lambda: load_weights(model, manifest, dtype=trained.dtype, device=trained.device))
     return model.eval()
 
 
@@ -202,7 +202,7 @@ def names_other_data(fields: set[str]) -> bool:
 
 
 def _precision(setting: str, trained: str, device: "torch.device") -> Any:
-    from moe_train.parallel.precision import resolve_precision
+    from moe_train.host.precision import resolve_precision
 
     if setting == "fp16" and device.type == "cpu":
         raise UsageError("--precision (fp16) needs --device cuda: on a CPU it is bf16 or fp32")

@@ -1,4 +1,4 @@
-"""What a user can put right: a bad option, configuration or input."""
+"""Exit codes, and the errors that carry one."""
 
 EXIT_USAGE = 2  # exit code of bad usage, configuration or input
 EXIT_DIVERGED = 65  # exit code of a run whose numbers went wrong for good: it would go wrong again
@@ -9,5 +9,18 @@ EXIT_STOPPED = 75  # exit code of a run stopped by a signal after saving: start 
 class UsageError(ValueError):
     """A bad option, configuration or input; its message names the field or file, the value and what would be right.
 
-    The command line prints the message alone, without a traceback, and ends with exit code 2.
+    The command line prints the message alone, without a traceback.
     """
+
+    exit_code = EXIT_USAGE
+
+
+class TrainingDiverged(RuntimeError):
+    """Numbers went wrong for good; the message says which, and where the diagnosis is."""
+
+    exit_code = EXIT_DIVERGED
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Exit code of a process that this error ends: the error's own, or 1 for an error of no known kind."""
+    return int(getattr(error, "exit_code", 1))

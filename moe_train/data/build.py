@@ -9,8 +9,8 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from moe_train.data.corpus import Corpus
 from moe_train.data.report import PreparationReport
-from moe_train.data.sources import Corpus
 from moe_train.data.tokenizers import Tokenizer, token_dtype
 
 TOKEN_FILES = {"train": "train.tokens.bin", "held_out": "held_out.tokens.bin"}

@@ -9,10 +9,10 @@ import numpy as np
 
 from moe_train.config.errors import UsageError
 from moe_train.data.build import TOKEN_FILES, tokenize_corpus
+from moe_train.data.corpus import Corpus
 from moe_train.data.digests import digest_of, file_digests
 from moe_train.data.files import CorpusFile
 from moe_train.data.folders import build_once, replaced_folder, write_json
-from moe_train.data.sources import Corpus
 from moe_train.data.tokenizers import Tokenizer
 
 FORMAT_VERSION = 1  # of the files below; part of every key, so that other versions are built anew

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_train.config import DataConfig, UsageError
-from moe_train.config.data import SourceConfig
+from moe_train.config.data import DataConfig, SourceConfig
+from moe_train.config.errors import UsageError
 from moe_train.data.cache import CacheFolder, TokenCache
 from moe_train.data.folders import cache_root
 from moe_train.data.prepare import OTHER_RANKS_WAIT_SECONDS, source_fields

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.config import SourceConfig, UsageError
+from moe_train.config.data import SourceConfig
+from moe_train.config.errors import UsageError
+from moe_train.data.corpus import DigestFiles, Document, HeldOutSplit
 from moe_train.data.digests import digest_of
 from moe_train.data.readers import check_column, checked_text
-from moe_train.data.sources import DigestFiles, Document, HeldOutSplit
 
 BATCH_ROWS = 1000  # rows decoded at a time
 SAVED_DATASET_FILE = "state.json"  # what save_to_disk leaves in a data set's folder

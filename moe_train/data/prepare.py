@@ -5,14 +5,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_train.config import DataConfig, UsageError
+from moe_train.config.data import DataConfig
+from moe_train.config.errors import UsageError
 from moe_train.data.build import cut
 from moe_train.data.cache import FORMAT_VERSION, CacheFolder, TokenCache
+from moe_train.data.corpus import Corpus
 from moe_train.data.digests import digest_of
 from moe_train.data.folders import build_once, cache_root, replaced_folder
 from moe_train.data.report import say
 from moe_train.data.sequences import HeldOut, TrainEntry, TrainingSequences, join_held_out
-from moe_train.data.sources import Corpus, check_source, open_corpus
+from moe_train.data.sources import check_source, open_corpus
 from moe_train.data.tokenizers import (
     BPE_PATTERN,
     ByteTokenizer,

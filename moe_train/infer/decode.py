@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_train.infer.sampling import GREEDY, Sampling, choose_tokens
-from moe_train.model.cache import Cache
+from moe_train.model.decode_state import Cache
 from moe_train.model.transformer import Tokens, Transformer
 from moe_train.ops.keyed_random import combine, make_key, uniform
 

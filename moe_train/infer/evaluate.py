@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from moe_train.data import Domain
+from moe_train.distributed.collectives import Group, all_reduce_sum, group_rank, group_size
 from moe_train.model.transformer import Transformer
 from moe_train.ops.cross_entropy import IGNORED_TARGET, token_cross_entropy
-from moe_train.parallel.collectives import Group, all_reduce_sum, group_rank, group_size
 from moe_train.train.batches import make_tokens
 
 

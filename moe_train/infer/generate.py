@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from moe_train.data import Tokenizer
+from moe_train.distributed.collectives import Group, all_reduce_max, gather_objects, group_rank, group_size
 from moe_train.infer.completion import Completion, CompletionBuilder
 from moe_train.infer.decode import DecodePlan, Decoder
 from moe_train.model.transformer import Transformer
-from moe_train.parallel.collectives import Group, all_reduce_max, gather_objects, group_rank, group_size
 
 OnText = Callable[[int, str], None]  # told the prompt's number and its next piece of text
 

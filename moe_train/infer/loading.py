@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from moe_train.checkpoint.manifest import Manifest
+from moe_train.checkpoint.matching import check_same_buffers, check_same_model
+from moe_train.checkpoint.ranges import RangeReader
 from moe_train.model.parameters import InitialValue, LogicalTensor, allocate, logical_tensors
 from moe_train.model.transformer import Transformer
-from moe_train.train.checkpoint.manifest import Manifest
-from moe_train.train.checkpoint.matching import check_same_buffers, check_same_model
-from moe_train.train.checkpoint.ranges import RangeReader
 
 _CHUNK = 1 << 24  # elements read at once: bounds the copy in fp32
 

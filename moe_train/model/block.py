@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from moe_train.model.cache import KeyValue
+from moe_train.model.decode_state import KeyValue
 from moe_train.model.mixers.base import Mixer, MixerContext
 from moe_train.model.moe.layer import MoELayer, MoEStats
 

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from moe_train.config.model import ModelConfig
+from moe_train.distributed.flight_recorder import FlightRecorder
+from moe_train.distributed.observer import CommObserver
+from moe_train.distributed.traffic import TrafficMeter
 from moe_train.model.block import Block
 from moe_train.model.layers import Embedding, Linear, SwiGLU, make_norm
 from moe_train.model.mixers import MIXERS
@@ -17,9 +20,6 @@ from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers import Router, build_router
 from moe_train.model.transformer import Transformer
 from moe_train.ops.payload import Payload, PayloadName
-from moe_train.parallel.position import Position
-from moe_train.parallel.probe import Probe
-from moe_train.parallel.traffic import TrafficMeter
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ExpertPlacement:
         num_chunks: In which tokens travel.
         payload: The form in which they travel.
         meter: Told what the dispatcher's all-to-alls cost; None: nobody asks.
-        position: Told that this process is in one of them, and in which layer; None: nobody asks.
+        flight_recorder: Told that this process is in one of them, and in which layer; None: nobody asks.
     """
 
     rank: int = 0
@@ -44,12 +44,12 @@ class ExpertPlacement:
     num_chunks: int = 1
     payload: PayloadName = "model"
     meter: TrafficMeter | None = None
-    position: Position | None = None
+    flight_recorder: FlightRecorder | None = None
 
     def dispatcher(self, layer: int) -> Dispatcher:
         """The dispatcher of a layer, which tells of its all-to-alls."""
-        probe = Probe(self.meter, self.position, layer)
-        return DISPATCHERS[self.dispatch](self.num_chunks, Payload(self.payload), probe)
+        observer = CommObserver(self.meter, self.flight_recorder, layer)
+        return DISPATCHERS[self.dispatch](self.num_chunks, Payload(self.payload), observer)
 
 
 def build_model(

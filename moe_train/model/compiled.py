@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config.errors import UsageError
-from moe_train.model.cache import KeyValue
+from moe_train.model.decode_state import KeyValue
 from moe_train.model.layers import LayerNorm, RMSNorm, SwiGLU
 from moe_train.model.mixers import AttentionMixer, MixerContext
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_train.distributed.collectives import Group, all_reduce_sum
 from moe_train.model.block import Block, BlockOutput
-from moe_train.model.cache import Cache, CacheRoom, KeyValue
+from moe_train.model.decode_state import Cache, CacheSpec, KeyValue
 from moe_train.model.layers import Embedding, Linear
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.moe.balance import BalanceTerm, BiasRule, Scheduled
@@ -21,7 +22,6 @@ from moe_train.model.moe.routers import Router
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.cross_entropy import mean_cross_entropy
 from moe_train.ops.keyed_random import combine, make_key
-from moe_train.parallel.collectives import Group, all_reduce_sum
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
             dtype: Of keys and values; None: the model's.
         """
         weight = self.embedding.weight
-        room = CacheRoom(batch_size, max_length, dtype or weight.dtype, weight.device)
+        room = CacheSpec(batch_size, max_length, dtype or weight.dtype, weight.device)
         return Cache([block.mixer.new_state(room) for block in self._typed_blocks])
 
     @property

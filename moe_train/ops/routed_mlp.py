@@ -46,11 +46,11 @@ def routed_swiglu(
     """
     # On CPU an expert's rows fit the cache, and expert by expert they never leave it.
     by_expert = rows_ND.device.type == "cpu" or not _has_grouped_mm(rows_ND, gate_up_eDG)
-    function = _ByExpert if by_expert else _Together
+    function = _SequentialExperts if by_expert else _GroupedExperts
     return function.apply(rows_ND, gates_R, row_map, counts_e, gate_up_eDG, down_eFD)
 
 
-class _ByExpert(torch.autograd.Function):
+class _SequentialExperts(torch.autograd.Function):
     """Every expert's products for themselves: any dtype, at the price of reading the counts."""
 
     @staticmethod
@@ -99,7 +99,7 @@ class _ByExpert(torch.autograd.Function):
         return ctx.row_map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
-class _Together(torch.autograd.Function):
+class _GroupedExperts(torch.autograd.Function):
     """All experts in grouped products, without looking at the counts; what lies between by kernels where they run."""
 
     @staticmethod
@@ -107,7 +107,7 @@ class _Together(torch.autograd.Function):
         ctx: Any, rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
         offsets_e = counts_e.cumsum(0).to(torch.int32)
-        hidden_RG = F.grouped_mm(row_map.spread_rows(rows_ND), gate_up, offs=offsets_e)
+        hidden_RG = F.grouped_mm(row_map.gather(rows_ND), gate_up, offs=offsets_e)
         output_RD = F.grouped_mm(_fused_activation(hidden_RG, gates_R), down, offs=offsets_e)
         ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e)
         ctx.row_map = row_map
@@ -117,12 +117,12 @@ class _Together(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e = ctx.saved_tensors
-        grad_RD = ctx.row_map.spread_rows(grads[0])
+        grad_RD = ctx.row_map.gather(grads[0])
         slope_RF = F.grouped_mm(grad_RD, down.transpose(1, 2), offs=offsets_e)
         grad_hidden_RG, active_RF, grad_gates_R = _fused_activation_gradients(hidden_RG, slope_RF, gates_R)
         grad_down = F.grouped_mm(active_RF.t(), grad_RD, offs=offsets_e)
         del grad_RD, active_RF
-        grad_gate_up = F.grouped_mm(ctx.row_map.spread_rows(rows_ND).t(), grad_hidden_RG, offs=offsets_e)
+        grad_gate_up = F.grouped_mm(ctx.row_map.gather(rows_ND).t(), grad_hidden_RG, offs=offsets_e)
         grad_rows_RD = F.grouped_mm(grad_hidden_RG, gate_up.transpose(1, 2), offs=offsets_e)
         return ctx.row_map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 

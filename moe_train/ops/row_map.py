@@ -94,7 +94,7 @@ class RowMap:
         source_PN = torch.arange(num_sources, device=is_place_PN.device).expand_as(is_place_PN)
         return RowMap(_pick(source_PN, is_place_PN, num_places), num_sources, group_places)
 
-    def spread_rows(self, rows_ND: Tensor) -> Tensor:
+    def gather(self, rows_ND: Tensor) -> Tensor:
         """Every place's row. [R, D], without gradient."""
         if kernels := kernels_for(rows_ND):
             return kernels.gather_rows(rows_ND, self.source_R)
@@ -126,7 +126,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, row_map: RowMap) -> Tensor:
         ctx.row_map = row_map
-        return row_map.spread_rows(rows_ND)
+        return row_map.gather(rows_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -141,14 +141,14 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.row_map.spread_rows(grads[0]), None
+        return ctx.row_map.gather(grads[0]), None
 
 
-def spread(rows_ND: Tensor, row_map: RowMap) -> Tensor:
+def gather_rows(rows_ND: Tensor, row_map: RowMap) -> Tensor:
     """Every place's row, [R, D]; its gradient is summed in an order that does not depend on the device's threads."""
     return _Spread.apply(rows_ND, row_map)
 
 
-def sum_places(rows_RD: Tensor, row_map: RowMap) -> Tensor:
+def scatter_add_rows(rows_RD: Tensor, row_map: RowMap) -> Tensor:
     """The sum of each source's places, [N, D], accumulated in at least fp32."""
     return _Sum.apply(rows_RD, row_map)

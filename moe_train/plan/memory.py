@@ -7,7 +7,7 @@ block (activations of the blocks below, gradients of those above), the reduction
 
 from dataclasses import dataclass
 
-from moe_train.model.cache import kv_cache_bytes
+from moe_train.model.decode_state import kv_cache_bytes
 from moe_train.plan.activations import BlockMemory, HeadMemory, block_memory, head_memory
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads

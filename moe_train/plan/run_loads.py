@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_train.config.errors import UsageError
-from moe_train.train.load_report import expert_load
-from moe_train.train.records import read_records
+from moe_train.train.telemetry.load_report import expert_load
+from moe_train.train.telemetry.records import read_records
 
 _STEPS = 1000  # the last ones of the run
 

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import torch
 
+from moe_train.checkpoint.folders import step_folder
 from moe_train.config.root import Config
 from moe_train.data import PreparedData
-from moe_train.parallel.position import Position
+from moe_train.distributed.flight_recorder import FlightRecorder
+from moe_train.liveness.watchdog import Watchdog
 from moe_train.train.batches import BatchPlan, micro_batches
-from moe_train.train.checkpoint.folders import step_folder
 from moe_train.train.console import RunConsole
-from moe_train.train.engine import TrainEngine
+from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.progress import Progress
-from moe_train.train.recorder import StepRecorder
-from moe_train.train.resilience.guard import StepGuard, Verdict
-from moe_train.train.resilience.recovery import Recovery
-from moe_train.train.resilience.watchdog import Watchdog
+from moe_train.train.recovery import Recovery
 from moe_train.train.run_folder import RunFolder
 from moe_train.train.saving import Saver
 from moe_train.train.schedule import learning_rate
+from moe_train.train.step_control import StepControl, StepDecision
 from moe_train.train.step_result import StepResult
+from moe_train.train.telemetry.recorder import StepRecorder
 from moe_train.train.tracing import StepTracer
 from moe_train.train.validate import ValidationResult, validate
 
@@ -39,8 +39,8 @@ class Run:
         device: Where the model is.
         console: What one sees.
         recorder: Follows the steps.
-        position: Where this process is, for the watchdog.
-        guard: Judges each step before its update.
+        flight_recorder: Where this process is, for the watchdog.
+        step_control: Judges each step before its update.
         saver: Saves.
         recovery: Goes back where the numbers went wrong.
         watchdog: Ends a step that hangs.
@@ -55,8 +55,8 @@ class Run:
     device: torch.device
     console: RunConsole
     recorder: StepRecorder
-    position: Position
-    guard: StepGuard
+    flight_recorder: FlightRecorder
+    step_control: StepControl
     saver: Saver
     recovery: Recovery
     watchdog: Watchdog
@@ -102,14 +102,14 @@ def train(run: Run, first: Progress) -> TrainResult:
     with run.console.progress(first.step, num_steps):
         while progress.step < num_steps and stopped is None:
             rate = learning_rate(progress.step, num_steps, config.optim)
-            result, verdict = _take_step(run, progress, rate)
-            if verdict.save_ended:
+            result, decision = _take_step(run, progress, rate)
+            if decision.save_ended:
                 run.saver.settle()
-            if verdict.is_exhausted:
-                run.position.at("recover")
+            if decision.is_exhausted:
+                run.flight_recorder.at("recover")
                 progress = run.recovery.go_back(progress, result)
                 continue
-            progress, num_taken, stopped = progress.after(run.plan.global_batch_size), num_taken + 1, verdict.stop
+            progress, num_taken, stopped = progress.after(run.plan.global_batch_size), num_taken + 1, decision.stop
             done = progress.step
             run.console.tick(done)
             is_last = done == num_steps
@@ -119,31 +119,35 @@ def train(run: Run, first: Progress) -> TrainResult:
                 recorder.measure(progress, rate, result, is_shown)
             if is_written:  # before a checkpoint can be there from which this step is not taken again
                 recorder.write(done, recorder.take(done))
-            if is_last or stopped is not None or (_is_due(config.checkpoint.every, done) and not run.guard.streak):
-                run.position.at("save")
+            if (
+                is_last
+                or stopped is not None
+                or (_is_due(config.checkpoint.every, done) and not run.step_control.streak)
+            ):
+                run.flight_recorder.at("save")
                 run.saver.save(progress)
             if is_last or (stopped is None and _is_due(config.train.validate_every, done)):
                 validation = _validate(run, done, None if is_last else config.train.validation_sequences)
     run.tracer.close()
     if first.step == num_steps:
         validation = _validate(run, num_steps, None)
-    run.position.at("finish")
+    run.flight_recorder.at("finish")
     checkpoint = run.saver.finish(progress) if num_taken else step_folder(run.folder.checkpoints, first.step)
     # A signal that comes with the last step has nothing left to stop.
     stopped = stopped if progress.step < num_steps else None
     return TrainResult(validation, checkpoint, num_taken, time.monotonic() - started, stopped)
 
 
-def _take_step(run: Run, progress: Progress, rate: float) -> tuple[StepResult, Verdict]:
-    run.position.at("data", progress.step + 1)
+def _take_step(run: Run, progress: Progress, rate: float) -> tuple[StepResult, StepDecision]:
+    run.flight_recorder.at("data", progress.step + 1)
     with run.watchdog.watching(f"step {progress.step + 1}"), run.tracer.step(), run.recorder.step():
         batches = micro_batches(run.data.train, run.plan, progress, run.isolation_mark, run.device)
-        result = run.engine.train_step(batches, rate, run.guard.judge)
+        result = run.engine.train_step(batches, rate, run.step_control.should_skip)
         run.recorder.add(result)
-    verdict = run.guard.conclude(progress, run.plan.global_batch_size)
-    if verdict.skipped is not None:
-        run.console.say(f"step {progress.step + 1:6d}  skipped: {verdict.skipped.reason}")
-    return result, verdict
+    decision = run.step_control.conclude(progress, run.plan.global_batch_size)
+    if decision.skipped is not None:
+        run.console.say(f"step {progress.step + 1:6d}  skipped: {decision.skipped.reason}")
+    return result, decision
 
 
 def _is_due(every: int, done: int) -> bool:
@@ -153,7 +157,7 @@ def _is_due(every: int, done: int) -> bool:
 def _validate(run: Run, done: int, num_sequences: int | None) -> ValidationResult | None:
     if run.data.held_out is None:
         return None
-    run.position.at("validate")
+    run.flight_recorder.at("validate")
     result = validate(
         run.engine, run.data.held_out, run.plan, num_sequences, run.isolation_mark, run.device, run.watchdog.watching
     )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moe_train.config.errors import UsageError
-from moe_train.train.records import Record
+from moe_train.train.telemetry.records import Record
 
 LOSS_TOLERANCE = 1e-4  # relative, at every step: fp32 sums in another order, grown by 20 steps of training
 GRAD_NORM_TOLERANCE = 1e-3  # relative

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
+from moe_train.checkpoint.writer import CheckpointWriter, SaveOutcome
 from moe_train.config.root import Config
-from moe_train.parallel.collectives import all_reduce_sum, world_group
+from moe_train.distributed.collectives import all_reduce_sum, world_group
 from moe_train.train.batches import BatchPlan
-from moe_train.train.checkpoint.writer import CheckpointWriter, SaveOutcome
 from moe_train.train.console import RunConsole
-from moe_train.train.engine import TrainEngine
+from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.progress import Progress
-from moe_train.train.resilience.guard import StepGuard
+from moe_train.train.step_control import StepControl
 
 
 class SaveFailed(RuntimeError):
@@ -26,7 +26,7 @@ class Saver:
         config: Config,
         engine: TrainEngine,
         writer: CheckpointWriter,
-        guard: StepGuard,
+        step_control: StepControl,
         plan: BatchPlan,
         tokenizer: str,
         console: RunConsole,
@@ -37,12 +37,12 @@ class Saver:
             config: Every size resolved.
             engine: Whose state is saved.
             writer: Writes it.
-            guard: What it remembers is saved too.
+            step_control: What it remembers is saved too.
             plan: Sizes of a batch and this rank's place.
             tokenizer: Fingerprint of the tokenizer.
             console: Told of what failed.
         """
-        self._config, self._engine, self._writer, self._guard = config, engine, writer, guard
+        self._config, self._engine, self._writer, self._step_control = config, engine, writer, step_control
         self._plan, self._tokenizer, self._console = plan, tokenizer, console
         self._last: SaveOutcome | None = None
 
@@ -56,17 +56,17 @@ class Saver:
         Collective: All ranks.
         """
         # In fp16 steps may have been skipped for their loss scale, which leaves no streak.
-        is_doubtful = self._guard.streak or self._config.train.precision == "fp16"
+        is_doubtful = self._step_control.streak or self._config.train.precision == "fp16"
         if is_doubtful and not self._weights_are_finite():
             raise RuntimeError(
                 f"step {progress.step}: weights are not finite, and are not saved; the last checkpoint is untouched"
             )
-        config, guard = self._config, self._guard.state
+        config, step_control = self._config, self._step_control.state
         values = {
             "step": progress.step,
             "consumed_sequences": progress.consumed_sequences,
             "tokenizer": self._tokenizer,
-            "guard": {"grad_norms": list(guard.grad_norms), "skipped_steps": guard.skipped_steps},
+            "guard": {"grad_norms": list(step_control.grad_norms), "skipped_steps": step_control.skipped_steps},
             "layout": {
                 "world_size": self._plan.world_size,
                 "expert_parallel_size": config.parallel.expert_parallel_size,

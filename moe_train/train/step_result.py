@@ -24,7 +24,7 @@ class Gradients:
     overflowed: bool
 
 
-Judge = Callable[[Gradients], bool]  # whether to skip the update: the same answer on all ranks
+SkipRule = Callable[[Gradients], bool]  # whether to skip the update: the same answer on all ranks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepResult:
         cross_entropy: Mean over micro-batches of the cross-entropy, nats a token; fp32 scalar on the device.
         sums: Routing sums over the micro-batches, [L, ...], or None without MoE layers.
         grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; scalar.
-        skipped: Whether the update was skipped, by fp16's loss scaler or by the judge.
+        skipped: Whether the update was skipped, by fp16's loss scaler or by step control.
         loss_scale: fp16's loss scale; 1 otherwise.
     """
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.model.count import ParameterCount
-from moe_train.train.load_report import expert_load, load_table
 from moe_train.train.loop import Run, TrainResult
-from moe_train.train.records import read_records
+from moe_train.train.telemetry.load_report import expert_load, load_table
+from moe_train.train.telemetry.records import read_records
 
 
 def make_summary(run: Run, result: TrainResult, parameters: ParameterCount, sample: str | None) -> dict[str, Any]:

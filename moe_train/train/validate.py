@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from moe_train.data import HeldOut
+from moe_train.distributed.collectives import all_reduce_sum, world_group
 from moe_train.ops.cross_entropy import IGNORED_TARGET, token_cross_entropy
-from moe_train.parallel.collectives import all_reduce_sum, world_group
 from moe_train.train.batches import BatchPlan, make_tokens
-from moe_train.train.engine import TrainEngine
+from moe_train.train.engine.engine import TrainEngine
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from benchmarks.train_rows import AUTOEP, OURS, WARM_UP_STEPS, ZERO1, Outcome, S
 from benchmarks.train_runs import record_times, trainer_options
 from moe_train.config.load import load_config
 from moe_train.model.count import count_parameters
-from moe_train.train.telemetry import MetricsWriter
+from moe_train.train.telemetry.writer import MetricsWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTING = Setting(

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from moe_train.cli.main import main
-from tests.train.checkpoint.made import CONFIG, made_state, make_checkpoint
+from tests.checkpoint.made import CONFIG, made_state, make_checkpoint
 
 COMMANDS = ("list", "verify", "inspect", "diff", "prune", "export")
 
@@ -213,7 +213,7 @@ def test_wrong_input_is_one_message(
 
 
 def test_a_checkpoint_that_vanishes_is_a_message(run_dir: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_train.train.checkpoint import inspection
+    from moe_train.checkpoint.tools import inspection
 
     def vanish(manifest: Any) -> None:
         shutil.rmtree(manifest.folder)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from moe_train.checkpoint.manifest import read_manifest
 from moe_train.cli.main import main
 from moe_train.config.load import read_yaml
-from moe_train.train.checkpoint import conversion
-from moe_train.train.checkpoint.manifest import read_manifest
-from tests.train.checkpoint.test_conversion import make_source
+from moe_train.interop import convert_attention as conversion
+from tests.interop.test_convert_attention import make_source
 from tests.train.runs import SMALL, losses, train_forked
 
 

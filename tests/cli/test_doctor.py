@@ -10,7 +10,7 @@ import pytest
 from moe_train.cli.doctor import run
 from moe_train.config.errors import UsageError
 from moe_train.config.machine import read_machine
-from tests.parallel.doctor.faulty import examine, report_of
+from tests.doctor.faulty import examine, report_of
 from tests.processes import run_process
 from tests.train.runs import CPU, ROOT, free_port
 

@@ -168,8 +168,8 @@ def test_damage_is_found(trained_run, tmp_path):
 
 def test_a_checkpoint_of_another_model(trained_run, tmp_path):
     """As where the code has changed since: the configuration says one shape, the tensors have another."""
-    from moe_train.train.checkpoint.folders import complete_checkpoint
-    from moe_train.train.checkpoint.manifest import MANIFEST
+    from moe_train.checkpoint.folders import complete_checkpoint
+    from moe_train.checkpoint.manifest import MANIFEST
 
     run = copy_of(trained_run, tmp_path)
     folder = run / "checkpoints" / "step_00000004"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.test_launchers import launch
+from tests.distributed.test_launchers import launch
 from tests.processes import ProcessResult
 from tests.train.runs import free_port
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.parallel.addresses import free_port
+from moe_train.distributed.addresses import free_port
 from tests.cluster.hosts import VirtualCluster
 from tests.cluster.training import Training, mpich, need, run
 from tests.processes import ProcessResult

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.slurm import Job, Slurm, running_slurm, skip_where_slurm_cannot_run
-from tests.parallel.test_launchers import SCRIPT
-from tests.parallel.test_launchers import records as printed
+from tests.distributed.test_launchers import SCRIPT
+from tests.distributed.test_launchers import records as printed
 from tests.processes import ProcessResult
 from tests.train.runs import CPU, losses, records, train_forked
 

@@ -9,8 +9,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from moe_train.config import Config, MixtureEntry, UsageError
+from moe_train.config.data import MixtureEntry
+from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml, load_config, read_yaml, validate_config
+from moe_train.config.root import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "--train.run_dir=r"

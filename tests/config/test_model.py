@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moe_train.config import ModelConfig, MoEConfig
+from moe_train.config.model import ModelConfig
+from moe_train.config.moe import MoEConfig
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from moe_train.config import MoEConfig
+from moe_train.config.moe import MoEConfig
 
 SIGMOID = {"router": "sigmoid_topk", "load_cv2_coef": 0}
 

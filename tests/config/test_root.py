@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.config import UsageError, check_world
+from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config, validate_config
+from moe_train.config.root import check_world
 
 
 def make(**sections):

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from moe_train.config import CheckpointConfig, DataConfig, OptimConfig, ParallelConfig, TelemetryConfig, TrainConfig
+from moe_train.config.data import DataConfig
+from moe_train.config.run import CheckpointConfig, OptimConfig, ParallelConfig, TelemetryConfig, TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.config import DataConfig
+from moe_train.config.data import DataConfig
 
 WriteFiles = Callable[[dict[str, str | bytes]], Path]
 MakeConfig = Callable[..., DataConfig]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_train.data import build
 from moe_train.data.build import TOKEN_FILES, ReferenceCompression, cut, groups, tokenize_corpus
-from moe_train.data.sources import Document
+from moe_train.data.corpus import Document
 from moe_train.data.tokenizers import ByteTokenizer
 
 

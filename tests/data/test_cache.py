@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.data import cache as cache_module
 from moe_train.data.cache import CacheFolder, open_token_cache
 from moe_train.data.sources import open_corpus

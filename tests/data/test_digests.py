@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.data import digests
 from moe_train.data.digests import digest_of, file_digests
 from moe_train.data.files import CorpusFile

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.data import ByteTokenizer, open_domains
 from moe_train.data.sequences import join_streams
 

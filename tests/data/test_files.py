@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.data.files import SUFFIXES, check_files, find_files, stdlib_files
 
 TEXT = SUFFIXES["text"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.data import folders
 from moe_train.data.folders import build_once, cache_root, replaced_folder, write_json
 

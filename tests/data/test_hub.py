@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.data import check_data, prepare_data
 from moe_train.data.sources import open_corpus
 

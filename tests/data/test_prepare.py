@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_train.config import MixtureEntry, UsageError
+from moe_train.config.data import MixtureEntry
+from moe_train.config.errors import UsageError
 from moe_train.data import cache, check_data, prepare, prepare_data
 from moe_train.data.sources import open_corpus
 from tests.data.conftest import make_documents
@@ -23,7 +24,8 @@ DEADLINE_SECONDS = 60
 # A process that prepares data; its arguments: settings as JSON, local rank, seconds to sleep before each encoding.
 SCRIPT = """
 import json, sys, time
-from moe_train.config import DataConfig, UsageError
+from moe_train.config.data import DataConfig
+from moe_train.config.errors import UsageError
 from moe_train.data import ByteTokenizer, prepare_data
 encode = ByteTokenizer.encode_batch
 def slow(self, texts):
@@ -220,7 +222,8 @@ def test_the_quick_check_names_the_entry_of_a_mixture(fields, make_config):
 
 def test_importing_is_light():
     code = (
-        "import sys, moe_train.data; from moe_train.config import DataConfig; moe_train.data.check_data(DataConfig());"
+        "import sys, moe_train.data; from moe_train.config.data import DataConfig;"
+        "moe_train.data.check_data(DataConfig());"
         "print([m for m in ('torch', 'datasets', 'tokenizers', 'pyarrow', 'rich') if m in sys.modules])"
     )
     done = run_process([sys.executable, "-c", code], timeout=DEADLINE_SECONDS, cwd=ROOT)

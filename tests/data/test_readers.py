@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.data.files import CorpusFile
 from moe_train.data.readers import READERS
 

@@ -4,9 +4,11 @@ import os
 
 import pytest
 
-from moe_train.config import MixtureEntry, UsageError
+from moe_train.config.data import MixtureEntry
+from moe_train.config.errors import UsageError
+from moe_train.data.corpus import Document, HeldOutSplit
 from moe_train.data.digests import file_digests
-from moe_train.data.sources import Document, HeldOutSplit, check_source, open_corpus
+from moe_train.data.sources import check_source, open_corpus
 from tests.data.conftest import make_documents
 
 

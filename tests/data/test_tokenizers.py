@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.data.tokenizers import BPE_END_OF_DOCUMENT, ByteTokenizer, load_tokenizer_file, token_dtype, train_bpe
 from tests.data.conftest import make_documents
 

@@ -24,7 +24,7 @@ ENTRYPOINT = DOCKER / "entrypoint.sh"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun", "mpiexec")
 BUILD_SECONDS, TEST_SECONDS, COMMAND_SECONDS = 1500, 600, 120
-QUICK_TESTS = "-q tests/config tests/ops/test_permute.py tests/parallel/test_launchers.py tests/docker"
+QUICK_TESTS = "-q tests/config tests/ops/test_permute.py tests/distributed/test_launchers.py tests/docker"
 SSH_TO_ITSELF = """
 export SSH_PORT={port}
 docker/entrypoint.sh sshd & trap 'kill $!' EXIT

@@ -215,7 +215,7 @@ def test_alarms_that_telemetry_quotes_are_in_the_source():
 
 
 def test_numbers_of_the_checkpoint_format_are_the_codes():
-    from moe_train.train.checkpoint.manifest import FORMAT_VERSION
+    from moe_train.checkpoint.manifest import FORMAT_VERSION
 
     assert f"| `format_version` | {FORMAT_VERSION};" in read_page("checkpoints.md")
 

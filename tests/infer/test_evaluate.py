@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from moe_train.data import Domain, HeldOut
+from moe_train.distributed.collectives import world_group
+from moe_train.distributed.mesh import create_mesh
 from moe_train.infer.evaluate import EvaluationPlan, chosen_sequences, evaluate, joined
 from moe_train.model.transformer import Tokens
-from moe_train.parallel.collectives import world_group
-from moe_train.parallel.groups import create_expert_groups
 from tests.model.small import VOCAB, ExpertPlacement, small_config, small_model
 
 LENGTH, MARK = 6, 5
@@ -100,7 +100,7 @@ def test_a_model_without_experts():
 
 def measure(rank, world_size, ep_size):
     torch.set_num_threads(1)
-    groups = create_expert_groups(ep_size, 60)
+    groups = create_mesh(ep_size, 60)
     placement = ExpertPlacement(groups.ep_rank, ep_size, groups.path)
     model = small_model(small_config(moe_every=1), placement=placement)
     # Five batches, one of them cut short: on two and on four ranks some have none at the end.

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_train.checkpoint.ranges import RangeReader
 from moe_train.config.errors import UsageError
 from moe_train.config.load import validate_config
 from moe_train.infer.loading import check_fits, load_weights
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.parameters import logical_tensors
-from moe_train.train.checkpoint.ranges import RangeReader
-from tests.train.checkpoint.test_conversion import BIAS, SMALL, VOCAB, make_source
+from tests.interop.test_convert_attention import BIAS, SMALL, VOCAB, make_source
 
 CPU = torch.device("cpu")
 BIASED = {**SMALL["moe"], **BIAS}  # with a buffer in every MoE layer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from moe_train.config import UsageError
+from moe_train.config.errors import UsageError
 from moe_train.model.compiled import check_compiler, compile_dense_parts
 from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled
 from moe_train.model.transformer import TrainingObjective

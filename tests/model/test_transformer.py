@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_train.distributed.collectives import world_group
+from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement
 from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled, cv_squared
 from moe_train.model.parameters import ExpertParameter
 from moe_train.model.transformer import TrainingObjective
 from moe_train.ops.cross_entropy import IGNORED_TARGET
-from moe_train.parallel.collectives import world_group
-from moe_train.parallel.groups import create_expert_groups
 from tests.model.small import VOCAB, random_ids, small_config, small_model, tokens_of
 
 TERMS = (Scheduled(ImportanceCV2(0.3)), Scheduled(LoadCV2(0.2)))
@@ -175,7 +175,7 @@ def run_share(rank, world_size, ep_size, recompute):
     """Losses and gradients of this rank's part of the batch, with experts spread over ep_size ranks."""
     placement = None
     if world_size > 1:
-        groups = create_expert_groups(ep_size, timeout_seconds=60)
+        groups = create_mesh(ep_size, timeout_seconds=60)
         placement = ExpertPlacement(groups.ep_rank, ep_size, groups.path)
     model = small_model(small_config(kv_layers=2, moe_every=2), placement=placement, recompute=recompute)
     share = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)

@@ -70,7 +70,7 @@ TAKEN = [
 def way(request, monkeypatch):
     """Both are tried wherever they can be; on CPU only the first is taken otherwise."""
     if request.param == "together":
-        monkeypatch.setattr(routed_mlp, "_ByExpert", routed_mlp._Together)
+        monkeypatch.setattr(routed_mlp, "_SequentialExperts", routed_mlp._GroupedExperts)
     return request.param
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_train.ops.row_map import RowMap, spread, sum_places
+from moe_train.ops.row_map import RowMap, gather_rows, scatter_add_rows
 
 SOURCES = {
     "some never": ([3, 0, 0, 4, 3, 3], 6),
@@ -27,8 +27,8 @@ def test_against_loops(source, count, dtype):
     rows = torch.randn(count, 5).to(dtype)
     places = torch.randn(len(source), 5).to(dtype)
     for place, number in enumerate(source):
-        assert torch.equal(spread(rows, row_map)[place], rows[number])
-    summed = sum_places(places, row_map)
+        assert torch.equal(gather_rows(rows, row_map)[place], rows[number])
+    summed = scatter_add_rows(places, row_map)
     assert summed.shape == (count, 5) and summed.dtype == dtype
     for number in range(count):
         of_it = [places[place].double() for place in range(len(source)) if source[place] == number]
@@ -43,10 +43,10 @@ def test_gradients(source, count):
     rows = torch.randn(count, 3, dtype=torch.float64, requires_grad=True)
     places = torch.randn(len(source), 3, dtype=torch.float64, requires_grad=True)
     if count:
-        assert torch.autograd.gradcheck(lambda rows: spread(rows, row_map), (rows,))
-        assert torch.autograd.gradcheck(lambda places: sum_places(places, row_map), (places,))
-    sum_places(places, row_map).sum().backward()  # whose gradient is expanded
-    spread(rows, row_map).sum().backward()
+        assert torch.autograd.gradcheck(lambda rows: gather_rows(rows, row_map), (rows,))
+        assert torch.autograd.gradcheck(lambda places: scatter_add_rows(places, row_map), (places,))
+    scatter_add_rows(places, row_map).sum().backward()  # whose gradient is expanded
+    gather_rows(rows, row_map).sum().backward()
     assert rows.grad.shape == rows.shape and places.grad.shape == places.shape
 
 
@@ -75,4 +75,4 @@ def test_a_table_is_the_map_of_its_true_elements(shape, share):
 def test_bf16_rows_are_added_in_fp32(width):
     rows = torch.full((256, width), 2.0**-8 + 2.0**-12, dtype=torch.bfloat16)
     # Each row is exact in bf16, but a running sum of 8 bits would stop growing at 1.
-    assert (sum_places(rows, map_of([0] * 256, 1)) == 1.0625).all()
+    assert (scatter_add_rows(rows, map_of([0] * 256, 1)) == 1.0625).all()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_train.ops import kernels
-from moe_train.ops.routed_mlp import _fused_activation, _fused_activation_gradients, _Together
+from moe_train.ops.routed_mlp import _fused_activation, _fused_activation_gradients, _GroupedExperts
 from moe_train.ops.row_map import RowMap
 from tests.ops.test_routed_mlp import COUNTS, NUM_ROWS, inputs, slow
 from tests.ops.triton_process import TIMEOUT, needs_triton, triton_kernels, triton_process
@@ -94,10 +94,10 @@ def check_rows(device, dtype, width, source, count):
         assert not summed_ND[number].any()
     with only_kernels(device):
         assert kernels.kernels_for(rows_ND) is kernel
-        assert torch.equal(row_map.spread_rows(rows_ND), found_RD)
+        assert torch.equal(row_map.gather(rows_ND), found_RD)
         assert torch.equal(row_map.sum_rows(rows_RD), summed_ND)  # the same bits again
     with no_kernels():
-        assert torch.equal(row_map.spread_rows(rows_ND), found_RD)
+        assert torch.equal(row_map.gather(rows_ND), found_RD)
         assert_rounded_once(summed_ND, row_map.sum_rows(rows_RD.double()))
 
 
@@ -245,7 +245,7 @@ def check_together(device, dtype, counts):
     row_map = RowMap.of(source.to(device), NUM_ROWS)
 
     def outcome():
-        y = _Together.apply(rows, gates, row_map, torch.tensor(counts, device=device), gate_up, down)
+        y = _GroupedExperts.apply(rows, gates, row_map, torch.tensor(counts, device=device), gate_up, down)
         return [y, *torch.autograd.grad(y, (rows, gates, gate_up, down), upstream.to(device))]
 
     with only_kernels(device):

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plan_check_rank import make_batches, peak_bytes, state_bytes
-from moe_train.config.deepspeed import deepspeed_config
 from moe_train.config.load import load_config
 from moe_train.config.root import check_world
-from moe_train.parallel.traffic import TrafficMeter
+from moe_train.distributed.traffic import TrafficMeter
 from moe_train.plan.devices import DEVICES
 from moe_train.plan.layout import Cluster
 from moe_train.plan.planner import Question, make_plan
+from moe_train.train.engine.settings import deepspeed_config
 from tests.plan.cases import SMALL, VOCAB, options
 from tests.ranks import RankPool
 
@@ -44,7 +44,7 @@ ALWAYS = (3,)  # by `make test`; the others, of each stage and number of ranks, 
 
 def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    from moe_train.train.assemble import make_engine
+    from moe_train.train.engine.build import make_engine
 
     config = check_world(load_config(given, program="test"), world_size, world_size)
     precision, device = config.train.precision, torch.device("cpu")
@@ -114,7 +114,7 @@ def _group_size(argument: Any) -> int:
 
 def count_zero_bytes(rank: int, world_size: int, given: list[str]) -> dict[str, float]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    from moe_train.train.assemble import make_engine
+    from moe_train.train.engine.build import make_engine
 
     config = check_world(load_config(given, program="test"), world_size, world_size)
     precision, device = config.train.precision, torch.device("cpu")

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moe_train.parallel.bootstrap import local_rank_environments
-from moe_train.parallel.forked import ForkedRank, wait_for_all
+from moe_train.distributed.bootstrap import local_rank_environments
+from moe_train.launch.fork_server import ForkedRank, wait_for_all
 from tests.processes import ProcessResult
 from tests.train.runs import ROOT, fork_server
 
@@ -67,22 +67,22 @@ def poison_losses(ranges: list[list[float]]) -> None:
 
 def hang(rank: int, step: int) -> None:
     """Sleeps for ever in one rank's step."""
-    from moe_train.train.resilience.guard import StepGuard
+    from moe_train.train.step_control import StepControl
 
-    judge, num_steps = StepGuard.judge, [0]
+    should_skip, num_steps = StepControl.should_skip, [0]
 
     def hanging(self, gradients) -> bool:
         if num_steps[0] == step and os.environ["RANK"] == str(rank):
             time.sleep(3600)
         num_steps[0] += 1
-        return judge(self, gradients)
+        return should_skip(self, gradients)
 
-    StepGuard.judge = hanging
+    StepControl.should_skip = hanging
 
 
 def die_in_save(rank: int, step: int) -> None:
     """Is killed in the middle of a file."""
-    from moe_train.train.checkpoint import writer
+    from moe_train.checkpoint import writer
 
     write = writer.write_tensor_file
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.cli.parity import TRAINING_MODULES
-from moe_train.parallel.bootstrap import local_rank_environments
-from moe_train.parallel.forked import ForkedRank, ForkServer, wait_for_all
+from moe_train.distributed.bootstrap import local_rank_environments
+from moe_train.launch.fork_server import ForkedRank, ForkServer, wait_for_all
 from tests.processes import ProcessResult, run_process
 
 ROOT = Path(__file__).resolve().parents[2]

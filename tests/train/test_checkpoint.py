@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.config import UsageError
-from moe_train.train.checkpoint.files import file_digest
-from moe_train.train.checkpoint.folders import Retention, list_checkpoints, remove_checkpoint, superfluous
-from moe_train.train.checkpoint.manifest import DamagedCheckpoint, encode_manifest, read_manifest
+from moe_train.checkpoint.files import file_digest
+from moe_train.checkpoint.folders import Retention, list_checkpoints, remove_checkpoint, superfluous
+from moe_train.checkpoint.manifest import DamagedCheckpoint, encode_manifest, read_manifest
+from moe_train.checkpoint.resume_point import latest_valid_of_run
+from moe_train.config.errors import UsageError
 from moe_train.train.parity import LAYOUTS, OPTIONS
-from moe_train.train.resume import newest_whole
 from tests.train.conftest import ParityRuns
 from tests.train.runs import losses, records, train_forked, train_under_torchrun
 
@@ -263,7 +263,7 @@ def test_a_checkpoint_by_its_path_begins_a_run_that_goes_on_by_itself(copied: Pa
 def test_a_folder_of_another_step_is_damaged(copied: Path) -> None:
     whole = copied / "checkpoints" / "step_00000020"
     shutil.copytree(whole, copied / "checkpoints" / "step_00000040")
-    found = newest_whole(copied / "checkpoints", 0, 1)
+    found = latest_valid_of_run(copied / "checkpoints", 0, 1)
     assert found.manifest is not None and found.manifest.folder == whole
     assert "holds the checkpoint of step 20" in found.damaged[0].reason
 
@@ -274,7 +274,7 @@ def test_what_cannot_be_read_now_is_not_damaged(copied: Path, monkeypatch) -> No
 
     monkeypatch.setattr(Path, "read_bytes", too_many_files)
     with pytest.raises(UsageError, match="cannot be read now") as raised:
-        newest_whole(copied / "checkpoints", 0, 1)
+        latest_valid_of_run(copied / "checkpoints", 0, 1)
     assert not isinstance(raised.value, DamagedCheckpoint)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.parallel.forked import wait_for_all
-from moe_train.train.checkpoint.files import verify_files
-from moe_train.train.checkpoint.folders import list_checkpoints
-from moe_train.train.checkpoint.manifest import read_manifest
+from moe_train.checkpoint.files import verify_files
+from moe_train.checkpoint.folders import list_checkpoints
+from moe_train.checkpoint.manifest import read_manifest
+from moe_train.launch.fork_server import wait_for_all
 from tests.train.runs import SMALL, losses, start_forked, train_forked
 
 # A checkpoint has 0.67 MB.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.parallel.forked import wait_for_all
-from moe_train.train.checkpoint.folders import list_checkpoints
-from moe_train.train.checkpoint.manifest import read_manifest
+from moe_train.checkpoint.folders import list_checkpoints
+from moe_train.checkpoint.manifest import read_manifest
+from moe_train.launch.fork_server import wait_for_all
 from tests.train.faults import start_faulty, train_faulty
 from tests.train.runs import SMALL, losses, records, start_forked, train_forked
 
@@ -30,7 +30,7 @@ def test_a_step_with_a_bad_number_on_one_rank_is_skipped_on_all(tmp_path: Path, 
     assert lines[2]["train/loss"] is None and lines[3]["train/loss"] > 0
     manifest = read_manifest(list_checkpoints(tmp_path / "checkpoints")[-1])
     assert manifest.step == 5 and manifest.optimizer_step == 4
-    assert manifest.guard.skipped_steps == 1 and len(manifest.guard.grad_norms) == 4
+    assert manifest.step_control.skipped_steps == 1 and len(manifest.step_control.grad_norms) == 4
 
 
 def test_a_gradient_far_over_the_median_is_skipped_and_clipping_is_not_enough(tmp_path: Path) -> None:

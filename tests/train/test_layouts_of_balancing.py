@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_train.train.checkpoint.manifest import encode_manifest, read_manifest
-from moe_train.train.records import EXPERT_FIGURES
+from moe_train.checkpoint.manifest import encode_manifest, read_manifest
+from moe_train.train.telemetry.records import EXPERT_FIGURES
 from tests.train.runs import SMALL, records, train_forked
 
 NUM_STEPS = 8

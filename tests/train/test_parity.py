@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moe_train.config import UsageError
-from moe_train.train.checkpoint.folders import list_checkpoints
-from moe_train.train.checkpoint.manifest import read_manifest
+from moe_train.checkpoint.folders import list_checkpoints
+from moe_train.checkpoint.manifest import read_manifest
+from moe_train.config.errors import UsageError
 from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, choose_layouts, compare
-from moe_train.train.records import EXPERT_FIGURES, read_records
+from moe_train.train.telemetry.records import EXPERT_FIGURES, read_records
 from tests.processes import run_process
 from tests.train.conftest import ParityRuns
 from tests.train.runs import CPU, ROOT

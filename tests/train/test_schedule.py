@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from moe_train.config import OptimConfig
+from moe_train.config.run import OptimConfig
 from moe_train.train.schedule import learning_rate
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from moe_train.model.cache import CacheRoom, KeyValue, KeyValueState
+from moe_train.model.decode_state import CacheSpec, KeyValue, KeyValueState
 from moe_train.model.layers import Linear, RMSNorm
 from moe_train.model.mixers.base import Mixer, MixerContext
 from moe_train.ops.attention import attend, causal_mask
@@ -43,7 +43,7 @@ class AttentionMixer(Mixer):
         self.query_norm = self._make_norm(num_heads, norm_epsilon)
         self.key_norm = self._make_norm(num_kv_heads, norm_epsilon) if owns_key_value else None
 
-    def new_state(self, room: CacheRoom) -> KeyValueState | None:
+    def new_state(self, room: CacheSpec) -> KeyValueState | None:
         if self.key is None:
             return None
         return KeyValueState(room, self.num_kv_heads, self.head_dim, self.window)

@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from moe_train.model.cache import CacheRoom, KeyValue, LayerState
+from moe_train.model.decode_state import CacheSpec, DecodeState, KeyValue
 from moe_train.ops.rotary import rotary_angles
 
 
@@ -32,7 +32,7 @@ class MixerContext:
     documents_BS: Tensor | None
     token_keys_BS: Tensor
     key_value: KeyValue | None = None
-    state: LayerState | None = None
+    state: DecodeState | None = None
     formed: dict[tuple[int, float], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     def rotary_angles(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class Mixer(nn.Module, ABC):
         del x_BSD
         return context.key_value
 
-    def new_state(self, room: CacheRoom) -> LayerState | None:
+    def new_state(self, room: CacheSpec) -> DecodeState | None:
         """An empty state for decoding, or None where this layer keeps nothing of its own."""
         del room
         return None

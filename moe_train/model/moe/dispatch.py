@@ -19,16 +19,16 @@ from functools import partial
 
 from torch import Tensor
 
+from moe_train.distributed.all_to_all import PendingRows
+from moe_train.distributed.collectives import Group, group_size
+from moe_train.distributed.observer import UNOBSERVED, CommObserver
 from moe_train.model.moe.hop import Held, Hop, HopSizes, Leaving, Leg, arrive_back, destinations
 from moe_train.model.moe.manifest import first_destinations, first_table, settle, start_asking
 from moe_train.model.moe.steps import Assignments, Routing
+from moe_train.ops.host_copy import HostCopy
 from moe_train.ops.payload import MODEL_PAYLOAD, Payload
 from moe_train.ops.permute import sort_assignments
 from moe_train.ops.row_map import RowMap
-from moe_train.parallel.all_to_all import RowsOnTheWay
-from moe_train.parallel.collectives import Group, group_size
-from moe_train.parallel.host_copy import HostCopy
-from moe_train.parallel.probe import UNOBSERVED, Probe
 
 Path = tuple[Group, ...]
 """Groups in which a token travels to its experts, one after the other: none where all experts are here, one, or two:
@@ -86,7 +86,7 @@ class Returning:
         leg: Of the first hop.
     """
 
-    rows: RowsOnTheWay | Tensor
+    rows: PendingRows | Tensor
     leg: Leg | None = None
 
 
@@ -98,13 +98,13 @@ class Dispatcher:
         is_unique: Whether a row goes once to each rank (or node), instead of once for each assignment.
         num_chunks: C; the same on all ranks.
         payload: The form in which rows travel.
-        probe: Told of the layer's all-to-alls.
+        observer: Told of the layer's all-to-alls.
     """
 
     is_unique: bool
     num_chunks: int = 1
     payload: Payload = MODEL_PAYLOAD
-    probe: Probe = UNOBSERVED
+    observer: CommObserver = UNOBSERVED
 
     def plan(self, x_TD: Tensor, routing: Routing, num_experts: int, path: Path) -> tuple[Plan, ...]:
         """Tell the other ranks how many rows to expect, in all chunks.
@@ -123,12 +123,12 @@ class Dispatcher:
             return (Plan(x_TD, orders[0].hold().executed(orders[0].num_executed()), (), (), None),)
         ranks = [group_size(group) for group in path]
         is_sent = [each.destinations(math.prod(ranks)) if self.is_unique else None for each in orders]
-        asking = start_asking(first_table([each.counts_E for each in orders], is_sent, ranks), path[0], self.probe)
+        asking = start_asking(first_table([each.counts_E for each in orders], is_sent, ranks), path[0], self.observer)
         # While the counts travel, and while they are brought to the host:
         held = [each.hold() for each in orders]
-        settling = settle(asking, path, self.probe)
+        settling = settle(asking, path, self.observer)
         first = [None if each is None else first_destinations(each, ranks[0]) for each in is_sent]
-        hops = tuple(Hop(group, self.is_unique, self.probe, self.payload) for group in path)
+        hops = tuple(Hop(group, self.is_unique, self.observer, self.payload) for group in path)
         rows = x_TD.split(_chunk_sizes(x_TD.shape[0], num_chunks))
         chunks = zip(rows, held, settling.read(), first, strict=True)
         return tuple(Plan(x_tD, own, hops, sizes, to) for x_tD, own, sizes, to in chunks)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moe_train.distributed.all_to_all import PendingRows, Splits, start_rows
+from moe_train.distributed.collectives import Group
+from moe_train.distributed.observer import CommObserver
 from moe_train.ops.payload import Payload
-from moe_train.ops.row_map import RowMap, spread, sum_places
-from moe_train.parallel.all_to_all import RowsOnTheWay, Splits, start_rows
-from moe_train.parallel.collectives import Group
-from moe_train.parallel.probe import Probe
+from moe_train.ops.row_map import RowMap, gather_rows, scatter_add_rows
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Leaving:
         sizes: What goes where.
     """
 
-    rows: RowsOnTheWay
-    gates: RowsOnTheWay
+    rows: PendingRows
+    gates: PendingRows
     sent: RowMap
     sizes: HopSizes
 
@@ -104,13 +104,13 @@ class Hop:
     Attributes:
         group: Its ranks; rank i leads to experts i*x .. (i+1)*x - 1.
         is_unique: Whether a row goes once to each rank, instead of once for each assignment.
-        probe: Told of the all-to-alls.
+        observer: Told of the all-to-alls.
         payload: The form in which rows travel.
     """
 
     group: Group
     is_unique: bool
-    probe: Probe
+    observer: CommObserver
     payload: Payload
 
     def start(self, rows_ND: Tensor, held: Held, sizes: HopSizes, is_sent_PN: Tensor | None) -> Leaving:
@@ -129,13 +129,13 @@ class Hop:
             sent = held.row_map(rows_ND.shape[0])
         else:
             sent = RowMap.of_table(is_sent_PN, sum(sizes.rows.send))
-        rows = start_rows(spread(rows_ND, sent), sizes.rows, self.group, self.probe, self.payload)
+        rows = start_rows(gather_rows(rows_ND, sent), sizes.rows, self.group, self.observer, self.payload)
         gates = held.gates_S.unsqueeze(1)
         if is_sent_PN is not None:
             # One all-to-all for both: fp32 holds whole numbers up to 2**24, and a rank has fewer tokens.
             places_S = _places_in_blocks(is_sent_PN, held.source_S, held.counts_X)
             gates = torch.cat((gates, places_S.to(gates.dtype).unsqueeze(1)), 1)
-        return Leaving(rows, start_rows(gates, sizes.assignments, self.group, self.probe), sent, sizes)
+        return Leaving(rows, start_rows(gates, sizes.assignments, self.group, self.observer), sent, sizes)
 
     def arrive(self, leaving: Leaving) -> tuple[Tensor, Held, Leg]:
         """Wait for what the other ranks sent.
@@ -156,14 +156,14 @@ class Hop:
         source_R = (gates[:, 1].detach().to(torch.int64) + starts_R).gather(0, order_R)
         return rows_MD, Held(source_R, gates_R, counts_x), leg
 
-    def start_back(self, rows_MD: Tensor, leg: Leg) -> RowsOnTheWay:
+    def start_back(self, rows_MD: Tensor, leg: Leg) -> PendingRows:
         """Send the outputs of the rows that came, in their order. Collective: all ranks of the group."""
-        return start_rows(rows_MD, leg.rows.back, self.group, self.probe, self.payload)
+        return start_rows(rows_MD, leg.rows.back, self.group, self.observer, self.payload)
 
 
-def arrive_back(returning: RowsOnTheWay, leg: Leg) -> Tensor:
+def arrive_back(returning: PendingRows, leg: Leg) -> Tensor:
     """Wait for the outputs, and add up those of each row, in at least fp32. [N, D]."""
-    return sum_places(returning.wait(), leg.sent)
+    return scatter_add_rows(returning.wait(), leg.sent)
 
 
 def destinations(source_S: Tensor, counts_X: Tensor, num_rows: int, num_ranks: int) -> Tensor:

@@ -69,7 +69,7 @@ class MoELayer(nn.Module):
         """The layer's output, and how many assignments this rank's experts computed.
 
         A chunk travels while the shared experts, or the experts of the chunk before it, are computed. The backward pass
-        waits and starts in the mirrored order (see moe_train/parallel/all_to_all.py).
+        waits and starts in the mirrored order (see moe_train/distributed/all_to_all.py).
         """
         with record_function("moe/dispatch"):
             first, *later = self.dispatcher.plan(x_TD, routing, self.num_experts, self.path)

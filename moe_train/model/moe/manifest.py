@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_train.distributed.all_to_all import PendingCounts, Splits, start_counts
+from moe_train.distributed.collectives import Group
+from moe_train.distributed.observer import CommObserver
 from moe_train.model.moe.hop import HopSizes
-from moe_train.parallel.all_to_all import CountsOnTheWay, Splits, start_counts
-from moe_train.parallel.collectives import Group
-from moe_train.parallel.host_copy import HostCopy
-from moe_train.parallel.probe import Probe
+from moe_train.ops.host_copy import HostCopy
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Asking:
     """The table of a hop on its way to the ranks of its group."""
 
     own: Table
-    on_the_way: CountsOnTheWay
+    on_the_way: PendingCounts
 
     def wait(self) -> Table:
         """The table of what comes here."""
@@ -97,10 +97,10 @@ class Asking:
         return Table(arrived.view(len(arrived), num_chunks, -1).transpose(0, 1), self.own.num_next)
 
 
-def start_asking(table: Table, group: Group, probe: Probe) -> Asking:
+def start_asking(table: Table, group: Group, observer: CommObserver) -> Asking:
     """Tell the ranks of a hop. Collective: all ranks of the group."""
     counts_PCn = table.counts_CPn.transpose(0, 1)
-    return Asking(table, start_counts(counts_PCn.reshape(len(counts_PCn), -1), group, probe))
+    return Asking(table, start_counts(counts_PCn.reshape(len(counts_PCn), -1), group, observer))
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,20 @@ class Settling:
         return list(zip(*by_hop, strict=True))
 
 
-def settle(asking: Asking, groups: Sequence[Group], probe: Probe) -> Settling:
+def settle(asking: Asking, groups: Sequence[Group], observer: CommObserver) -> Settling:
     """Go on asking in all hops, and start to bring the sizes to the host.
 
     Args:
         asking: The first hop's table.
         groups: Of the hops, one or two.
-        probe: Told of the all-to-alls.
+        observer: Told of the all-to-alls.
 
     Collective: All ranks of the groups.
     """
     came = asking.wait()
     hops = [(asking.own, came)]
     if came.num_next:
-        asking = start_asking(came.sent_on(), groups[1], probe)
+        asking = start_asking(came.sent_on(), groups[1], observer)
         hops.append((asking.own, asking.wait()))
     numbers = [each for hop in hops for table in hop for each in (table.rows_CP, table.assignments_CPx.sum(2))]
     return Settling(tuple(came for _, came in hops), HostCopy(numbers))

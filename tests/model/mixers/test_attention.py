@@ -4,7 +4,7 @@ queries and keys."""
 import pytest
 import torch
 
-from moe_train.model.cache import KeyValueState
+from moe_train.model.decode_state import KeyValueState
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 LENGTH = 11

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_train.model.cache import CacheRoom, KeyValue
+from moe_train.model.decode_state import CacheSpec, KeyValue
 from moe_train.model.layers import Linear
 from moe_train.model.mixers import base
 from moe_train.model.mixers.base import Mixer, MixerContext
@@ -65,7 +65,7 @@ class SumMixer(Mixer):
         self.output = Linear(HIDDEN, HIDDEN, 0.3)
         self.seen: list[MixerContext] = []
 
-    def new_state(self, room: CacheRoom) -> RunningState | None:
+    def new_state(self, room: CacheSpec) -> RunningState | None:
         return RunningState() if self.summed is not None else None
 
     def publish(self, x_BSD: Tensor, context: MixerContext) -> KeyValue | None:
@@ -198,7 +198,7 @@ def test_a_mixer_that_publishes_nothing_hands_on_what_it_was_given():
     context = MixerContext(1, zeros, None, zeros, held)
     assert mixer.publish(torch.zeros(1, 2, 4), context) is held
     assert mixer.publish(torch.zeros(1, 2, 4), context.with_key_value(None)) is None
-    assert mixer.new_state(CacheRoom(1, 2, torch.float32, torch.device("cpu"))) is None
+    assert mixer.new_state(CacheSpec(1, 2, torch.float32, torch.device("cpu"))) is None
     assert isinstance(mixer, nn.Module)
 
 

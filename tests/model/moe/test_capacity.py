@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_train.distributed.mesh import create_mesh
 from moe_train.model.layers import SwiGLU
 from moe_train.model.moe.capacity import CapacityLimit
 from moe_train.model.moe.dispatch import DISPATCHERS, Path
@@ -12,7 +13,6 @@ from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers import SigmoidTopKRouter, SoftmaxTopKRouter
 from moe_train.ops.keyed_random import combine, make_key
-from moe_train.parallel.groups import create_expert_groups
 from tests.ops.test_capacity import slowly_kept
 
 HIDDEN, INNER, EXPERTS, TOP_K = 6, 5, 4, 2
@@ -151,7 +151,7 @@ def test_shared_experts_are_added():
 
 
 def on_rank(rank, world_size, limit, ep_size, kind, dispatch):
-    groups = create_expert_groups(ep_size, 60, node_size=2 if dispatch == "two_level" else None)
+    groups = create_mesh(ep_size, 60, node_size=2 if dispatch == "two_level" else None)
     layer = make_layer(limit, groups.ep_rank, ep_size, groups.path, kind, True, dispatch)
     x, keys, upstream = (t.chunk(world_size)[rank] for t in inputs())
     y, sums, grads = outcome(layer, x, keys, upstream)

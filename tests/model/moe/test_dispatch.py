@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from moe_train.distributed.mesh import create_mesh
 from moe_train.model.moe.dispatch import DISPATCHERS, Dispatcher, Path
 from moe_train.model.moe.steps import Routing
 from moe_train.ops.payload import Payload
-from moe_train.ops.row_map import spread, sum_places
-from moe_train.parallel.groups import create_expert_groups
+from moe_train.ops.row_map import gather_rows, scatter_add_rows
 from tests.model.small import sums_with
 
 EXPERTS, TOP_K = 8, 2
@@ -35,9 +35,9 @@ def through(dispatcher: Dispatcher, x: torch.Tensor, routing: Routing, rank: int
         assignments = dispatched.assignments
         local = len(assignments.counts_e)
         numbers = torch.arange(rank * local, (rank + 1) * local).repeat_interleave(assignments.counts_e)
-        rows = spread(dispatched.rows_ND, assignments.row_map)
+        rows = gather_rows(dispatched.rows_ND, assignments.row_map)
         factors = assignments.gates_R * (numbers + 1)
-        summed = sum_places(rows * factors[:, None], assignments.row_map)
+        summed = scatter_add_rows(rows * factors[:, None], assignments.row_map)
         outputs.append(dispatcher.finish(dispatcher.combine(summed, dispatched)))
         chunks.append((dispatched, rows))
     return chunks, torch.cat(outputs)
@@ -46,7 +46,7 @@ def through(dispatcher: Dispatcher, x: torch.Tensor, routing: Routing, rank: int
 def path_of(world_size: int, dispatch: str) -> Path:
     if world_size == 1:
         return ()
-    return create_expert_groups(world_size, 60, node_size=2 if dispatch == "two_level" else None).path
+    return create_mesh(world_size, 60, node_size=2 if dispatch == "two_level" else None).path
 
 
 def send_and_return(rank, world_size):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from moe_train.distributed.collectives import world_group
+from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled
 from moe_train.model.transformer import TrainingObjective
 from moe_train.ops.payload import Payload
-from moe_train.parallel.collectives import world_group
-from moe_train.parallel.groups import create_expert_groups
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 CONFIG = small_config(moe_every=1, moe={"num_experts": 8, "top_k": 3, "num_shared_experts": 1})
@@ -17,7 +17,7 @@ WAYS = (("flat", 1, False), ("two_level", 3, True), ("unique", 5, True), ("two_l
 
 def gradients(rank: int, dispatch: str, num_chunks: int, recompute: bool) -> list[torch.Tensor]:
     """Of two micro-batches; then an evaluation without gradients, in which all ranks have to meet too."""
-    groups = create_expert_groups(4, 60, node_size=2 if dispatch == "two_level" else None)
+    groups = create_mesh(4, 60, node_size=2 if dispatch == "two_level" else None)
     placement = ExpertPlacement(groups.ep_rank, 4, groups.path, dispatch, num_chunks)
     model = small_model(CONFIG, placement=placement, recompute=recompute).train()
     terms = (Scheduled(ImportanceCV2(0.3)), Scheduled(LoadCV2(0.2)))

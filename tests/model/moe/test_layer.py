@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_train.distributed.mesh import create_mesh
 from moe_train.model.layers import SwiGLU
 from moe_train.model.moe.dispatch import DISPATCHERS, Path
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers import NoisyTopKRouter, SoftmaxTopKRouter
 from moe_train.ops.keyed_random import combine, make_key
-from moe_train.parallel.groups import create_expert_groups
 from tests.model.slow_moe import SlowMoE
 
 HIDDEN, INNER, EXPERTS = 8, 12, 8  # whole 16 bytes in fp32, so that fp32 takes F.grouped_mm
@@ -84,7 +84,7 @@ def run_layer(rank: int, world_size: int, case: Case, ep_size: int) -> dict[str,
     """Output, sums and gradients of one rank's tokens, the experts being spread over groups of ep_size ranks."""
     path, ep_rank = (), 0
     if world_size > 1:
-        groups = create_expert_groups(ep_size, 60, node_size=NODE_SIZE if case.dispatch == "two_level" else None)
+        groups = create_mesh(ep_size, 60, node_size=NODE_SIZE if case.dispatch == "two_level" else None)
         path, ep_rank = groups.path, groups.ep_rank
         assert len(path) == (0 if ep_size == 1 else 2 if case.dispatch == "two_level" else 1)
     layer = make_layer(case, ep_rank, ep_size, path)

@@ -4,17 +4,17 @@ from typing import Any
 
 import torch
 
+from moe_train.distributed.flight_recorder import CollectiveRecord, FlightRecorder
+from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.parameters import materialize
-from moe_train.parallel.groups import create_expert_groups
-from moe_train.parallel.position import Exchange, Position
 from tests.model.small import small_config
 
 VOCAB = 64
 NUM_CHUNKS = 3
 
 
-class Sky(Position):
+class Sky(FlightRecorder):
     """Which all-to-alls of rows are under way, and what was computed meanwhile."""
 
     def __init__(self) -> None:
@@ -22,13 +22,13 @@ class Sky(Position):
         self.in_flight = 0
         self.seen: list[tuple[str, int]] = []
 
-    def start(self, exchange: Exchange) -> None:
-        super().start(exchange)
-        self.in_flight += exchange.operation == "all_to_all_rows"
+    def start(self, collective: CollectiveRecord) -> None:
+        super().start(collective)
+        self.in_flight += collective.operation == "all_to_all_rows"
 
-    def begin(self, exchange: Exchange) -> None:
-        super().begin(exchange)
-        self.in_flight -= exchange.operation == "all_to_all_rows"
+    def begin(self, collective: CollectiveRecord) -> None:
+        super().begin(collective)
+        self.in_flight -= collective.operation == "all_to_all_rows"
 
     def note(self, what: str) -> None:
         self.seen.append((what, self.in_flight))
@@ -45,10 +45,10 @@ def watch(module: torch.nn.Module, name: str, sky: Sky) -> None:
 
 
 def compute(rank, world_size, num_chunks):
-    groups, sky = create_expert_groups(world_size, 60), Sky()
+    groups, sky = create_mesh(world_size, 60), Sky()
     moe = {"num_experts": 4, "top_k": 2, "num_shared_experts": 1}
     config = small_config(num_layers=1, moe_every=1, moe=moe)
-    placement = ExpertPlacement(groups.ep_rank, world_size, groups.path, num_chunks=num_chunks, position=sky)
+    placement = ExpertPlacement(groups.ep_rank, world_size, groups.path, num_chunks=num_chunks, flight_recorder=sky)
     model = build_model(config, VOCAB, placement=placement)
     materialize(model, seed=0, dtype=torch.float64, device=torch.device("cpu"))
     layer = model.blocks[0].feed_forward

@@ -6,8 +6,8 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from moe_train.distributed.collectives import Group
 from moe_train.model.moe.steps import RoutingSums
-from moe_train.parallel.collectives import Group
 
 Rule = TypeVar("Rule")
 

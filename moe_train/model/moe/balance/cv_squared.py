@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe_train.distributed.collectives import Group, all_reduce_sum
 from moe_train.model.moe.steps import RoutingSums
-from moe_train.parallel.collectives import Group, all_reduce_sum
 
 
 def cv_squared(values: Tensor) -> Tensor:

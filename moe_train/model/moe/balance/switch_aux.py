@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_train.distributed.collectives import Group, all_reduce_sum
 from moe_train.model.moe.steps import RoutingSums
-from moe_train.parallel.collectives import Group, all_reduce_sum
 
 
 @dataclass(frozen=True)

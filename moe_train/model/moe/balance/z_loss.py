@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe_train.distributed.collectives import Group
 from moe_train.model.moe.steps import RoutingSums
-from moe_train.parallel.collectives import Group
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.config.moe import MoEConfig
+from moe_train.distributed.collectives import world_group
 from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled, cv_squared, make_balance_terms
 from moe_train.model.moe.routers.noisy_topk import NoisyTopKRouter
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key
-from moe_train.parallel.collectives import world_group
 from tests.model.small import sums_with
 
 HIDDEN, EXPERTS, TOKENS = 4, 6, 24

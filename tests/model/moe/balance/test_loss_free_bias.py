@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_train.distributed.collectives import world_group
+from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement
 from moe_train.model.moe.balance import LossFreeBias, Scheduled
 from moe_train.model.moe.routers import RouterOptions, SigmoidTopKRouter
 from moe_train.model.transformer import TrainingObjective
 from moe_train.ops.keyed_random import combine, make_key
-from moe_train.parallel.collectives import world_group
-from moe_train.parallel.groups import create_expert_groups
-from moe_train.train.expert_figures import max_violation
+from moe_train.train.telemetry.load_metrics import max_violation
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 BATCH, LENGTH = 4, 6
@@ -52,7 +52,7 @@ def bias_after_a_step(rank, world_size, recompute, num_micro_steps):
     """The biases after a step in which this rank had its part of the batch, in some micro-steps."""
     placement = None
     if world_size > 1:
-        groups = create_expert_groups(world_size, timeout_seconds=60)
+        groups = create_mesh(world_size, timeout_seconds=60)
         placement = ExpertPlacement(groups.ep_rank, world_size, groups.path)
     model = small_model(small_config(moe_every=2, moe=MOE), placement=placement, recompute=recompute)
     rule = Scheduled(LossFreeBias(0.125), ((0, 1.0), (2, 3.0)))

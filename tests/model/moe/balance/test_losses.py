@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_train.config.moe import MoEConfig
+from moe_train.distributed.collectives import world_group
 from moe_train.model.moe.balance import (
     BALANCE_TERMS,
     ImportanceCV2,
@@ -19,7 +20,6 @@ from moe_train.model.moe.balance import (
 from moe_train.model.moe.routers import NoisyTopKRouter, SigmoidTopKRouter, SoftmaxTopKRouter
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key
-from moe_train.parallel.collectives import world_group
 from tests.model.small import sums_with
 
 HIDDEN, EXPERTS, SEQUENCES, LENGTH, TOP_K = 4, 6, 8, 3, 2

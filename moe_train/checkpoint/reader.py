@@ -1,0 +1,42 @@
+"""From the files of a checkpoint to the training state of all ranks, whatever layout wrote them."""
+
+import torch
+from torch import Tensor
+
+from moe_train.checkpoint.manifest import Manifest
+from moe_train.checkpoint.matching import check_same_buffers, check_same_model
+from moe_train.checkpoint.ranges import RangeReader
+from moe_train.checkpoint.sharded_state import Fragment, ShardedState
+from moe_train.distributed.collectives import Group
+from moe_train.distributed.consensus import run_on_all_ranks
+
+
+def load_checkpoint(state: ShardedState, manifest: Manifest, group: Group | None = None) -> None:
+    """Replace the training state by a checkpoint's. Each rank reads the ranges it owns.
+
+    Args:
+        state: Of the same model, in any layout.
+        manifest: Of a checkpoint whose files are verified.
+        group: Of all ranks, which may wait long: ranks read at different speeds. None: the default one.
+
+    Raises:
+        UsageError: On every rank alike, if the model differs or a file cannot be read.
+
+    Collective: All ranks.
+    """
+    check_same_model(manifest, {tensor.name: tensor.shape for tensor in state.logical_tensors})
+    buffers = state.buffers()
+    check_same_buffers(manifest, {name: buffer.numel() for name, buffer in buffers.items()})
+    with RangeReader(manifest) as reader:
+        # A file that can no longer be read on one rank ends all, before they wait for each other.
+        run_on_all_ranks(
+            lambda: state.read_state(lambda fragment, kind: _read_fragment(reader, fragment, kind)), group=group
+        )
+    was_fp16 = manifest.config.get("train", {}).get("precision") == "fp16"
+    state.adopt_state(manifest.optimizer_step, manifest.loss_scale if was_fp16 else None)
+    for name, values in manifest.buffers.items():
+        buffers[name].copy_(torch.tensor(values, dtype=torch.float64))
+
+
+def _read_fragment(reader: RangeReader, fragment: Fragment, kind: str) -> Tensor:
+    return reader.read(fragment.tensor.name, kind, fragment.start, fragment.start + fragment.numel)

@@ -1,0 +1,64 @@
+"""A copy of a rank's state in host memory: training can go on while it is written."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_train.checkpoint.sharded_state import STATE_KINDS, ShardedState
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's state at a step.
+
+    Attributes:
+        tensors: fp32, 1-D, on the CPU, by "kind/name"; valid until the next snapshot is taken into the same memory.
+        ranges: Start and length of this rank's range of each logical tensor.
+        shapes: Global shape of each of them.
+        optimizer_step: Updates Adam has made.
+        loss_scale: fp16's loss scale; 1 otherwise.
+        buffers: The model's buffers, the same on every rank.
+    """
+
+    tensors: dict[str, Tensor]
+    ranges: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[int, ...]]
+    optimizer_step: int
+    loss_scale: float
+    buffers: dict[str, list[float]]
+
+
+class HostMemory:
+    """Memory for one snapshot, used again for the next: a first touch of fresh memory takes longer than the copy."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, state: ShardedState) -> Snapshot:
+        """Copy this rank's state. The snapshot taken before must be written by now."""
+        fragments = list(state.fragments())
+        needed = len(STATE_KINDS) * sum(fragment.numel for fragment in fragments)
+        if self._memory is None or self._memory.numel() < needed:
+            # Pinned memory lets the copies of a CUDA device run without the host.
+            is_pinned = bool(fragments) and fragments[0].states[STATE_KINDS[0]].is_cuda
+            self._memory = torch.empty(needed, dtype=torch.float32, pin_memory=is_pinned)
+        tensors: dict[str, Tensor] = {}
+        place = 0
+        for kind in STATE_KINDS:
+            for fragment in fragments:
+                copy = self._memory[place : place + fragment.numel]
+                copy.copy_(fragment.states[kind], non_blocking=True)
+                tensors[f"{kind}/{fragment.tensor.name}"] = copy
+                place += fragment.numel
+        buffers = {name: buffer.tolist() for name, buffer in state.buffers().items()}
+        if self._memory.is_pinned():
+            torch.cuda.synchronize()  # the copies must have the state of this step
+        return Snapshot(
+            tensors=tensors,
+            ranges={fragment.tensor.name: (fragment.start, fragment.numel) for fragment in fragments},
+            shapes={fragment.tensor.name: fragment.tensor.shape for fragment in fragments},
+            optimizer_step=state.optimizer_step,
+            loss_scale=state.loss_scale,
+            buffers=buffers,
+        )

@@ -1,0 +1,156 @@
+"""Weights alone, as whole tensors in shards, with the index that Hugging Face's tools read."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_train.checkpoint.files import Advance, check_files, sync_folder, write_durably
+from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest
+from moe_train.checkpoint.ranges import RangeReader
+from moe_train.checkpoint.tools.inspection import CHUNK
+from moe_train.config.errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's tools write
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        tensors: Number of tensors, buffers included.
+        bytes: Of the tensors.
+        shards: Number of files they are in.
+    """
+
+    folder: str
+    tensors: int
+    bytes: int
+    shards: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor to write: of the model, or a buffer, which is fp32 whatever the weights are."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_buffer: bool
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def export_weights(
+    manifest: Manifest,
+    folder: Path,
+    dtype: str = "fp32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Advance | None = None,
+) -> Exported:
+    """Write a checkpoint's weights and buffers, and the model's configuration. Memory: one shard.
+
+    Args:
+        manifest: Of the checkpoint, every byte of which is read and verified first.
+        folder: The new folder.
+        dtype: Of the weights: fp32, bf16 or fp16; buffers are fp32.
+        max_shard_bytes: Most bytes of tensors in a shard; a larger tensor has a shard of its own.
+        advance: Told of every block that verifying reads.
+
+    Raises:
+        UsageError: If the folder is there, or a weight does not fit the dtype.
+        DamagedCheckpoint: If the checkpoint is damaged.
+        OSError: If it cannot be written.
+    """
+    part = folder.with_name(f"{folder.name}.part")
+    for path, why in ((folder, "exists"), (part, "exists, of an export under way or killed")):
+        if path.exists() or path.is_symlink():
+            raise UsageError(f"FOLDER ({str(path)!r}) {why}: give a new one, or remove it")
+    for _, damage in check_files(manifest, manifest.files, advance):
+        if damage is not None:
+            raise damage
+    shards = _plan_shards(_items(manifest, DTYPES[dtype]), max_shard_bytes)
+    part.mkdir(parents=True)
+    try:
+        exported = _write(manifest, part, shards)
+        part.rename(folder)
+    except BaseException:  # also an interrupt: nothing half written stays
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+    return Exported(str(folder), *exported)
+
+
+def _items(manifest: Manifest, dtype: torch.dtype) -> list[_Item]:
+    if twice := manifest.shapes.keys() & manifest.buffers.keys():
+        raise DamagedCheckpoint(f"{manifest.folder}: {sorted(twice)[0]!r} is both a tensor and a buffer")
+    weights = [_Item(name, shape, False, dtype) for name, shape in manifest.shapes.items()]
+    buffers = [_Item(name, (len(values),), True, torch.float32) for name, values in manifest.buffers.items()]
+    return sorted([*weights, *buffers], key=lambda item: item.name)
+
+
+def _plan_shards(items: list[_Item], max_bytes: int) -> list[list[_Item]]:
+    shards: list[list[_Item]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.num_bytes
+    return shards
+
+
+def _write(manifest: Manifest, part: Path, shards: list[list[_Item]]) -> tuple[int, int, int]:
+    weight_map: dict[str, str] = {}
+    with RangeReader(manifest) as reader:
+        for number, items in enumerate(shards, start=1):
+            path = part / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_shard(path, {item.name: _read(manifest, reader, item) for item in items})
+            weight_map |= {item.name: path.name for item in items}
+    total = sum(item.num_bytes for items in shards for item in items)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_durably(part / INDEX, json.dumps(index, indent=2) + "\n")
+    model = yaml.safe_dump({"model": manifest.config.get("model", {})}, sort_keys=False)
+    write_durably(part / "config.yaml", model)
+    sync_folder(part)
+    return len(weight_map), total, len(shards)
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    sync_folder(path)  # a file as well
+
+
+def _read(manifest: Manifest, reader: RangeReader, item: _Item) -> Tensor:
+    """A whole tensor, filled part by part, so that it is never there a second time in fp32."""
+    if item.is_buffer:
+        return torch.tensor(manifest.buffers[item.name], dtype=torch.float64).to(item.dtype)
+    whole = torch.empty(math.prod(item.shape), dtype=item.dtype)
+    for start in range(0, whole.numel(), CHUNK):
+        end = min(start + CHUNK, whole.numel())
+        wide = reader.read(item.name, "weight", start, end)
+        narrow = whole[start:end].copy_(wide)
+        if item.dtype == torch.float16 and (lost := int((narrow.isinf() & wide.isfinite()).sum())):
+            raise UsageError(
+                f"--dtype (fp16): {item.name} has values beyond 65504, which fp16 does not hold "
+                f"({lost} from element {start} on): choose bf16 or fp32"
+            )
+    return whole.view(item.shape)  # (N) -> its global shape

@@ -1,0 +1,113 @@
+"""Removing checkpoints on request, never the newest one that is whole."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_train.checkpoint.files import Advance
+from moe_train.checkpoint.folders import (
+    Retention,
+    list_checkpoints,
+    list_leftovers,
+    remove_checkpoint,
+    remove_leftovers,
+    superfluous,
+)
+from moe_train.checkpoint.inventory import file_statuses, folder_bytes, stat_of
+from moe_train.checkpoint.resume_point import latest_valid
+from moe_train.checkpoint.verification import read_verified
+
+SAVING_SECONDS = 600  # a leftover that was written to since may be of a save under way
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What was removed, or would be.
+
+    Attributes:
+        removed: Names of the checkpoints.
+        kept: Names of those that stay.
+        leftovers: Names of what killed saves and removals had left.
+        spared: Names of leftovers that stay because they may be of a save under way.
+        restored: Names of old copies that got their name back, because the new one never came.
+        damaged: What is wrong with those newer than the newest whole checkpoint, by name.
+        latest_valid: Name of the newest checkpoint that is whole; None: none is, and none was removed; also None
+            where nothing was to be removed, and no file was read.
+        freed_bytes: Of everything removed.
+    """
+
+    removed: list[str]
+    kept: list[str]
+    leftovers: list[str]
+    spared: list[str]
+    restored: list[str]
+    freed_bytes: int
+    damaged: dict[str, str] = field(default_factory=dict)
+    latest_valid: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def prune(
+    checkpoints: Path, retention: Retention, is_dry: bool, advance: Advance | None = None, now: float | None = None
+) -> Pruning:
+    """Remove what retention does not keep, and leftovers.
+
+    The newest checkpoints are verified until one is whole, which is kept even if it is not among those to keep. If none
+    is, none is removed.
+
+    Args:
+        checkpoints: The run's folder for them.
+        retention: What to keep.
+        is_dry: True: nothing is removed.
+        advance: Told of every block that verifying reads.
+        now: Seconds since the epoch; None: it is now.
+
+    Raises:
+        OSError: If one cannot be removed.
+    """
+    remove, damaged, whole = superfluous(checkpoints, retention), {}, None
+    if remove:
+        point = latest_valid(checkpoints, lambda folder: read_verified(folder, advance))
+        damaged = {damage.folder.name: damage.reason for damage in point.damaged}
+        whole = point.manifest.folder if point.manifest is not None else None
+        remove = [folder for folder in remove if folder != whole] if whole is not None else []
+    leftovers = list_leftovers(checkpoints)
+    spared = [folder for folder in leftovers if _is_fresh(folder, time.time() if now is None else now)]
+    idle = [folder for folder in leftovers if folder not in spared]
+    restored = [folder for folder in idle if folder.suffix == ".old" and not folder.with_suffix("").exists()]
+    gone = [folder for folder in idle if folder not in restored]
+    freed = sum(folder_bytes(folder) for folder in [*remove, *gone])
+    kept = [folder.name for folder in list_checkpoints(checkpoints) if folder not in remove]
+    if not is_dry:
+        for folder in remove:
+            if folder.exists():  # else the run itself has removed it
+                remove_checkpoint(folder)
+        # Only what was looked at: a run may begin a save at any time.
+        begun = [folder for folder in list_leftovers(checkpoints) if folder not in (*gone, *restored)]
+        remove_leftovers(checkpoints, begun)
+        freed -= sum(folder_bytes(folder) for folder in list_leftovers(checkpoints) if folder not in spared)
+    names = lambda folders: [folder.name for folder in folders if folder not in spared]  # noqa: E731
+    return Pruning(
+        removed=names(remove),
+        kept=kept,
+        leftovers=names(gone),
+        spared=[folder.name for folder in spared],
+        restored=names(restored),
+        freed_bytes=freed,
+        damaged=damaged,
+        latest_valid=whole.name if whole is not None else None,
+    )
+
+
+def _is_fresh(folder: Path, now: float) -> bool:
+    if folder.suffix == ".removed":
+        return False  # nobody wants it, whoever removes it
+    own = stat_of(folder)
+    statuses = [*([own] if own is not None else []), *file_statuses(folder)]
+    if folder.suffix == ".old" and own is not None and now - own.st_ctime < SAVING_SECONDS:
+        return True  # a save under way has just renamed it, which leaves the times of its writing
+    return any(now - status.st_mtime < SAVING_SECONDS for status in statuses)

@@ -1,0 +1,143 @@
+"""Snapshots to files while training goes on: a thread a rank, which talk to each other through a group of their own."""
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_train.checkpoint.files import WrittenFile, write_tensor_file
+from moe_train.checkpoint.folders import (
+    Retention,
+    begin_checkpoint,
+    complete_checkpoint,
+    part_folder,
+    remove_checkpoint,
+    superfluous,
+)
+from moe_train.checkpoint.manifest import FORMAT_VERSION
+from moe_train.checkpoint.sharded_state import ShardedState
+from moe_train.checkpoint.snapshot import HostMemory, Snapshot
+from moe_train.distributed.collectives import Group, gather_objects
+from moe_train.distributed.consensus import run_on_all_ranks
+
+
+@dataclass(frozen=True)
+class SaveOutcome:
+    """How a save ended, the same on every rank but for the seconds.
+
+    Attributes:
+        step: Whose state it is.
+        folder: The checkpoint; None if it failed.
+        error: Why it failed, naming the rank; None if it did not.
+        seconds: From the snapshot to the end, in the background.
+        num_bytes: Of this rank's file.
+    """
+
+    step: int
+    folder: Path | None
+    error: str | None
+    seconds: float
+    num_bytes: int
+
+
+class CheckpointWriter:
+    """Saves the state of a run, one checkpoint at a time."""
+
+    def __init__(self, checkpoints: Path, rank: int, group: Group | None, retention: Retention) -> None:
+        """Begin with nothing.
+
+        Args:
+            checkpoints: The run's folder for them, seen by all ranks.
+            rank: This rank.
+            group: Of all ranks and used by nobody else, from `create_background_group`; None: one process.
+            retention: Which checkpoints are kept.
+        """
+        self._checkpoints, self._rank, self._group, self._retention = checkpoints, rank, group, retention
+        self._memory = HostMemory()
+        self._thread: threading.Thread | None = None
+        self._outcome: SaveOutcome | None = None
+
+    def start(self, state: ShardedState, values: Mapping[str, Any]) -> SaveOutcome | None:
+        """Copy the state and begin to write it. Waits for the save before, if that is still under way.
+
+        Args:
+            state: What to save.
+            values: Of the manifest: step, consumed_sequences, tokenizer, step_control, layout and config.
+
+        Returns:
+            How the save before ended, if nobody has asked yet.
+
+        Collective: All ranks.
+        """
+        before = self.wait()
+        snapshot = self._memory.take(state)
+        self._thread = threading.Thread(
+            target=self._save, args=(snapshot, dict(values)), name="checkpoint writer", daemon=True
+        )
+        self._thread.start()
+        return before
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a save has ended on this rank whose outcome nobody has asked for."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def wait(self) -> SaveOutcome | None:
+        """Wait until the last save has ended on this rank; how it did, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _save(self, snapshot: Snapshot, values: dict[str, Any]) -> None:
+        began, step = time.monotonic(), values["step"]
+        folder, error, num_bytes = None, None, 0
+        try:
+            written = self._write_files(step, snapshot)
+            num_bytes = written.num_bytes
+            folder = self._complete(step, snapshot, values, written)
+        except Exception as problem:  # whatever it is, it is told by `SaveOutcome`: nobody sees this thread's end
+            error = f"{problem}" if str(problem) else type(problem).__name__
+            if self._rank == 0:  # the disk may be full
+                shutil.rmtree(self._part(step), ignore_errors=True)
+        self._outcome = SaveOutcome(step, folder, error, time.monotonic() - began, num_bytes)
+
+    def _write_files(self, step: int, snapshot: Snapshot) -> WrittenFile:
+        begin = lambda: begin_checkpoint(self._checkpoints, step) if self._rank == 0 else None  # noqa: E731
+        run_on_all_ranks(begin, group=self._group)
+        path = self._part(step) / self._file
+        if not snapshot.ranges:  # every element of the model has another owner
+            return run_on_all_ranks(lambda: WrittenFile("", 0), group=self._group)
+        return run_on_all_ranks(lambda: write_tensor_file(path, snapshot.tensors), group=self._group)
+
+    def _complete(self, step: int, snapshot: Snapshot, values: dict[str, Any], written: WrittenFile) -> Path:
+        entry = {"xxh3_128": written.digest, "bytes": written.num_bytes, "ranges": snapshot.ranges}
+        everyone = gather_objects((self._file, entry, snapshot.shapes), self._group)
+        part = self._part(step)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **values,
+            "optimizer_step": snapshot.optimizer_step,
+            "loss_scale": snapshot.loss_scale,
+            "buffers": snapshot.buffers,
+            "tensors": {name: list(shape) for _, _, shapes in everyone for name, shape in shapes.items()},
+            "files": {file: entry for file, entry, _ in everyone if entry["ranges"]},
+        }
+        run_on_all_ranks(lambda: complete_checkpoint(part, manifest) if self._rank == 0 else None, group=self._group)
+        if self._rank == 0:
+            with contextlib.suppress(OSError):  # what cannot be removed is no reason to call the save failed
+                for folder in superfluous(self._checkpoints, self._retention):
+                    remove_checkpoint(folder)
+        return part.with_suffix("")
+
+    def _part(self, step: int) -> Path:
+        return part_folder(self._checkpoints, step)
+
+    @property
+    def _file(self) -> str:
+        return f"rank_{self._rank:05d}.safetensors"

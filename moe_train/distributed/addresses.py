@@ -1,0 +1,86 @@
+"""Addresses and ports of this host at which the other ranks can meet."""
+
+import fcntl
+import socket
+import struct
+from collections.abc import MutableMapping
+
+from moe_train.config.errors import UsageError
+
+PROBE_SECONDS = 3.0  # for one connection within a cluster; a firewall that drops packets takes all of it
+SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # gloo reads no other's
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
+
+
+def free_port() -> int:
+    """A TCP port of this host that is free now."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def interfaces() -> list[str]:
+    """The names of this host's network interfaces."""
+    return [name for _, name in socket.if_nameindex()]
+
+
+def interface_addresses() -> dict[str, str]:
+    """The IPv4 address of each of this host's network interfaces, by name, without loopback."""
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for name in interfaces():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            addresses[name] = socket.inet_ntoa(answer[20:24])  # struct ifreq: name[16], family[2], port[2], address[4]
+    return {name: address for name, address in addresses.items() if not address.startswith("127.")}
+
+
+def route_interface(host: str) -> str | None:
+    """The network interface by which this host reaches another, or itself; None for loopback and unknown hosts."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: it only asks for the route
+        except OSError:
+            return None
+        source = probe.getsockname()[0]
+    return next((name for name, address in interface_addresses().items() if address == source), None)
+
+
+def interface_value(name: str, interface: str) -> str:
+    """What a variable of SOCKET_INTERFACES holds for one interface: NCCL takes prefixes, and with = a whole name."""
+    return f"={interface}" if name.startswith("NCCL") else interface
+
+
+def accepts_connections(address: str, port: int) -> bool:
+    """Whether a connection from this host to the address can be made."""
+    try:
+        socket.create_connection((address, port), timeout=PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def choose_interface(setting: str | None, environ: MutableMapping[str, str]) -> None:
+    """Lets gloo and NCCL take a network interface; call this before `export_world`.
+
+    Args:
+        setting: parallel.network_interface; None: it is left to the environment and to `export_world`.
+        environ: environment variables.
+    Raises: UsageError where this host has no such interface, or a variable names another.
+    """
+    if setting is None:
+        return
+    known = interfaces()
+    if setting not in known:
+        raise UsageError(
+            f"parallel.network_interface ({setting!r}): host {socket.gethostname()} has none of that name; "
+            f"it has {', '.join(known)}"
+        )
+    for name in SOCKET_INTERFACES:
+        given = environ.get(name, "")
+        if given and given not in (setting, interface_value(name, setting)):
+            raise UsageError(
+                f"parallel.network_interface ({setting!r}) contradicts {name} ({given!r}): unset one of them"
+            )
+        environ[name] = given or interface_value(name, setting)

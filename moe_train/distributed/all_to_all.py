@@ -1,0 +1,169 @@
+"""All-to-alls that go on by themselves: started, waited for later, with gradients that travel the way back likewise.
+
+Starting and waiting are two nodes of autograd's graph. In the backward pass the waiting node comes first: it starts the
+gradient's all-to-all, and the starting node waits for it. What a forward pass does between the two, the backward pass
+does between them too, in reverse: it hides its all-to-alls behind the same work.
+Legend: R rows sent, Q rows received, D width of a row, P ranks of the group.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_train.distributed.collectives import Group, group_rank
+from moe_train.distributed.flight_recorder import CollectiveRecord, Direction
+from moe_train.distributed.observer import UNOBSERVED, CommObserver
+from moe_train.ops.payload import MODEL_PAYLOAD, Payload
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How many rows go where.
+
+    Attributes:
+        send: Rows for each rank of the group, which are consecutive. Zero is allowed.
+        receive: Rows from each rank of the group.
+    """
+
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+
+    @property
+    def back(self) -> "Splits":
+        """Of the way back."""
+        return Splits(self.receive, self.send)
+
+
+class _Flight:
+    """One all-to-all of rows, and later that of their gradients."""
+
+    def __init__(self, splits: Splits, group: Group, observer: CommObserver, payload: Payload) -> None:
+        self._splits, self._group, self._observer, self._payload = splits, group, observer, payload
+        self._work: dist.Work | None = None
+        self._arriving: Tensor | None = None
+
+    def start(self, rows_RD: Tensor, direction: Direction) -> None:
+        """Send rows; those of the other ranks are on their way."""
+        collective = self._collective(direction)
+        sent = self._payload.encode(rows_RD).contiguous()
+        self._arriving = sent.new_empty((sum(collective.receive), sent.shape[1]))
+        to_others = sum(collective.send) - collective.send[group_rank(self._group)]
+        with self._observer.starting(collective, to_others * sent.shape[1] * sent.element_size()):
+            self._work = dist.all_to_all_single(
+                self._arriving, sent, list(collective.receive), list(collective.send), group=self._group, async_op=True
+            )
+
+    def finish(self, dtype: torch.dtype, direction: Direction) -> Tensor:
+        """The rows that the other ranks sent, once they are here (on CUDA: for what is queued after this)."""
+        assert self._work is not None and self._arriving is not None
+        with self._observer.waiting(self._collective(direction)):
+            self._work.wait()
+        arrived, self._work, self._arriving = self._arriving, None, None
+        return self._payload.decode(arrived, dtype)
+
+    def _collective(self, direction: Direction) -> CollectiveRecord:
+        splits = self._splits if direction == "forward" else self._splits.back
+        return CollectiveRecord("all_to_all_rows", self._observer.layer, direction, splits.send, splits.receive)
+
+
+class _Start(torch.autograd.Function):
+    """Gives an empty tensor, which carries the graph: what arrives may be bytes, which have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight, ctx.dtype = flight, rows_RD.dtype
+        flight.start(rows_RD, "forward")
+        return rows_RD.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.finish(ctx.dtype, "backward"), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.finish(carrier.dtype, "forward")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.start(grads[0], "backward")
+        return grads[0].new_empty(0), None
+
+
+@dataclass(frozen=True)
+class PendingRows:
+    """Rows that were sent and are not yet waited for."""
+
+    carrier: Tensor
+    flight: _Flight
+
+    def wait(self) -> Tensor:
+        """What arrived, [Q, D], in order of its source; differentiable. To be called once.
+
+        Collective: Nothing is sent by it; the backward pass sends the gradients.
+        """
+        return _Finish.apply(self.carrier, self.flight)
+
+
+def start_rows(
+    rows_RD: Tensor, splits: Splits, group: Group, observer: CommObserver = UNOBSERVED, payload: Payload = MODEL_PAYLOAD
+) -> PendingRows:
+    """Send consecutive blocks of rows, block i to rank i of the group, without waiting; differentiable.
+
+    Args:
+        rows_RD: Rows in order of their destination.
+        splits: Rows for and from each rank, with sums R and Q.
+        group: Process group.
+        observer: Told of it, in the backward pass too.
+        payload: The form in which rows, and later their gradients, travel.
+
+    Returns:
+        Whose `wait` gives the [Q, D] rows that arrive.
+
+    Collective: All ranks of the group, also those that send or receive nothing, in the same order as all other
+    collective operations of the group; likewise in the backward pass.
+    """
+    flight = _Flight(splits, group, observer, payload)
+    return PendingRows(_Start.apply(rows_RD, flight), flight)
+
+
+@dataclass(frozen=True)
+class PendingCounts:
+    """Counts that were sent and are not yet waited for."""
+
+    arriving_Pn: Tensor
+    work: dist.Work
+    collective: CollectiveRecord
+    observer: CommObserver
+
+    def wait(self) -> Tensor:
+        """What the ranks sent here, in their order. int64 [P, n]."""
+        with self.observer.waiting(self.collective):
+            self.work.wait()
+        return self.arriving_Pn
+
+
+def start_counts(counts_Pn: Tensor, group: Group, observer: CommObserver = UNOBSERVED) -> PendingCounts:
+    """Send row i of counts to rank i, without waiting.
+
+    Args:
+        counts_Pn: int64, one row for each rank.
+        group: Process group.
+        observer: Told of it.
+
+    Collective: All ranks of the group, in the same order as all other collective operations of the group.
+    """
+    arriving_Pn = torch.empty_like(counts_Pn, memory_format=torch.contiguous_format)
+    ones = (1,) * len(counts_Pn)
+    collective = CollectiveRecord("all_to_all_counts", observer.layer, "forward", ones, ones)
+    with observer.starting(collective, counts_Pn.nbytes - counts_Pn[0].nbytes):
+        work = dist.all_to_all_single(arriving_Pn, counts_Pn.contiguous(), group=group, async_op=True)
+    return PendingCounts(arriving_Pn, work, collective, observer)

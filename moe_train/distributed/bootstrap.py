@@ -1,0 +1,305 @@
+"""From a started process to a member of the world: rank discovery, device, CPU threads, torch.distributed.
+
+The only file that imports mpi4py. Beside host/ and launch/ it is the only one that reads os.environ: other files are
+given it. torch is imported inside the functions that need it: a wrong setting is reported before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe_train.config.errors import UsageError
+from moe_train.distributed.addresses import (
+    SOCKET_INTERFACES,
+    accepts_connections,
+    free_port,
+    interface_addresses,
+    interface_value,
+    route_interface,
+)
+from moe_train.distributed.rendezvous import join_group, open_store
+from moe_train.distributed.world import (
+    LOOPBACK,
+    Launcher,
+    Manager,
+    World,
+    check_manager,
+    read_integer,
+    read_managers,
+    read_step,
+    read_world,
+    require_equal,
+)
+from moe_train.host.cores import usable_cores
+
+if TYPE_CHECKING:
+    import torch
+
+_SETTLE_SECONDS = 0.5  # 24 starts of 24 on two hosts ended well, and 13 of 26 without
+VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def environment() -> MutableMapping[str, str]:
+    """The environment variables of this process, for files that are not to read them by themselves."""
+    return os.environ
+
+
+def discover_world(environ: Mapping[str, str] = os.environ) -> World:
+    """Finds out the rank of this process and where the ranks meet, under whatever launcher started it.
+
+    RANK, WORLD_SIZE and their kin (torchrun, deepspeed) are believed first, then mpirun, then srun; without any of them
+    the process is alone. After `export_world` the same world is found again.
+
+    Args:
+        environ: environment variables.
+    Raises: UsageError where variables are missing, malformed or contradict each other, or MPI does not work.
+    Collective: all tasks under mpirun, as long as RANK is not set; it initialises and finalises MPI.
+    """
+    managers = read_managers(environ)
+    for manager in managers:
+        check_manager(environ, manager)
+        require_equal(manager.size, managers[0].size)
+        require_equal(manager.rank, managers[0].rank)
+    world = read_world(environ, managers)
+    if world is None:
+        if not managers or managers[0].size.value == 1:
+            launcher: Launcher = managers[0].launcher if managers else "single"
+            world = World(0, 1, 0, 1, 1, 0, LOOPBACK, 0, launcher)
+        elif managers[0].launcher == "srun":
+            world = read_step(environ, managers[0])
+        else:
+            world = _ask_mpi(environ, managers[0])
+    return world if world.master_port else replace(world, master_port=free_port())
+
+
+def _ask_mpi(environ: Mapping[str, str], manager: Manager) -> World:
+    """The world of the tasks of mpirun. Collective: all of them."""
+    mpi = _import_mpi(manager)
+    world = mpi.COMM_WORLD
+    rank, size = world.Get_rank(), world.Get_size()
+    if (rank, size) != (manager.rank.value, manager.size.value):
+        raise UsageError(
+            f"mpi4py is rank {rank} of {size}, but {manager.rank} and {manager.size} are set: it is built for another "
+            "MPI than mpirun's; install mpi4py for this MPI (pip install --no-binary mpi4py mpi4py), or, with MPICH, "
+            "set MPI4PY_MPIABI=mpich and make its libmpich.so.12 loadable as libmpi.so.12"
+        )
+    host = world.Split_type(mpi.COMM_TYPE_SHARED, key=rank)
+    leader = host.bcast(rank)  # the lowest rank of each host
+    leaders = sorted(set(world.allgather(leader)))
+    address, port = _agree_on_address(environ, world, rank == leader, len(leaders))
+    result = World(
+        rank=rank,
+        world_size=size,
+        local_rank=host.Get_rank(),
+        local_world_size=host.Get_size(),
+        num_nodes=len(leaders),
+        node_rank=leaders.index(leader),
+        master_addr=address,
+        master_port=port,
+        launcher="mpirun",
+    )
+    if len(leaders) > 1:
+        # MPICH 4.0 over UCX: connections that are still being set up made one Finalize in two wait without end.
+        world.Barrier()
+        time.sleep(_SETTLE_SECONDS)
+    mpi.Finalize()  # at exit it would wait for all ranks, and a rank that fails could not end
+    return result
+
+
+def _import_mpi(manager: Manager) -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py's wheels find no MPI library
+        raise UsageError(
+            f"{manager.size} is set, but mpi4py cannot be used ({error}): pip install mpi4py, with the library of the "
+            "MPI that mpirun belongs to on the loader's path (MPI4PY_MPIABI=mpich for MPICH)"
+        ) from error
+    return MPI
+
+
+def _agree_on_address(environ: Mapping[str, str], world: Any, is_leader: bool, num_nodes: int) -> tuple[str, int]:
+    """Address and port of rank 0: MASTER_ADDR and MASTER_PORT of its environment, or the first address that all
+    hosts can connect to, since names may not resolve and interfaces may be private to a host.
+    """
+    address, port = environ.get("MASTER_ADDR", ""), read_integer(environ, "MASTER_PORT")
+    wanted = world.bcast((address, port.value if port else 0))
+    if wanted[0] or num_nodes == 1:
+        return wanted[0] or LOOPBACK, wanted[1] or world.bcast(free_port())
+    with contextlib.ExitStack() as stack:
+        offer = None
+        if world.Get_rank() == 0:
+            listener = stack.enter_context(socket.create_server(("", wanted[1]), backlog=socket.SOMAXCONN))
+            offer = (list(interface_addresses().values()), listener.getsockname()[1])
+        addresses, port_number = world.bcast(offer)
+        reached = [not is_leader or accepts_connections(address, port_number) for address in addresses]
+        everywhere = [all(answers) for answers in zip(*world.allgather(reached), strict=True)]
+    for address, works in zip(addresses, everywhere, strict=True):
+        if works:
+            return address, port_number
+    raise UsageError(f"no address of rank 0 ({addresses}) can be reached from all {num_nodes} hosts: set MASTER_ADDR")
+
+
+def choose_device(
+    setting: Literal["auto", "cpu", "cuda"], world: World, environ: Mapping[str, str] = os.environ
+) -> torch.device:
+    """The device of this rank: the CUDA device of its local rank, or the only one that it sees, or the CPU.
+
+    Args:
+        setting: parallel.device; auto takes cuda where a device is visible, unless DS_ACCELERATOR says cpu.
+        world: the place of this rank.
+        environ: environment variables.
+    Raises: UsageError where cuda is asked for and not there, or a host has more ranks than devices.
+    """
+    import torch
+
+    accelerator = environ.get("DS_ACCELERATOR", "")
+    if setting == "auto" and accelerator:
+        setting = "cuda" if accelerator == "cuda" else "cpu"
+    elif accelerator and accelerator != setting:
+        raise UsageError(f"parallel.device ({setting}) contradicts DS_ACCELERATOR ({accelerator})")
+    count = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
+    if setting == "cpu" or (setting == "auto" and count == 0):
+        return torch.device("cpu")
+    restriction = next((environ[name] for name in VISIBLE_DEVICES if name in environ), None)
+    if count == 0:
+        seen = "" if restriction is None else f" (CUDA_VISIBLE_DEVICES is {restriction!r})"
+        raise UsageError(f"parallel.device is cuda, but no CUDA device is visible to torch {torch.__version__}{seen}")
+    own_device = count == 1 and restriction is not None and "," not in restriction
+    if world.local_world_size > count and not own_device:
+        raise UsageError(
+            f"the {world.local_world_size} ranks of a host must be at most its CUDA devices ({count}): "
+            "one process a device"
+        )
+    return torch.device("cuda", 0 if own_device else world.local_rank)
+
+
+def set_threads(setting: int | Literal["auto"], world: World, environ: Mapping[str, str] = os.environ) -> int:
+    """Sets the CPU threads of torch in this rank.
+
+    auto is OMP_NUM_THREADS where the user set it, else the cores that srun gave the task, else the cores of the node
+    divided among its ranks. torchrun sets OMP_NUM_THREADS=1 where there is none, and that 1 cannot be told from a
+    user's: under torchrun with several ranks a host, 1 does not count (say parallel.threads_per_rank=1 to have it).
+    Where a launcher binds each rank to cores of its own, they are divided once too often: set OMP_NUM_THREADS there.
+
+    Args:
+        setting: parallel.threads_per_rank.
+        world: the place of this rank.
+        environ: environment variables.
+    Returns: the number of threads.
+    """
+    import torch
+
+    cores = usable_cores()
+    threads = max(1, cores // world.local_world_size) if setting == "auto" else setting
+    if setting == "auto":
+        first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list gives a number for each level
+        torchrun_default = first == "1" and world.launcher == "torchrun" and world.local_world_size > 1
+        per_task = read_integer(environ, "SLURM_CPUS_PER_TASK") if world.launcher == "srun" else None
+        if first.isdecimal() and int(first) > 0 and not torchrun_default:
+            threads = int(first)
+        elif per_task is not None:
+            threads = max(1, min(per_task.value, cores))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def export_world(
+    world: World, device: torch.device | None = None, environ: MutableMapping[str, str] = os.environ
+) -> None:
+    """Writes the world into the environment, where DeepSpeed reads it instead of asking MPI.
+
+    On several hosts, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME become the interface of the route to rank 0 where they
+    are not set.
+
+    Args:
+        world: the place of this rank.
+        device: where it is the CPU, DeepSpeed is told so by DS_ACCELERATOR; call this before deepspeed is imported.
+        environ: environment variables.
+    """
+    environ["RANK"] = str(world.rank)
+    environ["WORLD_SIZE"] = str(world.world_size)
+    # DeepSpeed takes it for the device: 0 where the launcher shows each rank one device alone.
+    index = device.index if device is not None and device.type == "cuda" else None
+    environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
+    environ["LOCAL_WORLD_SIZE"] = str(world.local_world_size)
+    environ["MASTER_ADDR"] = world.master_addr
+    environ["MASTER_PORT"] = str(world.master_port)
+    interface = route_interface(world.master_addr) if world.num_nodes > 1 else None
+    if interface is not None:  # gloo takes the host's name, which may not resolve, or resolve to loopback
+        for name in SOCKET_INTERFACES:
+            environ.setdefault(name, interface_value(name, interface))
+    if device is not None and device.type == "cpu":
+        environ["DS_ACCELERATOR"] = "cpu"
+
+
+def init_process_group(world: World, device: torch.device, timeout_seconds: float) -> None:
+    """Joins torch.distributed: gloo, and on CUDA NCCL beside it, so that tensors of both kinds can be reduced.
+
+    Args:
+        world: the place of this rank.
+        device: of this rank, as `choose_device` gives it.
+        timeout_seconds: seconds after which a collective operation that does not complete is an error.
+    Raises: UsageError where the port of the master is taken, on every rank.
+    Collective: all ranks.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    export_world(world, device)
+    join_group(open_store(world, timeout, os.environ), world, device, timeout)
+
+
+def leave_process_group(code: int) -> None:
+    """Ends this process with an exit code, if it is in a process group; else does nothing.
+
+    The interpreter's own end takes the groups down while their threads still run, and now and then aborts (gloo of
+    torch 2.13: "terminate called without an active exception", after all work was done).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one to speak before ranks have met, as far as its environment tells."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((environ[name] for name in names if name in environ), "0") == "0"
+
+
+def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a process that is to take a place in another world.
+
+    Args:
+        world: Its place.
+        one_thread: Whether several ranks share few cores.
+        environ: Of this process; what its launcher wrote is left out.
+    """
+    launchers = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
+    kept = {name: value for name, value in environ.items() if not name.startswith(launchers)}
+    kept |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.world_size), "LOCAL_RANK": str(world.local_rank)}
+    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size), "MASTER_ADDR": world.master_addr}
+    kept |= {"MASTER_PORT": str(world.master_port)}
+    return kept | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+
+
+def local_rank_environments(num_ranks: int, environ: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
+    """The environments of CPU ranks that are all processes of this machine, with a free port and one thread each."""
+    port = free_port()
+    worlds = [World(r, num_ranks, r, num_ranks, 1, 0, LOOPBACK, port, "environment") for r in range(num_ranks)]
+    return [child_environment(w, one_thread=True, environ=environ) | {"DS_ACCELERATOR": "cpu"} for w in worlds]
+
+
+def num_devices(device_type: str) -> int | None:
+    """CUDA devices that this process sees, or None for the CPU, where any number of ranks can be started."""
+    import torch
+
+    return torch.cuda.device_count() if device_type == "cuda" else None

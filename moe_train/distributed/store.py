@@ -1,0 +1,96 @@
+"""A key-value store of all ranks, apart from their collectives: it answers while those hang. Held by rank 0's process.
+
+The server is a thread of torch in rank 0, which needs no GIL. A client blocks without end in a request to a server that
+is stopped or cut off: ask from a thread that may block. (The timeout of TCPStore does not help: after it the client
+waits again, for the server to confirm that the wait is over; torch 2.13.)
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from moe_train.distributed.collectives import gather_objects, world_group
+
+_CONNECT_SECONDS = 60.0
+_REQUEST_DAYS = 30  # longer than any run: see above
+
+
+class KeyStore:
+    """Texts by key. Safe to use from several threads, but one request at a time is under way."""
+
+    def __init__(self, store: Any) -> None:
+        """store: of torch.distributed."""
+        self._store = store
+        store.set_timeout(timedelta(days=_REQUEST_DAYS))
+
+    def set(self, values: Mapping[str, str]) -> None:
+        """Write values.
+
+        Raises:
+            ConnectionError: If the process that holds the store is gone.
+        """
+        try:
+            self._store.multi_set(list(values), list(values.values()))
+        except RuntimeError as error:  # torch's errors, of the network or not, are RuntimeErrors
+            raise ConnectionError(str(error).splitlines()[0]) from error
+
+    def get(self, keys: Sequence[str]) -> list[str]:
+        """Read values; a key that nobody wrote is waited for.
+
+        Raises:
+            ConnectionError: If the process that holds the store is gone.
+        """
+        try:
+            return [value.decode() for value in self._store.multi_get(list(keys))]
+        except RuntimeError as error:
+            raise ConnectionError(str(error).splitlines()[0]) from error
+
+
+def open_store(address: str, first_values: Mapping[str, str]) -> KeyStore | None:
+    """Open a store in rank 0, on a free port, and connect every rank to it.
+
+    Args:
+        address: Of rank 0's host, as the other ranks reach it.
+        first_values: Written before any rank can read. Only rank 0's are taken.
+
+    Returns:
+        The store; None for one process.
+
+    Raises:
+        RuntimeError: If a rank cannot open or reach it; the same on every rank.
+
+    Collective: All ranks.
+    """
+    if world_group() is None:
+        return None
+    rank, store, port, failure = dist.get_rank(), None, 0, ""
+    try:
+        if rank == 0:
+            store = _connect(address, 0, is_master=True)
+            port = store.port
+            KeyStore(store).set(first_values)
+    except (RuntimeError, OSError) as error:
+        failure = _first_line(error)
+    port, failure = gather_objects((port, failure))[0]
+    try:
+        if not failure and rank > 0:
+            store = _connect(address, port, is_master=False)
+    except RuntimeError as error:
+        failure = _first_line(error)
+    failures = gather_objects(failure)
+    for other, message in enumerate(failures):
+        if message:
+            raise RuntimeError(f"rank {other}: no store of the ranks at {address}, port {port}: {message}")
+    return KeyStore(store)
+
+
+def _connect(address: str, port: int, is_master: bool) -> dist.TCPStore:
+    return dist.TCPStore(
+        address, port, is_master=is_master, wait_for_workers=False, timeout=timedelta(seconds=_CONNECT_SECONDS)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

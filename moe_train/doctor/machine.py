@@ -1,0 +1,86 @@
+"""What was measured, as the planner reads it."""
+
+import statistics
+from collections.abc import Sequence
+
+from moe_train.config.machine import Link, Machine, Network, Product
+from moe_train.doctor.collectives import Timing
+from moe_train.doctor.facts import Facts
+from moe_train.doctor.operations import OPERATIONS
+from moe_train.doctor.speed import Speed
+
+
+def fit_link(points: Sequence[tuple[float, float]]) -> Link:
+    """The line seconds = latency + bytes / rate through the shortest and the longest message.
+
+    Each point is a median of repetitions already. What lies between often bends: a line that was idle sends a first
+    burst faster, and libraries change their algorithm. A fit of all points then is far off at the longest, where most
+    of training's bytes are.
+
+    Args:
+        points: (bytes, seconds), both more than 0.
+    """
+    (least, shortest), (most, longest) = min(points), max(points)
+    slope = (longest - shortest) / (most - least) if most > least else 0.0
+    if slope * most < longest / 100:  # longer messages took no longer: as if a hundredth were of the bytes
+        slope = longest / 100 / most if most > least else longest / most
+    latency = max(0.0, shortest - slope * least)
+    return Link(latency_seconds=latency, bytes_per_second=1 / slope)
+
+
+def fit_network(timings: Sequence[Timing], scope: str) -> Network | None:
+    """The operations of one scope; None: it was not measured."""
+    links = {}
+    for operation in OPERATIONS:
+        points = [(t.sent_bytes, t.seconds) for t in timings if (t.scope, t.operation) == (scope, operation)]
+        if not points:
+            return None
+        links[operation] = fit_link(points)
+    return Network(**links)
+
+
+def combine_products(speeds: Sequence[Speed]) -> dict[str, tuple[Product, ...]]:
+    """The products that all ranks measured, each as fast as on the median rank."""
+    combined = {}
+    for precision in dict.fromkeys(name for speed in speeds for name in speed.products):
+        found = [{tuple(p[:2]): p[2] for p in speed.products.get(precision, [])} for speed in speeds]
+        shapes = [shape for shape in found[0] if all(shape in products for products in found)]
+        combined[precision] = tuple(
+            Product(rows=rows, width=width, flops_per_second=statistics.median(p[rows, width] for p in found))
+            for rows, width in shapes
+        )
+    return {precision: products for precision, products in combined.items() if products}
+
+
+def make_machine(
+    facts: Sequence[Facts], timings: Sequence[Timing], speeds: Sequence[Speed], peaks: dict[str, float]
+) -> Machine:
+    """One machine out of all ranks' measurements.
+
+    Args:
+        facts: Of each rank.
+        timings: Merged.
+        speeds: Of each rank.
+        peaks: Published operations a second by arithmetic, where they are known; else the best product counts.
+    """
+    counts = [sum(other.node == fact.node for other in facts) for fact in facts]
+    per_node = statistics.multimode(counts)[0]
+    products = combine_products(speeds)
+    best = {name: max(product.flops_per_second for product in found) for name, found in products.items()}
+    memory = statistics.median(speed.memory_bytes_per_second for speed in speeds)
+    first = facts[0]
+    own = [fact.device["memory"] // (1 if fact.device["kind"] == "cuda" else n) for fact, n in zip(facts, counts)]
+    plural = "" if first.threads == 1 else "s"
+    name = first.device["name"] + (f", {first.threads} thread{plural} a rank" if first.device["kind"] == "cpu" else "")
+    return Machine(
+        name=name,
+        device=first.device["kind"],
+        memory_bytes=min(own),
+        flops_per_second=best | {name: peak for name, peak in peaks.items() if name in best},  # type: ignore[arg-type]
+        products=products,  # type: ignore[arg-type]
+        memory_bytes_per_second=memory,
+        operation_seconds=statistics.median(speed.operation_seconds for speed in speeds),
+        ranks_per_node=per_node,
+        intra_node=fit_network(timings, "within"),
+        inter_node=fit_network(timings, "across"),
+    )

@@ -1,0 +1,111 @@
+"""How fast one rank's device is, while all ranks work: matrix products, memory, and small operations."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from moe_train.host.precision import Precision, torch_dtype
+
+ROWS = (16, 64, 256, 1024, 2048)
+WIDTHS = (64, 256, 1024, 2048)
+_LONGEST_SECONDS = 2.0  # of one product: what takes longer is left out
+_ROUNDS = 5
+_SHORT_SECONDS = 1e-3  # shorter ones are run several times in a row
+_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}  # of an elementwise operation: far more than caches hold
+_CHAIN = 200  # small operations in a row
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one rank.
+
+    Attributes:
+        products: Operations a second by arithmetic, as (rows, width, operations a second).
+        memory_bytes_per_second: Read and written by an elementwise sum.
+        operation_seconds: Of one small operation.
+    """
+
+    products: dict[str, list[tuple[int, int, float]]]
+    memory_bytes_per_second: float
+    operation_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them."""
+        return asdict(self)
+
+
+def measure_speed(device: torch.device, precisions: Sequence[Precision], budget_seconds: float) -> Speed:
+    """Measure this rank's device. To be called on all ranks at the same time: they share cores, memory and power.
+
+    Args:
+        device: Of this rank.
+        precisions: Of products.
+        budget_seconds: For the products of each precision.
+    """
+    operation = _measure_operation(device)
+    memory = _measure_memory(device)
+    products = {precision: measure_products(device, precision, budget_seconds) for precision in precisions}
+    return Speed({name: found for name, found in products.items() if found}, memory, operation)
+
+
+def measure_products(device: torch.device, precision: Precision, budget_seconds: float) -> list[tuple[int, int, float]]:
+    """Products [rows, width] x [width, width] over ROWS and WIDTHS, the small ones first, as long as the budget lasts.
+
+    Returns:
+        (rows, width, operations a second).
+    """
+    shapes = sorted(((rows, width) for width in WIDTHS for rows in ROWS), key=lambda shape: shape[0] * shape[1] ** 2)
+    began, found, slowest = time.perf_counter(), list[tuple[int, int, float]](), 0.0
+    for rows, width in shapes:
+        flops = 2 * rows * width**2
+        expected = slowest * flops
+        left = budget_seconds - (time.perf_counter() - began)
+        if expected > _LONGEST_SECONDS or (found and 3 * expected > left):
+            continue
+        left_matrix = torch.ones(rows, width, dtype=torch_dtype(precision), device=device)
+        right_matrix = torch.ones(width, width, dtype=torch_dtype(precision), device=device)
+        seconds = _median_seconds(lambda a=left_matrix, b=right_matrix: torch.mm(a, b), device, left)  # type: ignore[misc]
+        found.append((rows, width, flops / seconds))
+        if flops > 2**24:  # the time of small ones is not their operations'
+            slowest = max(slowest / 2, seconds / flops)
+    return found
+
+
+def _measure_memory(device: torch.device) -> float:
+    a, b, total = (torch.zeros(_ELEMENTS[device.type], device=device) for _ in range(3))
+    seconds = _median_seconds(lambda: torch.add(a, b, out=total), device, 1.0)
+    return 3 * total.nbytes / seconds
+
+
+def _measure_operation(device: torch.device) -> float:
+    x = torch.zeros(64, device=device)
+
+    def chain() -> None:
+        for _ in range(_CHAIN):
+            x.add_(1.0)
+
+    return _median_seconds(chain, device, 0.5) / _CHAIN
+
+
+def _median_seconds(action: Callable[[], object], device: torch.device, left_seconds: float) -> float:
+    """Of one call, after one that sets up. Fewer calls where the time is short."""
+    first = _seconds(action, 1, device)
+    times = max(1, int(_SHORT_SECONDS / max(first, 1e-7))) if first < _SHORT_SECONDS else 1
+    rounds = max(1, min(_ROUNDS, int(left_seconds / max(first * times, 1e-7)) - 1))
+    return statistics.median(_seconds(action, times, device) for _ in range(rounds))
+
+
+def _seconds(action: Callable[[], object], times: int, device: torch.device) -> float:
+    """Host synchronisation on CUDA: what is timed has to be over."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / times

@@ -1,0 +1,54 @@
+"""Memory of the host: how much this process may have of it, and how the C library keeps it, for training on CPU."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+from moe_train.host.control_groups import MEMBERSHIP, ROOT, control_groups
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
+_TOP_PAD_BYTES = 256 * 2**20
+_LIMITS = {  # of a version of control groups: the files of what is granted and of what is taken
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    2: ("memory.max", "memory.current"),
+}
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to reuse freed blocks of any size in place of giving them back to the system.
+
+    A training step allocates the same large temporaries again and again; given back, each of their pages would fault
+    again. Measured on 2 cores with the quickstart's model: a step takes 0.8 to 0.9 of the time.
+
+    Returns:
+        Whether the C library took it; False where it is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _TOP_PAD_BYTES))
+    return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def host_memory(
+    meminfo: Path = Path("/proc/meminfo"), root: Path = ROOT, membership: Path = MEMBERSHIP
+) -> tuple[int, int]:
+    """Memory that there is and that is available, in bytes; no more than this process's control groups grant.
+
+    Args:
+        meminfo: The host's own account.
+        root: Where the control groups are mounted.
+        membership: The file that names the groups of this process.
+    """
+    values = {}
+    for line in meminfo.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    total, available = values["MemTotal"], values["MemAvailable"]
+    for group in control_groups("memory", root, membership):
+        granted, taken = (group.read(name) for name in _LIMITS[group.version])
+        if granted.isdecimal() and taken.isdecimal():  # not "max"
+            total, available = min(total, int(granted)), min(available, max(0, int(granted) - int(taken)))
+    return total, available

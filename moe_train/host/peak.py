@@ -1,0 +1,57 @@
+"""How many operations a second a device can make: from a table for GPUs, else measured."""
+
+import statistics
+import time
+
+import torch
+
+from moe_train.host.precision import Precision, torch_dtype
+
+# Dense matrix products in bf16 and fp16, operations a second; NVIDIA's and AMD's data sheets. By a part of the name.
+_PUBLISHED = {
+    "B200": 2.25e15,
+    "H200": 9.89e14,
+    "H100": 9.89e14,
+    "A100": 3.12e14,
+    "MI300X": 1.307e15,
+}
+_SIZES = (256, 512, 1024, 4096)  # of the matrices that are multiplied: larger ones come closer to the peak
+_LONG_SECONDS = 0.01  # a product that takes as long is large enough
+_ROUNDS = 5
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float:
+    """Operations a second of this rank's device in matrix products.
+
+    A GPU's published peak in 16 bits where it is known; in fp32, on a CPU and on other devices what a large product
+    reaches now, with the threads and neighbours that this rank has.
+
+    Args:
+        device: Of this rank.
+        precision: Of the products.
+    """
+    if device.type == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name(device)
+        for part, flops in _PUBLISHED.items():
+            if part in name:
+                return flops
+    return _measured(device, torch_dtype(precision))
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    for size in _SIZES:
+        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        _seconds_of_product(a, b)  # the first one sets up
+        if _seconds_of_product(a, b) >= _LONG_SECONDS:
+            break
+    return 2 * size**3 / statistics.median(_seconds_of_product(a, b) for _ in range(_ROUNDS))
+
+
+def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    began = time.perf_counter()
+    torch.mm(a, b)
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - began

@@ -1,0 +1,306 @@
+"""A checkpoint whose attention has fewer keys and values: heads and layers are averaged, ready for uptraining.
+
+MHA becomes GQA or MQA by means over heads, and MLKV by means over layers, from the files of a checkpoint to a new run
+folder whose checkpoint of step 0 the train command goes on from.
+
+Source: Ainslie et al. 2023, arXiv 2305.13245 (heads); Zuhri et al. 2024, arXiv 2406.09297 (layers).
+"""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_train.checkpoint.files import Advance, check_files, sync_folder, write_durably, write_tensor_file
+from moe_train.checkpoint.folders import begin_checkpoint, complete_checkpoint, step_folder
+from moe_train.checkpoint.manifest import FORMAT_VERSION, Manifest
+from moe_train.checkpoint.matching import check_same_model
+from moe_train.checkpoint.ranges import RangeReader
+from moe_train.checkpoint.sharded_state import STATE_KINDS
+from moe_train.checkpoint.tools.inspection import read_chunks
+from moe_train.config.errors import UsageError
+from moe_train.config.load import dump_yaml, validate_config
+from moe_train.config.model import ModelConfig
+from moe_train.config.root import Config
+from moe_train.interop.reduction import KINDS, Reduction, cache_elements, check_heads, check_reduces
+from moe_train.interop.widening import plan_widening, widened_blocks, widened_widths
+from moe_train.model.build import build_model
+from moe_train.model.moe.balance import Scheduled
+from moe_train.model.parameters import logical_tensors
+from moe_train.train.run_folder import RunFolder
+
+UPTRAINING_SHARE = 0.05  # of the source's steps: the tokens of Zuhri et al.
+FILE_ELEMENTS = 1 << 27  # weights of a file, which has their moments too: 1.6 GB
+_ELEMENT_BYTES = 4  # of a cache in fp32
+_LAYOUT = {"world_size": 1, "expert_parallel_size": 1, "zero_stage": 1}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ConversionRequest:
+    """What is asked for.
+
+    Attributes:
+        output: The new run's folder.
+        num_kv_heads: Heads of keys and values; None: as many as there are.
+        kv_layers: Layers that own them, their number or their list; None: those that do.
+        steps: Of uptraining; None: UPTRAINING_SHARE of the source's.
+        widen_mlp: Whether MLPs grow by the parameters that the reduction saves.
+    """
+
+    output: Path
+    num_kv_heads: int | None = None
+    kv_layers: int | tuple[int, ...] | None = None
+    steps: int | None = None
+    widen_mlp: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number of the source and of what was made of it."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        output: The new run's folder.
+        checkpoint: Its checkpoint of step 0.
+        num_kv_heads: Heads of keys and values of an owner layer.
+        kv_layers: The layers that own keys and values.
+        parameters: Of the model.
+        kv_cache_bytes_per_token: 2 M G d 4: keys and values of a token of one sequence, in fp32.
+        intermediate_size: Inner width of a dense SwiGLU.
+        expert_intermediate_size: Inner width of an expert.
+        steps: Of uptraining.
+    """
+
+    output: str
+    checkpoint: str
+    num_kv_heads: int
+    kv_layers: tuple[int, ...]
+    parameters: Change
+    kv_cache_bytes_per_token: Change
+    intermediate_size: int
+    expert_intermediate_size: int
+    steps: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def convert_attention(
+    manifest: Manifest, request: ConversionRequest, advance: Advance | None = None, file_elements: int = FILE_ELEMENTS
+) -> Converted:
+    """Write a new run folder with a checkpoint of step 0. Memory: two files' weights, and a head.
+
+    Args:
+        manifest: Of the checkpoint, every byte of which is read and verified first.
+        request: What to make of it.
+        advance: Told of every block that verifying reads.
+        file_elements: Most weights of a file.
+
+    Raises:
+        UsageError: If the request does not fit the model, or the folder is there.
+        DamagedCheckpoint: If the checkpoint is damaged.
+        OSError: If it cannot be written.
+    """
+    output = request.output
+    if output.name in ("", ".."):
+        raise UsageError(f"--output ({str(output)!r}) must be a new folder's name")
+    part = output.with_name(f"{output.name}.part")
+    for path, why in ((output, "exists"), (part, "exists, of a conversion under way or killed")):
+        if path.exists() or path.is_symlink():
+            raise UsageError(f"--output ({str(path)!r}) {why}: give a new one, or remove it")
+    source = validate_config(manifest.config, origin=str(manifest.folder))
+    check_same_model(manifest, _shapes(source.model))
+    config = uptraining_config(manifest, source, request)
+    shapes = _shapes(config.model)
+    for _, damage in check_files(manifest, manifest.files, advance):
+        if damage is not None:
+            raise damage
+    part.mkdir(parents=True)
+    try:
+        _write_run(part, manifest, source, config, shapes, file_elements)
+        part.rename(output)
+    except BaseException:  # also an interrupt: nothing half written stays
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    sync_folder(output.parent)
+    old, new = source.model, config.model
+    return Converted(
+        output=str(output),
+        checkpoint=str(step_folder(RunFolder(output).checkpoints, 0)),
+        num_kv_heads=new.attention_kv_heads,
+        kv_layers=new.kv_owner_layers,
+        parameters=Change(_count(manifest.shapes), _count(shapes)),
+        kv_cache_bytes_per_token=Change(*(2 * _ELEMENT_BYTES * cache_elements(model) for model in (old, new))),
+        intermediate_size=new.intermediate_size,
+        expert_intermediate_size=new.expert_intermediate_size,
+        steps=config.train.steps,
+    )
+
+
+def uptraining_config(manifest: Manifest, source: Config, request: ConversionRequest) -> Config:
+    """The configuration of the run that goes on with the smaller model.
+
+    The warm-up keeps its share of the steps; balance weights that follow a schedule stay where the source had come to;
+    experts and batch are shared among ranks anew.
+
+    Args:
+        manifest: Of the checkpoint.
+        source: The configuration that made it.
+        request: What to make of it.
+
+    Raises:
+        UsageError: If the request does not fit the model.
+    """
+    steps = request.steps if request.steps is not None else max(1, round(UPTRAINING_SHARE * source.train.steps))
+    share = min(1.0, steps / source.train.steps)
+    values = source.model_dump(mode="json")
+    values["parallel"]["expert_parallel_size"] = "auto"
+    values["train"] |= {"run_dir": str(request.output), "steps": steps}
+    if source.train.global_batch_size is not None:  # a run's always has one
+        values["train"]["micro_batch_size"] = "auto"
+    values["optim"]["warmup_steps"] = math.ceil(share * source.optim.warmup_steps)
+    values["checkpoint"]["resume"] = "auto"
+    values["model"]["moe"]["coef_schedules"] = {
+        name: [[0, Scheduled(None, points).factor(manifest.step)]]
+        for name, points in source.model.moe.coef_schedules.items()
+    }
+    if request.num_kv_heads is not None:
+        values["model"]["num_kv_heads"] = request.num_kv_heads
+        check_heads(source.model, request.num_kv_heads)
+    if request.kv_layers is not None:
+        values["model"]["kv_layers"] = request.kv_layers
+    config = validate_config(values)
+    check_reduces(source.model, config.model)
+    if not request.widen_mlp:
+        return config
+    spare = _count(manifest.shapes) - _count(_shapes(config.model))
+    widths = widened_widths(config.model, plan_widening(config.model, spare))
+    values["model"]["intermediate_size"] = widths["intermediate_size"]
+    values["model"]["moe"]["intermediate_size"] = widths["moe.intermediate_size"]
+    return validate_config(values)
+
+
+def _shapes(model: ModelConfig) -> Shapes:
+    if model.vocab_size is None:
+        raise UsageError("the checkpoint's configuration has no model.vocab_size (None): it was not written by a run")
+    return {name: tensor.shape for name, tensor in logical_tensors(build_model(model, model.vocab_size)).items()}
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def _write_run(
+    part: Path, manifest: Manifest, source: Config, config: Config, shapes: Shapes, file_elements: int
+) -> None:
+    folder = RunFolder(part)
+    write_durably(folder.config, dump_yaml(config))
+    tokenizer = RunFolder(manifest.folder.resolve().parent.parent).tokenizer
+    if tokenizer.is_file():
+        write_durably(folder.tokenizer, tokenizer.read_text(encoding="utf-8"))
+    checkpoint = begin_checkpoint(folder.checkpoints, 0)
+    files = _TensorFiles(checkpoint, min(file_elements, _count(shapes)))
+    with RangeReader(manifest) as reader:
+        for name in shapes:
+            for block in _blocks(reader, manifest, source, config, name, shapes[name]):
+                files.add(name, block)
+    placed = {
+        "parallel": config.parallel.model_copy(update={"expert_parallel_size": _LAYOUT["expert_parallel_size"]}),
+        "train": config.train.model_copy(update={"micro_batch_size": source.train.micro_batch_size}),
+    }
+    values = {
+        "format_version": FORMAT_VERSION,
+        "step": 0,
+        "consumed_sequences": manifest.consumed_sequences,  # it reads on where the source was
+        "tokenizer": manifest.tokenizer,
+        "guard": {"grad_norms": [], "skipped_steps": 0},
+        "layout": _LAYOUT,
+        "config": config.model_copy(update=placed).model_dump(mode="json"),
+        "optimizer_step": 0,
+        "loss_scale": _loss_scale(manifest, config),
+        "buffers": manifest.buffers,
+        "tensors": {name: list(shape) for name, shape in shapes.items()},
+        "files": files.finish(),
+    }
+    complete_checkpoint(checkpoint, values)
+    sync_folder(part)
+
+
+def _loss_scale(manifest: Manifest, config: Config) -> float:
+    """The source's, which fits its gradients, or that of a new run where it is lower; 1 where it is not fp16."""
+    if config.train.precision != "fp16":
+        return 1.0
+    fp16 = config.deepspeed.get("fp16", {})
+    if fixed := fp16.get("loss_scale"):
+        return float(fixed)
+    return min(manifest.loss_scale, 2.0 ** fp16.get("initial_scale_power", 16))  # deepspeed 0.19.8's default
+
+
+def _blocks(
+    reader: RangeReader, manifest: Manifest, source: Config, config: Config, name: str, shape: tuple[int, ...]
+) -> Iterator[Tensor]:
+    """A tensor of the new model, flattened, in blocks."""
+    layer, _, kind = name.removeprefix("blocks.").removesuffix(".weight").partition(".mixer.")
+    if kind in KINDS:
+        return Reduction(source.model, config.model).mean_blocks(reader, int(layer), kind)
+    before = manifest.shapes[name]
+    if before == shape:
+        return read_chunks(reader, manifest, name, "weight")
+    return widened_blocks(reader, name, before, shape, config.train.seed, config.model.init_std)
+
+
+class _TensorFiles:
+    """Files of a checkpoint, filled with blocks of tensors one after the other, with moments that are zero."""
+
+    def __init__(self, folder: Path, num_elements: int) -> None:
+        self._folder = folder
+        self._weights, self._zeros = torch.empty(num_elements), torch.zeros(num_elements)
+        self._used = 0
+        self._ranges: dict[str, list[int]] = {}  # of this file
+        self._ends: Counter[str] = Counter()  # of every tensor so far
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, block: Tensor) -> None:
+        """Append what follows of a tensor. fp32, 1-D."""
+        while block.numel():
+            taken = block[: len(self._weights) - self._used]
+            self._weights[self._used : self._used + len(taken)] = taken
+            self._ranges.setdefault(name, [self._ends[name], 0])[1] += len(taken)
+            self._used, self._ends[name] = self._used + len(taken), self._ends[name] + len(taken)
+            block = block[len(taken) :]
+            if self._used == len(self._weights):
+                self._write()
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Write what is left; what the manifest says of every file."""
+        if self._used:
+            self._write()
+        return self._files
+
+    def _write(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        place = 0
+        for name, (_, numel) in self._ranges.items():
+            kept = (self._weights[place : place + numel], self._zeros[:numel], self._zeros[:numel])
+            tensors |= {f"{kind}/{name}": tensor for kind, tensor in zip(STATE_KINDS, kept, strict=True)}
+            place += numel
+        path = self._folder / f"rank_{len(self._files):05d}.safetensors"
+        written = write_tensor_file(path, tensors)
+        self._files[path.name] = {"xxh3_128": written.digest, "bytes": written.num_bytes, "ranges": self._ranges}
+        self._ranges, self._used = {}, 0

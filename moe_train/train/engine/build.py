@@ -1,0 +1,65 @@
+"""From a configuration to a model under DeepSpeed, in this rank's part."""
+
+from typing import Any
+
+import torch
+
+from moe_train.config.root import Config
+from moe_train.distributed.collectives import world_group
+from moe_train.distributed.flight_recorder import FlightRecorder
+from moe_train.distributed.mesh import create_mesh
+from moe_train.distributed.traffic import TrafficMeter
+from moe_train.host.precision import torch_dtype
+from moe_train.model.build import ExpertPlacement, build_model
+from moe_train.model.compiled import compile_dense_parts
+from moe_train.model.moe.balance import make_balance_terms, make_bias_rule
+from moe_train.model.parameters import materialize
+from moe_train.model.transformer import TrainingObjective
+from moe_train.train.engine.engine import TrainEngine
+
+
+def make_engine(
+    config: Config,
+    settings: dict[str, Any],
+    device: torch.device,
+    meter: TrafficMeter | None = None,
+    flight_recorder: FlightRecorder | None = None,
+) -> TrainEngine:
+    """The model of this rank under DeepSpeed.
+
+    Args:
+        config: Every size resolved.
+        settings: DeepSpeed's configuration.
+        device: Of this rank.
+        meter: Told what all-to-alls cost; None: nobody asks.
+        flight_recorder: Told which part of a step and which all-to-all this process is in; None: nobody asks.
+
+    Collective: All ranks.
+    """
+    size, model = config.parallel.expert_parallel_size, config.model
+    assert isinstance(size, int) and model.vocab_size is not None and config.train.precision != "auto"
+    parallel = config.parallel
+    assert isinstance(parallel.chunks, int)
+    groups = create_mesh(size, parallel.timeout_seconds, parallel.node_size)
+    transformer = build_model(
+        model,
+        model.vocab_size,
+        seed=config.train.seed,
+        placement=ExpertPlacement(
+            groups.ep_rank,
+            size,
+            groups.path,
+            parallel.dispatch,
+            parallel.chunks,
+            parallel.payload,
+            meter,
+            flight_recorder,
+        ),
+        recompute_activations=config.train.recompute_activations,
+        measures=config.telemetry.experts,
+    )
+    materialize(transformer, seed=config.train.seed, dtype=torch_dtype(config.train.precision), device=device)
+    if config.train.compile:
+        compile_dense_parts(transformer)
+    objective = TrainingObjective(transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe))
+    return TrainEngine(objective, groups, config.optim, settings, flight_recorder)

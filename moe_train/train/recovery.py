@@ -1,0 +1,101 @@
+"""Back to the last good checkpoint where the numbers went wrong, and past the data since; once."""
+
+from pathlib import Path
+
+from moe_train.checkpoint.manifest import Manifest
+from moe_train.checkpoint.reader import load_checkpoint
+from moe_train.checkpoint.resume_point import latest_valid_of_run, quarantine_damaged
+from moe_train.config.errors import TrainingDiverged
+from moe_train.distributed.collectives import Group
+from moe_train.train.batches import BatchPlan
+from moe_train.train.console import RunConsole
+from moe_train.train.diagnosis import diagnose, summarize, write_diagnosis
+from moe_train.train.engine.engine import TrainEngine
+from moe_train.train.progress import Progress
+from moe_train.train.saving import Saver
+from moe_train.train.step_control import StepControl
+from moe_train.train.step_result import StepResult
+from moe_train.train.telemetry.recorder import StepRecorder
+
+
+class Recovery:
+    """Takes a run back to its last checkpoint."""
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        step_control: StepControl,
+        saver: Saver,
+        recorder: StepRecorder,
+        console: RunConsole,
+        plan: BatchPlan,
+        checkpoints: Path,
+        layers: tuple[int, ...],
+        group: Group | None,
+        origin: Manifest | None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            engine: Whose state is replaced.
+            step_control: Knows which steps were skipped.
+            saver: A save under way is waited for.
+            recorder: Forgets the steps that are taken again.
+            console: Told.
+            plan: Sizes of a batch and this rank's place.
+            checkpoints: The run's folder for checkpoints; the diagnosis goes beside it.
+            layers: Index of each MoE layer in the model.
+            group: The writer's: it is idle when a checkpoint is read.
+            origin: What the run went on from, to go back to as long as it has saved nothing itself.
+        """
+        self._group, self._origin = group, origin
+        self._engine, self._step_control, self._saver, self._recorder = engine, step_control, saver, recorder
+        self._console, self._plan, self._checkpoints, self._layers = console, plan, checkpoints, layers
+        self._gone_back_from: int | None = None  # step, from 0, that the last return was for
+
+    def go_back(self, progress: Progress, result: StepResult) -> Progress:
+        """Load the newest checkpoint that is whole; training goes on behind the data that was handed out so far.
+
+        Args:
+            progress: Before the last skipped step.
+            result: Of that step.
+
+        Returns:
+            Where to go on.
+
+        Raises:
+            TrainingDiverged: On every rank, with a diagnosis, if there is no checkpoint, or if this happens a second
+                time before a checkpoint of a later step than the first time.
+
+        Collective: All ranks.
+        """
+        skipped = self._step_control.streak
+        diagnosis = diagnose(self._engine, skipped, result.sums, self._layers)
+        summary, path = summarize(diagnosis), self._checkpoints.parent / "diagnosis.json"
+        if self._plan.rank == 0:
+            try:
+                write_diagnosis(path, diagnosis)
+            except OSError as error:
+                self._console.say(f"warning: {path} could not be written: {error}")
+        self._saver.settle()
+        point = latest_valid_of_run(self._checkpoints, self._plan.rank, self._plan.world_size, self._group)
+        for line in quarantine_damaged(point, self._plan.rank):
+            self._console.say(line)
+        manifest, before = point.manifest or self._origin, self._gone_back_from
+        if manifest is None:
+            raise TrainingDiverged(f"{summary}; there is no checkpoint to go back to; more in {path}")
+        if before is not None and manifest.step <= before:
+            raise TrainingDiverged(
+                f"{summary}; the run had gone back to {manifest.folder} for this already, from step {before + 1}, and "
+                f"passed over the data; more in {path} (a lower optim.learning_rate may help)"
+            )
+        self._gone_back_from = progress.step
+        load_checkpoint(self._engine, manifest, self._group)
+        self._step_control.restore(manifest.step_control)
+        self._recorder.rewind(manifest.step)
+        passed = progress.consumed_sequences + self._plan.global_batch_size
+        self._console.say(
+            f"step {progress.step + 1:6d}  {summary}; going back to {manifest.folder}, and on with sequence {passed}: "
+            f"{passed - manifest.consumed_sequences} are passed over"
+        )
+        return Progress(manifest.step, passed)

@@ -1,0 +1,171 @@
+"""What all ranks decide together between a step's gradients and its update: skip it, and whether to stop after it."""
+
+import signal
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_train.checkpoint.manifest import StepControlState
+from moe_train.distributed.collectives import all_reduce_max, world_group
+from moe_train.train.progress import Progress
+from moe_train.train.step_result import Gradients
+
+NUM_REMEMBERED = 128  # steps whose gradient norms the median is of
+NUM_NEEDED = 32  # steps before a norm can be called too large
+_FINE, _NORM_TOO_LARGE, _NORM_NOT_FINITE, _LOSS_NOT_FINITE = range(4)
+_RANKS = 1 << 24  # more than there are: a signal and its rank are one number
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step whose update was left out.
+
+    Attributes:
+        step: From 0.
+        first_sequence: Global index of its first sequence.
+        num_sequences: Its sequences.
+        loss: Of this rank.
+        grad_norm: Global norm before clipping.
+        reason: In words.
+    """
+
+    step: int
+    first_sequence: int
+    num_sequences: int
+    loss: float
+    grad_norm: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepDecision:
+    """What all ranks decided, the same on each.
+
+    Attributes:
+        skipped: The step, if its update was left out for a bad number.
+        is_exhausted: Whether so many in a row were that going on makes no sense.
+        stop: The signal that a rank got, and the rank, in words; None: go on.
+        save_ended: Whether a save in the background has ended on every rank, and nobody has asked how.
+    """
+
+    skipped: SkippedStep | None
+    is_exhausted: bool
+    stop: str | None
+    save_ended: bool
+
+
+class StepControl:
+    """Judges the steps of a run: one small all-reduce a step, and one wait for the device."""
+
+    def __init__(
+        self,
+        *,
+        max_norm_ratio: float | None,
+        max_skipped: int,
+        rank: int,
+        received: Callable[[], signal.Signals | None],
+        save_is_done: Callable[[], bool],
+        state: StepControlState | None = None,
+    ) -> None:
+        """Begin.
+
+        Args:
+            max_norm_ratio: Multiple of the median gradient norm over which a step is skipped; None: no bound.
+            max_skipped: Skipped steps in a row that are too many.
+            rank: This rank.
+            received: The stop signal that this rank got.
+            save_is_done: Whether a save has ended on this rank.
+            state: From a checkpoint.
+        """
+        self._max_norm_ratio, self._max_skipped, self._rank = max_norm_ratio, max_skipped, rank
+        self._received, self._save_is_done = received, save_is_done
+        self._decided = (_FINE, 0, 0.0, False, 0.0, 0.0)
+        self._num_skipped = 0
+        self.restore(state or StepControlState())
+
+    def restore(self, state: StepControlState) -> None:
+        """Take up what a checkpoint remembers."""
+        self._norms: deque[float] = deque(state.grad_norms, maxlen=NUM_REMEMBERED)
+        self._num_skipped = max(self._num_skipped, state.skipped_steps)  # of the whole run, also those gone back over
+        self._streak: list[SkippedStep] = []
+
+    @property
+    def state(self) -> StepControlState:
+        """To be saved."""
+        return StepControlState(tuple(self._norms), self._num_skipped)
+
+    @property
+    def streak(self) -> tuple[SkippedStep, ...]:
+        """The last steps, if they were skipped."""
+        return tuple(self._streak)
+
+    @property
+    def norm_bound(self) -> float | None:
+        """Gradient norm over which a step is skipped now; None: there is none (yet)."""
+        if self._max_norm_ratio is None or len(self._norms) < NUM_NEEDED:
+            return None
+        return self._max_norm_ratio * statistics.median(self._norms)
+
+    def should_skip(self, gradients: Gradients) -> bool:
+        """Whether to leave out the update.
+
+        Collective: All ranks.
+        """
+        received = self._received()
+        stop = 0 if received is None else int(received) * _RANKS + self._rank + 1
+        own = torch.stack(
+            [
+                self._find_fault(gradients).double() * _RANKS + self._rank,
+                torch.tensor(float(stop), dtype=torch.float64, device=gradients.loss.device),
+                torch.tensor(float(not self._save_is_done()), dtype=torch.float64, device=gradients.loss.device),
+                # Norms are the same on all ranks but for rounding; the largest is what all remember.
+                gradients.grad_norm.double().to(gradients.loss.device),
+            ]
+        )
+        # Host synchronisation: whether the update is made is decided here, and once more for this rank's own loss.
+        code, signalled, save_is_running, norm = all_reduce_max(own, world_group()).tolist()
+        fault, rank = divmod(int(code), _RANKS)
+        self._decided = (fault, rank, signalled, not save_is_running, float(gradients.loss), norm)
+        if not gradients.overflowed and fault == _FINE:
+            self._norms.append(norm)
+        return fault != _FINE
+
+    def _find_fault(self, gradients: Gradients) -> Tensor:
+        """A code on the device: nothing is waited for."""
+        norm, bound = gradients.grad_norm.to(gradients.loss.device), self.norm_bound
+        fault = torch.zeros_like(norm)
+        if bound is not None:
+            fault = torch.where(norm > bound, _NORM_TOO_LARGE, fault)
+        fault = torch.where(torch.isfinite(norm) & (norm >= 0), fault, _NORM_NOT_FINITE)
+        if gradients.overflowed:
+            fault = torch.zeros_like(norm)
+        return torch.where(torch.isfinite(gradients.loss), fault, _LOSS_NOT_FINITE)
+
+    def conclude(self, progress: Progress, num_sequences: int) -> StepDecision:
+        """What was decided of the step that begins at `progress`."""
+        fault, faulty_rank, signalled, save_ended, loss, norm = self._decided
+        skipped = None
+        if fault == _FINE:
+            self._streak.clear()
+        else:
+            reason = self._describe(fault, faulty_rank, norm)
+            skipped = SkippedStep(progress.step, progress.consumed_sequences, num_sequences, loss, norm, reason)
+            self._streak.append(skipped)
+            self._num_skipped += 1
+        stop = None
+        if signalled:
+            number, stopped_rank = divmod(int(signalled) - 1, _RANKS)
+            stop = f"{signal.Signals(number).name} on rank {stopped_rank}"
+        return StepDecision(skipped, len(self._streak) >= self._max_skipped, stop, save_ended)
+
+    def _describe(self, fault: int, rank: int, norm: float) -> str:
+        if fault == _LOSS_NOT_FINITE:
+            return f"the loss of rank {rank} is not finite"
+        if fault == _NORM_NOT_FINITE:
+            return "the gradient norm is not finite"
+        median = statistics.median(self._norms)
+        return f"the gradient norm ({norm:.3g}) is {norm / median:.1f} times the median of the last steps"

@@ -1,0 +1,64 @@
+"""Ratios of a window's global sums: how the experts of each MoE layer share the work.
+
+Legend: L MoE layers, E experts, W ranks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_train.model.moe.balance import cv_squared
+from moe_train.model.moe.steps import RoutingSums
+from moe_train.train.telemetry.metrics_window import GlobalWindow
+from moe_train.train.telemetry.records import EXPERT_FIGURES, Record, by_layer
+
+
+def max_violation(counts: Tensor) -> Tensor:
+    """MaxVio = max(c) / mean(c) - 1 over the last dimension (Wang et al. 2024, arXiv 2408.15664). [..., E] -> [...]."""
+    return _max_over_mean(counts) - 1.0
+
+
+def routing_record(window: GlobalWindow, layers: Sequence[int]) -> Record:
+    """Balance figures of each MoE layer and of the worst one, the tokens of every expert, the rows of every rank.
+
+    Args:
+        window: Global sums.
+        layers: Index of each MoE layer in the model.
+
+    Returns:
+        moe/max_violation, moe/importance_cv2, moe/load_cv2: no unit. moe/router_entropy: nats a token.
+        moe/dropped_fraction: of the assignments. moe/rank_overload: the rank with most rows over the mean.
+        moe/z_loss: mean squared logsumexp of the logits, without its coefficient. moe/counts/layer_NN: assignments of
+        every expert in moe/steps steps, dropped ones included; moe/rank_rows/layer_NN: rows that every rank computed.
+        moe/all_to_all_ms and moe/all_to_all_bytes: of a step, see `GlobalWindow`.
+    """
+    sums = window.sums
+    per_layer = layer_figures(sums) | {"moe/rank_overload": _max_over_mean(window.rows_LW)}
+    record: Record = {name: worst(per_layer[name].tolist()) for name, worst in EXPERT_FIGURES.items()}
+    for name, values in per_layer.items():
+        record |= by_layer(name, values.tolist(), layers)
+    record |= by_layer("moe/counts", sums.counts.long().tolist(), layers)
+    record |= by_layer("moe/rank_rows", window.rows_LW.long().tolist(), layers)
+    return record | {
+        "moe/steps": window.num_steps,
+        "moe/all_to_all_ms": window.all_to_all_seconds * 1e3,
+        "moe/all_to_all_bytes": window.all_to_all_bytes,
+    }
+
+
+def layer_figures(sums: RoutingSums) -> dict[str, Tensor]:
+    """What global sums tell of each layer, under the names of the record. fp64 [L] each."""
+    assignments_L, tokens_L = sums.counts.sum(-1).clamp(min=1), sums.tokens.clamp(min=1)
+    return {
+        "moe/max_violation": max_violation(sums.counts),
+        "moe/importance_cv2": cv_squared(sums.importance),
+        "moe/load_cv2": cv_squared(sums.load),
+        "moe/router_entropy": sums.entropy / tokens_L,
+        "moe/dropped_fraction": sums.dropped.sum(-1) / assignments_L,
+        "moe/z_loss": sums.squared_logsumexp / tokens_L,
+    }
+
+
+def _max_over_mean(values: Tensor) -> Tensor:
+    return values.amax(-1) / values.mean(-1).clamp(min=torch.finfo(values.dtype).tiny)

@@ -1,0 +1,202 @@
+"""How the experts shared the tokens of a run's last records: for `moe-train load` and the closing summary."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from moe_train.config.errors import UsageError
+from moe_train.train.telemetry.records import EXPERT_FIGURES, Record, expert_counts, layer_name
+
+LAST_STEPS = 100  # steps that a report covers, if not told otherwise
+_MOST_LISTED = 8  # dead experts of a layer
+_BARS = "▁▂▃▄▅▆▇█"
+_FULL_BAR = 2.0  # the share of the mean that a full bar is
+_WIDE_BAR = 40  # characters of a full horizontal bar
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """One MoE layer over some steps.
+
+    Attributes:
+        layer: Its index in the model.
+        counts: Assignments of every expert.
+        max_violation: MaxVio of those counts.
+        mean_max_violation: Mean over records of each record's MaxVio, which varies more.
+        figures: Mean over steps of the other figures, by name: importance_cv2, load_cv2, router_entropy (nats a
+            token), dropped_fraction, rank_overload, z_loss.
+        dead: Experts without a token.
+    """
+
+    layer: int
+    counts: list[int]
+    max_violation: float
+    mean_max_violation: float
+    figures: dict[str, float]
+    dead: list[int]
+
+    @property
+    def shares(self) -> list[float]:
+        """Assignments of every expert over the mean."""
+        mean = max(sum(self.counts) / len(self.counts), 1e-9)
+        return [count / mean for count in self.counts]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(self)
+        figures, dead = values.pop("figures"), values.pop("dead")
+        return values | figures | {"dead_experts": dead, "shares": self.shares}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """All MoE layers over some steps, the worst layer first.
+
+    Attributes:
+        layers: By max_violation, the largest first.
+        max_violation: Mean over records of the worst layer's MaxVio.
+        num_steps: Steps covered.
+        num_records: Records taken.
+        last_step: The last step covered.
+        alarms: Warnings in those records.
+    """
+
+    layers: list[LayerLoad]
+    max_violation: float
+    num_steps: int
+    num_records: int
+    last_step: int
+    alarms: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"layers": [load.as_dict() for load in self.layers]}
+
+
+def expert_load(records: Sequence[Record], num_steps: int = LAST_STEPS) -> LoadReport | None:
+    """The load over the last records that cover num_steps steps, or None where no record tells of experts.
+
+    Raises:
+        UsageError: If the records are not those of one run.
+    """
+    try:
+        return _load_of(records, num_steps)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(
+            f"the records do not tell of experts as one run does: {type(error).__name__} {error}"
+        ) from error
+
+
+def _load_of(records: Sequence[Record], num_steps: int) -> LoadReport | None:
+    last: list[Record] = []
+    for record in reversed([record for record in records if "moe/steps" in record]):
+        if sum(taken["moe/steps"] for taken in last) >= num_steps:
+            break
+        last.insert(0, record)
+    if not last:
+        return None
+    covered = sum(record["moe/steps"] for record in last)
+    layers = [_layer_load(layer, last) for layer in expert_counts(last[-1])]
+    return LoadReport(
+        layers=sorted(layers, key=lambda load: -load.max_violation),
+        max_violation=sum(record["moe/max_violation"] or 0.0 for record in last) / len(last),
+        num_steps=covered,
+        num_records=len(last),
+        last_step=last[-1]["step"],
+        alarms=[warning for record in last for warning in record.get("moe/alarms", ())],
+    )
+
+
+def _layer_load(layer: int, records: Sequence[Record]) -> LayerLoad:
+    counts = [sum(column) for column in zip(*(expert_counts(record)[layer] for record in records), strict=True)]
+    figures = {}
+    for name in EXPERT_FIGURES:
+        # A figure that was not finite is None.
+        known = [(record[layer_name(name, layer)], record["moe/steps"]) for record in records]
+        known = [(value, steps) for value, steps in known if value is not None]
+        total = sum(value * steps for value, steps in known)
+        figures[name.removeprefix("moe/")] = total / sum(steps for _, steps in known) if known else math.nan
+    del figures["max_violation"]  # of it both forms are told, by their names
+    violations = [record[layer_name("moe/max_violation", layer)] or 0.0 for record in records]
+    mean = sum(counts) / len(counts)
+    return LayerLoad(
+        layer=layer,
+        counts=counts,
+        max_violation=max(counts) / mean - 1 if mean else 0.0,
+        mean_max_violation=sum(violations) / len(violations),
+        figures=figures,
+        dead=[expert for expert, count in enumerate(counts) if count == 0],
+    )
+
+
+def load_table(report: LoadReport, num_layers: int | None = None) -> Table:
+    """A row a layer, worst first, with a bar an expert; of num_layers layers, None: all."""
+    table = Table(
+        title=f"Tokens an expert over the last {report.num_steps} steps (a full bar: twice the mean)",
+        title_justify="left",
+    )
+    for column in ("layer", "MaxVio", "least", "most", "entropy", "dropped", "ranks"):
+        table.add_column(column, justify="right")
+    table.add_column("experts", overflow="fold")
+    for load in report.layers[:num_layers]:
+        table.add_row(
+            f"{load.layer:02d}",
+            f"{load.max_violation:.2f}",
+            f"{min(load.shares):.2f}",
+            f"{max(load.shares):.2f}",
+            f"{load.figures['router_entropy']:.2f}",
+            f"{load.figures['dropped_fraction']:.1%}",
+            f"{load.figures['rank_overload']:.2f}",
+            load_bars(load.shares),
+        )
+    shown = report.layers[:num_layers]
+    dead = [f"{len(load.dead)} in layer {load.layer:02d} ({_listed(load.dead)})" for load in shown if load.dead]
+    table.caption = f"dead experts: {'; '.join(dead)}" if dead else "no dead expert"
+    table.caption_justify = "left"
+    return table
+
+
+def layer_table(load: LayerLoad) -> Table:
+    """A row an expert of one layer, the busiest first."""
+    title = f"Layer {load.layer:02d}: MaxVio {load.max_violation:.2f}; " + ", ".join(
+        f"{name.replace('_', ' ')} {value:.3g}" for name, value in load.figures.items()
+    )
+    table = Table(title=title, title_justify="left", min_width=72)
+    for column in ("expert", "tokens", "share"):
+        table.add_column(column, justify="right")
+    table.add_column("mean is half of a full bar")
+    order = sorted(range(len(load.counts)), key=lambda expert: -load.counts[expert])
+    for expert in order:
+        share = load.shares[expert]
+        length = round(min(share / _FULL_BAR, 1.0) * _WIDE_BAR)
+        table.add_row(str(expert), f"{load.counts[expert]:,}", f"{share:.2f}", Text("█" * length, _style(share)))
+    return table
+
+
+def load_bars(shares: Sequence[float]) -> Text:
+    """A bar an expert, full at twice the mean.
+
+    Args:
+        shares: Assignments of every expert over the mean.
+    """
+    return Text.assemble(*((_bar(share), _style(share)) for share in shares))
+
+
+def _listed(experts: Sequence[int]) -> str:
+    return ", ".join(map(str, experts[:_MOST_LISTED])) + (", ..." if len(experts) > _MOST_LISTED else "")
+
+
+def _bar(share: float) -> str:
+    if share == 0:
+        return "·"
+    return _BARS[min(len(_BARS) - 1, int(share / _FULL_BAR * len(_BARS)))]
+
+
+def _style(share: float) -> str:
+    if share == 0 or share >= _FULL_BAR:
+        return "red"
+    return "yellow" if share > 1.5 or share < 0.5 else "green"

@@ -1,0 +1,228 @@
+"""From steps to records: timed and added up as they run; reduced, shown, watched and written when a record is due."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from moe_train.config.root import Config
+from moe_train.distributed.traffic import TrafficMeter
+from moe_train.train.batches import BatchPlan
+from moe_train.train.console import RunConsole, StepLine
+from moe_train.train.progress import Progress
+from moe_train.train.step_result import StepResult
+from moe_train.train.telemetry.load_alarms import LoadAlarms
+from moe_train.train.telemetry.load_metrics import routing_record
+from moe_train.train.telemetry.metrics_window import GlobalStep, StepWindow, reduce_step
+from moe_train.train.telemetry.records import Record
+from moe_train.train.telemetry.writer import MetricsWriter
+
+_RATE_WINDOW = 20  # measurements the shown rate is averaged over
+
+
+@dataclass(frozen=True)
+class FlopsReference:
+    """What a step's speed is held against.
+
+    Attributes:
+        flops_per_token: Operations of training that the model needs for a token.
+        peak_flops: Operations a second that a rank's device can make.
+    """
+
+    flops_per_token: float
+    peak_flops: float
+
+
+class _Clock:
+    """Time of steps; those between two records have no synchronisation, so that only their mean is known."""
+
+    def __init__(self) -> None:
+        self._seconds, self._steps = 0.0, 0
+        self._recent: deque[float] = deque(maxlen=_RATE_WINDOW)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The block's time counts."""
+        began = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - began
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is a step."""
+        with self.running():
+            yield
+        self._steps += 1
+
+    def measure(self) -> float:
+        """Mean seconds of a step since the last reset."""
+        mean = self._seconds / self._steps
+        self._recent.append(mean)
+        return mean
+
+    def reset(self) -> None:
+        """Begin a new mean."""
+        self._seconds, self._steps = 0.0, 0
+
+    @property
+    def recent_seconds(self) -> float:
+        """Mean seconds of a step over the last measurements."""
+        return sum(self._recent) / len(self._recent)
+
+
+class StepRecorder:
+    """Follows the steps of a run. Between records it waits for nothing and no rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: BatchPlan,
+        console: RunConsole,
+        meter: TrafficMeter | None,
+        writer: MetricsWriter | None,
+        watch: LoadAlarms | None,
+        effort: FlopsReference | None = None,
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            config: Every size resolved.
+            plan: Sizes of a batch and this rank's place.
+            console: What one sees.
+            meter: What the model's all-to-alls cost; None where nobody asks for the experts.
+            writer: Records; None on other ranks than 0.
+            watch: Warns of experts; None on other ranks than 0, and where nobody asks for them.
+            effort: What the speed is held against; None: it is told in tokens alone.
+        """
+        self._config, self._plan, self._console = config, plan, console
+        self._meter, self._writer, self._watch = meter, writer, watch
+        self._effort = effort
+        self._window = StepWindow(meter) if meter is not None else None
+        self._clock = _Clock()
+        self._record: Record = {}
+        self._num_skipped = 0  # since the last record
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is a training step: it is timed, and its traffic counted."""
+        with self._clock.step(), self._meter.counting() if self._meter is not None else nullcontext():
+            yield
+
+    def add(self, result: StepResult) -> None:
+        """Take in what a step gave. No synchronisation. A step that fp16 skipped has sums that are not finite."""
+        self._num_skipped += result.skipped
+        if self._window is not None and not result.skipped:
+            self._window.add(result)
+
+    def measure(self, progress: Progress, rate: float, result: StepResult, is_shown: bool) -> GlobalStep:
+        """The step over all ranks, in one all-reduce; on rank 0 it is shown.
+
+        Args:
+            progress: After the step.
+            rate: Learning rate of the step.
+            result: What it gave.
+            is_shown: Whether a line is due where there is no terminal.
+
+        Returns:
+            The same on every rank.
+
+        Collective: All ranks.
+        """
+        plan = self._plan
+        with self._clock.running():  # the device may still be at work on what the host has long asked for
+            if self._window is None:
+                measured = reduce_step(result, plan.world_size)
+            else:
+                measured = self._window.reduce(result, plan.rank, plan.world_size)
+        seconds = self._clock.measure()
+        if self._writer is not None:
+            self._record = self._make_record(progress, rate, result, measured, seconds)
+            self._console.step(self._line(progress.step), is_shown)
+        return measured
+
+    def take(self, done: int) -> Record:
+        """The record of the step just measured, with what the watch finds in it; a new window begins.
+
+        Args:
+            done: Steps done.
+
+        Returns:
+            Empty on other ranks than 0.
+        """
+        self._begin_window()
+        if self._watch is None or "moe/steps" not in self._record:
+            return dict(self._record)
+        warnings = self._watch.observe(self._record)
+        for warning in warnings:
+            self._console.say(f"step {done:6d}  warning: {warning}")
+        return self._record | self._watch.dead_experts() | ({"moe/alarms": warnings} if warnings else {})
+
+    def write(self, done: int, record: Record) -> None:
+        """Write a record, if there is anything in it."""
+        if self._writer is not None and record:
+            self._writer.write(done, record)
+
+    def complete(self, done: int, figures: Record) -> None:
+        """Add figures to the record of a step, which is the last one written, or write one with them alone."""
+        if self._writer is not None:
+            self._writer.complete(done, figures)
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step: what was recorded of later ones is dropped, and a new window begins."""
+        self._begin_window()
+        if self._writer is not None:
+            self._writer.rewind(step)
+            if self._watch is not None:
+                self._watch = self._watch.begun_anew(self._writer.records())
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _begin_window(self) -> None:
+        self._clock.reset()
+        self._num_skipped = 0
+        if self._window is not None:
+            self._window.reset()
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self._plan.global_batch_size * self._config.train.sequence_length
+
+    def _make_record(
+        self, progress: Progress, rate: float, result: StepResult, measured: GlobalStep, seconds: float
+    ) -> Record:
+        record: Record = {
+            "train/loss": measured.loss,
+            "train/cross_entropy": measured.cross_entropy,
+            "train/lr": rate,
+            "train/grad_norm": measured.grad_norm,
+            "train/skipped": self._num_skipped,
+            "train/tokens": progress.consumed_sequences * self._config.train.sequence_length,
+            "perf/step_ms": seconds * 1e3,
+            "perf/tokens_per_second": self._tokens_per_step / seconds,
+        }
+        if self._effort is not None:
+            flops = self._effort.flops_per_token * record["perf/tokens_per_second"] / self._plan.world_size
+            record |= {"perf/tflops": flops / 1e12, "perf/mfu": flops / self._effort.peak_flops}
+        if self._config.train.precision == "fp16":
+            record["train/loss_scale"] = result.loss_scale
+        if measured.window is not None:
+            record |= routing_record(measured.window, self._config.model.moe_layer_indices)
+            record["moe/all_to_all_fraction"] = measured.window.all_to_all_seconds / seconds
+        return record
+
+    def _line(self, done: int) -> StepLine:
+        record, seconds = self._record, self._clock.recent_seconds
+        return StepLine(
+            step=done,
+            num_steps=self._config.train.steps,
+            loss=record["train/loss"],
+            learning_rate=record["train/lr"],
+            grad_norm=record["train/grad_norm"],
+            tokens_per_second=self._tokens_per_step / seconds,
+            seconds_left=seconds * (self._config.train.steps - done),
+            max_violation=record.get("moe/max_violation"),
+        )

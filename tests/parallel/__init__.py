@@ -1,1 +1,0 @@
-"""Tests of moe_train.parallel."""

@@ -1,0 +1,95 @@
+"""DeepSpeed's configuration: our fields, the raw additions, and contradictions between them."""
+
+import pytest
+
+from moe_train.config.errors import UsageError
+from moe_train.config.load import validate_config
+from moe_train.config.root import check_world
+from moe_train.train.engine.settings import check_additions, deepspeed_config
+
+
+def make(world=1, additions=None, **sections):
+    sections["train"] = {"run_dir": "r", "micro_batch_size": 2, "global_batch_size": 8, **sections.get("train", {})}
+    return check_world(validate_config({**sections, "deepspeed": additions or {}}), world, world)
+
+
+def test_fields_become_deepspeeds_keys():
+    settings = deepspeed_config(make(2, parallel={"zero_stage": 2}, optim={"max_grad_norm": 0.5}), 2, "bf16")
+    assert settings["train_batch_size"] == 8
+    assert settings["train_micro_batch_size_per_gpu"] == 2
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["gradient_clipping"] == 0.5
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["bf16"] == {"enabled": True}
+    assert settings["fp16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("precision", "world", "expected"),
+    [("bf16", 2, "fp32"), ("fp16", 2, "fp32"), ("bf16", 4, None), ("fp32", 2, None)],
+)
+def test_micro_batches_add_up_in_fp32(precision, world, expected):
+    settings = deepspeed_config(make(world), world, precision)
+    assert settings.get("data_types", {}).get("grad_accum_dtype") == expected
+    assert settings["fp16"]["enabled"] == (precision == "fp16")
+    assert settings["bf16"]["enabled"] == (precision == "bf16")
+
+
+def test_additions_are_merged_in():
+    additions = {
+        "zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": True},
+        "communication_data_type": "fp32",
+        "fp16": {"initial_scale_power": 4},
+    }
+    config = make(additions=additions)
+    settings = deepspeed_config(config, 1, "fp16")
+    assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 1000}
+    assert settings["communication_data_type"] == "fp32"
+    assert settings["fp16"] == {"enabled": True, "initial_scale_power": 4}
+    assert config.deepspeed == additions
+
+
+def test_additions_that_agree_are_taken():
+    additions = {"train_batch_size": 8, "zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}
+    assert deepspeed_config(make(additions=additions), 1, "fp32")["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("additions", "words"),
+    [
+        ({"train_batch_size": 9}, ["deepspeed.train_batch_size (9)", "train.global_batch_size", "8"]),
+        ({"train_micro_batch_size_per_gpu": 3}, ["train_micro_batch_size_per_gpu (3)", "train.micro_batch_size", "2"]),
+        ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps (1)", "train.global_batch_size", "4"]),
+        ({"gradient_clipping": 2.0}, ["gradient_clipping (2.0)", "optim.max_grad_norm", "1.0"]),
+        ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage (3)", "parallel.zero_stage", "1"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled (True)", "train.precision", "False"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled (True)", "train.precision", "False"]),
+    ],
+)
+def test_additions_that_contradict_a_field(additions, words):
+    with pytest.raises(UsageError) as error:
+        deepspeed_config(make(additions=additions), 1, "fp32")
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "home"),
+    [
+        ("optimizer", "optim"),
+        ("scheduler", "optim"),
+        ("tensorboard", "telemetry"),
+        ("activation_checkpointing", "train.recompute_activations"),
+        ("expert_parallel", "parallel.expert_parallel_size"),
+        ("checkpoint", "checkpoint"),
+    ],
+)
+def test_sections_that_have_their_home_elsewhere(section, home):
+    with pytest.raises(UsageError, match=rf"deepspeed\.{section} .*'a'.*{home}"):
+        check_additions(make(additions={section: {"a": 1}}))
+
+
+def test_what_needs_no_world_is_refused_before_it_is_known():
+    with pytest.raises(UsageError, match=r"zero_optimization\.stage \(2\)"):
+        check_additions(make(additions={"zero_optimization": {"stage": 2}}))
+    check_additions(make(additions={"zero_optimization": {"stage": 1}, "train_batch_size": 999}))
