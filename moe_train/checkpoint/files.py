@@ -1,7 +1,7 @@
-"""Tensor files of a checkpoint: written in one pass with their digest, and verified.
+"""Tensor files of a checkpoint: written in one pass together with their digest, and verified.
 
-The format is safetensors: a header in JSON, then the tensors' bytes. It is written here and not by the library, which
-would copy every tensor once more before it writes it, and tells no digest; the library reads it.
+The format is safetensors: a header in JSON, then the tensors' bytes. This file writes the format itself, because the
+library would copy every tensor once more before writing, and gives no digest. The library reads the files.
 """
 
 import errno
@@ -21,19 +21,19 @@ from torch import Tensor
 from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest, cannot_read, regular_size
 from moe_train.checkpoint.sharded_state import STATE_KINDS
 
-_BLOCK = 1 << 24  # bytes read, hashed or written at once
-_ALIGNMENT = 8  # bytes; of the tensors behind the header
+_BLOCK = 1 << 24  # bytes per read, hash or write
+_ALIGNMENT = 8  # bytes, of the tensors' start behind the header
 
-Advance = Callable[[int], object]  # told the bytes read since it was told last
+Advance = Callable[[int], object]  # called with the number of bytes read since the previous call
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What was written.
+    """Digest and size of a file that was written.
 
     Attributes:
-        digest: xxh3_128 of the file.
-        num_bytes: Its size.
+        digest: xxh3_128 of the file, in hexadecimal.
+        num_bytes: Size of the file.
     """
 
     digest: str
@@ -41,14 +41,17 @@ class WrittenFile:
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
-    """Write fp32 tensors, flushed to the disk.
+    """Write fp32 tensors to a new file, and flush it to the disk.
 
     Args:
-        path: Of the new file.
-        tensors: 1-D, fp32, contiguous, on the CPU.
+        path: Path of the new file.
+        tensors: Tensors by name: 1-D, fp32, contiguous, on the CPU.
+
+    Returns:
+        Digest and size of the file.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     digest, num_bytes = xxhash.xxh3_128(), 0
     header = _header(tensors)
@@ -56,7 +59,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
         _reserve(file.fileno(), len(header) + sum(tensor.nbytes for tensor in tensors.values()))
         for block in _blocks(header, tensors):
             written = 0
-            while written < len(block):  # an unbuffered write may take less
+            while written < len(block):  # an unbuffered write may write less than the block
                 written += file.write(block[written:])
             digest.update(block)
             num_bytes += len(block)
@@ -65,13 +68,14 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Have the disk set the file's room aside: writing takes about a tenth less time (ext4), and a full disk is found
-    before anything is written.
+    """Make the disk allocate the file's space.
+
+    Writing then takes about a tenth less time (ext4), and a full disk is found before anything is written.
     """
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # file systems that cannot
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # file systems without this call
             raise
 
 
@@ -96,10 +100,14 @@ def _blocks(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[memoryview
 
 
 def verify_files(manifest: Manifest, files: Iterable[str]) -> None:
-    """Read some of a checkpoint's files and hold them against its manifest.
+    """Read some of a checkpoint's files, and compare them with the manifest.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        files: Names of the files to read.
 
     Raises:
-        DamagedCheckpoint: Naming the first that is not what was written.
+        DamagedCheckpoint: If a file is not what was written; for the first such file.
     """
     for _, damage in check_files(manifest, files):
         if damage is not None:
@@ -109,15 +117,15 @@ def verify_files(manifest: Manifest, files: Iterable[str]) -> None:
 def check_files(
     manifest: Manifest, files: Iterable[str], advance: Advance | None = None
 ) -> Iterator[tuple[str, DamagedCheckpoint | None]]:
-    """Read some of a checkpoint's files, one after the other.
+    """Read some of a checkpoint's files, one after the other, and compare them with the manifest.
 
     Args:
-        manifest: Of the checkpoint.
-        files: Which.
-        advance: Told of every block that was read.
+        manifest: Manifest of the checkpoint.
+        files: Names of the files to read.
+        advance: Called after each block with the number of bytes read.
 
     Yields:
-        Each file and what is wrong with it; None: it is what was written.
+        Name of each file and its damage; None: the file is as it was written.
     """
     pieces: dict[str, dict[str, list[int]]] = {file: {} for file in files}
     for name, found in manifest.pieces.items():
@@ -145,19 +153,19 @@ def _verify_file(manifest: Manifest, file: str, expected: dict[str, list[int]], 
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             lengths = {name: found.get_shape() for name, found in slices.items()}
             types = {found.get_dtype() for found in slices.values()}
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: from torch, which maps the file
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch maps the file and raises RuntimeErrors
         raise cannot_read(path, error) from error
     if lengths != expected or types - {"F32"}:
         raise DamagedCheckpoint(f"{path} does not hold the ranges that the manifest names")
 
 
 def file_digest(path: Path, algorithm: str, advance: Advance | None = None) -> str:
-    """Digest of a file's bytes in hexadecimal.
+    """Compute the digest of a file's bytes, in hexadecimal.
 
     Args:
         path: The file.
         algorithm: xxh3_128 or blake2b.
-        advance: Told of every block that was read.
+        advance: Called after each block with the number of bytes read.
     """
     digest: Any = xxhash.xxh3_128() if algorithm == "xxh3_128" else hashlib.blake2b(digest_size=32)
     with path.open("rb", buffering=0) as file:
@@ -170,7 +178,7 @@ def file_digest(path: Path, algorithm: str, advance: Advance | None = None) -> s
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file, flushed to the disk."""
+    """Write a small text file, and flush it to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -178,7 +186,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's names to the disk."""
+    """Flush a folder's directory entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: where they are, how one is completed, which are kept."""
+"""Folders of a run's checkpoints: where they are, how one is completed, and which ones are kept."""
 
 import contextlib
 import re
@@ -11,18 +11,18 @@ from typing import Any
 from moe_train.checkpoint.files import sync_folder, write_durably
 from moe_train.checkpoint.manifest import MANIFEST, encode_manifest
 
-LATEST = "latest"  # names the newest checkpoint, for people and scripts; resuming does not need it
+LATEST = "latest"  # file with the name of the newest checkpoint, for users and scripts; resuming does not need it
 _FOLDER = re.compile(r"step_([0-9]{8,})")
 _LEFT = re.compile(r"step_[0-9]{8,}\.(part|old|removed)")
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept.
+    """Rule for which checkpoints are kept.
 
     Attributes:
-        keep_last: The newest so many.
-        keep_every: And those of steps that are a multiple of it; 0: no others.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Also keep checkpoints whose step is a multiple of this number; 0: no others.
     """
 
     keep_last: int
@@ -30,24 +30,24 @@ class Retention:
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the path of a step's checkpoint."""
     return checkpoints / f"step_{step:08d}"
 
 
 def part_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step is while it is written."""
+    """Return the path of a step's checkpoint while it is written."""
     return checkpoints / f"step_{step:08d}.part"
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
+    """Return the step in the name of a checkpoint's folder."""
     found = _FOLDER.fullmatch(folder.name)
     assert found is not None
     return int(found[1])
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Every checkpoint that was completed, oldest first; damage is not looked for."""
+    """List the completed checkpoints, oldest first, without a check for damage."""
     if not checkpoints.is_dir():
         return []
     found = [folder for folder in checkpoints.iterdir() if _FOLDER.fullmatch(folder.name) and folder.is_dir()]
@@ -55,7 +55,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def begin_checkpoint(checkpoints: Path, step: int) -> Path:
-    """An empty folder under a temporary name, to be filled and completed."""
+    """Create an empty folder under a temporary name, for `complete_checkpoint` once it is filled."""
     part = part_folder(checkpoints, step)
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed while saving
     part.mkdir(parents=True)
@@ -63,19 +63,19 @@ def begin_checkpoint(checkpoints: Path, step: int) -> Path:
 
 
 def complete_checkpoint(part: Path, values: Mapping[str, Any]) -> Path:
-    """Give a filled folder its manifest and its name, and let `latest` name it.
+    """Give a filled folder its manifest and its final name, and make `latest` point to it.
 
     Args:
-        part: From `begin_checkpoint`; its files are flushed.
-        values: Of the manifest.
+        part: Folder from `begin_checkpoint`; its files are flushed.
+        values: Values of the manifest.
 
     Returns:
-        The checkpoint's folder.
+        Folder of the checkpoint.
     """
     final = part.with_suffix("")
     write_durably(part / MANIFEST, encode_manifest(values))
     sync_folder(part)
-    if final.exists():  # saved by a run that was damaged or rolled back: gone only when the new one has its name
+    if final.exists():  # from a run that was damaged or rolled back; it is removed only after the new one has its name
         old = final.with_name(f"{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         final.replace(old)
@@ -87,13 +87,13 @@ def complete_checkpoint(part: Path, values: Mapping[str, Any]) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     else:
         part.replace(final)
-    with contextlib.suppress(OSError):  # the checkpoint is complete, and found without it
+    with contextlib.suppress(OSError):  # the checkpoint is complete, and resuming finds it without `latest`
         point_latest(final)
     return final
 
 
 def point_latest(final: Path) -> None:
-    """Let `latest` name a checkpoint."""
+    """Make `latest` point to a checkpoint."""
     latest = final.with_name(f"{LATEST}.part")
     write_durably(latest, f"{final.name}\n")
     latest.replace(final.with_name(LATEST))
@@ -101,7 +101,7 @@ def point_latest(final: Path) -> None:
 
 
 def quarantine(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is neither found nor removed; its new name."""
+    """Quarantine a damaged checkpoint: rename it, so that it is neither used nor removed. Return its new path."""
     aside, number = folder.with_name(f"{folder.name}.damaged"), 1
     while aside.exists():
         number += 1
@@ -111,17 +111,20 @@ def quarantine(folder: Path) -> Path:
 
 
 def superfluous(checkpoints: Path, retention: Retention) -> list[Path]:
-    """The checkpoints that retention does not keep, oldest first."""
+    """List the checkpoints that the retention rule does not keep, oldest first."""
     older = list_checkpoints(checkpoints)[: -retention.keep_last]
     every = retention.keep_every
     return [folder for folder in older if every == 0 or step_of(folder) % every]
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint: it is renamed first, so that none is ever found in part.
+    """Remove a checkpoint. It is renamed first, so that a partly removed one is never taken for a checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint.
 
     Raises:
-        OSError: If it cannot be renamed; what stays of the renamed one is no checkpoint.
+        OSError: If the folder cannot be renamed. What remains of a renamed folder is not a checkpoint.
     """
     removed = folder.with_name(f"{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
@@ -130,19 +133,18 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def list_leftovers(checkpoints: Path) -> list[Path]:
-    """What a save or a removal leaves when it is killed, and has while it is under way."""
+    """List the folders that a killed save or removal has left, or that one under way has now."""
     if not checkpoints.is_dir():
         return []
     return sorted(folder for folder in checkpoints.iterdir() if _LEFT.fullmatch(folder.name))
 
 
 def remove_leftovers(checkpoints: Path, spare: Collection[Path] = ()) -> None:
-    """Remove what a killed run left in the middle of saving or removing; an old copy whose new one never came is put
-    back.
+    """Remove what a killed save or removal has left, and restore an old copy whose replacement was never completed.
 
     Args:
-        checkpoints: The run's folder for them.
-        spare: Leftovers to leave, because they may be of a save under way.
+        checkpoints: Folder of the run's checkpoints.
+        spare: Leftovers to keep, because they may belong to a save under way.
     """
     for folder in list_leftovers(checkpoints):
         if folder in spare:

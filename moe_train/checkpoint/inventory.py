@@ -1,4 +1,4 @@
-"""What lies in a run's folder of checkpoints: for people who look after them, also while a run is saving."""
+"""Inventory of a run's folder of checkpoints, for users who look after them, also while a run is saving."""
 
 import os
 import stat
@@ -12,24 +12,25 @@ from moe_train.checkpoint.folders import LATEST, list_checkpoints, list_leftover
 from moe_train.checkpoint.manifest import MANIFEST, read_manifest, read_regular_file
 from moe_train.config.errors import UsageError
 
-_LATEST_ATTEMPTS = 3  # `latest` is replaced a moment after its checkpoint got its name
+_LATEST_ATTEMPTS = 3  # `latest` is replaced shortly after its checkpoint has got its name
 _LATEST_WAIT_SECONDS = 0.2
 _LATEST_MOST_BYTES = 256
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder among the checkpoints.
+    """One folder among the checkpoints.
 
     Attributes:
-        name: Of the folder.
-        kind: "checkpoint"; "unfinished": of a save or a removal under way or killed; "set aside": found damaged.
-        step: Optimizer steps done; None if its manifest cannot be read.
-        num_bytes: Of its files.
-        written: When it was written, ISO 8601.
-        layout: world_size, expert_parallel_size and zero_stage that wrote it; empty where it is not known.
-        problem: What is wrong with its manifest; None: it can be read.
-        is_latest: Whether `latest` names it.
+        name: Name of the folder.
+        kind: "checkpoint"; "unfinished": from a save or removal that is under way or was killed; "set aside": found
+            damaged and quarantined.
+        step: Number of completed optimizer steps; None if the manifest cannot be read.
+        num_bytes: Total size of the folder's files.
+        written: Time when it was written, ISO 8601.
+        layout: world_size, expert_parallel_size and zero_stage that wrote it; empty if not known.
+        problem: What is wrong with the manifest; None: the manifest can be read.
+        is_latest: Whether `latest` points to this folder.
     """
 
     name: str
@@ -42,19 +43,19 @@ class Entry:
     is_latest: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def checkpoints_folder(run_dir: str, option: str = "RUN_DIR") -> Path:
-    """The folder of checkpoints of a run.
+    """Find the folder of a run's checkpoints.
 
     Args:
-        run_dir: The run's folder, or that of its checkpoints.
-        option: What the command line calls it, for messages.
+        run_dir: Folder of the run, or of its checkpoints.
+        option: Name of this argument on the command line, for messages.
 
     Raises:
-        UsageError: If it is neither.
+        UsageError: If the path is neither.
     """
     given = Path(run_dir)
     inside = given / "checkpoints"
@@ -69,16 +70,16 @@ def checkpoints_folder(run_dir: str, option: str = "RUN_DIR") -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is meant to be one checkpoint, damaged or not."""
+    """Return whether a folder looks like one checkpoint, damaged or not."""
     return path.is_dir() and (stat_of(path / MANIFEST) is not None or path.name.startswith("step_"))
 
 
 def find_checkpoint_folder(path: str, option: str) -> Path:
-    """A checkpoint's folder: the one given, or the newest of the run given.
+    """Find a checkpoint's folder: the given one, or the newest one of the given run.
 
     Args:
-        path: As given.
-        option: What the command line calls it, for messages.
+        path: Folder of a checkpoint, or of a run.
+        option: Name of this argument on the command line, for messages.
 
     Raises:
         UsageError: If there is none.
@@ -97,7 +98,7 @@ def find_checkpoint_folder(path: str, option: str) -> Path:
 
 
 def list_entries(checkpoints: Path) -> list[Entry]:
-    """Every folder among the checkpoints, in the order of steps; one that vanishes meanwhile is left out."""
+    """List every folder among the checkpoints, in the order of steps, without folders that vanish meanwhile."""
     latest = named_by_latest(checkpoints)
     kinds = {folder: "checkpoint" for folder in list_checkpoints(checkpoints)}
     kinds |= {folder: "unfinished" for folder in list_leftovers(checkpoints)}
@@ -107,7 +108,7 @@ def list_entries(checkpoints: Path) -> list[Entry]:
 
 
 def is_quarantined(folder: Path) -> bool:
-    """Whether it was renamed because it is damaged."""
+    """Return whether a folder was renamed because the checkpoint is damaged."""
     return folder.name.startswith("step_") and ".damaged" in folder.name
 
 
@@ -128,7 +129,7 @@ def _entry(folder: Path, kind: str, latest: str | None) -> Entry | None:
 
 
 def stat_of(path: Path) -> os.stat_result | None:
-    """Status of a file or link itself; None if it is not there."""
+    """Return the status of a file, or of a link itself; None if it does not exist."""
     try:
         return path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -136,19 +137,19 @@ def stat_of(path: Path) -> os.stat_result | None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder, as far as they are still there."""
+    """Add up the bytes of the files in a folder that still exist."""
     return sum(status.st_size for status in file_statuses(folder) if stat.S_ISREG(status.st_mode))
 
 
 def file_statuses(folder: Path) -> list[os.stat_result]:
-    """Of the files in a folder, as far as they are still there."""
-    # os.walk passes over what vanishes; Path.rglob raises.
+    """Return the status of each file in a folder that still exists."""
+    # os.walk ignores files that vanish; Path.rglob raises.
     found = [stat_of(Path(inside) / name) for inside, _, names in os.walk(folder) for name in names]
     return [status for status in found if status is not None]
 
 
 def named_by_latest(checkpoints: Path) -> str | None:
-    """The name in `latest`; None where there is none that can be read."""
+    """Return the name in `latest`; None if the file does not exist or cannot be read."""
     try:
         return read_regular_file(checkpoints / LATEST, _LATEST_MOST_BYTES).strip()
     except (OSError, ValueError):
@@ -156,7 +157,14 @@ def named_by_latest(checkpoints: Path) -> str | None:
 
 
 def check_latest(checkpoints: Path) -> str | None:
-    """What is wrong with `latest`, which holds the name of the newest checkpoint and a newline; None: nothing."""
+    """Check that `latest` holds the name of the newest checkpoint and a newline.
+
+    Args:
+        checkpoints: Folder of the run's checkpoints.
+
+    Returns:
+        What is wrong; None: nothing.
+    """
     problem = _latest_problem(checkpoints)
     for _ in range(_LATEST_ATTEMPTS - 1):
         if problem is None:
@@ -179,8 +187,8 @@ def _latest_problem(checkpoints: Path) -> str | None:
 
 
 def strays_among(checkpoints: Path) -> list[Path]:
-    """What does not belong into a folder of checkpoints."""
-    present = list(checkpoints.iterdir())  # before what is known of them, so that a new checkpoint is no stray
+    """List what does not belong in a folder of checkpoints."""
+    present = list(checkpoints.iterdir())  # before the list of checkpoints, so that a new checkpoint is not a stray
     known = {*list_checkpoints(checkpoints), *list_leftovers(checkpoints)}
     known |= {checkpoints / LATEST, checkpoints / f"{LATEST}.part"}
     strays = [path for path in present if path not in known and not is_quarantined(path)]

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: manifest.json, read without trust."""
+"""Manifest of a checkpoint: manifest.json, which describes the checkpoint and is read without trust."""
 
 import errno
 import json
@@ -17,31 +17,39 @@ from moe_train.config.errors import UsageError
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-# 1 had no buffers; 1 and 2 had blake2b digests, no digest of their own, no sizes, no layout and no step control.
+# Version 1 had no buffers. Versions 1 and 2 had blake2b digests, and no manifest digest, sizes, layout, step control.
 _READABLE_VERSIONS = (1, 2, 3)
 _FILE = re.compile(r"rank_[0-9]{5,}\.safetensors")
-# Errors that say nothing of what is on the disk: a checkpoint is not to be set aside for them.
+# Errors that say nothing about the data on the disk. A checkpoint must not be quarantined for them.
 _PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
-_DEEPEST = 30  # of a configuration: what prints it is recursive
-_MOST_BYTES = 1 << 30  # of a manifest; those of the largest models have some megabytes
-_MOST_ELEMENTS = 1 << 62  # of a tensor: more do not fit in an int64 of bytes
-_MOST_DIMENSIONS = 64  # of a tensor, as in torch
+_DEEPEST = 30  # nesting of a configuration: the code that prints it is recursive
+_MOST_BYTES = 1 << 30  # size of a manifest; manifests of the largest models have some megabytes
+_MOST_ELEMENTS = 1 << 62  # elements of a tensor: the bytes of more do not fit in an int64
+_MOST_DIMENSIONS = 64  # dimensions of a tensor, as in torch
 
 
 def cannot_read(path: Path, error: Exception) -> UsageError:
-    """What an error of reading means: damage, or a disk, a limit or a permission that may be better soon."""
+    """Classify a read error: damage, or a disk, limit or permission that may soon be better.
+
+    Args:
+        path: File that was read.
+        error: Error of reading it.
+
+    Returns:
+        DamagedCheckpoint for damage, a plain UsageError otherwise.
+    """
     if isinstance(error, OSError) and error.errno in _PASSING:
         return UsageError(f"{path} cannot be read now: {error}")
     return DamagedCheckpoint(f"{path} cannot be read: {error}")
 
 
 class DamagedCheckpoint(UsageError):
-    """A checkpoint that is not as it was written; an older one may be whole."""
+    """Error for a checkpoint that is not as it was written; an older one may be valid."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a logical tensor in a file: [start, start + numel)."""
+    """Range [start, start + numel) of a logical tensor in a file."""
 
     start: int
     numel: int
@@ -50,12 +58,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest knows of a tensor file.
+    """Entry of a tensor file in the manifest.
 
     Attributes:
-        algorithm: Of the digest: xxh3_128, or blake2b in old checkpoints.
-        digest: Of the whole file, in hexadecimal.
-        num_bytes: Its size; None in old checkpoints.
+        algorithm: Algorithm of the digest: xxh3_128, or blake2b in old checkpoints.
+        digest: Digest of the whole file, in hexadecimal.
+        num_bytes: Size of the file; None in old checkpoints.
     """
 
     algorithm: str
@@ -65,11 +73,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class StepControlState:
-    """What step control remembers: gradient norms and skipped steps.
+    """State of step control: gradient norms and skipped steps.
 
     Attributes:
         grad_norms: Global gradient norms of the last steps taken, oldest first.
-        skipped_steps: Steps of the whole run that were skipped.
+        skipped_steps: Number of skipped steps in the whole run.
     """
 
     grad_norms: tuple[float, ...] = ()
@@ -78,23 +86,23 @@ class StepControlState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """Description of a checkpoint.
 
     Attributes:
-        folder: Where it is.
-        format_version: Of the format.
-        step: Optimizer steps done.
-        consumed_sequences: Place in the data: sequences trained on or passed over.
-        optimizer_step: Updates Adam has made.
-        loss_scale: fp16's loss scale; 1 otherwise.
+        folder: Folder of the checkpoint.
+        format_version: Version of the checkpoint format.
+        step: Number of completed optimizer steps.
+        consumed_sequences: Place in the data: number of sequences trained on or passed over.
+        optimizer_step: Number of Adam's updates.
+        loss_scale: Loss scale of fp16; 1 in another precision.
         tokenizer: Fingerprint of the tokenizer.
         shapes: Global shape of every logical tensor.
-        pieces: Its ranges, in order.
+        pieces: Ranges of every logical tensor, in order.
         files: Tensor files by name.
         buffers: Values of every buffer, such as the routers' biases.
-        step_control: What step control remembers.
+        step_control: State of step control.
         layout: world_size, expert_parallel_size and zero_stage that wrote it; empty in old checkpoints.
-        config: The run's resolved configuration.
+        config: Resolved configuration of the run.
     """
 
     folder: Path
@@ -114,12 +122,12 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its tensors: fp32 weights and two moments."""
+        """Bytes of the tensors: fp32 weights and two moments."""
         return 12 * sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def encode_manifest(values: Mapping[str, Any]) -> str:
-    """The text of a manifest: JSON with a key a line, the first of which is the digest of the rest."""
+    """Encode a manifest as JSON with one key per line; the first key is the digest of the rest."""
     return _lines({"digest": _digest(values)} | dict(values))
 
 
@@ -136,9 +144,12 @@ def _lines(values: Mapping[str, Any]) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check a manifest.
 
+    Args:
+        folder: Folder of the checkpoint.
+
     Raises:
         DamagedCheckpoint: If it is missing, damaged, or names a file outside its folder.
-        UsageError: If it is of another format version, or cannot be read for a reason that may pass.
+        UsageError: If it has another format version, or cannot be read for a reason that may pass.
     """
     path = folder / MANIFEST
     try:
@@ -146,11 +157,11 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(text)
         version = raw["format_version"]
         if type(version) is not int or version not in _READABLE_VERSIONS:
-            if raw.get("digest") == _digest({**raw, "format_version": FORMAT_VERSION}):  # only the number is damaged
+            if raw.get("digest") == _digest({**raw, "format_version": FORMAT_VERSION}):  # only the version is damaged
                 raise DamagedCheckpoint(f"{path} is damaged: format_version is not as it was written")
             shown = reprlib.repr(version)
             raise UsageError(f"{path}: format version {shown}; this program reads {_READABLE_VERSIONS}")
-        if version >= 3 or "digest" in raw:  # also a 3 that became a 2
+        if version >= 3 or "digest" in raw:  # also a version 3 that was changed to 2
             _check_digest(path, raw, text)
         return _parse(folder, raw)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -162,23 +173,30 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_regular_file(path: Path, most_bytes: int) -> str:
-    """The text of a file that is neither a link nor a device, and not larger than expected.
+    """Read the text of a file that must be neither a link nor a device, and not larger than expected.
+
+    Args:
+        path: The file.
+        most_bytes: Largest size.
 
     Raises:
-        OSError: If it is, or cannot be read.
-        ValueError: If it is no UTF-8.
+        OSError: If it is a link or a device, is too large, or cannot be read.
+        ValueError: If it is not UTF-8.
     """
     size = regular_size(path)
     if size > most_bytes:
         raise OSError(f"{size} bytes are more than {most_bytes}")
-    return path.read_bytes().decode()  # reading as text would take "\r" for the "\n" that was written
+    return path.read_bytes().decode()  # reading in text mode would take a "\r" for the "\n" that was written
 
 
 def regular_size(path: Path) -> int:
-    """Size of a file in bytes.
+    """Return the size of a regular file in bytes.
+
+    Args:
+        path: The file.
 
     Raises:
-        OSError: If it is not there, or is no regular file: a link may lead out of the folder, a pipe may block.
+        OSError: If it does not exist or is not a regular file: a link may lead out of the folder, a pipe may block.
     """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
@@ -187,7 +205,7 @@ def regular_size(path: Path) -> int:
 
 
 def _check_digest(path: Path, raw: dict[str, Any], text: str) -> None:
-    # Written anew from what was read, so that a changed byte between the values is found too.
+    # Encoded again from the values, so that a changed byte between the values is found too.
     rest = {name: value for name, value in raw.items() if name != "digest"}
     if encode_manifest(rest) != text:
         raise DamagedCheckpoint(f"{path} is damaged: its digest differs from what it holds")

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of a model."""
+"""Match of checkpoint and model: tensors and buffers must have the same names and shapes."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,14 @@ from moe_train.config.errors import UsageError
 
 
 def check_same_model(manifest: Manifest, ours: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a checkpoint whose tensors have other names or shapes than a model's.
+    """Reject a checkpoint whose tensors differ from a model's in name or shape.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        ours: Global shape of each of the model's tensors.
 
     Raises:
-        UsageError: Naming the first that differs.
+        UsageError: If a tensor differs; for the first such tensor.
     """
     for name in sorted(ours.keys() | manifest.shapes.keys()):
         here, there = ours.get(name), manifest.shapes.get(name)
@@ -22,11 +26,16 @@ def check_same_model(manifest: Manifest, ours: Mapping[str, tuple[int, ...]]) ->
 
 
 def check_same_buffers(manifest: Manifest, ours: Mapping[str, int]) -> None:
-    """Refuse a checkpoint with other buffers, by name and number of values. None at all is what a checkpoint without a
-    bias has: one that is wanted now begins at zero.
+    """Reject a checkpoint whose buffers differ from a model's in name or number of values.
+
+    A checkpoint without any buffers is accepted: it had no bias, and a bias that the model has now starts at zero.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        ours: Number of values of each of the model's buffers.
 
     Raises:
-        UsageError: Naming the first that differs.
+        UsageError: If a buffer differs; for the first such buffer.
     """
     theirs = {name: len(values) for name, values in manifest.buffers.items()}
     for name in sorted(theirs.keys() | (ours.keys() if theirs else set())):

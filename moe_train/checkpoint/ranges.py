@@ -11,7 +11,7 @@ from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest
 
 
 class RangeReader:
-    """Reads ranges of logical tensors, opening each file once."""
+    """Reader of ranges of logical tensors; it opens each file once."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -24,16 +24,19 @@ class RangeReader:
         self._open.clear()
 
     def read(self, name: str, kind: str, start: int, end: int) -> Tensor:
-        """A range of a tensor, put together from the pieces that hold it. fp32 [end - start].
+        """Read a range of a tensor, joined from the pieces that hold it.
 
         Args:
-            name: Of the logical tensor.
+            name: Name of the logical tensor.
             kind: One of STATE_KINDS.
             start: First element of the range in the flattened tensor.
-            end: Behind its last element; an empty range gives an empty tensor.
+            end: Element behind the last one of the range; an empty range gives an empty tensor.
+
+        Returns:
+            The values, fp32 [end - start].
 
         Raises:
-            DamagedCheckpoint: If a file is gone, or does not hold what the manifest names.
+            DamagedCheckpoint: If a file is missing, or does not hold what the manifest says.
         """
         pieces = self._manifest.pieces[name]
         first = max(0, bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
@@ -54,7 +57,7 @@ class RangeReader:
             if file not in self._open:
                 self._open[file] = safe_open(path, framework="pt")
             found: Tensor = self._open[file].get_slice(entry)[low:high]
-        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: from torch, which maps the file
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch maps the file and raises RuntimeErrors
             raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
         if found.dtype != torch.float32 or found.shape != (high - low,):
             raise DamagedCheckpoint(f"{path} does not hold the ranges that the manifest names: {entry}")

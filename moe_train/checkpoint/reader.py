@@ -1,4 +1,4 @@
-"""From the files of a checkpoint to the training state of all ranks, whatever layout wrote them."""
+"""Reader from the files of a checkpoint to the training state of all ranks, whatever layout wrote the files."""
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ from moe_train.distributed.consensus import run_on_all_ranks
 
 
 def load_checkpoint(state: ShardedState, manifest: Manifest, group: Group | None = None) -> None:
-    """Replace the training state by a checkpoint's. Each rank reads the ranges it owns.
+    """Replace the training state by a checkpoint's. Each rank reads the ranges that it owns.
 
     Args:
-        state: Of the same model, in any layout.
-        manifest: Of a checkpoint whose files are verified.
-        group: Of all ranks, which may wait long: ranks read at different speeds. None: the default one.
+        state: Training state of the same model, in any layout.
+        manifest: Manifest of a checkpoint whose files are verified.
+        group: All ranks, with a long timeout: ranks read at different speeds. None: the default group.
 
     Raises:
-        UsageError: On every rank alike, if the model differs or a file cannot be read.
+        UsageError: On every rank, if the model differs or a file cannot be read.
 
     Collective: All ranks.
     """
@@ -28,7 +28,7 @@ def load_checkpoint(state: ShardedState, manifest: Manifest, group: Group | None
     buffers = state.buffers()
     check_same_buffers(manifest, {name: buffer.numel() for name, buffer in buffers.items()})
     with RangeReader(manifest) as reader:
-        # A file that can no longer be read on one rank ends all, before they wait for each other.
+        # If a file can no longer be read on one rank, all ranks raise before they wait for each other.
         run_on_all_ranks(
             lambda: state.read_state(lambda fragment, kind: _read_fragment(reader, fragment, kind)), group=group
         )

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest valid one, or the one that it names; damaged ones are quarantined."""
+"""Resume point of a run: the newest valid checkpoint, or the named one. Damaged checkpoints are quarantined."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from moe_train.distributed.consensus import run_on_all_ranks, try_on_all_ranks
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged checkpoint that was passed over.
+    """Damaged checkpoint that was passed over.
 
     Attributes:
-        folder: Where it is.
+        folder: Folder of the checkpoint.
         reason: What is wrong with it.
     """
 
@@ -28,10 +28,10 @@ class Damage:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a run can resume from.
+    """Checkpoint from which a run can resume.
 
     Attributes:
-        manifest: Of a checkpoint whose files are valid; None: start from step 0.
+        manifest: Manifest of a checkpoint whose files are valid; None: start from step 0.
         damaged: Newer checkpoints that are not valid.
     """
 
@@ -45,16 +45,16 @@ def find_resume_point(
     """Find the checkpoint that checkpoint.resume names. All ranks together read all its bytes.
 
     Args:
-        setting: checkpoint.resume. A path counts only until the run has a checkpoint of its own: the same command,
-            started again, resumes from that.
-        checkpoints: The run's folder for checkpoints.
-        rank: This rank.
-        world_size: Ranks.
+        setting: checkpoint.resume. A path counts only until the run has a checkpoint of its own. The same command,
+            started again, then resumes from the run's own checkpoint.
+        checkpoints: Folder of the run's checkpoints.
+        rank: Rank of this process.
+        world_size: Number of ranks.
         group: All ranks, with a long timeout: ranks read at different speeds. None: the default group.
 
     Raises:
-        UsageError: If it is not there or damaged, if no checkpoint of the folder is valid, or if the run would be
-            written over.
+        UsageError: If the named checkpoint does not exist or is damaged, if no checkpoint of the folder is valid, or if
+            the run would overwrite its checkpoints.
 
     Collective: All ranks.
     """
@@ -79,19 +79,20 @@ def find_resume_point(
 
 
 def latest_valid(checkpoints: Path, read: Callable[[Path], Manifest], group: Group | None = None) -> ResumePoint:
-    """Find the newest checkpoint of a folder that is valid, and the newer ones that are not.
+    """Find the newest valid checkpoint of a folder, and the newer checkpoints that are not valid.
 
     Args:
-        checkpoints: The run's folder for checkpoints.
-        read: Reads a checkpoint's manifest and verifies this rank's share of its files; it raises DamagedCheckpoint.
+        checkpoints: Folder of the run's checkpoints.
+        read: Called with a checkpoint's folder; verifies this rank's share of the files, and returns the manifest. It
+            raises DamagedCheckpoint if the checkpoint is damaged.
         group: All ranks; None: the default group.
 
     Raises:
         UsageError: If `read` raised another UsageError, as for an unknown format version.
 
-    Collective: All ranks, where there are several.
+    Collective: All ranks, if there are several.
     """
-    # As rank 0 sees the folder: a network file system may show other ranks an older state of it.
+    # Rank 0's view of the folder counts: a network file system may show other ranks an older state.
     names = gather_objects([folder.name for folder in list_checkpoints(checkpoints)], group)[0]
     damaged: list[Damage] = []
     for folder in (checkpoints / name for name in reversed(names)):
@@ -105,15 +106,28 @@ def latest_valid(checkpoints: Path, read: Callable[[Path], Manifest], group: Gro
 
 
 def latest_valid_of_run(checkpoints: Path, rank: int, world_size: int, group: Group | None = None) -> ResumePoint:
-    """Find the newest valid checkpoint of a run; every rank reads its share of the files. Collective: all ranks."""
+    """Find the newest valid checkpoint of a run; every rank reads its share of the files.
+
+    Args:
+        checkpoints: Folder of the run's checkpoints.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        group: All ranks; None: the default group.
+
+    Collective: All ranks.
+    """
     return latest_valid(checkpoints, lambda folder: _read_valid(folder, rank, world_size), group)
 
 
 def quarantine_damaged(point: ResumePoint, rank: int) -> list[str]:
-    """Rename the damaged checkpoints that are newer than the resume point, and let `latest` name the latter.
+    """Quarantine the damaged checkpoints that are newer than the resume point, and make `latest` point to the latter.
+
+    Args:
+        point: Resume point of the run.
+        rank: Rank of this process.
 
     Returns:
-        A message for each, on rank 0.
+        One message per damaged checkpoint, on rank 0.
 
     Collective: All ranks.
     """
@@ -125,7 +139,7 @@ def quarantine_damaged(point: ResumePoint, rank: int) -> list[str]:
             lines.append(f"warning: passed over: {damage.reason}; it is now {aside}")
         folder = point.manifest.folder if point.manifest is not None else None
         if folder is not None and list_checkpoints(folder.parent)[-1:] == [folder]:
-            point_latest(folder)  # a kill may have come before it was
+            point_latest(folder)  # a kill may have prevented it
         return lines
 
     return run_on_all_ranks(lambda: rename() if rank == 0 else [])
@@ -141,7 +155,7 @@ def _read_valid(folder: Path, rank: int, world_size: int) -> Manifest:
 
 
 def _find_named(setting: str, checkpoints: Path, rank: int, world_size: int, group: Group | None) -> ResumePoint:
-    """A checkpoint by its path; or, where this run resumed from it already, the newest that it has made since."""
+    """Find a checkpoint by its path; if this run has resumed from it before, find the run's own newest one."""
     own = latest_valid_of_run(checkpoints, rank, world_size, group)
     if own.manifest is not None and _origin(own.manifest) == setting:
         return own

@@ -1,4 +1,4 @@
-"""A copy of a rank's state in host memory: training can go on while it is written."""
+"""Snapshot of a rank's state in host memory: training can continue while it is written to a file."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from moe_train.checkpoint.sharded_state import STATE_KINDS, ShardedState
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's state at a step.
+    """State of this rank at one step.
 
     Attributes:
-        tensors: fp32, 1-D, on the CPU, by "kind/name"; valid until the next snapshot is taken into the same memory.
+        tensors: Values by "kind/name", fp32, 1-D, on the CPU; valid until the next snapshot uses the same memory.
         ranges: Start and length of this rank's range of each logical tensor.
-        shapes: Global shape of each of them.
-        optimizer_step: Updates Adam has made.
-        loss_scale: fp16's loss scale; 1 otherwise.
-        buffers: The model's buffers, the same on every rank.
+        shapes: Global shape of each of these tensors.
+        optimizer_step: Number of Adam's updates.
+        loss_scale: Loss scale of fp16; 1 in another precision.
+        buffers: Values of the model's buffers, the same on every rank.
     """
 
     tensors: dict[str, Tensor]
@@ -30,17 +30,21 @@ class Snapshot:
 
 
 class HostMemory:
-    """Memory for one snapshot, used again for the next: a first touch of fresh memory takes longer than the copy."""
+    """Host memory for one snapshot, used again for the next: first touches of new memory take longer than the copy."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
     def take(self, state: ShardedState) -> Snapshot:
-        """Copy this rank's state. The snapshot taken before must be written by now."""
+        """Copy this rank's state. The previous snapshot must be written by now.
+
+        Args:
+            state: Training state to copy.
+        """
         fragments = list(state.fragments())
         needed = len(STATE_KINDS) * sum(fragment.numel for fragment in fragments)
         if self._memory is None or self._memory.numel() < needed:
-            # Pinned memory lets the copies of a CUDA device run without the host.
+            # With pinned memory, copies from a CUDA device run without the host.
             is_pinned = bool(fragments) and fragments[0].states[STATE_KINDS[0]].is_cuda
             self._memory = torch.empty(needed, dtype=torch.float32, pin_memory=is_pinned)
         tensors: dict[str, Tensor] = {}
@@ -53,7 +57,7 @@ class HostMemory:
                 place += fragment.numel
         buffers = {name: buffer.tolist() for name, buffer in state.buffers().items()}
         if self._memory.is_pinned():
-            torch.cuda.synchronize()  # the copies must have the state of this step
+            torch.cuda.synchronize()  # the copies must hold the state of this step, before training changes it
         return Snapshot(
             tensors=tensors,
             ranges={fragment.tensor.name: (fragment.start, fragment.numel) for fragment in fragments},

@@ -1,4 +1,4 @@
-"""Whether checkpoints are as they were written: every byte of their files is read."""
+"""Verification of checkpoints: every byte of their files is read and compared with what was written."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,28 +14,28 @@ from moe_train.config.errors import UsageError
 
 @dataclass(frozen=True)
 class FileVerdict:
-    """What was found of a file.
+    """Verdict on one file.
 
     Attributes:
-        path: The file.
-        problem: What is wrong with it, naming it; None: it is as it was written.
+        path: Path of the file.
+        problem: What is wrong, with the name of the file; None: the file is as it was written.
     """
 
     path: str
     problem: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found of a checkpoint, or of what lies around a run's checkpoints.
+    """Verdicts on a checkpoint, or on what lies beside a run's checkpoints.
 
     Attributes:
-        folder: The checkpoint, or the folder of checkpoints.
-        verdicts: Of every file.
+        folder: Checkpoint, or folder of checkpoints.
+        verdicts: Verdict on every file.
         has_vanished: Whether the folder was removed or replaced meanwhile, as by a run that is saving.
     """
 
@@ -49,20 +49,20 @@ class Verification:
         return self.has_vanished or all(verdict.problem is None for verdict in self.verdicts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         files = [verdict.as_dict() for verdict in self.verdicts]
         return {"folder": self.folder, "whole": self.is_whole, "vanished": self.has_vanished, "files": files}
 
 
 def verify_checkpoint(folder: Path, advance: Advance | None = None) -> Verification:
-    """Read a whole checkpoint: its manifest, every file that names, and whether there are others.
+    """Verify a complete checkpoint: its manifest, every file that the manifest names, and that there are no others.
 
     Args:
-        folder: The checkpoint.
-        advance: Told of every block that was read.
+        folder: Folder of the checkpoint.
+        advance: Called after each block with the number of bytes read.
 
     Raises:
-        UsageError: If it is of another format version.
+        UsageError: If it has another format version.
     """
     before = _identity(folder)
     verdicts = tuple(_verdicts(folder, advance))
@@ -99,32 +99,32 @@ def _stray_verdicts(strays: Iterable[Path]) -> list[FileVerdict]:
 
 
 def verify_surroundings(checkpoints: Path) -> Verification:
-    """Whether `latest` names the newest checkpoint, and only checkpoints lie beside it."""
+    """Verify that `latest` names the newest checkpoint, and that only checkpoints lie beside it."""
     latest = FileVerdict(str(checkpoints / "latest"), check_latest(checkpoints))
     return Verification(str(checkpoints), (latest, *_stray_verdicts(strays_among(checkpoints))))
 
 
 def readable_bytes(folders: Iterable[Path]) -> int:
-    """Bytes that verifying them reads, as far as their manifests can be read."""
+    """Count the bytes that verifying some checkpoints will read, as far as their manifests can be read."""
     total = 0
     for folder in folders:
         try:
             manifest = read_manifest(folder)
             total += sum((folder / file).lstat().st_size for file in manifest.files)
         except (UsageError, OSError):
-            continue  # said when it is verified
+            continue  # verification will report it
     return total
 
 
 def read_verified(folder: Path, advance: Advance | None = None) -> Manifest:
-    """Read the manifest of a checkpoint of which every file is as it was written.
+    """Verify a checkpoint, and return its manifest.
 
     Args:
-        folder: The checkpoint's.
-        advance: Told of every block that was read.
+        folder: Folder of the checkpoint.
+        advance: Called after each block with the number of bytes read.
 
     Raises:
-        DamagedCheckpoint: If one is not, or something else lies in the folder.
+        DamagedCheckpoint: If a file is not as it was written, or another file lies in the folder.
     """
     found = verify_checkpoint(folder, advance)
     if found.has_vanished:

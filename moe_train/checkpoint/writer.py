@@ -1,4 +1,4 @@
-"""Snapshots to files while training goes on: a thread a rank, which talk to each other through a group of their own."""
+"""Writer from snapshots to files while training continues: one thread per rank, with a process group of their own."""
 
 import contextlib
 import shutil
@@ -27,14 +27,14 @@ from moe_train.distributed.consensus import run_on_all_ranks
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """How a save ended, the same on every rank but for the seconds.
+    """Outcome of a save, the same on every rank except for seconds and num_bytes.
 
     Attributes:
-        step: Whose state it is.
-        folder: The checkpoint; None if it failed.
-        error: Why it failed, naming the rank; None if it did not.
-        seconds: From the snapshot to the end, in the background.
-        num_bytes: Of this rank's file.
+        step: Step of the saved state.
+        folder: Folder of the checkpoint; None if the save failed.
+        error: Why the save failed, with the rank; None if it did not fail.
+        seconds: Time from the snapshot to the end, in the background.
+        num_bytes: Size of this rank's file.
     """
 
     step: int
@@ -45,16 +45,16 @@ class SaveOutcome:
 
 
 class CheckpointWriter:
-    """Saves the state of a run, one checkpoint at a time."""
+    """Writer of a run's checkpoints, one at a time."""
 
     def __init__(self, checkpoints: Path, rank: int, group: Group | None, retention: Retention) -> None:
-        """Begin with nothing.
+        """Create a writer without a save under way.
 
         Args:
-            checkpoints: The run's folder for them, seen by all ranks.
-            rank: This rank.
-            group: Of all ranks and used by nobody else, from `create_background_group`; None: one process.
-            retention: Which checkpoints are kept.
+            checkpoints: Folder of the run's checkpoints, visible to all ranks.
+            rank: Rank of this process.
+            group: All ranks, for this writer alone, from `create_background_group`; None: one process.
+            retention: Rule for which checkpoints are kept.
         """
         self._checkpoints, self._rank, self._group, self._retention = checkpoints, rank, group, retention
         self._memory = HostMemory()
@@ -62,14 +62,15 @@ class CheckpointWriter:
         self._outcome: SaveOutcome | None = None
 
     def start(self, state: ShardedState, values: Mapping[str, Any]) -> SaveOutcome | None:
-        """Copy the state and begin to write it. Waits for the save before, if that is still under way.
+        """Copy the state, and begin to write it in the background. First wait for the previous save.
 
         Args:
-            state: What to save.
-            values: Of the manifest: step, consumed_sequences, tokenizer, step_control, layout and config.
+            state: Training state to save.
+            values: Values of the manifest: step, consumed_sequences, tokenizer, guard (state of step control), layout
+                and config.
 
         Returns:
-            How the save before ended, if nobody has asked yet.
+            Outcome of the previous save, if `wait` has not returned it yet.
 
         Collective: All ranks.
         """
@@ -83,11 +84,11 @@ class CheckpointWriter:
 
     @property
     def is_done(self) -> bool:
-        """Whether a save has ended on this rank whose outcome nobody has asked for."""
+        """Whether a save has ended on this rank, and `wait` has not returned its outcome yet."""
         return self._thread is not None and not self._thread.is_alive()
 
     def wait(self) -> SaveOutcome | None:
-        """Wait until the last save has ended on this rank; how it did, once."""
+        """Wait until the last save has ended on this rank; return its outcome once, and None after that."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -101,7 +102,7 @@ class CheckpointWriter:
             written = self._write_files(step, snapshot)
             num_bytes = written.num_bytes
             folder = self._complete(step, snapshot, values, written)
-        except Exception as problem:  # whatever it is, it is told by `SaveOutcome`: nobody sees this thread's end
+        except Exception as problem:  # any error: `SaveOutcome` reports it, because this thread's end is not observed
             error = f"{problem}" if str(problem) else type(problem).__name__
             if self._rank == 0:  # the disk may be full
                 shutil.rmtree(self._part(step), ignore_errors=True)
@@ -111,7 +112,7 @@ class CheckpointWriter:
         begin = lambda: begin_checkpoint(self._checkpoints, step) if self._rank == 0 else None  # noqa: E731
         run_on_all_ranks(begin, group=self._group)
         path = self._part(step) / self._file
-        if not snapshot.ranges:  # every element of the model has another owner
+        if not snapshot.ranges:  # other ranks own all elements of the model
             return run_on_all_ranks(lambda: WrittenFile("", 0), group=self._group)
         return run_on_all_ranks(lambda: write_tensor_file(path, snapshot.tensors), group=self._group)
 
@@ -130,7 +131,7 @@ class CheckpointWriter:
         }
         run_on_all_ranks(lambda: complete_checkpoint(part, manifest) if self._rank == 0 else None, group=self._group)
         if self._rank == 0:
-            with contextlib.suppress(OSError):  # what cannot be removed is no reason to call the save failed
+            with contextlib.suppress(OSError):  # a removal that fails does not make the save fail
                 for folder in superfluous(self._checkpoints, self._retention):
                     remove_checkpoint(folder)
         return part.with_suffix("")

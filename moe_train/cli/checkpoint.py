@@ -1,4 +1,4 @@
-"""`moe-train checkpoint`: list, verify, inspect, compare, remove and export the checkpoints of a run."""
+"""Command `moe-train checkpoint`: list, verify, inspect, compare, remove and export the checkpoints of a run."""
 
 import argparse
 import contextlib
@@ -24,15 +24,25 @@ Show = Callable[[Any], None]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a subcommand; 0, or 1 if verify found damage or diff a difference."""
+    """Run a subcommand of `moe-train checkpoint`.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code: 0, or 1 if verify found damage or diff found a difference.
+
+    Raises:
+        UsageError: If an argument is wrong, or a file cannot be read or written.
+    """
     options = _parser().parse_args(list(arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an output that has no box characters
+        sys.stdout.reconfigure(errors="replace")  # an output encoding may lack box characters
     console = Console(highlight=False)
     show: Show = (lambda _: None) if options.json else (lambda shown: console.print(shown, markup=False))
     try:
         code: int = options.action(options, show)
-    except OSError as error:  # a run that is saving removes its old checkpoints; a disk is full
+    except OSError as error:  # for example, a run that saves has removed an old checkpoint, or a disk is full
         raise UsageError(f"{error}; a run that is saving may have removed it: try again") from error
     return code
 
@@ -237,7 +247,15 @@ def _print_json(options: argparse.Namespace, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _progress(text: str, total: Callable[[], float | None]) -> Iterator[Callable[[int], object] | None]:
-    """A bar over bytes on standard error, on a terminal only; yields what moves it on."""
+    """Show a progress bar over bytes on standard error, on a terminal only.
+
+    Args:
+        text: Description beside the bar.
+        total: Called without arguments where the bar is shown; returns the total bytes, or None if unknown.
+
+    Yields:
+        A function to call with further bytes; None without a terminal.
+    """
     console = Console(stderr=True)
     if not console.is_terminal or console.is_dumb_terminal:
         yield None

@@ -1,4 +1,4 @@
-"""`moe-train convert-attention`: a trained model with fewer key and value heads and layers, ready for uptraining."""
+"""Command `moe-train convert-attention`: convert a trained model to fewer key/value heads or layers, for uptraining."""
 
 import argparse
 import json
@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Convert and say what was made."""
+    """Convert a checkpoint and print a summary of the result.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UsageError: If an argument is wrong or the output cannot be written.
+    """
     options = _parser().parse_args(list(arguments))
     kv_layers = _read_layers(options.kv_layers)
     check_positive(options, "steps")

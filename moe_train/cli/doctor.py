@@ -1,4 +1,4 @@
-"""`moe-train doctor`: examine the ranks, hosts and links that a launcher gives, before a run."""
+"""Command `moe-train doctor`: examine the ranks, hosts and links that a launcher gives, before a run."""
 
 import argparse
 import contextlib
@@ -41,14 +41,15 @@ _NO_RUN_DIR = "unknown"
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a rank found of its configuration; the failure, if any, is compared with the other ranks' before it counts.
+    """Settings of one rank. A failure is not raised here; it is first compared with the other ranks.
 
     Attributes:
-        config: Checked against the world; None: none was given.
-        device: Of this rank; the CPU after a failure.
-        precisions: Of products.
-        failure: "", or what was wrong.
-        unwritable: Why rank 0 cannot write --output; "".
+        config: Configuration, checked against the world; None: no options of the configuration were given, or a
+            failure.
+        device: Device of this rank; the CPU after a failure.
+        precisions: Precisions in which products are measured.
+        failure: Message of a failure; "" without one.
+        unwritable: Reason why rank 0 cannot write --output; "" if it can.
     """
 
     config: Config | None
@@ -59,7 +60,19 @@ class _Setting:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Examine and show; 0 if all is well, 1 if a problem was found. Collective: all ranks of a launcher."""
+    """Examine ranks, hosts and links, and print a report.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code: 0 if no problem was found, else 1.
+
+    Raises:
+        UsageError: If an argument is wrong.
+
+    Collective: All ranks of a launcher.
+    """
     options, rest = _parser().parse_known_args(list(arguments))
     sizes = None if options.sizes is None else _read_sizes(options.sizes)
     if not 0 < options.timeout < math.inf:
@@ -76,7 +89,8 @@ def run(arguments: Sequence[str]) -> int:
     config = setting.config
     threads = set_threads(config.parallel.threads_per_rank if config else "auto", world)
     fields = {} if config is None else {n: str(v) for n, v in field_values(config.model_dump(mode="json"))}
-    # What decides how ranks talk to each other; a folder may have another name on each host.
+    # Options that must be equal on all ranks, because they decide how ranks communicate. A folder is not among them: it
+    # may have another name on each host.
     alike = {"sizes": options.sizes or "", "quick": str(options.quick), "timeout": f"{options.timeout:g}"}
     facts = collect_facts(world, setting.device, threads, fields, setting.failure, alike, environment())
     export_world(world, setting.device)
@@ -98,9 +112,9 @@ def run(arguments: Sequence[str]) -> int:
     def show(report: dict[str, Any]) -> None:
         try:
             _show(report, options.json, output)
-        except BrokenPipeError as error:  # nobody reads it; the other ranks still have to hear how it ends
+        except BrokenPipeError as error:  # the reader is gone; the other ranks still need the result
             closed.append(error)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered is flushed once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the buffered output is flushed once more
 
     try:
         code = Examination(request, show, _say).run()
@@ -153,7 +167,7 @@ def _read_setting(rest: list[str], options: argparse.Namespace, world: World) ->
 
 
 def _check_output(output: str | None) -> str:
-    """Why the file could not be written; "": it can be."""
+    """Return the reason why the output file cannot be written; "" if it can."""
     if output is None:
         return ""
     folder = Path(output).absolute().parent
@@ -173,7 +187,7 @@ def _shared_folder(given: str | None, config: Config | None) -> Path | None:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it
+    with contextlib.suppress(BrokenPipeError):  # the reader is gone
         print(f"doctor: {text}", file=sys.stderr, flush=True)
 
 
@@ -191,6 +205,6 @@ def _show(report: dict[str, Any], as_json: bool, output: Path | None) -> None:
         print(json.dumps(report), flush=True)
     else:
         console = Console()
-        with console.capture() as captured:  # rich would end the process on a closed output
+        with console.capture() as captured:  # rich would end the process if the output is closed
             show_report(report, console)
         print(captured.get(), end="", flush=True)

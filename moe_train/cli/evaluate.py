@@ -1,4 +1,4 @@
-"""`moe-train evaluate`: loss, perplexity, bits per byte and expert load of a trained model on any text."""
+"""Command `moe-train evaluate`: loss, perplexity, bits per byte and expert load of a trained model on any text."""
 
 import argparse
 import contextlib
@@ -34,7 +34,19 @@ _BATCH_SIZE = 8
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Evaluate and print. Collective: all ranks of the world."""
+    """Evaluate a trained model and print the results.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UsageError: If an argument is wrong, or a checkpoint or text cannot be read.
+
+    Collective: All ranks of the world.
+    """
     options, data_options = _parser().parse_known_args(list(arguments))
     check_positive(options, "max_sequences", "sequence_length", "batch_size")
     trained = open_trained(options, "moe-train evaluate", _changes(options), data_options)
@@ -141,7 +153,7 @@ def _show(
         print(json.dumps(values))
         return
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # an output that has no block characters
+        sys.stdout.reconfigure(errors="replace")  # an output encoding may lack block characters
     console = Console(highlight=False)
     shown = results if len(results) > 2 else results[:1]
     console.print(f"{trained.manifest.folder} ({trained.manifest.step} steps)", markup=False)

@@ -1,4 +1,4 @@
-"""`moe-train generate`: text from a trained model, on one process or several that share the experts."""
+"""Command `moe-train generate`: generate text with a trained model, in one process or several that share experts."""
 
 import argparse
 import json
@@ -16,25 +16,25 @@ from moe_train.data import Tokenizer
 if TYPE_CHECKING:
     from moe_train.infer.decode import DecodePlan
 
-# With a capacity, padding and the chunks that tokens come in would decide what an expert has room for.
+# With a capacity, padding and prefill chunks would change which tokens an expert has room for.
 DROPLESS: dict[str, Any] = {
     "capacity_factor": None,
     "eval_capacity_factor": None,
     "capacity_scope": "sequence",
     "drop_policy": "probability",
 }
-_NEW_TOKENS = 128  # if not told otherwise, and as far as there is room
+_NEW_TOKENS = 128  # default number of new tokens, as far as there is room
 _TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be gone on with.
+    """Prompt as the user gave it.
 
     Attributes:
-        where: What gave it, for messages.
-        text: As given; None where token ids were.
-        ids: Token ids where they were given.
+        where: Option or file that gave it, for messages.
+        text: Text of the prompt; None where token ids were given.
+        ids: Token ids of the prompt; empty where text was given.
     """
 
     where: str
@@ -43,7 +43,19 @@ class Prompt:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Generate and print. Collective: all ranks of the world."""
+    """Generate text from prompts and print it.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UsageError: If an argument is wrong, a prompt does not fit, or a checkpoint cannot be read.
+
+    Collective: All ranks of the world.
+    """
     options = _parser().parse_args(list(arguments))
     _check(options)
     prompts = _prompts(options)
@@ -184,7 +196,7 @@ def _read_file(path: str) -> list[Prompt]:
     if not path.endswith(".jsonl"):
         return [Prompt(where, text)]
     prompts = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at characters that JSON may hold
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split inside JSON strings too
         if not line.strip():
             continue
         try:
@@ -216,10 +228,10 @@ def _read_ids(text: str) -> Prompt:
 
 
 def _encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    """Token ids, after a mark where they are of a text.
+    """Encode a prompt to token ids; a text gets an end-of-document token before it.
 
     Raises:
-        UsageError: If there is no token for a part of it.
+        UsageError: If the vocabulary has no token for a part of the text, or not all of the given ids.
     """
     if prompt.text is None:
         for token in prompt.ids:
@@ -268,8 +280,8 @@ def _plan(
 
 
 def _write(text: str) -> None:
-    """To the standard output at once, whatever characters that has."""
-    if sys.stdout is None:  # closed from the start
+    """Write text to standard output at once, and replace characters that its encoding lacks."""
+    if sys.stdout is None:  # it was closed when the process started
         return
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))

@@ -1,8 +1,9 @@
-"""`moe-train launch`: look at all hosts of a hostfile, then start the launcher of the house on them.
+"""Command `moe-train launch`: check all hosts of a hostfile, then start ranks on them with the chosen launcher.
 
     moe-train launch --hostfile launch/hostfile -- launch/train.py --config configs/NAME.yaml --section.field=value
 
-What is wrong with a host is one message before anything starts, exit code 2; afterwards nothing is left on any host.
+A problem with a host gives one message before anything starts, and exit code 2. At the end no process is left on any
+host.
 """
 
 import argparse
@@ -21,7 +22,17 @@ from moe_train.launch.supervise import Signals, Stopped, end, start, watch
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Launch and wait; the exit code of the ranks, or 128 plus the signal that came before anything was started."""
+    """Start the ranks and wait for them.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code of the ranks; 128 plus the number of a signal that came before anything was started.
+
+    Raises:
+        UsageError: If an argument, the hostfile or a host is wrong.
+    """
     options = _parser().parse_args(arguments)
     hosts = read_hostfile(options.hostfile)
     program = _program(options.program)
@@ -37,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
 def _launch(options: argparse.Namespace, hosts: Sequence[HostLine], words: Sequence[str], signals: Signals) -> int:
     mark, python, folder = secrets.token_hex(8), sys.executable, Path.cwd()
     environment = passed_environment(options.env, mark, python)
-    names = [host.name for host in hosts] if options.allow_fewer_hosts else [hosts[0].name]  # any may become the first
+    names = [host.name for host in hosts] if options.allow_fewer_hosts else [hosts[0].name]  # any may be the first
     names += [options.master_addr] if options.master_addr else []
     task = {"mark": f"{LAUNCH_MARK}={mark}", "program": words[0], "python": python, "names": names}
     agents: list[HostAgent] = []
@@ -66,7 +77,7 @@ def _launch(options: argparse.Namespace, hosts: Sequence[HostLine], words: Seque
             try:
                 return watch(launchers, kept, signals)
             finally:
-                end(launchers)  # first: told by a agent, deepspeed would reach for all hosts again
+                end(launchers)  # first: if an agent ended deepspeed, deepspeed would contact all hosts again
                 end_agents(kept)
         finally:
             end_agents([agent for agent in agents if agent.process.poll() is None])

@@ -1,4 +1,4 @@
-"""`moe-train load`: how the experts of a run share the tokens, from its metrics.jsonl, also while it runs."""
+"""Command `moe-train load`: show the load of a run's experts, from its metrics.jsonl, also while it runs."""
 
 import argparse
 import io
@@ -15,7 +15,17 @@ from moe_train.train.telemetry.records import read_records
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Read and print."""
+    """Print the load of the experts over the last steps of a run.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UsageError: If an argument is wrong, or the run has no records of experts.
+    """
     parser = argparse.ArgumentParser(
         prog="moe-train load",
         description="Show the load of every expert over the last steps of a run, the worst layers first.",
@@ -56,7 +66,7 @@ def _show(options: argparse.Namespace) -> None:
         print(json.dumps(report.as_dict() | {"layers": [load.as_dict() for load in chosen]}))
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an output that has no block characters
+        sys.stdout.reconfigure(errors="replace")  # an output encoding may lack block characters
     console = Console(highlight=False)
     if options.layer is not None:
         console.print(layer_table(chosen[0]))

@@ -1,4 +1,4 @@
-"""The command `moe-train`: one subcommand a file."""
+"""Entry point of the command `moe-train`; each subcommand has its own file in this folder."""
 
 import importlib
 import os
@@ -23,21 +23,21 @@ SUBCOMMANDS = {
     "plan": "say what memory, traffic and time a configuration takes on a cluster, and search for the best layout",
     "parity": "check that every layout of ranks gives the same losses and gradient norms, here or on a cluster",
 }
-_FIRST_RANK_SPEAKS_SECONDS = 5.0  # it may first wait for 2.5 beats, until the others have heard why it ends
-EXIT_CLOSED_PIPE, EXIT_INTERRUPTED = 128 + 13, 128 + 2  # as a shell tells of SIGPIPE and SIGINT
+_FIRST_RANK_SPEAKS_SECONDS = 5.0  # the first rank may wait 2.5 beats, until the others know why it ends
+EXIT_CLOSED_PIPE, EXIT_INTERRUPTED = 128 + 13, 128 + 2  # as a shell reports SIGPIPE and SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
-        arguments: The command line without the program's name; None takes the process's.
+        arguments: Command line without the name of the program; None takes sys.argv.
 
     Returns:
         The exit code.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # DeepSpeed's launcher puts this before the arguments of a program that it starts.
+    # DeepSpeed's launcher puts this option before the arguments of the program that it starts.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -54,16 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
-    """Run a command and turn a user's error into one message and exit code 2.
+    """Run a command, and turn a UsageError into one message and exit code 2.
 
-    Of several ranks that find the same error only the first says it; the others wait a little, because launchers end
-    every rank as soon as one has ended.
+    If several ranks raise the same error, only the first rank prints it. The other ranks wait a little, because
+    launchers end every rank as soon as one has ended.
+
+    Args:
+        run: Called with the arguments; returns an exit code.
+        arguments: Command line of the command.
+        program: Name of the command in messages.
+
+    Returns:
+        The exit code.
     """
     try:
         code = run(arguments)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a closed output is met, and not at the interpreter's end
-    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
+            sys.stdout.flush()  # here, where a closed output is handled, and not at the end of the interpreter
+    except BrokenPipeError:  # the reader has closed the output, for example `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         code = EXIT_CLOSED_PIPE
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`moe-train params`: a configuration's parameters, total and active, without allocating them."""
+"""Command `moe-train params`: count the parameters of a configuration, total and active, without allocating them."""
 
 import argparse
 import json
@@ -10,7 +10,17 @@ from moe_train.config.root import Config
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Count and print."""
+    """Count the parameters of a configuration and print the counts.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UsageError: If an argument is wrong, or the size of the vocabulary is unknown.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, rest = parser.parse_known_args(list(arguments))
@@ -20,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
         description="Count a configuration's parameters. --json: one JSON object.",
         defaults={"train": {"run_dir": "unused"}},
     )
-    from moe_train.model.count import count_parameters  # torch is imported only for a configuration that is right
+    from moe_train.model.count import count_parameters  # imports torch, so only for a valid configuration
 
     count = count_parameters(config.model, known_vocab_size(config))
     if options.json:
@@ -32,13 +42,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def known_vocab_size(config: Config) -> int:
-    """Rows of the embedding, as far as the configuration alone tells.
+    """Return the rows of the embedding, from the configuration alone.
 
     Args:
-        config: As loaded.
+        config: Configuration as loaded.
 
     Raises:
-        UsageError: If only the tokenizer's file tells it.
+        UsageError: If only the tokenizer file gives the number.
     """
     if config.model.vocab_size is not None:
         return config.model.vocab_size

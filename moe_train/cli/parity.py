@@ -1,7 +1,7 @@
-"""`moe-train parity`: train a small model in several layouts and compare every step's loss and gradient norm.
+"""Command `moe-train parity`: train a small model in several layouts and compare losses and gradient norms by step.
 
-Alone it starts the ranks of each layout on this machine. Under a launcher each rank starts its own part of each layout,
-so that the hosts, the network and the devices of a cluster are what is checked.
+Without a launcher, it starts the ranks of each layout on this machine. Under a launcher, each rank starts its own part
+of each layout. So the hosts, the network and the devices of a cluster are checked.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from moe_train.distributed.world import World
 from moe_train.launch.fork_server import ForkServer, wait_for_all
 
 RUN_TIMEOUT_SECONDS = 600
-# What training imports from the first line to the last, for ranks that are forked.
+# Modules that training imports, early or late; the fork server imports them once for all ranks.
 TRAINING_MODULES = (
     "torch",
     "moe_train.cli.main",
@@ -43,13 +43,26 @@ TRAINING_MODULES = (
     "moe_train.train.loop",
     "moe_train.train.resume",
     "moe_train.train.summary",
-    "setuptools",  # DeepSpeed imports it when an engine is made
-    "deepspeed.runtime.zero.muon.original_muon",  # likewise, and it compiles a function: half of all imports
+    "setuptools",  # DeepSpeed imports it when it makes an engine
+    "deepspeed.runtime.zero.muon.original_muon",  # the same; it also compiles a function: half of all import time
 )
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the layouts; 0 if all agree, 1 if one does not. Collective: all ranks of a launcher."""
+    """Train in every layout, compare the results and print them.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code: 0 if all layouts agree, else 1.
+
+    Raises:
+        UsageError: If an argument is wrong, or no layouts can be compared.
+        RuntimeError: If a rank fails.
+
+    Collective: All ranks of a launcher.
+    """
     parser = argparse.ArgumentParser(
         prog="moe-train parity",
         description="Check that every layout of ranks gives the same losses and gradient norms. "
@@ -64,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     world = discover_world()
     if world.num_nodes > 1 and options.keep is None:
         raise UsageError(f"--keep is needed on {world.num_nodes} hosts: a folder that all of them see, for checkpoints")
-    # A launcher ends the other ranks by this signal when one has failed: their children must not stay behind.
+    # A launcher sends this signal to the other ranks when one has failed. Their child processes must end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="moe_train_parity_") as scratch:
         return _compare_layouts(options, extra, world, Path(options.keep or scratch))
@@ -86,7 +99,7 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
         raise UsageError(f"with {limit} rank or device nothing can be compared: give --parallel.device=cpu, or more")
     if world.world_size > 1:
         init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
-    # Rank 0's host is where the ports must be free, and its folder the one that all ranks of a run write to.
+    # The ports must be free on the host of rank 0, and all ranks of a run write to the folder of rank 0.
     scratch, ports = gather_objects((scratch, [free_port() for _ in wanted]))[0]
     reference: dict[bool, list[Record]] = {}
     results: list[Comparison] = []
@@ -120,7 +133,7 @@ def _rank_limit(wanted: int | None, world: World, device_type: str) -> int:
 
 
 def _fork_server(world: World, device_type: str) -> contextlib.AbstractContextManager[ForkServer | None]:
-    """Where all ranks are this machine's and on the CPU; CUDA is not to be forked."""
+    """Make a fork server if all ranks are on this machine and on the CPU. None on CUDA, which must not be forked."""
     if world.world_size > 1 or device_type != "cpu":
         return contextlib.nullcontext()
     environment = child_environment(_place(0, 1, world, 0), one_thread=True)
@@ -140,7 +153,7 @@ def _run_layout(arguments: list[str], world_size: int, world: World, port: int, 
 
 
 def _run_forked(arguments: list[str], environments: list[dict[str, str]], server: ForkServer) -> list[tuple[int, str]]:
-    """Exit codes and outputs of training ranks that are forked from the server."""
+    """Run training ranks that are forked from the server, and return their exit codes and outputs."""
     command = ["train", *arguments]
     ranks = [server.start("moe_train.cli.main:main", command, environment) for environment in environments]
     results = wait_for_all(ranks, RUN_TIMEOUT_SECONDS)
@@ -148,7 +161,7 @@ def _run_forked(arguments: list[str], environments: list[dict[str, str]], server
 
 
 def _run_commands(arguments: list[str], environments: list[dict[str, str]]) -> list[tuple[int, str]]:
-    """Exit codes and outputs of training ranks, each an interpreter of its own."""
+    """Run training ranks, each in its own interpreter, and return their exit codes and outputs."""
     command = [sys.executable, "-m", "moe_train", "train", *arguments]
     children: list[subprocess.Popen[str]] = []
     try:

@@ -1,4 +1,4 @@
-"""`moe-train plan`: memory, traffic and time of a configuration on a cluster, before there is one."""
+"""Command `moe-train plan`: compute memory, traffic and time of a configuration on a cluster, without the cluster."""
 
 import argparse
 import io
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Amount = TypeVar("Amount", int, float)
 EXIT_NOTHING_FITS = 1  # --search found no layout
-_SHOWN = 8  # layouts of a search
+_SHOWN = 8  # layouts of a search that are printed
 
 DESCRIPTION = """Say what a configuration takes on a cluster: memory of a rank by part, bytes inside and across nodes,
 time of a step. Nothing is allocated and no rank is started; paths under data need not exist. Any training option may
@@ -31,14 +31,24 @@ follow; moe-train train --help lists them. Exit code 0: planned, whether or not 
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one message."""
+    """Argument parser that raises UsageError, so that an error is one message."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Plan and print."""
+    """Plan a configuration and print the plan.
+
+    Args:
+        arguments: Command line after the name of the command.
+
+    Returns:
+        Exit code: 0, or 1 if --search found no layout that fits.
+
+    Raises:
+        UsageError: If an argument is wrong.
+    """
     options, rest = _parser().parse_known_args(list(arguments))
     _check_options(options)
     rest += [] if options.config is None else ["--config", options.config]
@@ -73,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Put numbers in the place of words; refuse what is out of range or has no effect."""
+    """Convert option texts to numbers, and refuse values that are out of range or have no effect."""
     for name in ("nodes", "gpus_per_node"):
         setattr(options, name, _number(name, getattr(options, name), int, 1))
     options.seed = _number("seed", options.seed, int, 0)
@@ -182,5 +192,5 @@ def _show_nothing(found: "Found", capacity: float, as_json: bool) -> None:
 
 def _console() -> Console:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an output that has no block characters
+        sys.stdout.reconfigure(errors="replace")  # an output encoding may lack block characters
     return Console(highlight=False)

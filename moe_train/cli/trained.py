@@ -139,9 +139,9 @@ def load_model(trained: Trained) -> "Transformer":
     if world.world_size > 1:
         init_process_group(world, trained.device, config.parallel.timeout_seconds)
         # In one hop and one chunk: a few tokens are a matter of latency. What travels is what it was in training.
-        groups = create_mesh(size, config.parallel.timeout_seconds)
+        mesh = create_mesh(size, config.parallel.timeout_seconds)
         placement = ExpertPlacement(
-            groups.ep_rank, size, groups.path, config.parallel.dispatch, payload=config.parallel.payload
+            mesh.expert.rank, size, mesh.dispatch_groups, config.parallel.dispatch, payload=config.parallel.payload
         )
     model = build_model(config.model, config.model.vocab_size, seed=config.train.seed, placement=placement)
     check_fits(model, manifest)

@@ -1,9 +1,12 @@
 """The base of every configuration section: frozen, unknown keys refused, field docstrings shown by `--help`."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+from moe_train.config.registry import Group, is_part
 
 
 class Section(BaseModel):
@@ -22,6 +25,30 @@ class Section(BaseModel):
         """Whether a field has another value than its default; a resolved configuration names every field, so that
         "was given" cannot tell a user's wish from a default."""
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+
+
+class SectionWithParts(Section):
+    """A section whose fields name parts of a registry. A part's own settings stand under the part's name beside them.
+
+    They stay a raw mapping until the part, which knows their names, has been imported: see `parts.read_section`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    part_group: ClassVar[Group]
+
+    @property
+    def part_settings(self) -> dict[str, dict[str, Any]]:
+        """Settings of parts by the part's name."""
+        return self.model_extra or {}
+
+    @model_validator(mode="after")
+    def _check_part_settings(self) -> Self:
+        for name, value in self.part_settings.items():
+            if not is_part(self.part_group, name):
+                raise PydanticCustomError("extra_forbidden", "unknown key", {"key": name, "value": value})
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} ({value!r}) must be a mapping: the settings of {name}")
+        return self
 
 
 _WHOLE = ("coef_schedules",)

@@ -5,14 +5,15 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
+from moe_train.config.messages import describe_errors
 from moe_train.config.root import Config
 
 
@@ -135,45 +136,10 @@ def validate_config(values: dict[str, Any], *, origin: str | None = None) -> Con
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(item) for item in error.errors()]
         where = f"{origin}: " if origin else ""
-        raise UsageError(where + "; ".join(lines)) from error
+        raise UsageError(where + describe_errors(error, Config)) from error
 
 
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML text that loads again to an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=False), sort_keys=False)
-
-
-def _describe(error: Any) -> str:
-    # Parts of a union's branch names ("int", "literal['auto']") are not field names.
-    path = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
-    path = [part for part in path if part not in ("int", "float", "bool", "str", "constrained")]
-    name = ".".join(str(part) for part in path)
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {name} (value {error['input']!r}); {hint}"
-    if error["type"] == "missing":
-        required = _fields_at(path, only_required=True)
-        name = ".".join([name, *required[:1]])
-        return f"{name} is missing: give it as --{name}=... or in the configuration file"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{name}: {message}" if name else message
-    return f"{name} ({error['input']!r}): {message}"
-
-
-def _fields_at(path: list[Any], only_required: bool = False) -> list[str]:
-    section: type[BaseModel] = Config
-    for part in path:
-        if isinstance(part, int):  # a place in a list of sections
-            continue
-        annotation: Any = section.model_fields[part].annotation if part in section.model_fields else None
-        if get_origin(annotation) is tuple:
-            annotation = get_args(annotation)[0]
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return [name for name, field in section.model_fields.items() if field.is_required() or not only_required]

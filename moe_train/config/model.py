@@ -1,15 +1,18 @@
 """Settings of the model: the decoder and its mixer."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from moe_train.config.base import Section
+from moe_train.config.base import SectionWithParts
 from moe_train.config.moe import MoEConfig
+from moe_train.config.registry import check_part
 
 
-class ModelConfig(Section):
+class ModelConfig(SectionWithParts):
     """The decoder: embedding, num_layers x (norm, mixer, norm, SwiGLU or MoE), final norm, head."""
+
+    part_group = "mixers"
 
     vocab_size: PositiveInt | None = None
     """Rows of the embedding; None takes the tokenizer's size. A larger value than the tokenizer's is padding."""
@@ -22,7 +25,8 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt | None = None
     """Key and value heads of one owner layer: num_heads is MHA, fewer GQA, 1 MQA; None takes num_heads."""
     kv_layers: PositiveInt | tuple[int, ...] | None = None
-    """Layers that own keys and values (MLKV): their number, or their list, beginning with 0; None: all layers."""
+    """Attention layers that own keys and values (MLKV): their number, or the list of their layers, beginning with the
+    first attention layer; None: all of them."""
     sliding_window: PositiveInt | None = None
     """Positions that a token sees, its own included, in training and decoding alike: older keys are not kept in the
     cache; None: all."""
@@ -40,8 +44,11 @@ class ModelConfig(Section):
     """The MoE layers, counted from 0, in place of moe_every."""
     moe: MoEConfig = MoEConfig()
     """The Mixture-of-Experts layers."""
-    mixer: Literal["attention"] = "attention"
-    """What mixes tokens along the sequence."""
+    mixer: str | None = None
+    """The mixer of all layers: the same as mixers with one name."""
+    mixers: tuple[str, ...] = Field(("attention",), min_length=1)
+    """What mixes tokens along the sequence, by layer: a pattern that repeats over the layers, whose length divides
+    num_layers. A mixer's own settings stand under its name beside this field."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation of the residual stream."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -57,6 +64,17 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; divided by sqrt(2 num_layers) where they write to the residual stream."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_mixer(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("mixer") is None:
+            return values
+        if "mixers" in values:
+            raise ValueError(
+                f"mixer ({values['mixer']!r}) and mixers ({values['mixers']!r}) both name the mixers: give one of them"
+            )
+        return values | {"mixer": None, "mixers": (values["mixer"],)}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -65,20 +83,14 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim ({self.attention_head_dim}) must be even, for the rotary embedding")
         if self.num_heads % self.attention_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})")
+        self._check_mixers()
         self._check_layers("moe_layers", self.moe_layers)
         if self.moe_layers is not None and self.differs("moe_every"):
             raise ValueError(
                 f"moe_every ({self.moe_every}) and moe_layers ({list(self.moe_layers)}) both say which layers are MoE "
                 "layers: give one of them"
             )
-        if isinstance(self.kv_layers, int) and self.kv_layers > self.num_layers:
-            raise ValueError(f"kv_layers ({self.kv_layers}) must not exceed num_layers ({self.num_layers})")
-        if isinstance(self.kv_layers, tuple):
-            self._check_layers("kv_layers", self.kv_layers)
-            if not self.kv_layers or self.kv_layers[0] != 0:
-                raise ValueError(
-                    f"kv_layers ({list(self.kv_layers)}) must begin with layer 0, which has no owner below it"
-                )
+        self._check_kv_layers()
         all_moe = len(self.moe_layer_indices) == self.num_layers
         if all_moe and self.moe.intermediate_size is not None and self.differs("intermediate_size"):
             raise ValueError(
@@ -91,6 +103,37 @@ class ModelConfig(Section):
                 f"({self.moe_every}) and moe_layers ({self.moe_layers})"
             )
         return self
+
+    def _check_mixers(self) -> None:
+        for name in self.mixers:
+            check_part("mixers", name, "mixers")
+        if self.num_layers % len(self.mixers):
+            raise ValueError(
+                f"num_layers ({self.num_layers}) must be divisible by the length of mixers ({list(self.mixers)}), a "
+                "pattern that repeats"
+            )
+        for name, values in self.part_settings.items():
+            if name not in self.mixers:
+                raise ValueError(f"{name} ({values}) has no effect: it is not among mixers ({list(self.mixers)})")
+
+    def _check_kv_layers(self) -> None:
+        given, layers = self.kv_layers, self.attention_layers
+        if given is not None and not layers:
+            raise ValueError(
+                f"kv_layers ({given}) has no effect: no layer is attention, with mixers {list(self.mixers)}"
+            )
+        if isinstance(given, int) and given > len(layers):
+            which = "num_layers" if len(layers) == self.num_layers else "the number of attention layers"
+            raise ValueError(f"kv_layers ({given}) must not exceed {which} ({len(layers)})")
+        if not isinstance(given, tuple):
+            return
+        self._check_layers("kv_layers", given)
+        if not given or given[0] != layers[0]:
+            raise ValueError(
+                f"kv_layers ({list(given)}) must begin with layer {layers[0]}, which has no owner below it"
+            )
+        if others := sorted(set(given) - set(layers)):
+            raise ValueError(f"kv_layers ({list(given)}) must be attention layers: {others} are not")
 
     def _check_layers(self, name: str, layers: tuple[int, ...] | None) -> None:
         if layers is None:
@@ -112,6 +155,16 @@ class ModelConfig(Section):
         return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
 
     @property
+    def layer_mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer."""
+        return self.mixers * (self.num_layers // len(self.mixers))
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers whose mixer is attention."""
+        return tuple(layer for layer, name in enumerate(self.layer_mixers) if name == "attention")
+
+    @property
     def moe_layer_indices(self) -> tuple[int, ...]:
         """The MoE layers, counted from 0."""
         if self.moe_layers is not None:
@@ -122,11 +175,15 @@ class ModelConfig(Section):
 
     @property
     def kv_owner_layers(self) -> tuple[int, ...]:
-        """The layers that own keys and values (spec: layer 0, then int((i + 1) L / M) for i = 0 .. M - 2)."""
+        """The layers that own keys and values: of A attention layers number 0, then int((i + 1) A / M), i = 0 .. M - 2.
+
+        Source: Zuhri et al. 2024, arXiv 2406.09297.
+        """
         if isinstance(self.kv_layers, tuple):
             return self.kv_layers
-        num_owners = self.kv_layers if self.kv_layers is not None else self.num_layers
-        return (0, *((i + 1) * self.num_layers // num_owners for i in range(num_owners - 1)))
+        layers = self.attention_layers
+        num_owners = self.kv_layers if self.kv_layers is not None else len(layers)
+        return tuple(layers[i * len(layers) // num_owners] for i in range(num_owners))
 
     @property
     def expert_intermediate_size(self) -> int:

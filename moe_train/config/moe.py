@@ -1,10 +1,11 @@
 """Settings of the Mixture-of-Experts layers: experts, router, capacity and balance."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from moe_train.config.base import Section
+from moe_train.config.base import SectionWithParts
+from moe_train.config.registry import check_part
 
 BalanceWeight = Literal[
     "importance_cv2_coef", "load_cv2_coef", "switch_aux_coef", "z_loss_coef", "bias_update_rate"
@@ -13,8 +14,10 @@ CapacityFactor = Annotated[float, Field(gt=0.0)]
 SchedulePoints = tuple[tuple[int, float], ...]  # step, factor
 
 
-class MoEConfig(Section):
+class MoEConfig(SectionWithParts):
     """The Mixture-of-Experts layers: experts, router, capacity and balance terms."""
+
+    part_group = "routers"
 
     num_experts: PositiveInt = 8
     """Experts of one MoE layer, over all ranks."""
@@ -24,10 +27,11 @@ class MoEConfig(Section):
     """Inner width of one expert's SwiGLU; None takes model.intermediate_size."""
     num_shared_experts: int = Field(0, ge=0)
     """Dense SwiGLU experts of the same width that every token passes; their output is added to that of the chosen."""
-    router: Literal["noisy_topk", "softmax_topk", "sigmoid_topk", "switch"] = "noisy_topk"
+    router: str = "noisy_topk"
     """noisy_topk: logits with learned noise, zero at the start (Shazeer et al. 2017); softmax_topk: plain (Mixtral);
     sigmoid_topk: an expert's score does not depend on the others' (DeepSeek-V3); switch: one expert, gated by its
-    softmax probability (Switch Transformer)."""
+    softmax probability (Switch Transformer). A router of another package by its name, with its own settings under that
+    name beside this field."""
     noise_epsilon: float = Field(1e-2, gt=0.0)
     """Smallest standard deviation of the router's noise, in logits; only for router noisy_topk."""
     input_jitter: float = Field(0.0, ge=0.0, lt=1.0)
@@ -69,9 +73,11 @@ class MoEConfig(Section):
     bias_update_rate: float = Field(0.0, ge=0.0)
     """Loss-free balancing: what every expert's bias moves by after a step, up below the mean count and down above it
     (arXiv 2408.15664, where it is 1e-3). The bias decides who is chosen, with the scores; gates are without it."""
-    coef_schedules: dict[BalanceWeight, SchedulePoints] = Field({})
-    """Factors of balance weights over the run: by a weight's name, points [step, factor], linear between them and
-    constant outside (as JSON on the command line: {"switch_aux_coef": [[0, 1], [1000, 0.1]]})."""
+    balance: dict[str, dict[str, Any]] = Field({})
+    """Further ways to balance, of other packages: their settings by their name."""
+    coef_schedules: dict[str, SchedulePoints] = Field({})
+    """Factors of balance weights over the run: by a weight's name (or a name in balance), points [step, factor], linear
+    between them and constant outside (as JSON on the command line: {"switch_aux_coef": [[0, 1], [1000, 0.1]]})."""
 
     @property
     def gates_sum_to_one(self) -> bool:
@@ -105,6 +111,12 @@ class MoEConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_part("routers", self.router, "router")
+        for name, values in self.part_settings.items():
+            if name != self.router:
+                raise ValueError(f"{name} ({values}) has no effect: router is {self.router!r}")
+        for name in self.balance:
+            check_part("balance", name, "balance")
         self._check_router()
         self._check_groups()
         self._check_balance()
@@ -162,7 +174,7 @@ class MoEConfig(Section):
             )
 
     def _check_balance(self) -> None:
-        if self.load_cv2_coef > 0 and self.router != "noisy_topk":
+        if self.load_cv2_coef > 0 and self.router in ("softmax_topk", "sigmoid_topk", "switch"):
             raise ValueError(
                 f"load_cv2_coef ({self.load_cv2_coef}) has no effect with router {self.router!r}: its counts have no "
                 "gradient; set load_cv2_coef to 0, or router to noisy_topk"
@@ -183,7 +195,12 @@ class MoEConfig(Section):
     def _check_schedules(self) -> None:
         for name, points in self.coef_schedules.items():
             shown = [list(point) for point in points]
-            if not getattr(self, name):
+            if name not in (*get_args(BalanceWeight), *self.balance):
+                raise ValueError(
+                    f"coef_schedules.{name} ({shown}): no way to balance has this name; known: "
+                    f"{', '.join((*get_args(BalanceWeight), *self.balance))}"
+                )
+            if name not in self.balance and not getattr(self, name):
                 raise ValueError(f"coef_schedules.{name} ({shown}) has no effect: {name} is 0")
             steps = [step for step, _ in points]
             if steps != sorted(set(steps)):

@@ -1,4 +1,7 @@
-"""Documents, tokens and their order. Importing this needs neither torch nor datasets."""
+"""Training data: documents, tokenizers, token sequences and their order.
+
+Importing it needs neither torch nor datasets.
+"""
 
 from moe_train.data.domains import Domain, Split, open_domains
 from moe_train.data.order import locate_samples, mixture_slots, permute

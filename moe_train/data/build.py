@@ -1,4 +1,4 @@
-"""One pass over a corpus: documents to token files, with the sizes and reference compressions of the held-out text."""
+"""One pass over a corpus that writes its token files and measures how well gzip and xz compress the held-out text."""
 
 import lzma
 import zlib
@@ -14,23 +14,24 @@ from moe_train.data.report import PreparationReport
 from moe_train.data.tokenizers import Tokenizer, token_dtype
 
 TOKEN_FILES = {"train": "train.tokens.bin", "held_out": "held_out.tokens.bin"}
-BATCH_CHARACTERS = 2**22  # encoded at a time: enough for every core, and a bound of the memory
-PIECE_CHARACTERS = 2**18  # longer documents are cut before encoding: one is encoded by one thread, in memory
+BATCH_CHARACTERS = 2**22  # characters encoded at a time: enough work for every core, and a bound on memory
+PIECE_CHARACTERS = 2**18  # longer documents are cut first, because one thread encodes a text, all of it in memory
 Item = TypeVar("Item")
 GZIP_CONTAINER = 16 + zlib.MAX_WBITS
 
 
 @dataclass
 class Stream:
-    """A token file being written.
+    """Token file that is being written.
 
     Attributes:
-        file: Open for writing.
-        end_of_document: The mark; it begins the stream and follows every document, so that each byte is predicted once.
-        dtype: Name of the tokens' type.
-        tokens: Written so far, marks included.
-        documents: Written so far.
-        num_bytes: Of the text, as UTF-8.
+        file: Binary file, open for writing.
+        end_of_document: Id of the end-of-document token. It begins the stream and follows every document, so that each
+            byte is predicted once.
+        dtype: Name of the dtype of the token ids.
+        tokens: Tokens written so far, end-of-document tokens included.
+        documents: Documents written so far.
+        num_bytes: Bytes of the documents written so far, as UTF-8.
     """
 
     file: BinaryIO
@@ -41,7 +42,15 @@ class Stream:
     num_bytes: int = 0
 
     def write(self, pieces: list[np.ndarray], num_bytes: int) -> int:
-        """Append a document given as arrays of ids; returns the number of tokens it added."""
+        """Append a document.
+
+        Args:
+            pieces: Token ids of the document, in consecutive arrays.
+            num_bytes: Bytes of the document as UTF-8.
+
+        Returns:
+            The number of tokens that were appended, end-of-document tokens included.
+        """
         mark = np.array([self.end_of_document], dtype=self.dtype)
         first = [] if self.tokens else [mark]
         ids = np.concatenate([*first, *pieces, mark]).astype(self.dtype, copy=False)
@@ -54,7 +63,7 @@ class Stream:
 
 @dataclass
 class ReferenceCompression:
-    """The sizes gzip -9 and xz -9 reach on a text that is fed document by document."""
+    """Sizes that gzip -9 and xz -9 reach on a text, which is fed document by document."""
 
     num_bytes: int = 0
     _gzip_bytes: int = 0
@@ -63,13 +72,17 @@ class ReferenceCompression:
     _xz: lzma.LZMACompressor = field(default_factory=lambda: lzma.LZMACompressor(preset=9))
 
     def feed(self, text: bytes) -> None:
-        """Append a document's bytes."""
+        """Append the bytes of a document to the text."""
         self.num_bytes += len(text)
         self._gzip_bytes += len(self._gzip.compress(text))
         self._xz_bytes += len(self._xz.compress(text))
 
     def bits_per_byte(self) -> dict[str, float]:
-        """End the text; compressed bits for each byte of it, empty if there were none. To be called once."""
+        """End the text and compute the compressed bits per byte. Call it once.
+
+        Returns:
+            Bits per byte by compressor ("gzip -9", "xz -9"); empty if the text has no bytes.
+        """
         gzip_bytes = self._gzip_bytes + len(self._gzip.flush())
         xz_bytes = self._xz_bytes + len(self._xz.flush())
         if not self.num_bytes:
@@ -80,16 +93,17 @@ class ReferenceCompression:
 def tokenize_corpus(
     corpus: Corpus, tokenizer: Tokenizer, folder: Path, show_bar: bool
 ) -> tuple[dict[str, Stream], dict[str, float]]:
-    """Tokenize a corpus into a folder.
+    """Tokenize a corpus and write its token files to a folder.
 
     Args:
-        corpus: The documents.
-        tokenizer: The tokenizer.
-        folder: Where the token files are written.
-        show_bar: Show a progress bar where standard error is a terminal.
+        corpus: Corpus whose documents are tokenized.
+        tokenizer: Tokenizer that encodes them.
+        folder: Folder for the token files.
+        show_bar: Whether to show a progress bar where standard error is a terminal.
 
     Returns:
-        The finished streams "train" and "held_out", and the reference bits per byte of the held-out text.
+        The finished streams "train" and "held_out", and the bits per byte of each reference compressor on the held-out
+        text.
 
     Raises:
         UsageError: If a document cannot be read.
@@ -119,17 +133,25 @@ def tokenize_corpus(
 
 
 def encoded(pieces: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The ids of each piece, encoded in groups: a document of gigabytes has many."""
+    """Encode texts in groups, because a document of gigabytes has many pieces.
+
+    Args:
+        pieces: Texts to encode.
+        tokenizer: Tokenizer that encodes them.
+
+    Yields:
+        Token ids of each text, in order.
+    """
     for group in groups(pieces, len):
         yield from tokenizer.encode_batch(group)
 
 
 def groups(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Items in groups of up to BATCH_CHARACTERS; a larger one is a group of its own.
+    """Group items up to BATCH_CHARACTERS characters; a larger item forms a group of its own.
 
     Args:
         items: Documents or texts.
-        size: Characters of an item.
+        size: Called with an item; returns its number of characters.
 
     Yields:
         Groups of at least one item, in order.
@@ -147,16 +169,16 @@ def groups(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[
 
 
 def cut(text: str, max_characters: int) -> list[str]:
-    """A text in pieces, cut before a line end where there is one in the second half of what would fit.
+    """Cut a text into pieces, before a line end where one lies in the second half of the longest possible piece.
 
-    A cut costs a token or so where a token would have spanned it.
+    A cut costs about one token where a token would have spanned it.
 
     Args:
-        text: The text.
-        max_characters: Bound of a piece; at least 2.
+        text: Text to cut.
+        max_characters: Most characters per piece; at least 2.
 
     Returns:
-        The pieces, one of an empty text; joined they are the text.
+        The pieces; joined, they are the text. An empty text gives one empty piece.
     """
     pieces, start = [], 0
     while len(text) - start > max_characters:

@@ -1,4 +1,4 @@
-"""Tokenized corpora on disk: one folder for each corpus, tokenizer and split, read through memory maps."""
+"""Cache of tokenized corpora on disk: one folder per corpus, tokenizer and split, read through memory maps."""
 
 import json
 from collections.abc import Sequence
@@ -15,13 +15,19 @@ from moe_train.data.files import CorpusFile
 from moe_train.data.folders import build_once, replaced_folder, write_json
 from moe_train.data.tokenizers import Tokenizer
 
-FORMAT_VERSION = 1  # of the files below; part of every key, so that other versions are built anew
+FORMAT_VERSION = 1  # version of the files below; part of every key, so that caches of other versions are built anew
 META_FILE = "meta.json"
 
 
 @dataclass(frozen=True)
 class StreamSize:
-    """Size of a token stream: tokens (marks included), documents, and bytes of their text as UTF-8."""
+    """Size of a token stream.
+
+    Attributes:
+        tokens: Number of tokens, end-of-document tokens included.
+        documents: Number of documents.
+        num_bytes: Bytes of the documents as UTF-8.
+    """
 
     tokens: int
     documents: int
@@ -30,15 +36,16 @@ class StreamSize:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """One tokenized corpus.
+    """One tokenized corpus, opened from disk.
 
     Attributes:
-        folder: Where it lies.
-        train_tokens: Memory map, uint16 or uint32; a mark, then each document with a mark behind it.
-        held_out_tokens: The same of the held-out documents; empty where there are none.
+        folder: Folder of the cache.
+        train_tokens: Memory map of the training tokens, uint16 or uint32: an end-of-document token, then each document
+            followed by another.
+        held_out_tokens: Memory map of the held-out tokens, in the same form; empty where no document is held out.
         train: Size of the training text.
         held_out: Size of the held-out text.
-        reference_bits_per_byte: What general compressors reach on the held-out text; empty where there is none.
+        reference_bits_per_byte: Bits per byte of general compressors on the held-out text; empty where there is none.
     """
 
     folder: Path
@@ -51,12 +58,12 @@ class TokenCache:
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Where prepared data is kept, and how this process takes part in preparing it.
+    """Folder of prepared data, and how this process takes part in preparing it.
 
     Attributes:
-        root: The folder.
-        wait_seconds: How long to let another process begin to build first.
-        show_bar: Show a progress bar where standard error is a terminal.
+        root: Root folder of the cache.
+        wait_seconds: Seconds to wait before building, so that another process can begin first.
+        show_bar: Whether to show a progress bar where standard error is a terminal.
     """
 
     root: Path
@@ -64,22 +71,22 @@ class CacheFolder:
     show_bar: bool
 
     def digest_files(self, files: Sequence[CorpusFile]) -> list[str]:
-        """The digests of files' contents; see `file_digests`."""
+        """Compute the digest of each file's contents; see `file_digests`."""
         return file_digests(files, self.root / "digests", self.wait_seconds)
 
     def tokens(self, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> TokenCache:
-        """The tokens of a corpus, tokenized by one process where they are not there yet.
+        """Open the tokens of a corpus; one process tokenizes it first if the cache does not have it.
 
         Args:
-            corpus: The documents.
-            fingerprint: Of the corpus.
-            tokenizer: The tokenizer.
+            corpus: Corpus whose documents are tokenized.
+            fingerprint: Fingerprint of the corpus.
+            tokenizer: Tokenizer that encodes them.
 
         Returns:
-            The cache, open.
+            The opened cache.
 
         Raises:
-            UsageError: If a document cannot be read, or a file changed meanwhile.
+            UsageError: If a document cannot be read, or a file changed while it was read.
         """
         key = digest_of([FORMAT_VERSION, fingerprint, tokenizer.fingerprint])
         folder = self.root / "tokens" / key
@@ -102,7 +109,11 @@ class CacheFolder:
         return build_once(folder, lambda: open_token_cache(folder), build, self.wait_seconds)
 
     def check_unchanged(self, corpus: Corpus, fingerprint: str) -> None:
-        """Raise UsageError if the corpus is not what it was when its fingerprint was taken."""
+        """Check that the corpus still has the fingerprint that was taken before.
+
+        Raises:
+            UsageError: If it has another one.
+        """
         if corpus.fingerprint(self.digest_files) != fingerprint:
             raise UsageError(f"{corpus.description}: changed while it was read; start again when it is complete")
 
@@ -111,10 +122,11 @@ def open_token_cache(folder: Path) -> TokenCache | None:
     """Open a tokenized corpus.
 
     Args:
-        folder: Its folder.
+        folder: Folder of the cache.
 
     Returns:
-        The cache; None if it is not there, of another version, or damaged (a file's size is not what was written).
+        The cache; None if it does not exist, has another format version, or is damaged (the size of a file is not the
+        size that was written).
     """
     try:
         meta = json.loads((folder / META_FILE).read_bytes())

@@ -1,4 +1,4 @@
-"""A corpus: the documents of one source in a fixed order, and which of them are held out from training."""
+"""Corpus interface: the documents of one source in a fixed order, some of them held out from training."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +14,13 @@ DigestFiles = Callable[[Sequence[CorpusFile]], list[str]]
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its name within the corpus, its text, and whether it is kept from training."""
+    """One document of a corpus.
+
+    Attributes:
+        name: Name within the corpus.
+        text: Text of the document.
+        held_out: Whether it is held out from training.
+    """
 
     name: str
     text: str
@@ -23,21 +29,21 @@ class Document:
 
 @dataclass(frozen=True)
 class HeldOutSplit:
-    """The fixed split of documents by a hash of their name, where no held-out files or split are named.
+    """Fixed split of documents by a hash of their names, for sources without held-out files or a held-out split.
 
     Attributes:
         fraction: Share of the documents to hold out.
-        max_bytes: Bound of the held-out text, in bytes of UTF-8.
+        max_bytes: Most bytes of held-out text, as UTF-8.
     """
 
     fraction: float
     max_bytes: int
 
     def documents(self, named_texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
-        """The documents, marked. Those that would exceed the bound are trained on.
+        """Mark each document as held out or not. A document that would exceed the bound is trained on.
 
         Args:
-            named_texts: Name and text of each document, in the corpus's order.
+            named_texts: Name and text of each document, in the order of the corpus.
 
         Yields:
             The same documents in the same order.
@@ -57,26 +63,26 @@ class HeldOutSplit:
 
 
 class Corpus(Protocol):
-    """The documents of one source."""
+    """Documents of one source, in a fixed order."""
 
     @property
     def description(self) -> str:
-        """What a person would call it, for messages."""
+        """Name of the corpus in messages."""
 
     @property
     def size_bytes(self) -> int:
-        """An upper bound of the text's size in bytes, known without reading it."""
+        """Upper bound of the size of the text in bytes, known without reading it."""
 
     def fingerprint(self, digest_files: DigestFiles) -> str:
-        """A digest of the documents, their order and the split.
+        """Compute a digest of the documents, their order and the split.
 
         Args:
-            digest_files: Gives the digests of files' contents.
+            digest_files: Called with files; returns the digest of each file's contents.
         """
 
     def documents(self) -> Iterator[Document]:
-        """The documents in their fixed order.
+        """Iterate over the documents in their fixed order.
 
         Raises:
-            UsageError: If something is not readable as what it was said to be; names the file and the place.
+            UsageError: If a file cannot be read in its declared format. The message names the file and the place.
         """

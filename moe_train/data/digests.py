@@ -1,4 +1,4 @@
-"""Digests of file contents, remembered so that an unchanged corpus is not read again at every start."""
+"""Digests of file contents, stored on disk so that an unchanged corpus is not read again at every start."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ from moe_train.data.folders import build_once, write_json
 
 DIGEST_BYTES = 16
 CHUNK_BYTES = 2**20
-# A file written again within one tick of the file system's clock keeps its time stamp: only older stamps are trusted.
+# A file that is written twice within one tick of the file system's clock keeps its time stamp. So only older stamps are
+# trusted.
 SETTLED_SECONDS = 2.0
 
 Result = TypeVar("Result")
@@ -22,23 +23,23 @@ Record = tuple[int, int, str]  # size in bytes, mtime in ns, digest
 
 
 def digest_of(value: object) -> str:
-    """Digest of a JSON value, in hexadecimal: the key under which results that depend on it are kept."""
+    """Compute the hexadecimal digest of a JSON value: a key for stored results that depend on this value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def file_digests(files: Sequence[CorpusFile], folder: Path, wait_seconds: float) -> list[str]:
-    """The digest of each file's contents; only files that are new or have changed are read.
+    """Compute the digest of each file's contents; only new and changed files are read.
 
-    One process of those that ask for the same files at once reads them, the others wait for what it writes down.
+    If several processes ask for the same files at once, one of them reads the files. The others wait for its result.
 
     Args:
-        files: The files.
-        folder: Where digests are remembered, by path, size and time of modification.
-        wait_seconds: How long to let another process begin first where something has to be read.
+        files: Files to digest.
+        folder: Folder of the stored digests, which are valid for a path, size and time of modification.
+        wait_seconds: Seconds to wait before reading, so that another process can begin first.
 
     Returns:
-        One hexadecimal digest a file, in the same order.
+        One hexadecimal digest per file, in the same order.
 
     Raises:
         UsageError: If a file cannot be read.
@@ -69,7 +70,7 @@ def _load(memory: Path) -> dict[str, Record]:
     try:
         return {path: tuple(record) for path, record in json.loads(memory.read_bytes()).items()}
     except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # never written, or damaged: the files are read again
+        return {}  # not written yet, or damaged: the files are read again
 
 
 def _known_digest(path: str, records: dict[str, Record]) -> str | None:

@@ -1,4 +1,4 @@
-"""Text to evaluate on, source by source: what is held out, what is trained on, or all of it."""
+"""Evaluation text by source: the held-out documents, the training documents, or all of them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,11 +17,11 @@ Split = Literal["held_out", "train", "all"]
 
 @dataclass(frozen=True)
 class Domain:
-    """One source's text.
+    """Text of one source.
 
     Attributes:
-        name: Of the source.
-        text: In sequences.
+        name: Name of the source.
+        text: Text of the source, cut into sequences.
     """
 
     name: str
@@ -37,18 +37,23 @@ def open_domains(
     local_rank: int = 0,
     show_progress: bool = False,
 ) -> tuple[Domain, ...]:
-    """Open the sources, tokenizing them first where no cache of them is there. Communicates as `prepare_data` does.
+    """Open the text of every source, and tokenize the sources that are not in the cache.
+
+    As in `prepare_data`, every process calls it, and processes communicate through the cache folder only.
 
     Args:
-        config: The data settings; their tokenizer is not looked at.
-        tokenizer: The tokenizer.
-        sequence_length: Tokens a sequence.
-        split: Which documents of each source.
-        local_rank: Of this process on its machine; the first is given a head start.
-        show_progress: Show a progress bar where standard error is a terminal.
+        config: Data settings; the tokenizer in them is not used.
+        tokenizer: Tokenizer that encodes the text.
+        sequence_length: Tokens per sequence.
+        split: Which documents of each source to take.
+        local_rank: Rank of this process on its machine; rank 0 gets a head start.
+        show_progress: Whether to show a progress bar where standard error is a terminal.
+
+    Returns:
+        One domain per source, in the order of the mixture.
 
     Raises:
-        UsageError: If a source cannot be read, or has no text of the split; every process finds the same.
+        UsageError: If a source cannot be read, or has no text in the split. Every process raises the same error.
     """
     named_sources = list(zip(config.sources, source_fields(config), strict=True))
     for source, field in named_sources:

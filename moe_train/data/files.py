@@ -1,4 +1,4 @@
-"""Which files a source is made of: folders walked, patterns expanded, always in the same order."""
+"""Files of a source: folders are walked and patterns expanded, always in the same order."""
 
 import glob
 import os
@@ -15,23 +15,29 @@ STDLIB_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """A file and its name relative to the folder, pattern or file that led to it: a moved corpus keeps its names."""
+    """File of a corpus.
+
+    Attributes:
+        path: Path of the file.
+        name: Name relative to the folder, pattern or file that led to it, so that a moved corpus keeps its names.
+    """
 
     path: Path
     name: str
 
 
 def find_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -> tuple[CorpusFile, ...]:
-    """The files that paths name: files as given, folders walked, glob patterns expanded.
+    """Find the files that paths name: files as given, files in folders, and matches of glob patterns.
 
     Args:
-        patterns: Files, folders (walked for files with one of the suffixes; names that begin with a dot are left out)
-            or glob patterns (`**` goes into folders; only files count).
-        suffixes: File name endings taken from folders.
+        patterns: Files, folders or glob patterns. Folders are searched for files with one of the suffixes, except names
+            that begin with a dot. In a glob pattern, `**` matches folders at any depth; only files count.
+        suffixes: File name endings that are taken from folders.
         field: Name of the setting, for messages.
 
     Returns:
-        In the order of the patterns, sorted by name within one; a file that is reached twice is listed once.
+        The files in the order of the patterns, sorted by name within a pattern. A file that is reached twice is listed
+        once.
 
     Raises:
         UsageError: If a path does not exist, a pattern matches no file or a folder holds none of the files.
@@ -47,15 +53,15 @@ def find_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -
 
 
 def check_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -> None:
-    """Raise UsageError where `find_files` would, stopping at the first match of each pattern.
+    """Check that every path or pattern has a match. It stops at the first match of each pattern.
 
     Args:
-        patterns: As for `find_files`.
-        suffixes: As for `find_files`.
+        patterns: Files, folders or glob patterns, as in `find_files`.
+        suffixes: File name endings that are taken from folders.
         field: Name of the setting, for messages.
 
     Raises:
-        UsageError: As for `find_files`.
+        UsageError: If a path does not exist, a pattern matches no file or a folder holds none of the files.
     """
     for pattern in patterns:
         if next(_expand(pattern, suffixes), None) is None:
@@ -63,10 +69,10 @@ def check_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) 
 
 
 def stdlib_files() -> tuple[CorpusFile, ...]:
-    """The .py files of the running interpreter's standard library, sorted by relative name.
+    """Find the .py files of the running interpreter's standard library.
 
     Returns:
-        The files; installed packages are left out.
+        The files, sorted by relative name, without installed packages.
 
     Raises:
         UsageError: If the interpreter was installed without its sources.
@@ -92,7 +98,7 @@ def _expand(pattern: str, suffixes: tuple[str, ...]) -> Iterator[CorpusFile]:
 
 
 def _fixed_root(pattern: Path) -> Path:
-    """The folder in front of the first part of a pattern that can match several names."""
+    """Return the folder before the first part of a pattern that can match several names."""
     for parent in reversed(pattern.parents):
         if glob.has_magic(str(parent)):
             return parent.parent

@@ -1,4 +1,4 @@
-"""Building a thing on disk once: a lock for each thing, and a folder that appears whole or not at all."""
+"""Results on disk that one process builds while others wait: a lock per result, and folders that appear complete."""
 
 import json
 import os
@@ -16,19 +16,19 @@ Result = TypeVar("Result")
 
 
 def cache_root(setting: str | None) -> Path:
-    """The folder of tokenized data, made if it is not there.
+    """Find the folder of tokenized data, and create it if it does not exist.
 
     Args:
-        setting: data.cache_dir; None takes $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train.
+        setting: Value of data.cache_dir; None takes $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train.
 
     Returns:
         An absolute path.
 
     Raises:
-        UsageError: If the folder cannot be made or written to.
+        UsageError: If the folder cannot be created or written to.
     """
     if setting is None:
-        base = os.path.expandvars("${XDG_CACHE_HOME}")  # stays as it is where the variable is not set
+        base = os.path.expandvars("${XDG_CACHE_HOME}")  # the text stays unchanged where the variable is not set
         root = Path(base if os.path.isabs(base) else "~/.cache").expanduser() / "moe_train"
     else:
         root = Path(setting).expanduser().absolute()
@@ -44,16 +44,16 @@ def cache_root(setting: str | None) -> Path:
 def build_once(
     target: Path, find: Callable[[], Result | None], build: Callable[[], Result], wait_seconds: float
 ) -> Result:
-    """What is there already, or what one of the processes that want it builds while the others wait.
+    """Open a result, or let one process build it while the other processes wait.
 
-    A process that dies leaves the lock free (it belongs to the open file); one whose build raises leaves the next to
-    build, and so to meet the same error.
+    A process that dies releases the lock, because the lock belongs to the open file. If a build raises, the next
+    process builds, and so meets the same error.
 
     Args:
-        target: The file or folder in question; the lock lies beside it.
-        find: Opens it; None if it is not there or damaged.
-        build: Makes it and returns what `find` would. Runs under the lock.
-        wait_seconds: How long to let another process take the lock first.
+        target: File or folder of the result; the lock file lies beside it.
+        find: Called without arguments; opens the result, or returns None if it does not exist or is damaged.
+        build: Called without arguments, under the lock; builds the result and returns what `find` would return.
+        wait_seconds: Seconds to wait before taking the lock, so that another process can take it first.
 
     Returns:
         The result of `find` or `build`.
@@ -72,12 +72,12 @@ def build_once(
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends without an exception.
+    """Provide an empty folder that replaces `folder` when the block ends without an exception.
 
-    The caller holds the lock of `folder`, so what earlier builds left half done is nobody's and is removed first.
+    The caller holds the lock of `folder`. So no process uses what unfinished builds left, and it is removed first.
 
     Args:
-        folder: Where the folder is to appear; a folder that is there (a damaged one) is replaced.
+        folder: Final path; a folder that exists there (a damaged one) is replaced.
 
     Yields:
         The temporary folder to fill.
@@ -99,7 +99,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that readers see the old contents or the new, never half of them."""
+    """Write a JSON file atomically: readers see the old contents or the new contents, never a part of them.
+
+    Args:
+        path: File to write.
+        value: Value that JSON can represent.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Documents of Hugging Face data sets: from the hub, its local cache, or a folder on disk."""
+"""Documents of Hugging Face data sets, from the hub, its local cache, or a folder on disk."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from moe_train.data.digests import digest_of
 from moe_train.data.readers import check_column, checked_text
 
 BATCH_ROWS = 1000  # rows decoded at a time
-SAVED_DATASET_FILE = "state.json"  # what save_to_disk leaves in a data set's folder
-SAVED_SPLITS_FILE = "dataset_dict.json"  # and in that of several splits
+SAVED_DATASET_FILE = "state.json"  # save_to_disk writes it into the folder of a data set
+SAVED_SPLITS_FILE = "dataset_dict.json"  # save_to_disk writes it into the folder of several splits
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """The rows of a data set: those of the training split, then those of the held-out split.
+    """Corpus of the rows of a data set: the training split, then the held-out split.
 
     Attributes:
-        column: The column that holds the text.
-        rows: The training split, a `datasets.Dataset` of that column alone.
-        held_out_rows: The held-out split; None where documents are held out by their row number.
-        split: How documents are held out where no split is named.
-        description: For messages.
+        column: Column that holds the text.
+        rows: Training split, a `datasets.Dataset` of this column alone.
+        held_out_rows: Held-out split; None where documents are held out by their row number.
+        split: Rule that holds documents out where no held-out split is named.
+        description: Name of the corpus in messages.
     """
 
     column: str
@@ -40,14 +40,14 @@ class HubCorpus:
         return self.rows.data.nbytes + (0 if self.held_out_rows is None else self.held_out_rows.data.nbytes)
 
     def fingerprint(self, digest_files: DigestFiles) -> str:
-        """Digest of the fingerprints `datasets` gives, the column and the split."""
+        """Compute a digest of the fingerprints that `datasets` gives, the column and the split."""
         held_out: object = [self.split.fraction, self.split.max_bytes]
         if self.held_out_rows is not None:
             held_out = self.held_out_rows._fingerprint
         return digest_of(["huggingface", self.rows._fingerprint, self.column, held_out])
 
     def documents(self) -> Iterator[Document]:
-        """The documents, a row each, named by their row number."""
+        """Iterate over the documents, one per row, named by their row number."""
         if self.held_out_rows is None:
             yield from self.split.documents(self._read(self.rows))
             return
@@ -67,15 +67,15 @@ def open_hub_corpus(source: SourceConfig, split: HeldOutSplit, field: str) -> Hu
     """Load a data set by hub name, from a folder of data files, or from a folder written by `save_to_disk`.
 
     Args:
-        source: The source; its name is a hub name or a local folder.
-        split: How documents are held out where no split is named.
+        source: Settings of the source; its name is a hub name or a local folder.
+        split: Rule that holds documents out where no held-out split is named.
         field: Name of the source in the configuration, for messages.
 
     Returns:
         A corpus whose rows are memory-mapped.
 
     Raises:
-        UsageError: If the data set, its subset, a split or the column is not there.
+        UsageError: If the data set, its subset, a split or the column does not exist.
     """
     rows = _load(source, source.split, f"{field}.split", field)
     held_out = None
@@ -91,9 +91,9 @@ def open_hub_corpus(source: SourceConfig, split: HeldOutSplit, field: str) -> Hu
 
 
 def _only_column(rows: Any, column: str) -> Any:
-    """One column of a data set, under the data set's own fingerprint."""
+    """Select one column of a data set, with a fingerprint made from the data set's own."""
     selected = rows.with_format(None).select_columns([column])
-    selected._fingerprint = digest_of([rows._fingerprint, column])  # that of select_columns is not said to be stable
+    selected._fingerprint = digest_of([rows._fingerprint, column])  # select_columns documents no stable one
     return selected
 
 
@@ -110,7 +110,7 @@ def _load(source: SourceConfig, split: str, split_field: str, field: str) -> Any
         else:
             name = str(folder) if folder.is_dir() else source.name
             return datasets.load_dataset(name, source.subset, split=split)
-    except Exception as error:  # whatever the hub, the network, the file system or a builder's script raises
+    except Exception as error:  # anything that the hub, the network, the file system or a builder's script raises
         reason = " ".join(str(error).split()) or type(error).__name__
         subset = "" if source.subset is None else f", {field}.subset ({source.subset!r})"
         raise UsageError(

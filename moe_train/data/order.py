@@ -1,8 +1,8 @@
-"""The order of training samples: pure functions of the seed and the global sample index, in constant memory.
+"""Order of the training samples: pure functions of the seed and the global sample index, in constant memory.
 
-Nothing here knows of ranks, batches or where a run was resumed, so the order is the same for every layout.
-Legend: N samples asked for, E entries of the mixture, P blocks of a period, U different blocks asked for, B samples of
-a block.
+These functions know no ranks, no batches and no resume point. So the order is the same for every layout.
+Legend: N requested samples, E entries of the mixture, P blocks per period, U distinct requested blocks, B samples per
+block.
 """
 
 import hashlib
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK_SAMPLES = 1024  # consecutive samples within which every entry of a mixture gets its share
-PERIOD_BLOCKS = 1024  # blocks after which the pattern of rounded shares repeats: shares are exact to 1 in 2**20
+BLOCK_SAMPLES = 1024  # consecutive samples in which every entry of a mixture gets its share, rounded
+PERIOD_BLOCKS = 1024  # blocks until the pattern of rounded shares repeats: shares are exact to 1 in 2**20
 FEISTEL_ROUNDS = 8
 
 
 @dataclass(frozen=True)
 class SampleLocations:
-    """Where global samples are found; three int64 arrays of one length.
+    """Locations of global samples, as three int64 arrays of the same length.
 
     Attributes:
-        entry: Which entry of the mixture.
-        epoch: How many times that entry has been gone through before.
-        sequence: Which of the entry's sequences.
+        entry: Index of the mixture entry.
+        epoch: Number of earlier passes over this entry.
+        sequence: Index of the sequence within the entry.
     """
 
     entry: np.ndarray
@@ -32,11 +32,17 @@ class SampleLocations:
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
-    """Steele, Lea and Flood's 64-bit mixer: an invertible hash of uint64 values, wrapping on overflow.
+    """Hash uint64 values with the 64-bit mixer of Steele, Lea and Flood: invertible, wrapping on overflow.
+
+    Args:
+        values: uint64, any shape.
+
+    Returns:
+        uint64, the shape of values.
 
     Source: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014, function mix64 (variant 13 constants).
     """
-    with np.errstate(over="ignore"):  # wrapping is meant; numpy warns of it for single values
+    with np.errstate(over="ignore"):  # wrapping is intended; numpy warns about it for single values
         mixed = values + np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -44,11 +50,11 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def permutation_keys(seed: int, purpose: str, counters: np.ndarray) -> np.ndarray:
-    """Independent keys for permutations.
+    """Make independent keys for permutations.
 
     Args:
-        seed: The run's seed.
-        purpose: What is permuted; different purposes give unrelated keys.
+        seed: Seed of the run.
+        purpose: Name of what is permuted; different purposes give unrelated keys.
         counters: int array, such as epochs or block numbers.
 
     Returns:
@@ -60,14 +66,15 @@ def permutation_keys(seed: int, purpose: str, counters: np.ndarray) -> np.ndarra
 
 
 def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """A keyed permutation of range(n), evaluated at some indices.
+    """Evaluate a keyed permutation of range(n) at given indices.
 
-    A Feistel network on the next power of four, applied again wherever it leaves the range (cycle walking).
+    A Feistel network permutes the next power of four. It is applied again to each value outside the range (cycle
+    walking).
 
     Args:
         indices: int64 in [0, n), any shape.
         n: Size of the range, up to 2**62.
-        keys: uint64, broadcastable to indices: which permutation each index goes through.
+        keys: uint64, broadcastable to indices; the key of an index selects its permutation.
 
     Returns:
         int64, the shape of indices.
@@ -96,18 +103,19 @@ def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray
 
 
 def mixture_slots(indices: np.ndarray, weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which entry of a mixture each global sample belongs to, and which of that entry's samples it is.
+    """Find the mixture entry of each global sample, and its position among the samples of this entry.
 
-    Every block of BLOCK_SAMPLES gives each entry its share, rounded down or up; which blocks round up is spread evenly
-    so that a whole period of PERIOD_BLOCKS gives shares to one in 2**20. Inside a block the order is permuted.
+    Every block of BLOCK_SAMPLES gives each entry its share, rounded down or up. The blocks that round up are spread
+    evenly, so that a period of PERIOD_BLOCKS gives the shares to one in 2**20. Inside a block the order is permuted.
 
     Args:
         indices: int64 [N], global sample indices.
         weights: Positive share of each entry, relative to the others.
-        seed: The run's seed.
+        seed: Seed of the run.
 
     Returns:
-        Entry and position within the entry, both int64. An entry's positions rise by one from sample to sample.
+        Entry and position within the entry, both int64 [N]. The positions of an entry rise by one from sample to
+        sample.
     """
     indices = np.asarray(indices, dtype=np.int64)
     shares = _period_shares(weights)
@@ -131,7 +139,7 @@ def mixture_slots(indices: np.ndarray, weights: Sequence[float], seed: int) -> t
 
 
 def _period_shares(weights: Sequence[float]) -> np.ndarray:
-    """Samples of each entry in a period, by largest remainder; at least one."""
+    """Divide the samples of a period among the entries, by largest remainder; each gets at least one."""
     total = BLOCK_SAMPLES * PERIOD_BLOCKS
     exact = np.asarray(weights, dtype=np.float64)
     exact = exact / exact.sum() * total
@@ -145,10 +153,14 @@ def _period_shares(weights: Sequence[float]) -> np.ndarray:
 
 
 def _block_counts(shares_E: np.ndarray) -> np.ndarray:
-    """Samples of each entry in each block of a period, int64 [PERIOD_BLOCKS, E]; every row sums to BLOCK_SAMPLES.
+    """Count the samples of each entry in each block of a period.
 
-    The samples that do not divide evenly are laid out on a line, entry after entry, and block b takes the points at
-    its bit-reversed number plus every multiple of PERIOD_BLOCKS: never two of one entry, and evenly spread over time.
+    The samples that do not divide evenly are laid out on a line, entry after entry. Block b takes the points at its
+    bit-reversed number plus every multiple of PERIOD_BLOCKS. So it never takes two points of one entry, and the points
+    of an entry are spread evenly over time.
+
+    Returns:
+        int64 [PERIOD_BLOCKS, E]; every row sums to BLOCK_SAMPLES.
     """
     base_E, extra_E = np.divmod(shares_E, PERIOD_BLOCKS)
     bits = PERIOD_BLOCKS.bit_length() - 1
@@ -163,16 +175,16 @@ def _block_counts(shares_E: np.ndarray) -> np.ndarray:
 def locate_samples(
     indices: np.ndarray, weights: Sequence[float], num_sequences: Sequence[int], seed: int
 ) -> SampleLocations:
-    """Where each global sample is found: entry, epoch of that entry, and sequence.
+    """Locate each global sample: its mixture entry, the epoch of this entry, and the sequence.
 
     Args:
         indices: int64 [N], global sample indices in any order.
-        weights: Share of each entry.
-        num_sequences: Sequences of each entry; positive.
-        seed: The run's seed.
+        weights: Positive share of each entry, relative to the others.
+        num_sequences: Number of sequences of each entry; positive.
+        seed: Seed of the run.
 
     Returns:
-        The locations. In every epoch of an entry each of its sequences comes once, in an order of that epoch's own.
+        Locations of the N samples. Every epoch of an entry contains each of its sequences once, in its own order.
     """
     entry_N, position_N = mixture_slots(indices, weights, seed)
     epoch_N = position_N // np.asarray(num_sequences, dtype=np.int64)[entry_N]

@@ -1,4 +1,4 @@
-"""From the data settings to training and held-out sequences, and the quick check before anything heavy starts."""
+"""Preparation of data, from the data settings to training and held-out sequences, and a quick check to run first."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,17 +26,17 @@ from moe_train.data.tokenizers import (
 
 BPE_TRAINING_BYTES = 32 * 2**20
 TOKENIZER_FILE = "tokenizer.json"
-OTHER_RANKS_WAIT_SECONDS = 1.0  # so that local rank 0 builds, and its progress is what one sees
+OTHER_RANKS_WAIT_SECONDS = 1.0  # so that local rank 0 builds, which shows the progress
 NAME_HASH_RANGE = 2**32
-SAMPLE_CHARACTERS = 2**16  # a few documents of gigabytes are sampled as well as many small ones
+SAMPLE_CHARACTERS = 2**16  # characters per piece; so a few documents of gigabytes are sampled like many small ones
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What training reads.
+    """Data that training reads.
 
     Attributes:
-        tokenizer: The tokenizer.
+        tokenizer: Tokenizer of the data.
         train: Training sequences by global sample index.
         held_out: Held-out sequences; None when nothing is held out.
         cache_dirs: Folder of each source's tokens, in the order of the mixture.
@@ -49,13 +49,13 @@ class PreparedData:
 
 
 def check_data(config: DataConfig) -> None:
-    """Check that the files, patterns and folders the settings name are there: fast, without heavy imports.
+    """Check that the files, patterns and folders in the settings exist: fast, without heavy imports.
 
     Args:
-        config: The data settings.
+        config: Data settings.
 
     Raises:
-        UsageError: Naming the field, the value and what is wrong.
+        UsageError: If one does not exist. The message names the field, the value and the problem.
     """
     for source, field in zip(config.sources, source_fields(config), strict=True):
         check_source(source, field)
@@ -72,24 +72,24 @@ def prepare_data(
     local_rank: int = 0,
     show_progress: bool = False,
 ) -> PreparedData:
-    """Open the data, tokenizing it first where no cache of it is there.
+    """Open the data, and tokenize the sources that are not in the cache.
 
-    Every process calls it for itself; of those on one machine one builds while the others wait. It communicates
-    through the cache folder only.
+    Every process calls it. On each machine one process builds while the others wait. Processes communicate through the
+    cache folder only.
 
     Args:
-        config: The data settings.
-        sequence_length: Tokens a sequence.
-        seed: Of the order of the training sequences.
-        min_sequences: train.global_batch_size: fewer training sequences are an error.
-        local_rank: Of this process on its machine; the first is given a head start.
-        show_progress: Show a progress bar where standard error is a terminal.
+        config: Data settings.
+        sequence_length: Tokens per sequence.
+        seed: Seed of the order of the training sequences.
+        min_sequences: Value of train.global_batch_size; fewer training sequences are an error.
+        local_rank: Rank of this process on its machine; rank 0 gets a head start.
+        show_progress: Whether to show a progress bar where standard error is a terminal.
 
     Returns:
         The data, memory-mapped.
 
     Raises:
-        UsageError: If the data cannot be read or is too little; every process finds the same.
+        UsageError: If the data cannot be read or is too small. Every process raises the same error.
     """
     check_data(config)
     wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0
@@ -113,10 +113,17 @@ def prepare_data(
 
 
 def find_tokenizer(config: DataConfig, *, local_rank: int = 0) -> Tokenizer:
-    """The tokenizer of the data settings alone; a BPE is trained on the data where that has not been done yet.
+    """Open the tokenizer of the data settings without the data. A BPE that is not in the cache is trained first.
+
+    Args:
+        config: Data settings.
+        local_rank: Rank of this process on its machine; rank 0 gets a head start.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        UsageError: If the file, or the data that a BPE is trained on, cannot be read.
+        UsageError: If the tokenizer file, or the data for the training of a BPE, cannot be read.
     """
     given = _given_tokenizer(config)
     if given is not None:
@@ -129,7 +136,7 @@ def find_tokenizer(config: DataConfig, *, local_rank: int = 0) -> Tokenizer:
 
 
 def source_fields(config: DataConfig) -> list[str]:
-    """Where each source stands in the configuration, for messages."""
+    """Name the place of each source in the configuration, for messages ("data" or "data.mixture[0]")."""
     return [f"data.mixture[{i}]" for i in range(len(config.mixture))] or ["data"]
 
 
@@ -161,7 +168,7 @@ def _check_held_out(corpora: Sequence[Corpus], caches: Sequence[TokenCache]) -> 
 
 
 def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """A tokenizer that needs no data; None for a BPE."""
+    """Open a tokenizer that needs no data; None for a BPE."""
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer == "bpe":
@@ -172,7 +179,7 @@ def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
 def _trained_bpe(
     config: DataConfig, corpora: Sequence[Corpus], fingerprints: Sequence[str], folder: CacheFolder
 ) -> SubwordTokenizer:
-    """One BPE for all sources, from each in proportion to its weight; trained by one process."""
+    """Open the BPE of all sources; one process trains it first, on each source in proportion to its weight."""
     total = sum(source.weight for source in config.sources)
     shares = [source.weight / total for source in config.sources]
     key = digest_of(
@@ -184,7 +191,7 @@ def _trained_bpe(
         try:
             return load_tokenizer_file(target / TOKENIZER_FILE, None)
         except UsageError:
-            return None  # not there, or damaged: not the user's file, so trained again
+            return None  # it does not exist or is damaged; it is not the user's file, so it is trained again
 
     def build() -> SubwordTokenizer:
         names = ", ".join(corpus.description for corpus in corpora)
@@ -204,15 +211,15 @@ def _trained_bpe(
 
 
 def training_sample(corpus: Corpus, max_bytes: int) -> Iterator[str]:
-    """Training text from all over a corpus, up to a number of bytes; never held-out text.
+    """Sample training text from all parts of a corpus, up to a number of bytes; never held-out text.
 
     Args:
-        corpus: The documents.
-        max_bytes: Bound of what is given, in bytes of UTF-8.
+        corpus: Corpus to sample from.
+        max_bytes: Most bytes of text, as UTF-8.
 
     Yields:
-        Documents, long ones in pieces: all of a corpus that is not larger than the bound, else those that a hash of
-        document name and piece number picks; the last one may be cut.
+        Documents, long ones in pieces. A corpus within the bound is yielded completely. Of a larger one, a hash of
+        document name and piece number picks the pieces. The last piece may be cut.
     """
     picked_below = NAME_HASH_RANGE * max_bytes / max(1, corpus.size_bytes)
     left = max_bytes
@@ -222,6 +229,6 @@ def training_sample(corpus: Corpus, max_bytes: int) -> Iterator[str]:
                 continue
             text = piece.encode("utf-8")[:left]
             left -= len(text)
-            yield text.decode("utf-8", "ignore")  # where it was cut inside a character
+            yield text.decode("utf-8", "ignore")  # the cut may be inside a character
             if left <= 0:
                 return

@@ -1,4 +1,4 @@
-"""Readers of file formats: each turns one file into (document name, text) pairs, or says what is wrong with it."""
+"""Readers of file formats: each reads one file as (document name, text) pairs, and reports what is wrong with it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -6,13 +6,26 @@ from collections.abc import Callable, Iterator
 from moe_train.config.errors import UsageError
 from moe_train.data.files import CorpusFile
 
-PARQUET_BATCH_ROWS = 256  # rows decoded at a time: bounds memory where documents are long
+PARQUET_BATCH_ROWS = 256  # rows decoded at a time; bounds memory where documents are long
 
 Reader = Callable[[CorpusFile, str], Iterator[tuple[str, str]]]
 
 
 def read_python(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
-    """A Python source file as one document; none where it is not UTF-8, which CPython's tests need of a few files."""
+    """Read a Python source file as one document. A file that is not UTF-8 gives none.
+
+    CPython's tests contain a few files that are not UTF-8 on purpose.
+
+    Args:
+        file: File to read.
+        column: Has no effect for this format.
+
+    Yields:
+        Name and text of the file.
+
+    Raises:
+        UsageError: If the file cannot be read.
+    """
     try:
         yield file.name, _read_bytes(file).decode("utf-8")
     except UnicodeDecodeError:
@@ -20,7 +33,14 @@ def read_python(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
 
 
 def read_text(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
-    """A text file as one document.
+    """Read a text file as one document.
+
+    Args:
+        file: File to read.
+        column: Has no effect for this format.
+
+    Yields:
+        Name and text of the file.
 
     Raises:
         UsageError: If the file cannot be read or is not UTF-8.
@@ -29,17 +49,18 @@ def read_text(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
 
 
 def read_jsonl(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
-    """A document a line of JSON; blank lines are passed over.
+    """Read a file of JSON lines as one document per line; blank lines are skipped.
 
     Args:
-        file: The file.
-        column: Key of the text in each line's object.
+        file: File to read.
+        column: Key of the text in the object of each line.
 
     Yields:
-        Name ("file:row", rows from 0, blank lines not counted) and text.
+        Name ("file:row", rows counted from 0 without blank lines) and text of each document.
 
     Raises:
-        UsageError: If a line is not UTF-8 or not a JSON object, has no such key, or the value is not a string.
+        UsageError: If the file cannot be read, or if a line is not UTF-8, is not a JSON object, has no such key, or its
+            value is not a string.
     """
     row = 0
     offset = 0
@@ -58,17 +79,18 @@ def read_jsonl(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
 
 
 def read_parquet(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
-    """A document a row of one column, streamed by record batches.
+    """Read one column of a Parquet file as one document per row, streamed by record batches.
 
     Args:
-        file: The file.
-        column: The column that holds the text.
+        file: File to read.
+        column: Column that holds the text.
 
     Yields:
-        Name ("file:row", rows from 0) and text.
+        Name ("file:row", rows counted from 0) and text of each document.
 
     Raises:
-        UsageError: If it is not a Parquet file, has no such column, or the column holds something else than strings.
+        UsageError: If the file is not a Parquet file, has no such column, or the column holds a value that is not a
+            string.
     """
     import pyarrow
     from pyarrow import parquet
@@ -96,16 +118,29 @@ READERS: dict[str, Reader] = {
 
 
 def check_column(column: str, columns: list[str], where: str) -> None:
-    """Raise UsageError unless the text column is among a data set's columns."""
+    """Check that a data set has the text column.
+
+    Args:
+        column: Name of the text column.
+        columns: Columns of the data set.
+        where: Name of the data set, for messages.
+
+    Raises:
+        UsageError: If the column is not among them.
+    """
     if column not in columns:
         raise UsageError(f"{where}: no column {column!r} (text_column); the columns are {', '.join(sorted(columns))}")
 
 
 def checked_text(value: object, where: str) -> str:
-    """The value if it is text that UTF-8 can hold.
+    """Return a value if it is text that UTF-8 can represent.
+
+    Args:
+        value: Value of the text column.
+        where: Place of the value, for messages.
 
     Raises:
-        UsageError: If it is something else, or holds half of a surrogate pair.
+        UsageError: If the value is not a string, or holds half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise UsageError(f"{where} is {'null' if value is None else type(value).__name__}, not a string")

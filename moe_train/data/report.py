@@ -1,4 +1,4 @@
-"""What a person sees while data is prepared: a bar on a terminal, one line at the beginning and the end elsewhere."""
+"""Progress display of data preparation: a bar on a terminal; elsewhere, one line at the start and one at the end."""
 
 import sys
 import time
@@ -7,12 +7,12 @@ from typing import Any, Self
 
 
 class PreparationReport:
-    """Progress of one pass over a corpus, on standard error; a context manager.
+    """Context manager that shows the progress of one pass over a corpus on standard error.
 
     Args:
-        description: What is read, for people.
-        size_bytes: Expected size of the text, in bytes (an upper bound).
-        show_bar: Draw a bar where standard error is a terminal.
+        description: Name of the corpus in messages.
+        size_bytes: Upper bound of the size of the text, in bytes.
+        show_bar: Whether to draw a bar where standard error is a terminal.
     """
 
     def __init__(self, description: str, size_bytes: int, show_bar: bool) -> None:
@@ -36,7 +36,13 @@ class PreparationReport:
         return self
 
     def advance(self, documents: int, tokens: int, num_bytes: int) -> None:
-        """Count what has been tokenized: documents, tokens (marks included), bytes of UTF-8."""
+        """Add to the counts of what has been tokenized.
+
+        Args:
+            documents: Further documents.
+            tokens: Further tokens, end-of-document tokens included.
+            num_bytes: Further bytes of text as UTF-8.
+        """
         self.documents += documents
         self.tokens += tokens
         self.num_bytes += num_bytes
@@ -56,7 +62,7 @@ class PreparationReport:
 
 
 def say(line: str) -> None:
-    """Print a line for people, on standard error."""
+    """Print a line on standard error at once."""
     print(line, file=sys.stderr, flush=True)
 
 

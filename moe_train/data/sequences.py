@@ -1,4 +1,4 @@
-"""Token sequences for training and evaluation, cut from token streams. Legend: B sequences, S tokens of each."""
+"""Token sequences for training and evaluation, cut from token streams. Legend: B sequences, S tokens per sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import numpy as np
 from moe_train.data.cache import TokenCache
 from moe_train.data.order import locate_samples
 
-IGNORED_TARGET = -100  # what torch's cross entropy ignores
+IGNORED_TARGET = -100  # the target that torch's cross entropy ignores
 
 
 @dataclass(frozen=True)
 class TrainEntry:
-    """One source of training sequences.
+    """One source of training sequences, with its weight in the mixture.
 
     Attributes:
-        tokens: The token stream, one-dimensional.
-        weight: Share of the training sequences drawn from it, relative to the other entries.
+        tokens: Token stream, one-dimensional.
+        weight: Share of the training sequences that come from this entry, relative to the other entries.
     """
 
     tokens: np.ndarray
@@ -26,15 +26,15 @@ class TrainEntry:
 
 @dataclass(frozen=True)
 class TrainingSequences:
-    """The training sequences of all entries, by global sample index.
+    """Training sequences of all entries, by global sample index.
 
-    Sequence k of an entry is tokens [k*S, k*S + S + 1): input and target overlap in all but one token, and consecutive
-    sequences in one, so that every token but the stream's first is a target once an epoch.
+    Sequence k of an entry is tokens [k*S, k*S + S + 1). Input and target overlap in all tokens but one, and consecutive
+    sequences share one token. So every token except the first of the stream is a target once per epoch.
 
     Attributes:
-        entries: The sources; each holds at least one sequence.
-        sequence_length: S, in tokens.
-        seed: Of the order.
+        entries: Sources of the sequences; each holds at least one sequence.
+        sequence_length: Sequence length S, in tokens.
+        seed: Seed of the order.
     """
 
     entries: tuple[TrainEntry, ...]
@@ -50,22 +50,22 @@ class TrainingSequences:
 
     @property
     def entry_sequences(self) -> tuple[int, ...]:
-        """Sequences of each entry."""
+        """Number of sequences of each entry."""
         return tuple(max(0, (len(entry.tokens) - 1) // self.sequence_length) for entry in self.entries)
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of all entries together: samples of one epoch where there is one entry."""
+        """Number of sequences of all entries: the samples per epoch where there is one entry."""
         return sum(self.entry_sequences)
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
-        """The sequences of some global samples.
+        """Return the sequences of given global samples.
 
         Args:
-            indices: int64 [B], global sample indices from 0 without end: after an epoch the next begins.
+            indices: int64 [B], global sample indices from 0 without an upper bound: the next epoch follows each epoch.
 
         Returns:
-            int64 [B, S + 1]: inputs are [:, :-1], targets [:, 1:]. Row i depends on indices[i] alone.
+            int64 [B, S + 1]: inputs are [:, :-1], targets are [:, 1:]. Row i depends on indices[i] alone.
         """
         length = self.sequence_length
         weights = [entry.weight for entry in self.entries]
@@ -79,16 +79,16 @@ class TrainingSequences:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out text of all entries, one after the other.
+    """Held-out text of all entries, one after the other, cut into sequences.
 
     Attributes:
-        tokens: The token stream, one-dimensional: a mark, then each document with a mark behind it.
-        sequence_length: S, in tokens.
-        end_of_document: The mark; it also fills inputs behind the end.
-        num_documents: Documents.
-        num_bytes: Bytes of the documents as UTF-8, without marks.
-        reference_bits_per_byte: What general compressors reach on the text ("gzip -9", "xz -9"); over several entries,
-            each compressed on its own.
+        tokens: Token stream, one-dimensional: an end-of-document token, then each document followed by another.
+        sequence_length: Sequence length S, in tokens.
+        end_of_document: Id of the end-of-document token; it also fills the inputs after the end of the text.
+        num_documents: Number of documents.
+        num_bytes: Bytes of the documents as UTF-8, without end-of-document tokens.
+        reference_bits_per_byte: Bits per byte of general compressors on the text ("gzip -9", "xz -9"). Several entries
+            are compressed separately.
     """
 
     tokens: np.ndarray
@@ -100,23 +100,24 @@ class HeldOut:
 
     @property
     def num_tokens(self) -> int:
-        """Predicted tokens: all but the first mark."""
+        """Number of predicted tokens: all tokens except the first."""
         return len(self.tokens) - 1
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of S tokens, the padded last one included."""
+        """Number of sequences of S tokens, the padded last one included."""
         return -(-self.num_tokens // self.sequence_length)
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Some sequences, in the order of the text.
+        """Return given sequences, which are numbered in the order of the text.
 
         Args:
-            indices: int64 [B], sequence numbers from 0; one that is not below `num_sequences` gives a row of padding,
-                so that every rank can be given the same number of rows.
+            indices: int64 [B], sequence numbers from 0. A number of `num_sequences` or more gives a row of padding, so
+                that every rank can have the same number of rows.
 
         Returns:
-            Inputs and targets, both int64 [B, S]; targets behind the end are -100, every other token is one once.
+            Inputs and targets, both int64 [B, S]. Every predicted token is a target once; the targets after the end of
+            the text are -100.
         """
         length = self.sequence_length
         inputs_BS = np.full((len(indices), length), self.end_of_document, dtype=np.int64)
@@ -130,23 +131,30 @@ class HeldOut:
 
 
 def join_streams(streams: Sequence[np.ndarray]) -> np.ndarray:
-    """Token streams as one; a single one stays on the disk, none is an empty stream."""
+    """Join token streams into one.
+
+    Args:
+        streams: Token streams, one-dimensional; each begins and ends with an end-of-document token.
+
+    Returns:
+        The joined stream, in memory. A single stream stays a memory map. Without streams it is empty.
+    """
     if len(streams) < 2:
         return streams[0] if streams else np.empty(0, np.int64)
-    # The mark that ends one stream begins the next: it is not predicted twice.
+    # The end-of-document token that ends one stream also begins the next: it must not be predicted twice.
     return np.concatenate([streams[0], *(stream[1:] for stream in streams[1:])])
 
 
 def join_held_out(caches: Sequence[TokenCache], sequence_length: int, end_of_document: int) -> HeldOut | None:
-    """The held-out texts of several caches as one.
+    """Join the held-out texts of several caches into one.
 
     Args:
-        caches: One an entry.
-        sequence_length: S, in tokens.
-        end_of_document: The mark.
+        caches: Token caches, one per entry.
+        sequence_length: Sequence length S, in tokens.
+        end_of_document: Id of the end-of-document token.
 
     Returns:
-        The held-out text; None if there is none.
+        The held-out text; None if no document is held out.
     """
     parts = [cache for cache in caches if cache.held_out.documents]
     if not parts:
@@ -167,13 +175,13 @@ def join_held_out(caches: Sequence[TokenCache], sequence_length: int, end_of_doc
 
 
 def document_ids(tokens_BS: np.ndarray, end_of_document: int) -> np.ndarray:
-    """Which document of its row each token belongs to.
+    """Number each token by its document within the row.
 
     Args:
         tokens_BS: Token ids, [..., S].
-        end_of_document: The mark; it belongs to the document that follows it.
+        end_of_document: Id of the end-of-document token, which belongs to the document after it.
 
     Returns:
-        int64, the same shape: the number of marks up to and including each token.
+        int64, the same shape: the number of end-of-document tokens up to and including each token.
     """
     return np.cumsum(np.asarray(tokens_BS) == end_of_document, axis=-1, dtype=np.int64)

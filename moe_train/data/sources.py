@@ -1,4 +1,4 @@
-"""Sources of documents: each opens as a corpus, which gives its documents in a fixed order and knows its contents."""
+"""Sources of documents. Each source opens as a corpus, with a fixed order of documents and a digest of its contents."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from moe_train.data.readers import READERS
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """The documents of local files: all training files, then all files named as held out.
+    """Corpus of local files: all training files, then all held-out files.
 
     Attributes:
         source: Kind of the files, a key of READERS.
         column: Column or key of the text, where the kind has one.
-        files: Files to train on (with a split: and to hold documents out of).
-        held_out_files: Files named as held out.
-        split: How documents are held out where no files are named.
-        description: For messages.
+        files: Files to train on. With a split, some of their documents are held out.
+        held_out_files: Files whose documents are held out.
+        split: Rule that holds documents out where no held-out files are named.
+        description: Name of the corpus in messages.
     """
 
     source: str
@@ -39,14 +39,14 @@ class FileCorpus:
         return sum(file.path.stat().st_size for file in (*self.files, *self.held_out_files) if file.path.exists())
 
     def fingerprint(self, digest_files: DigestFiles) -> str:
-        """Digest of names, contents, reader and split; independent of where the files lie and how old they are."""
+        """Compute a digest of names, contents, reader and split. It does not depend on the path or age of the files."""
         digests = iter(digest_files((*self.files, *self.held_out_files)))
         named = [[[file.name, next(digests)] for file in files] for files in (self.files, self.held_out_files)]
         split = None if self.held_out_files else [self.split.fraction, self.split.max_bytes]
         return digest_of([self.source, self.column if self.source in ("jsonl", "parquet") else "", named, split])
 
     def documents(self) -> Iterator[Document]:
-        """The documents, file by file."""
+        """Iterate over the documents, file by file."""
         if not self.held_out_files:
             yield from self.split.documents(self._read(self.files))
             return
@@ -61,15 +61,15 @@ class FileCorpus:
 
 
 def open_corpus(source: SourceConfig, config: DataConfig, field: str) -> Corpus:
-    """Find a source's files, or load its data set.
+    """Open a source as a corpus: find its files, or load its data set.
 
     Args:
-        source: The source.
-        config: The data settings it belongs to, for the split.
+        source: Settings of the source.
+        config: Data settings that contain the source; they give the split.
         field: Name of the source in the configuration ("data" or "data.mixture[0]"), for messages.
 
     Returns:
-        A corpus whose documents have not been read yet (a hub data set has been loaded).
+        A corpus whose documents have not been read yet. A hub data set has been loaded.
 
     Raises:
         UsageError: If a path, a pattern or a data set does not exist, or nothing is left to train on.
@@ -82,7 +82,7 @@ def open_corpus(source: SourceConfig, config: DataConfig, field: str) -> Corpus:
     suffixes = SUFFIXES[source.source]
     files = find_files(source.paths, suffixes, f"{field}.paths")
     held_out = find_files(source.validation_paths, suffixes, f"{field}.validation_paths")
-    # A folder may well contain the files that are named as held out: they are not trained on.
+    # A folder may contain the held-out files; these are not trained on.
     kept_away = {file.path.resolve() for file in held_out}
     training = tuple(file for file in files if file.path.resolve() not in kept_away)
     if not training:
@@ -95,11 +95,11 @@ def open_corpus(source: SourceConfig, config: DataConfig, field: str) -> Corpus:
 
 
 def check_source(source: SourceConfig, field: str) -> None:
-    """Check that what a source names is there, without reading it or importing anything heavy.
+    """Check that the paths of a source exist, without reading files and without heavy imports.
 
     Args:
-        source: The source.
-        field: Its name in the configuration.
+        source: Settings of the source.
+        field: Name of the source in the configuration, for messages.
 
     Raises:
         UsageError: If a path does not exist, a pattern has no match, or the training split is held out as well.

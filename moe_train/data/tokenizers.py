@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a file of the `tokenizers` library, and a byte-level BPE trained on the data."""
+"""Tokenizers: bytes, a file of the `tokenizers` library, or a byte-level BPE trained on the data."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -21,9 +21,9 @@ USUAL_END_OF_DOCUMENT = (
     "[EOS]",
     "<｜end▁of▁sentence｜>",
 )
-# Words with the mark or blank in front of them; numbers by up to three digits; punctuation together with the line end
-# and the indentation that follow it; line ends and indentation. On the Python standard library, 4096 entries: 3.72
-# bytes a token, where GPT-2's pattern gives 3.36 and one without indentation after line ends 3.47.
+# It matches words with the punctuation mark or blank before them, numbers of up to three digits, punctuation with the
+# line end and indentation after it, and line ends with indentation. Measured on the Python standard library with 4096
+# entries: 3.72 bytes per token. GPT-2's pattern gives 3.36, and a pattern without indentation after line ends 3.47.
 BPE_PATTERN = (
     r"\s*[\r\n]+[ \t]*"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -34,7 +34,7 @@ BPE_PATTERN = (
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Frozen; the same object serves every caller."""
+    """Encoder of text to token ids, and decoder. It is frozen, so that all callers can share one object."""
 
     @property
     def vocab_size(self) -> int:
@@ -42,63 +42,76 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_document(self) -> int:
-        """Id of the mark between documents; never the encoding of text."""
+        """Id of the end-of-document token, which no text encodes to."""
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides how text is encoded."""
+        """Digest of everything that determines the encoding of text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, without marks, in `token_dtype(vocab_size)`."""
+        """Encode texts to token ids without end-of-document tokens, in `token_dtype(vocab_size)`."""
 
     def encode_known(self, text: str) -> list[int]:
-        """Token ids of a text, without marks.
+        """Encode a text to token ids without end-of-document tokens, and refuse unknown parts.
 
         Raises:
-            ValueError: If there is no token for a part of it.
+            ValueError: If the vocabulary has no token for a part of the text.
         """
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of token ids; marks and ids that stand for no text are left out, broken UTF-8 becomes U+FFFD."""
+        """Decode token ids to text.
+
+        End-of-document tokens and ids without text are left out. Invalid UTF-8 becomes U+FFFD.
+        """
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smaller of uint16 and uint32 that holds every id: half the disk for most vocabularies."""
+    """Choose uint16 if it holds every token id, else uint32: uint16 needs half the disk for most vocabularies."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """The 256 byte values of UTF-8, and the end-of-document mark."""
+    """Tokenizer of the 256 byte values of UTF-8, with an end-of-document token.
+
+    Attributes:
+        vocab_size: Number of ids, the end-of-document token included.
+        end_of_document: Id of the end-of-document token.
+        fingerprint: Digest of the encoding; a constant, because the encoding has no settings.
+    """
 
     vocab_size: int = 257
     end_of_document: int = 256
     fingerprint: str = "bytes"
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The bytes of each text, uint16."""
+        """Encode texts to their bytes, uint16."""
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16) for text in texts]
 
     def encode_known(self, text: str) -> list[int]:
-        """The bytes of a text; half a surrogate pair has none."""
+        """Encode a text to its bytes.
+
+        Raises:
+            ValueError: If the text holds half of a surrogate pair, which has no bytes.
+        """
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids below 256."""
+        """Decode the ids below 256 to text."""
         values = np.asarray(ids, dtype=np.int64)
         return values[values < self.end_of_document].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
 class SubwordTokenizer:
-    """A tokenizer of the `tokenizers` library.
+    """Tokenizer of the `tokenizers` library.
 
     Attributes:
         inner: The `tokenizers.Tokenizer`.
         vocab_size: One more than the largest id, added tokens included.
-        end_of_document: Id of the mark between documents.
-        fingerprint: Digest of the file it was loaded from and the mark.
-        text: What that file holds.
+        end_of_document: Id of the end-of-document token.
+        fingerprint: Digest of the file and the end-of-document token.
+        text: Contents of the file.
     """
 
     inner: Any
@@ -108,17 +121,21 @@ class SubwordTokenizer:
     text: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, encoded in parallel."""
+        """Encode texts to token ids in parallel."""
         dtype = token_dtype(self.vocab_size)
         encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
 
     def encode_known(self, text: str) -> list[int]:
-        """Token ids of a text, none of which is the token for what is unknown."""
-        text.encode("utf-8")  # raises for half a surrogate pair, at which the library panics
+        """Encode a text to token ids, and refuse a text that needs the unknown token.
+
+        Raises:
+            ValueError: If the vocabulary has no token for a part of the text.
+        """
+        text.encode("utf-8")  # raises for half a surrogate pair, which makes the library panic
         try:
             encoding = self.inner.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception, as for a word without a token
+        except Exception as error:  # the library raises a bare Exception, for example for a word without a token
             raise ValueError(f"cannot be encoded: {error}") from error
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token == self._unknown:
@@ -129,32 +146,32 @@ class SubwordTokenizer:
 
     @property
     def _unknown(self) -> int | None:
-        """The token that stands for what has none; None: there is no such token."""
+        """Id of the unknown token; None if there is none."""
         model = self.inner.model
         name = getattr(model, "unk_token", None)
         if name is not None:
             return self.inner.token_to_id(name)
-        return json.loads(self.text)["model"].get("unk_id")  # of Unigram, which does not tell it otherwise
+        return json.loads(self.text)["model"].get("unk_id")  # Unigram models give it in no other way
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids, without end-of-document marks."""
+        """Decode ids to text, without end-of-document tokens."""
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.end_of_document]
         return self.inner.decode(kept, skip_special_tokens=False)
 
 
 def load_tokenizer_file(path: Path, end_of_document: str | None, field: str = "data.tokenizer") -> SubwordTokenizer:
-    """Load a JSON file of the `tokenizers` library.
+    """Load a tokenizer from a JSON file of the `tokenizers` library.
 
     Args:
-        path: The file.
-        end_of_document: The token that marks the end of a document; None looks for the usual names.
+        path: File to load.
+        end_of_document: Name of the end-of-document token; None searches for the usual names.
         field: Name of the setting that names the file, for messages.
 
     Returns:
-        The tokenizer, without truncation or padding; the names of special tokens inside a text are encoded as text.
+        The tokenizer, without truncation or padding. Names of special tokens inside a text are encoded as text.
 
     Raises:
-        UsageError: If the file is not there, is no tokenizer, or has no such token.
+        UsageError: If the file does not exist, is not a tokenizer, or has no such token.
     """
     import tokenizers
 
@@ -163,11 +180,11 @@ def load_tokenizer_file(path: Path, end_of_document: str | None, field: str = "d
         inner = tokenizers.Tokenizer.from_str(text)
     except OSError as error:
         raise UsageError(f"{field} ({str(path)!r}): cannot be read: {error.strerror}") from error
-    except Exception as error:  # the library raises bare Exception for what it cannot parse
+    except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
         raise UsageError(f"{field} ({str(path)!r}): not a file of the tokenizers library: {error}") from error
     inner.no_truncation()
     inner.no_padding()
-    inner.encode_special_tokens = True  # else "</s>" written in a document would end it
+    inner.encode_special_tokens = True  # otherwise "</s>" in the text of a document would end it
     wanted = USUAL_END_OF_DOCUMENT if end_of_document is None else (end_of_document,)
     mark = next((found for token in wanted if (found := inner.token_to_id(token)) is not None), None)
     if mark is None:
@@ -184,10 +201,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Train a byte-level BPE and save it as a file of the `tokenizers` library.
 
     Args:
-        texts: What to train on.
-        vocab_size: Entries, the 256 bytes and the end-of-document mark included; fewer where the texts have not
-            enough different pairs to merge.
-        path: The file to write.
+        texts: Texts to train on.
+        vocab_size: Number of entries, the 256 bytes and the end-of-document token included. The result has fewer where
+            the texts do not have enough different pairs to merge.
+        path: File to write.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

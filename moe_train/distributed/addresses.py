@@ -1,4 +1,4 @@
-"""Addresses and ports of this host at which the other ranks can meet."""
+"""Addresses, interfaces and ports of this host at which the other ranks can meet it."""
 
 import fcntl
 import socket
@@ -7,24 +7,24 @@ from collections.abc import MutableMapping
 
 from moe_train.config.errors import UsageError
 
-PROBE_SECONDS = 3.0  # for one connection within a cluster; a firewall that drops packets takes all of it
-SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # gloo reads no other's
-SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
+PROBE_SECONDS = 3.0  # for one connection within a cluster; a firewall that drops packets uses all of it
+SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # gloo reads no other variable for it
+SIOCGIFADDR = 0x8915  # Linux: request for the IPv4 address of a network interface
 
 
 def free_port() -> int:
-    """A TCP port of this host that is free now."""
+    """Find a TCP port of this host that is free now."""
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
 
 
 def interfaces() -> list[str]:
-    """The names of this host's network interfaces."""
+    """List the names of this host's network interfaces."""
     return [name for _, name in socket.if_nameindex()]
 
 
 def interface_addresses() -> dict[str, str]:
-    """The IPv4 address of each of this host's network interfaces, by name, without loopback."""
+    """Return the IPv4 address of each of this host's network interfaces, by name, without loopback."""
     addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for name in interfaces():
@@ -37,10 +37,10 @@ def interface_addresses() -> dict[str, str]:
 
 
 def route_interface(host: str) -> str | None:
-    """The network interface by which this host reaches another, or itself; None for loopback and unknown hosts."""
+    """Return the interface by which this host reaches another one or itself; None for loopback and unknown hosts."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((host, 9))  # sends nothing: it only asks for the route
+            probe.connect((host, 9))  # sends nothing; it only looks up the route
         except OSError:
             return None
         source = probe.getsockname()[0]
@@ -48,12 +48,19 @@ def route_interface(host: str) -> str | None:
 
 
 def interface_value(name: str, interface: str) -> str:
-    """What a variable of SOCKET_INTERFACES holds for one interface: NCCL takes prefixes, and with = a whole name."""
+    """Return what a variable of SOCKET_INTERFACES holds for one interface.
+
+    NCCL takes prefixes of names, and with "=" whole names; gloo takes whole names.
+
+    Args:
+        name: One of SOCKET_INTERFACES.
+        interface: Name of the interface.
+    """
     return f"={interface}" if name.startswith("NCCL") else interface
 
 
 def accepts_connections(address: str, port: int) -> bool:
-    """Whether a connection from this host to the address can be made."""
+    """Return whether this host can connect to a port of an address."""
     try:
         socket.create_connection((address, port), timeout=PROBE_SECONDS).close()
     except OSError:
@@ -62,12 +69,14 @@ def accepts_connections(address: str, port: int) -> bool:
 
 
 def choose_interface(setting: str | None, environ: MutableMapping[str, str]) -> None:
-    """Lets gloo and NCCL take a network interface; call this before `export_world`.
+    """Make gloo and NCCL use a network interface. Call this before `export_world`.
 
     Args:
-        setting: parallel.network_interface; None: it is left to the environment and to `export_world`.
-        environ: environment variables.
-    Raises: UsageError where this host has no such interface, or a variable names another.
+        setting: parallel.network_interface; None: the environment and `export_world` decide.
+        environ: Environment variables; the two of SOCKET_INTERFACES are set.
+
+    Raises:
+        UsageError: If this host has no such interface, or a variable names another one.
     """
     if setting is None:
         return

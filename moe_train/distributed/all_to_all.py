@@ -1,9 +1,9 @@
-"""All-to-alls that go on by themselves: started, waited for later, with gradients that travel the way back likewise.
+"""All-to-alls in the background: started, waited for later, with gradients that travel back in the same way.
 
 Starting and waiting are two nodes of autograd's graph. In the backward pass the waiting node comes first: it starts the
 gradient's all-to-all, and the starting node waits for it. What a forward pass does between the two, the backward pass
 does between them too, in reverse: it hides its all-to-alls behind the same work.
-Legend: R rows sent, Q rows received, D width of a row, P ranks of the group.
+Legend: R rows sent, Q rows received, D width of a row, P ranks of the group, n counts per rank.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from moe_train.ops.payload import MODEL_PAYLOAD, Payload
 
 @dataclass(frozen=True)
 class Splits:
-    """How many rows go where.
+    """Number of rows for each rank and from each rank.
 
     Attributes:
-        send: Rows for each rank of the group, which are consecutive. Zero is allowed.
+        send: Rows for each rank of the group, in consecutive blocks. Zero is allowed.
         receive: Rows from each rank of the group.
     """
 
@@ -34,12 +34,12 @@ class Splits:
 
     @property
     def back(self) -> "Splits":
-        """Of the way back."""
+        """Splits of the way back, with send and receive exchanged."""
         return Splits(self.receive, self.send)
 
 
 class _Flight:
-    """One all-to-all of rows, and later that of their gradients."""
+    """One all-to-all of rows, and later the all-to-all of their gradients."""
 
     def __init__(self, splits: Splits, group: Group, observer: CommObserver, payload: Payload) -> None:
         self._splits, self._group, self._observer, self._payload = splits, group, observer, payload
@@ -47,7 +47,7 @@ class _Flight:
         self._arriving: Tensor | None = None
 
     def start(self, rows_RD: Tensor, direction: Direction) -> None:
-        """Send rows; those of the other ranks are on their way."""
+        """Start to send rows to the other ranks, without waiting."""
         collective = self._collective(direction)
         sent = self._payload.encode(rows_RD).contiguous()
         self._arriving = sent.new_empty((sum(collective.receive), sent.shape[1]))
@@ -58,7 +58,7 @@ class _Flight:
             )
 
     def finish(self, dtype: torch.dtype, direction: Direction) -> Tensor:
-        """The rows that the other ranks sent, once they are here (on CUDA: for what is queued after this)."""
+        """Return the rows that the other ranks sent, once they are here (on CUDA: for work queued after this call)."""
         assert self._work is not None and self._arriving is not None
         with self._observer.waiting(self._collective(direction)):
             self._work.wait()
@@ -71,7 +71,7 @@ class _Flight:
 
 
 class _Start(torch.autograd.Function):
-    """Gives an empty tensor, which carries the graph: what arrives may be bytes, which have no gradient."""
+    """Starting node; its result is an empty carrier of the graph: rows may travel as bytes, without gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, flight: _Flight) -> Tensor:
@@ -100,15 +100,20 @@ class _Finish(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class PendingRows:
-    """Rows that were sent and are not yet waited for."""
+    """Rows that were sent and have not been waited for.
+
+    Attributes:
+        carrier: Empty tensor that carries autograd's graph.
+        flight: The all-to-all of the rows.
+    """
 
     carrier: Tensor
     flight: _Flight
 
     def wait(self) -> Tensor:
-        """What arrived, [Q, D], in order of its source; differentiable. To be called once.
+        """Wait for the rows from the other ranks, [Q, D], in the order of their source; differentiable. Call it once.
 
-        Collective: Nothing is sent by it; the backward pass sends the gradients.
+        Collective: None in the forward pass; the backward pass starts the gradients' all-to-all.
         """
         return _Finish.apply(self.carrier, self.flight)
 
@@ -119,17 +124,17 @@ def start_rows(
     """Send consecutive blocks of rows, block i to rank i of the group, without waiting; differentiable.
 
     Args:
-        rows_RD: Rows in order of their destination.
+        rows_RD: Rows in the order of their destination.
         splits: Rows for and from each rank, with sums R and Q.
         group: Process group.
-        observer: Told of it, in the backward pass too.
-        payload: The form in which rows, and later their gradients, travel.
+        observer: Notified of the all-to-all, in the backward pass too.
+        payload: Form in which the rows, and later their gradients, travel.
 
     Returns:
-        Whose `wait` gives the [Q, D] rows that arrive.
+        Pending rows, whose `wait` returns the [Q, D] rows that arrive.
 
     Collective: All ranks of the group, also those that send or receive nothing, in the same order as all other
-    collective operations of the group; likewise in the backward pass.
+    collective operations of the group. The same holds in the backward pass.
     """
     flight = _Flight(splits, group, observer, payload)
     return PendingRows(_Start.apply(rows_RD, flight), flight)
@@ -137,7 +142,14 @@ def start_rows(
 
 @dataclass(frozen=True)
 class PendingCounts:
-    """Counts that were sent and are not yet waited for."""
+    """Counts that were sent and have not been waited for.
+
+    Attributes:
+        arriving_Pn: Counts from each rank, int64; valid after the wait.
+        work: Handle of the all-to-all.
+        collective: Record of the all-to-all.
+        observer: Notified of the wait.
+    """
 
     arriving_Pn: Tensor
     work: dist.Work
@@ -145,19 +157,22 @@ class PendingCounts:
     observer: CommObserver
 
     def wait(self) -> Tensor:
-        """What the ranks sent here, in their order. int64 [P, n]."""
+        """Wait for the counts from all ranks, int64 [P, n], in rank order."""
         with self.observer.waiting(self.collective):
             self.work.wait()
         return self.arriving_Pn
 
 
 def start_counts(counts_Pn: Tensor, group: Group, observer: CommObserver = UNOBSERVED) -> PendingCounts:
-    """Send row i of counts to rank i, without waiting.
+    """Send row i of counts to rank i of the group, without waiting.
 
     Args:
-        counts_Pn: int64, one row for each rank.
+        counts_Pn: int64 [P, n], one row for each rank.
         group: Process group.
-        observer: Told of it.
+        observer: Notified of the all-to-all.
+
+    Returns:
+        Pending counts, whose `wait` returns the [P, n] counts that arrive.
 
     Collective: All ranks of the group, in the same order as all other collective operations of the group.
     """

@@ -1,7 +1,7 @@
-"""From a started process to a member of the world: rank discovery, device, CPU threads, torch.distributed.
+"""Bootstrap of a started process to a rank of the world: rank discovery, device, CPU threads, torch.distributed.
 
-The only file that imports mpi4py. Beside host/ and launch/ it is the only one that reads os.environ: other files are
-given it. torch is imported inside the functions that need it: a wrong setting is reported before torch is loaded.
+Only this file imports mpi4py. Only this file, host/ and launch/ read os.environ; other files receive it as an argument.
+torch is imported inside the functions that need it, so that a wrong setting is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -43,25 +43,31 @@ from moe_train.host.cores import usable_cores
 if TYPE_CHECKING:
     import torch
 
-_SETTLE_SECONDS = 0.5  # 24 starts of 24 on two hosts ended well, and 13 of 26 without
+_SETTLE_SECONDS = 0.5  # on two hosts, 24 of 24 starts ended well with this pause, and 13 of 26 without
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 def environment() -> MutableMapping[str, str]:
-    """The environment variables of this process, for files that are not to read them by themselves."""
+    """Return the environment variables of this process, for files that must not read them themselves."""
     return os.environ
 
 
 def discover_world(environ: Mapping[str, str] = os.environ) -> World:
-    """Finds out the rank of this process and where the ranks meet, under whatever launcher started it.
+    """Find out the rank of this process and where the ranks meet, under any launcher.
 
-    RANK, WORLD_SIZE and their kin (torchrun, deepspeed) are believed first, then mpirun, then srun; without any of them
-    the process is alone. After `export_world` the same world is found again.
+    RANK, WORLD_SIZE and related variables (torchrun, deepspeed) have priority, then mpirun, then srun. Without any of
+    them the process is alone. After `export_world`, the same world is found again.
 
     Args:
-        environ: environment variables.
-    Raises: UsageError where variables are missing, malformed or contradict each other, or MPI does not work.
-    Collective: all tasks under mpirun, as long as RANK is not set; it initialises and finalises MPI.
+        environ: Environment variables.
+
+    Returns:
+        Place of this process among the ranks.
+
+    Raises:
+        UsageError: If variables are missing, malformed or contradictory, or if MPI does not work.
+
+    Collective: All tasks under mpirun, unless RANK is set; this initialises and finalises MPI.
     """
     managers = read_managers(environ)
     for manager in managers:
@@ -81,7 +87,10 @@ def discover_world(environ: Mapping[str, str] = os.environ) -> World:
 
 
 def _ask_mpi(environ: Mapping[str, str], manager: Manager) -> World:
-    """The world of the tasks of mpirun. Collective: all of them."""
+    """Find the world of mpirun's tasks through MPI.
+
+    Collective: All tasks.
+    """
     mpi = _import_mpi(manager)
     world = mpi.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
@@ -107,17 +116,17 @@ def _ask_mpi(environ: Mapping[str, str], manager: Manager) -> World:
         launcher="mpirun",
     )
     if len(leaders) > 1:
-        # MPICH 4.0 over UCX: connections that are still being set up made one Finalize in two wait without end.
+        # MPICH 4.0 over UCX: while connections were still being set up, one Finalize in two waited without end.
         world.Barrier()
         time.sleep(_SETTLE_SECONDS)
-    mpi.Finalize()  # at exit it would wait for all ranks, and a rank that fails could not end
+    mpi.Finalize()  # at exit it would wait for all ranks, so that a rank that fails could not end
     return result
 
 
 def _import_mpi(manager: Manager) -> Any:
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py's wheels find no MPI library
+    except (ImportError, RuntimeError) as error:  # mpi4py's wheels raise RuntimeError if they find no MPI library
         raise UsageError(
             f"{manager.size} is set, but mpi4py cannot be used ({error}): pip install mpi4py, with the library of the "
             "MPI that mpirun belongs to on the loader's path (MPI4PY_MPIABI=mpich for MPICH)"
@@ -126,8 +135,12 @@ def _import_mpi(manager: Manager) -> Any:
 
 
 def _agree_on_address(environ: Mapping[str, str], world: Any, is_leader: bool, num_nodes: int) -> tuple[str, int]:
-    """Address and port of rank 0: MASTER_ADDR and MASTER_PORT of its environment, or the first address that all
-    hosts can connect to, since names may not resolve and interfaces may be private to a host.
+    """Agree on address and port of rank 0.
+
+    They are MASTER_ADDR and MASTER_PORT of rank 0's environment, or the first address to which all hosts can connect:
+    names may not resolve, and interfaces may be private to a host.
+
+    Collective: All tasks.
     """
     address, port = environ.get("MASTER_ADDR", ""), read_integer(environ, "MASTER_PORT")
     wanted = world.bcast((address, port.value if port else 0))
@@ -150,13 +163,15 @@ def _agree_on_address(environ: Mapping[str, str], world: Any, is_leader: bool, n
 def choose_device(
     setting: Literal["auto", "cpu", "cuda"], world: World, environ: Mapping[str, str] = os.environ
 ) -> torch.device:
-    """The device of this rank: the CUDA device of its local rank, or the only one that it sees, or the CPU.
+    """Choose the device of this rank: the CUDA device of its local rank, the only device that it sees, or the CPU.
 
     Args:
-        setting: parallel.device; auto takes cuda where a device is visible, unless DS_ACCELERATOR says cpu.
-        world: the place of this rank.
-        environ: environment variables.
-    Raises: UsageError where cuda is asked for and not there, or a host has more ranks than devices.
+        setting: parallel.device; auto: cuda if a device is visible, unless DS_ACCELERATOR is cpu.
+        world: Place of this process among the ranks.
+        environ: Environment variables.
+
+    Raises:
+        UsageError: If the setting is cuda without a visible device, or a host has more ranks than devices.
     """
     import torch
 
@@ -182,25 +197,27 @@ def choose_device(
 
 
 def set_threads(setting: int | Literal["auto"], world: World, environ: Mapping[str, str] = os.environ) -> int:
-    """Sets the CPU threads of torch in this rank.
+    """Set the number of CPU threads of torch in this rank.
 
-    auto is OMP_NUM_THREADS where the user set it, else the cores that srun gave the task, else the cores of the node
-    divided among its ranks. torchrun sets OMP_NUM_THREADS=1 where there is none, and that 1 cannot be told from a
-    user's: under torchrun with several ranks a host, 1 does not count (say parallel.threads_per_rank=1 to have it).
-    Where a launcher binds each rank to cores of its own, they are divided once too often: set OMP_NUM_THREADS there.
+    auto means OMP_NUM_THREADS if the user set it, else the cores that srun gave the task, else the cores of the node
+    divided by its ranks. torchrun sets OMP_NUM_THREADS=1 by default, which looks like a user's 1. So under torchrun
+    with several ranks per host, 1 does not count; set parallel.threads_per_rank=1 to have it. If a launcher binds each
+    rank to cores of its own, those cores are divided once more; set OMP_NUM_THREADS in that case.
 
     Args:
         setting: parallel.threads_per_rank.
-        world: the place of this rank.
-        environ: environment variables.
-    Returns: the number of threads.
+        world: Place of this process among the ranks.
+        environ: Environment variables.
+
+    Returns:
+        The number of threads.
     """
     import torch
 
     cores = usable_cores()
     threads = max(1, cores // world.local_world_size) if setting == "auto" else setting
     if setting == "auto":
-        first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list gives a number for each level
+        first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has one number per nesting level
         torchrun_default = first == "1" and world.launcher == "torchrun" and world.local_world_size > 1
         per_task = read_integer(environ, "SLURM_CPUS_PER_TASK") if world.launcher == "srun" else None
         if first.isdecimal() and int(first) > 0 and not torchrun_default:
@@ -214,26 +231,27 @@ def set_threads(setting: int | Literal["auto"], world: World, environ: Mapping[s
 def export_world(
     world: World, device: torch.device | None = None, environ: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Writes the world into the environment, where DeepSpeed reads it instead of asking MPI.
+    """Write the world into the environment, where DeepSpeed reads it and so does not ask MPI.
 
-    On several hosts, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME become the interface of the route to rank 0 where they
-    are not set.
+    On several hosts it also sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface of the route to rank 0, if
+    they are not set.
 
     Args:
-        world: the place of this rank.
-        device: where it is the CPU, DeepSpeed is told so by DS_ACCELERATOR; call this before deepspeed is imported.
-        environ: environment variables.
+        world: Place of this process among the ranks.
+        device: Device of this rank. For the CPU, DS_ACCELERATOR tells DeepSpeed so; call this before deepspeed is
+            imported.
+        environ: Environment variables to write to.
     """
     environ["RANK"] = str(world.rank)
     environ["WORLD_SIZE"] = str(world.world_size)
-    # DeepSpeed takes it for the device: 0 where the launcher shows each rank one device alone.
+    # DeepSpeed takes LOCAL_RANK as the device index: 0 if the launcher shows each rank only one device.
     index = device.index if device is not None and device.type == "cuda" else None
     environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
     environ["LOCAL_WORLD_SIZE"] = str(world.local_world_size)
     environ["MASTER_ADDR"] = world.master_addr
     environ["MASTER_PORT"] = str(world.master_port)
     interface = route_interface(world.master_addr) if world.num_nodes > 1 else None
-    if interface is not None:  # gloo takes the host's name, which may not resolve, or resolve to loopback
+    if interface is not None:  # gloo's default is the host's name, which may not resolve, or resolve to loopback
         for name in SOCKET_INTERFACES:
             environ.setdefault(name, interface_value(name, interface))
     if device is not None and device.type == "cpu":
@@ -241,14 +259,17 @@ def export_world(
 
 
 def init_process_group(world: World, device: torch.device, timeout_seconds: float) -> None:
-    """Joins torch.distributed: gloo, and on CUDA NCCL beside it, so that tensors of both kinds can be reduced.
+    """Join torch.distributed with gloo, and on CUDA also NCCL, so that tensors on both devices can be reduced.
 
     Args:
-        world: the place of this rank.
-        device: of this rank, as `choose_device` gives it.
-        timeout_seconds: seconds after which a collective operation that does not complete is an error.
-    Raises: UsageError where the port of the master is taken, on every rank.
-    Collective: all ranks.
+        world: Place of this process among the ranks.
+        device: Device of this rank, from `choose_device`.
+        timeout_seconds: Timeout of a collective operation.
+
+    Raises:
+        UsageError: On every rank, if the master's port is taken.
+
+    Collective: All ranks.
     """
     timeout = timedelta(seconds=timeout_seconds)
     export_world(world, device)
@@ -256,10 +277,13 @@ def init_process_group(world: World, device: torch.device, timeout_seconds: floa
 
 
 def leave_process_group(code: int) -> None:
-    """Ends this process with an exit code, if it is in a process group; else does nothing.
+    """End this process with an exit code if it is in a process group; otherwise do nothing.
 
-    The interpreter's own end takes the groups down while their threads still run, and now and then aborts (gloo of
-    torch 2.13: "terminate called without an active exception", after all work was done).
+    The interpreter's own exit destroys the groups while their threads still run, and sometimes aborts (gloo of torch
+    2.13: "terminate called without an active exception", after all work was done).
+
+    Args:
+        code: Exit code.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
@@ -270,18 +294,18 @@ def leave_process_group(code: int) -> None:
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one to speak before ranks have met, as far as its environment tells."""
+    """Return whether this process prints messages before the ranks have met, according to its environment."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((environ[name] for name in names if name in environ), "0") == "0"
 
 
 def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of a process that is to take a place in another world.
+    """Build the environment of a child process that takes a place in another world.
 
     Args:
-        world: Its place.
-        one_thread: Whether several ranks share few cores.
-        environ: Of this process; what its launcher wrote is left out.
+        world: Place of the child process.
+        one_thread: Whether each rank gets one CPU thread, because several ranks share few cores.
+        environ: Environment variables of this process; those of its launcher are left out.
     """
     launchers = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
     kept = {name: value for name, value in environ.items() if not name.startswith(launchers)}
@@ -292,14 +316,14 @@ def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, s
 
 
 def local_rank_environments(num_ranks: int, environ: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
-    """The environments of CPU ranks that are all processes of this machine, with a free port and one thread each."""
+    """Build the environments of CPU ranks on this machine, with a free port and one thread per rank."""
     port = free_port()
     worlds = [World(r, num_ranks, r, num_ranks, 1, 0, LOOPBACK, port, "environment") for r in range(num_ranks)]
     return [child_environment(w, one_thread=True, environ=environ) | {"DS_ACCELERATOR": "cpu"} for w in worlds]
 
 
 def num_devices(device_type: str) -> int | None:
-    """CUDA devices that this process sees, or None for the CPU, where any number of ranks can be started."""
+    """Count the CUDA devices that this process sees; None for the CPU, which can run any number of ranks."""
     import torch
 
     return torch.cuda.device_count() if device_type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Collective operations but all-to-alls, with gradients where the model needs them. A group of None is one process."""
+"""Collective operations except all-to-alls, with gradients where the model needs them. A None group is one process."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ Group = dist.ProcessGroup
 
 
 def group_size(group: Group | None) -> int:
-    """Ranks of the group; 1 for None."""
+    """Return the number of ranks of the group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: Group | None) -> int:
-    """This process in the group; 0 for None."""
+    """Return this process's rank in the group; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def world_group() -> Group | None:
-    """All ranks, or None for one process."""
+    """Return the group of all ranks, or None for one process."""
     return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """The sum over ranks; every rank's loss depends on it, so the gradient is the sum of all ranks' gradients."""
+    """Sum over ranks. Every rank's loss depends on the sum, so its gradient is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -42,7 +42,11 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(x: Tensor, group: Group | None) -> Tensor:
-    """The sum over the ranks of the group; differentiable (its adjoint is the same sum of the gradients).
+    """Sum a tensor over the ranks of the group. Differentiable: the adjoint is the same sum of the gradients.
+
+    Args:
+        x: Tensor with the same shape on all ranks.
+        group: Process group; None: one process.
 
     Collective: All ranks of the group, in the backward pass too.
     """
@@ -50,7 +54,14 @@ def all_reduce_sum(x: Tensor, group: Group | None) -> Tensor:
 
 
 def all_reduce_max(x: Tensor, group: Group | None) -> Tensor:
-    """The largest of each element over the ranks of the group; without gradient. Collective: all ranks of the group."""
+    """Take the elementwise maximum over the ranks of the group, without gradient.
+
+    Args:
+        x: Tensor with the same shape on all ranks.
+        group: Process group; None: one process.
+
+    Collective: All ranks of the group.
+    """
     if group is None:
         return x
     largest = x.detach().clone(memory_format=torch.contiguous_format)
@@ -59,11 +70,11 @@ def all_reduce_max(x: Tensor, group: Group | None) -> Tensor:
 
 
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
-    """Every rank's value, in order of rank, on every rank.
+    """Gather every rank's value on every rank, in rank order.
 
     Args:
-        value: Picklable.
-        group: Of all ranks: the default one, or one of `create_background_group`.
+        value: Picklable value of this rank.
+        group: Group of all ranks: the default group, or one from `create_background_group`.
 
     Collective: All ranks.
     """
@@ -75,14 +86,17 @@ def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether an error is of a collective operation, which is how a rank meets the end of another one."""
-    # gloo of torch 2.13 raises plain RuntimeErrors, with the place in its sources.
+    """Return whether an error comes from a collective operation, as when another rank has ended."""
+    # gloo of torch 2.13 raises plain RuntimeErrors, with the position in its source code.
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore")
     is_plain = type(error) is RuntimeError and any(word in str(error) for word in words)
     return isinstance(error, dist.DistError | ConnectionError) or is_plain
 
 
 def barrier() -> None:
-    """Wait until every rank is here. Collective: all ranks."""
+    """Wait until every rank has arrived.
+
+    Collective: All ranks.
+    """
     if world_group() is not None:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Ranks that each find something out for themselves go on only if all found the same; else all end alike."""
+"""Consensus of ranks: each tries something by itself; all continue only if all succeeded alike, otherwise all fail."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank met.
+    """Error that a rank met.
 
     Attributes:
-        rank: The rank.
-        message: Of the error.
-        kind: Its class.
+        rank: Rank that failed.
+        message: Message of the error.
+        kind: Class of the error.
     """
 
     rank: int
@@ -27,11 +27,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Attempt(Generic[Result]):
-    """How something went that every rank did.
+    """Outcome of an action that every rank tried.
 
     Attributes:
-        result: This rank's; None if it failed here.
-        failure: Of the first rank that failed, the same on every rank; None: it went well everywhere.
+        result: Result of this rank; None if it failed here.
+        failure: Failure of the first rank that failed, the same on every rank; None: no rank failed.
     """
 
     result: Result | None
@@ -39,20 +39,20 @@ class Attempt(Generic[Result]):
 
 
 def try_on_all_ranks(action: Callable[[], Result], group: Group | None = None) -> Attempt[Result]:
-    """Do something on every rank, and know on every rank whether it failed on one.
+    """Try an action on every rank, and tell every rank whether it failed on one.
 
     Args:
-        action: What each rank does; it may raise. It enters no collective.
-        group: Of all ranks; None: the default one.
+        action: Called on each rank; it may raise, but must not enter a collective.
+        group: Group of all ranks; None: the default group.
 
     Collective: All ranks.
     """
     result, failure = None, None
     try:
         result = action()
-    except Exception as error:  # whatever it is: the other ranks wait in the next line
+    except Exception as error:  # any error: the other ranks wait in gather_objects below
         name, is_usage = type(error).__name__, isinstance(error, UsageError)
-        # What users and disks cause speaks for itself. A class that is not ours may not exist where others look for it.
+        # Errors of users and disks need no class name. A class of another package may not exist on the other ranks.
         speaks = isinstance(error, UsageError | OSError) and bool(str(error))
         failure = (f"{error}" if speaks else f"{name}: {error}", type(error) if is_usage else RuntimeError)
     found = gather_objects(failure, group)
@@ -65,21 +65,21 @@ def run_on_all_ranks(
     describe: Callable[[Result], dict[str, str]] | None = None,
     group: Group | None = None,
 ) -> Result:
-    """Do something on every rank, and fail on every rank where it fails on one.
+    """Run an action on every rank, and raise on every rank if it fails on one.
 
-    A rank that raised alone would leave the others waiting in their next collective operation.
+    If one rank raised alone, the others would wait for it in their next collective operation.
 
     Args:
-        action: As in `try_on_all_ranks`.
-        describe: Named parts of the result that must be the same on all ranks.
-        group: As in `try_on_all_ranks`.
+        action: Called on each rank; it may raise, but must not enter a collective.
+        describe: Called with the result; returns named parts of it that must be the same on all ranks.
+        group: Group of all ranks; None: the default group.
 
     Returns:
-        This rank's result.
+        Result of this rank.
 
     Raises:
-        UsageError: If a rank found one, or if the ranks' results differ; the same on every rank.
-        RuntimeError: If a rank met another error, naming it.
+        UsageError: On every rank, if a rank raised one, or if the described parts differ between ranks.
+        RuntimeError: On every rank, if a rank raised another error; it names that rank.
 
     Collective: All ranks.
     """
@@ -102,4 +102,4 @@ def run_on_all_ranks(
             for name, value in found[0].items():
                 if others[name] != value:
                     raise UsageError(f"{name} differs between ranks: {value} on rank 0, {others[name]} on rank {rank}")
-    return tried.result  # type: ignore[return-value]  # no failure: the action has returned
+    return tried.result  # type: ignore[return-value]  # no failure, so the action has returned a result

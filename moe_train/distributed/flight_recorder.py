@@ -1,9 +1,9 @@
-"""Flight recorder: the step, the phase and the all-to-all that this process is in, for whoever looks for a hang.
+"""Flight recorder: the step, the phase and the all-to-all that this process is in, to explain a hang.
 
-The training thread writes, the watchdog's thread reads. There is no lock. One thread writes at a time (in a backward
-pass on CUDA it is autograd's, for which the training thread waits). Each write is one assignment, which Python makes
-whole, and what belongs together is assigned as one object. A reader may see a step beside the phase of the step before,
-for microseconds; readers look at a process that has not moved for seconds.
+The training thread writes, and the watchdog's thread reads, without a lock. One thread writes at a time (in a backward
+pass on CUDA it is autograd's thread, for which the training thread waits). Each write is one assignment, atomic in
+Python, and values that belong together are one object. For microseconds a reader may see a step beside the previous
+step's phase; but readers look at a process that has not moved for seconds.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ Direction = Literal["forward", "backward"]
 
 @dataclass(frozen=True)
 class CollectiveRecord:
-    """One all-to-all of this process.
+    """Record of one all-to-all of this process.
 
     Attributes:
-        operation: Its name: all_to_all_rows or all_to_all_counts.
-        layer: Index of the model's layer; None where it belongs to none.
-        direction: The pass it belongs to; a recomputed forward pass is "forward".
+        operation: Name of the operation: all_to_all_rows or all_to_all_counts.
+        layer: Index of the model's layer; None: the all-to-all belongs to no layer.
+        direction: Pass of the all-to-all; a recomputed forward pass is "forward".
         send: Rows for each rank of the group.
         receive: Rows from each rank of the group.
     """
@@ -32,22 +32,22 @@ class CollectiveRecord:
     receive: Sequence[int]
 
     def describe(self) -> str:
-        """Describe the operation in words."""
+        """Describe the operation in one line of text."""
         layer = "" if self.layer is None else f" of layer {self.layer}"
         splits = f"send {list(self.send)}, receive {list(self.receive)}"
         return f"{self.operation}{layer}, {self.direction}: {splits}"
 
 
 class FlightRecorder:
-    """What this process does now. `at` notes step and phase; a `CommObserver` notes collectives.
+    """Recorder of what this process does now. `at` notes step and phase; a `CommObserver` notes collectives.
 
     Attributes:
-        step: The step being made, as the loop counts; None before the first.
-        phase: What the process does: "start", "data", "forward", "backward", "update", "validate", "save", ...
-        collective: The all-to-all that the host waits for, or that failed; None outside of one.
-        last_collective: The one started or waited for last. On CUDA the host does not wait until one is done, and hangs
-            later.
-        num_moves: Grows with every note: a process whose number stands still is stuck, or in a long computation.
+        step: Current step, as the loop counts; None before the first step.
+        phase: Current activity: "start", "data", "forward", "backward", "update", "validate", "save", ...
+        collective: The all-to-all that the host waits for, or that failed; None: no all-to-all.
+        last_collective: The all-to-all that was started or waited for last. On CUDA the host does not wait until it is
+            done, and hangs later.
+        num_moves: Number of notes so far. If it stands still, the process is stuck or in a long computation.
     """
 
     __slots__ = ("collective", "last_collective", "num_moves", "phase", "step")
@@ -63,8 +63,8 @@ class FlightRecorder:
         """Note a new phase.
 
         Args:
-            phase: What begins now.
-            step: The new step; None: the same as before.
+            phase: Phase that begins now.
+            step: Step that begins now; None: the step stays the same.
         """
         if step is not None:
             self.step = step
@@ -72,30 +72,30 @@ class FlightRecorder:
         self.num_moves += 1
 
     def start(self, collective: CollectiveRecord) -> None:
-        """Note an all-to-all that is started, and goes on by itself."""
+        """Note an all-to-all that is started and runs in the background."""
         self.last_collective = collective
         self.num_moves += 1
 
     def begin(self, collective: CollectiveRecord) -> None:
-        """Note an all-to-all that the host waits for."""
+        """Note an all-to-all that the host begins to wait for."""
         self.collective = self.last_collective = collective
         self.num_moves += 1
 
     def end(self) -> None:
-        """Note that the host has left the all-to-all."""
+        """Note that the host has finished waiting for the all-to-all."""
         self.collective = None
         self.num_moves += 1
 
     def describe(self) -> str:
         """Describe where the process is, in one line of text."""
-        collective, last = self.collective, self.last_collective  # read once: the writer goes on
+        collective, last = self.collective, self.last_collective  # each read once: the writer may change them
         place = f"step {self.step}, phase {self.phase}" if self.step is not None else f"phase {self.phase}"
         if collective is not None:
             return f"{place}, in {collective.describe()}"
         return f"{place}, in no all-to-all; the last was {last.describe()}" if last is not None else place
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Return plain values for JSON."""
         collective, last = self.collective, self.last_collective
         return {
             "step": self.step,

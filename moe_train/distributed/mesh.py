@@ -1,6 +1,6 @@
-"""Which ranks share the experts of a layer, and which ranks hold the same experts."""
+"""The mesh of ranks: which get other sequences, which share the experts of a layer, which hold the same experts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -11,52 +11,65 @@ _BACKGROUND_HOURS = 4
 
 
 @dataclass(frozen=True)
-class ParallelMesh:
-    """The groups of this rank.
+class MeshGroup:
+    """This process's group along one axis of the mesh.
 
     Attributes:
-        ep_group: Ranks that share the experts of a layer: consecutive, so that they stay in a node where they fit.
-        ep_ranks: Their global ranks.
-        ep_rank: This process among them.
-        edp_group: Ranks that hold the same experts: strided.
-        edp_ranks: Their global ranks.
-        across: Of the ranks that share the experts, those with this rank's place in their node; None: not asked for.
-        within: Of the ranks that share the experts, those of this rank's node; None: not asked for.
+        group: Process group.
+        ranks: Global ranks of the group.
+        rank: Rank of this process in the group.
     """
 
-    ep_group: Group
-    ep_ranks: tuple[int, ...]
-    ep_rank: int
-    edp_group: Group
-    edp_ranks: tuple[int, ...]
-    across: Group | None = None
-    within: Group | None = None
+    group: Group
+    ranks: tuple[int, ...]
+    rank: int
 
     @property
-    def path(self) -> tuple[Group, ...]:
-        """The groups in which a token travels to its experts, one after the other; none where all experts are here."""
-        if self.ep_size == 1:
+    def size(self) -> int:
+        """Number of ranks in the group."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """Groups of this process.
+
+    Attributes:
+        data: Ranks that get other sequences: all of them.
+        expert: Ranks that share the experts of a layer. They are consecutive, and so stay in one node if they fit.
+        expert_data: Ranks that hold the same experts; they are strided.
+        across_nodes: Ranks of `expert` with this rank's place in their nodes; None: rows do not pass nodes first.
+        within_node: Ranks of `expert` in this rank's node; None: rows do not pass nodes first.
+    """
+
+    data: MeshGroup
+    expert: MeshGroup
+    expert_data: MeshGroup
+    across_nodes: MeshGroup | None = None
+    within_node: MeshGroup | None = None
+
+    @property
+    def dispatch_groups(self) -> tuple[Group, ...]:
+        """Groups that a token passes on its way to its experts, one after the other; empty if all experts are here."""
+        if self.expert.size == 1:
             return ()
-        return (self.ep_group,) if self.across is None or self.within is None else (self.across, self.within)
-
-    @property
-    def ep_size(self) -> int:
-        """Ranks that share the experts of a layer."""
-        return len(self.ep_ranks)
+        if self.across_nodes is None or self.within_node is None:
+            return (self.expert.group,)
+        return self.across_nodes.group, self.within_node.group
 
 
 def expert_parallel_ranks(world_size: int, ep_size: int) -> list[tuple[int, ...]]:
-    """Every expert-parallel group: consecutive ranks."""
+    """List the ranks of every expert-parallel group; they are consecutive."""
     return [tuple(range(first, first + ep_size)) for first in range(0, world_size, ep_size)]
 
 
 def expert_data_parallel_ranks(world_size: int, ep_size: int) -> list[tuple[int, ...]]:
-    """Every group of ranks that hold the same experts: strided ranks."""
+    """List the ranks of every group that holds the same experts; they are strided."""
     return [tuple(range(first, world_size, ep_size)) for first in range(ep_size)]
 
 
 def across_node_ranks(world_size: int, ep_size: int, node_size: int) -> list[tuple[int, ...]]:
-    """In every expert-parallel group, the ranks that have the same place in their nodes."""
+    """List, for every expert-parallel group, the ranks that have the same place in their nodes."""
     return [
         tuple(range(first + place, first + ep_size, node_size))
         for first in range(0, world_size, ep_size)
@@ -65,28 +78,30 @@ def across_node_ranks(world_size: int, ep_size: int, node_size: int) -> list[tup
 
 
 def create_mesh(ep_size: int, timeout_seconds: int, node_size: int | None = None) -> ParallelMesh:
-    """Create the process groups of every rank and return this rank's.
+    """Create the process groups of every rank and return those of this process.
 
     Args:
         ep_size: Ranks that share the experts of a layer; divides the world size.
-        timeout_seconds: Bound of a collective operation.
-        node_size: Ranks of a node, for the groups across and within nodes; divides ep_size. None: without those.
+        timeout_seconds: Timeout of a collective operation, in seconds.
+        node_size: Ranks per node, for the groups across and within nodes; divides ep_size. None: no such groups.
 
     Collective: All ranks.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    ep_group, ep_ranks = _create(expert_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
-    edp_group, edp_ranks = _create(expert_data_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
-    groups = ParallelMesh(ep_group, ep_ranks, ep_ranks.index(rank), edp_group, edp_ranks)
+    world = dist.group.WORLD
+    assert world is not None, "torch.distributed is initialised"
+    data = MeshGroup(world, tuple(range(world_size)), rank)
+    expert = _create(expert_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
+    expert_data = _create(expert_data_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
     if node_size is None:
-        return groups
-    across, _ = _create(across_node_ranks(world_size, ep_size, node_size), rank, timeout_seconds)
-    within, _ = _create(expert_parallel_ranks(world_size, node_size), rank, timeout_seconds)
-    return replace(groups, across=across, within=within)
+        return ParallelMesh(data, expert, expert_data)
+    across = _create(across_node_ranks(world_size, ep_size, node_size), rank, timeout_seconds)
+    within = _create(expert_parallel_ranks(world_size, node_size), rank, timeout_seconds)
+    return ParallelMesh(data, expert, expert_data, across, within)
 
 
 def create_background_group() -> Group | None:
-    """A gloo group of all ranks for a thread beside training; None for one process.
+    """Create a gloo group of all ranks for a thread beside training; None for one process.
 
     Its operations wait long, because ranks finish writing a checkpoint at different times.
 
@@ -97,11 +112,11 @@ def create_background_group() -> Group | None:
     return dist.new_group(backend="gloo", timeout=timedelta(hours=_BACKGROUND_HOURS))
 
 
-def _create(layout: list[tuple[int, ...]], rank: int, timeout_seconds: int) -> tuple[Group, tuple[int, ...]]:
-    mine: tuple[Group, tuple[int, ...]] | None = None
+def _create(layout: list[tuple[int, ...]], rank: int, timeout_seconds: int) -> MeshGroup:
+    mine: MeshGroup | None = None
     for ranks in layout:  # every rank takes part in creating every group, in the same order
         group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_seconds))
         if rank in ranks:
-            mine = group, ranks
+            mine = MeshGroup(group, ranks, ranks.index(rank))
     assert mine is not None, "every rank is in one group of a layout"
     return mine

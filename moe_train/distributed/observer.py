@@ -1,4 +1,4 @@
-"""Observer of a layer's all-to-alls: it measures what they cost, and notes that this process is in one."""
+"""Observer of a layer's all-to-alls: it measures their cost, and notes that this process is in one."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ class CommObserver:
     """Observer of the all-to-alls of one layer.
 
     Attributes:
-        meter: Adds up what they cost; None: nothing is measured.
-        flight_recorder: Notes that one begins and ends; None: nothing is noted.
-        layer: Index of the model's layer; None: none.
+        meter: Meter that adds up time and bytes; None: no measurement.
+        flight_recorder: Recorder that notes each begin and end; None: no notes.
+        layer: Index of the model's layer; None: no layer.
     """
 
     meter: TrafficMeter | None = None
@@ -24,11 +24,11 @@ class CommObserver:
 
     @contextlib.contextmanager
     def starting(self, collective: CollectiveRecord, num_bytes: int) -> Iterator[None]:
-        """The block starts an all-to-all. Never waits for the device.
+        """Observe the block, which starts an all-to-all. This never waits for the device.
 
         Args:
-            collective: The all-to-all.
-            num_bytes: Bytes that this rank sends to others.
+            collective: Record of the all-to-all.
+            num_bytes: Bytes that this rank sends to other ranks.
         """
         if self.flight_recorder is not None:
             self.flight_recorder.start(collective)
@@ -37,12 +37,12 @@ class CommObserver:
 
     @contextlib.contextmanager
     def waiting(self, collective: CollectiveRecord) -> Iterator[None]:
-        """The block waits for an all-to-all that was started.
+        """Observe the block, which waits for an all-to-all that was started.
 
-        After an error in the block the note stays: the flight recorder tells where communication failed.
+        After an error in the block the note stays, so that the flight recorder shows where communication failed.
 
         Args:
-            collective: The all-to-all.
+            collective: Record of the all-to-all.
         """
         if self.flight_recorder is not None:
             self.flight_recorder.begin(collective)

@@ -1,6 +1,6 @@
-"""Where the ranks meet: the store of torch.distributed, and a port of it that something else has taken.
+"""Rendezvous of the ranks: the store of torch.distributed, and the errors if another process has taken its port.
 
-torch is imported inside the functions: a wrong setting is reported before torch is loaded.
+torch is imported inside the functions, so that a wrong setting is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from moe_train.distributed.world import World
 if TYPE_CHECKING:
     import torch
 
-_ANSWER_SECONDS = 20.0  # for a store that listens to answer; it does so at once
-_NAME_SECONDS = 10.0  # for rank 0 to write the launch's name, the first thing it does with its store
-_ASK_SECONDS = 0.1  # between two looks whether rank 0 listens yet
-_RESOLVE_SECONDS = 30.0  # for the master's name to be known: Kubernetes makes that of a pod as it starts
+_ANSWER_SECONDS = 20.0  # for a listening store to answer; a good one answers at once
+_NAME_SECONDS = 10.0  # for rank 0 to write the launch's name, which it does first
+_ASK_SECONDS = 0.1  # between two polls whether rank 0 listens yet
+_RESOLVE_SECONDS = 30.0  # for the master's name to resolve: Kubernetes creates a pod's name as the pod starts
 LAUNCH_MARK = "MOE_TRAIN_LAUNCH"  # environment variable of all processes of a `moe-train launch`
 _LAUNCH_KEY, _SEATS = "moe_train/launch", "moe_train/seat"
 
 
 def open_store(world: World, timeout: timedelta, environ: Mapping[str, str]) -> Any:
-    """The store in which the ranks of this start meet.
+    """Open the store in which the ranks of this launch meet.
 
     Args:
-        world: The place of this process.
-        timeout: To wait for the other ranks, here and in operations of the store.
+        world: Place of this process among the ranks.
+        timeout: Time to wait for the other ranks, here and in operations of the store.
         environ: Environment variables of this process.
 
+    Returns:
+        Store of torch.distributed.
+
     Raises:
-        UsageError: If the master's port is taken, or its name not known; on every rank.
-        TimeoutError: If nothing listens there.
+        UsageError: On every rank, if the master's port is taken, or its name does not resolve.
+        TimeoutError: If nothing listens at the master's port.
         ConnectionError: If rank 0 was lost meanwhile.
 
     Collective: All ranks.
@@ -54,13 +57,13 @@ def open_store(world: World, timeout: timedelta, environ: Mapping[str, str]) -> 
 
 
 def join_group(store: Any, world: World, device: torch.device, timeout: timedelta) -> None:
-    """Joins torch.distributed: gloo, and on CUDA NCCL beside it, so that tensors of both kinds can be reduced.
+    """Join torch.distributed with gloo, and on CUDA also NCCL, so that tensors on both devices can be reduced.
 
     Args:
-        store: Of `open_store`.
-        world: The place of this process.
-        device: Of this rank.
-        timeout: After which a collective operation that does not complete is an error.
+        store: Store of `open_store`.
+        world: Place of this process among the ranks.
+        device: Device of this rank.
+        timeout: Timeout of a collective operation.
 
     Collective: All ranks.
     """
@@ -75,15 +78,24 @@ def join_group(store: Any, world: World, device: torch.device, timeout: timedelt
 
 
 def open_rendezvous(world: World, timeout: timedelta, environ: Mapping[str, str]) -> Any:
-    """The store that rank 0 holds at the master's address and port.
+    """Open the store that rank 0 holds at the master's address and port.
 
-    Another launch may hold one there: rank 0 writes its launch's name into its own, and each other rank, once it has
-    found its launch's name, takes its seat, which is free in a store of a launch of the same name alone if that is its
-    own.
+    Another launch may hold a store there. So rank 0 writes its launch's name into its store. Each other rank continues
+    only if it reads its own launch's name, and then takes its seat. A seat that is already taken shows that the store
+    belongs to another launch with the same name.
 
-    Raises: UsageError where the master's name is not known, or the port is taken: on rank 0 at once, on the others as
-    soon as what has it gives no answer or another launch's. TimeoutError, ConnectionError as `open_store`.
-    Collective: all ranks.
+    Args:
+        world: Place of this process among the ranks.
+        timeout: Time to wait for the other ranks, here and in operations of the store.
+        environ: Environment variables of this process.
+
+    Raises:
+        UsageError: If the master's name does not resolve, or its port is taken. Rank 0 raises at once; the other ranks
+            raise when the port gives no answer, or another launch's.
+        TimeoutError: If nothing listens at the master's port.
+        ConnectionError: If rank 0 was lost meanwhile.
+
+    Collective: All ranks.
     """
     import torch.distributed as dist
 
@@ -124,7 +136,7 @@ def open_rendezvous(world: World, timeout: timedelta, environ: Mapping[str, str]
 
 
 def launch_name(world: World, environ: Mapping[str, str]) -> str:
-    """What all ranks of a launch have in common, and those of another mostly have not."""
+    """Build a name that all ranks of a launch have in common, and that ranks of another launch mostly do not have."""
     names = {"srun": ("SLURM_JOB_ID", "SLURM_STEP_ID"), "mpirun": ("PMIX_NAMESPACE",)}
     names |= {"torchrun": ("TORCHELASTIC_RUN_ID",)}
     known = [f"{name}={environ.get(name, '')}" for name in (LAUNCH_MARK, *names.get(world.launcher, ()))]
@@ -132,7 +144,7 @@ def launch_name(world: World, environ: Mapping[str, str]) -> str:
 
 
 def _resolve(world: World, seconds: float) -> None:
-    """Wait until the master's name is known here. torch alone would say of it that the port cannot be reached."""
+    """Wait until the master's name resolves here. torch alone would only say that the port cannot be reached."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -149,10 +161,10 @@ def _resolve(world: World, seconds: float) -> None:
 
 
 def _connect(world: World, seconds: float) -> Any:
-    """A connection to the store of what listens there. Raises UsageError if that gives no answer."""
+    """Connect to the store at the master's port. Raises UsageError if what listens there gives no answer."""
     import torch.distributed as dist
 
-    # In a thread: torch (2.13) waits without end for the answer of something that accepts and says nothing.
+    # In a thread: torch (2.13) waits without end for the answer of a process that accepts connections and says nothing.
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def connect() -> None:
@@ -184,9 +196,13 @@ def _taken(world: World, reason: str) -> UsageError:
 
 
 def join_agent(world: World, timeout: timedelta) -> Any:
-    """The store that an agent of torchrun holds, under a name of this life of the ranks.
+    """Join the store that a torchrun agent holds, under a name for this start of the ranks.
 
-    Collective: all ranks.
+    Args:
+        world: Place of this process among the ranks.
+        timeout: Time to wait for the store.
+
+    Collective: All ranks.
     """
     import torch.distributed as dist
 
@@ -195,13 +211,14 @@ def join_agent(world: World, timeout: timedelta) -> Any:
 
 
 def _meet(store: Any, world: World) -> str:
-    """A name that the ranks of this life agree on, for a store that torchrun's agent holds.
+    """Agree with the ranks of this start on a name, for a store that torchrun's agent holds.
 
-    The agent keeps one store for all restarts, and torch 2.13 puts no prefix before each one's keys: ranks that were
-    started again would take the addresses of those that are gone, and wait for them. Its count of restarts is no such
-    name: two agents count apart, and not where a node comes or goes. So each rank asks under a name of its own, and
-    rank 0 answers whoever has asked, also those of an earlier life, until all of this one have heard it.
-    Collective: all ranks.
+    The agent keeps one store for all restarts, and torch 2.13 adds no prefix per restart. So restarted ranks would read
+    the addresses of ranks that are gone, and wait for them. The agent's count of restarts cannot be the name: agents
+    count separately, and a node that joins or leaves is not counted. So each rank asks under a name of its own. Rank 0
+    answers every rank that has asked, also ranks of an earlier start, until all ranks of this start have the answer.
+
+    Collective: All ranks.
     """
     own = uuid.uuid4().hex
     if world.rank > 0:

@@ -1,25 +1,29 @@
-"""What Slurm tells the tasks of a job step: their number and places, the hosts, and a port that all can compute."""
+"""Slurm's variables for the tasks of a job step: their number and places, the hosts, and a port that all can derive."""
 
 import re
 from collections.abc import Mapping
 
 from moe_train.config.errors import UsageError
 
-FIRST_SPECIAL_STEP = 0xFFFFFFF0  # batch script, interactive shell and the like have step ids from here on
-FIRST_PORT, NUM_PORTS = 10000, 20000  # below 32768, where Linux takes ports of outgoing connections from
-PORTS_BETWEEN_JOBS = 101  # so that the first steps of consecutive jobs that share a host differ
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # batch scripts, interactive shells and similar have step ids from here on
+FIRST_PORT, NUM_PORTS = 10000, 20000  # below 32768, where Linux's ports for outgoing connections begin
+PORTS_BETWEEN_JOBS = 101  # so that the first steps of consecutive jobs on the same host get different ports
 
 
 def is_step_task(environ: Mapping[str, str]) -> bool:
-    """Whether a process is one of the tasks that `srun` started, rather than a batch script or an interactive shell."""
+    """Return whether this process is a task that `srun` started, and not a batch script or an interactive shell."""
     step = environ.get("SLURM_STEP_ID", "")
     return "SLURM_PROCID" in environ and step.isdecimal() and int(step) < FIRST_SPECIAL_STEP
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
-    """Host names of Slurm's notation, in its order: "a[08-10,3]-x,b" gives a08-x, a09-x, a10-x, a3-x, b.
+    """Expand a host list in Slurm's notation, in its order: "a[08-10,3]-x,b" gives a08-x, a09-x, a10-x, a3-x, b.
 
-    Raises: UsageError where the text is not in that notation.
+    Args:
+        nodelist: Host list in Slurm's notation.
+
+    Raises:
+        UsageError: If the text has another notation.
     """
     hosts = [host for pattern in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", nodelist) for host in _expand_pattern(pattern)]
     if (
@@ -40,15 +44,19 @@ def _expand_pattern(pattern: str) -> list[str]:
     for part in ranges.split(","):
         first, _, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
-            return [pattern]  # the caller refuses the brackets left in it
+            return [pattern]  # the caller rejects the brackets that are left in it
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
     return [prefix + number + tail for number in numbers for tail in _expand_pattern(rest)]
 
 
 def expand_tasks_per_node(text: str) -> list[int]:
-    """Tasks of each host: "2(x3),1" gives 2, 2, 2, 1.
+    """Expand the number of tasks on each host: "2(x3),1" gives 2, 2, 2, 1.
 
-    Raises: UsageError where the text is not in that notation.
+    Args:
+        text: Tasks per node in Slurm's notation.
+
+    Raises:
+        UsageError: If the text has another notation.
     """
     counts: list[int] = []
     for part in text.split(","):
@@ -60,5 +68,5 @@ def expand_tasks_per_node(text: str) -> list[int]:
 
 
 def derive_port(job_id: int, step_id: int) -> int:
-    """A port that is the same for all tasks of a step, and another for the steps and jobs next to it."""
+    """Derive a port that is the same for all tasks of a step, and differs for the steps and jobs next to it."""
     return FIRST_PORT + (job_id * PORTS_BETWEEN_JOBS + step_id) % NUM_PORTS

@@ -1,8 +1,8 @@
-"""A key-value store of all ranks, apart from their collectives: it answers while those hang. Held by rank 0's process.
+"""Key-value store of all ranks, separate from their collectives: it answers while collectives hang. Rank 0 holds it.
 
-The server is a thread of torch in rank 0, which needs no GIL. A client blocks without end in a request to a server that
-is stopped or cut off: ask from a thread that may block. (The timeout of TCPStore does not help: after it the client
-waits again, for the server to confirm that the wait is over; torch 2.13.)
+The server is a thread of torch in rank 0's process, and needs no GIL. If the server is stopped or cut off, a client's
+request blocks without end: send requests from a thread that may block. (The timeout of TCPStore does not help: after it
+the client waits again, for the server to confirm that the wait is over; torch 2.13.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,30 +14,43 @@ import torch.distributed as dist
 from moe_train.distributed.collectives import gather_objects, world_group
 
 _CONNECT_SECONDS = 60.0
-_REQUEST_DAYS = 30  # longer than any run: see above
+_REQUEST_DAYS = 30  # longer than any run: see the module's docstring
 
 
 class KeyStore:
-    """Texts by key. Safe to use from several threads, but one request at a time is under way."""
+    """Store of texts by key. Several threads may use it; it sends one request at a time."""
 
     def __init__(self, store: Any) -> None:
-        """store: of torch.distributed."""
+        """Wrap a store.
+
+        Args:
+            store: Store of torch.distributed.
+        """
         self._store = store
         store.set_timeout(timedelta(days=_REQUEST_DAYS))
 
     def set(self, values: Mapping[str, str]) -> None:
         """Write values.
 
+        Args:
+            values: Texts by key.
+
         Raises:
             ConnectionError: If the process that holds the store is gone.
         """
         try:
             self._store.multi_set(list(values), list(values.values()))
-        except RuntimeError as error:  # torch's errors, of the network or not, are RuntimeErrors
+        except RuntimeError as error:  # torch raises RuntimeErrors, for the network and everything else
             raise ConnectionError(str(error).splitlines()[0]) from error
 
     def get(self, keys: Sequence[str]) -> list[str]:
-        """Read values; a key that nobody wrote is waited for.
+        """Read values; wait for a key that no rank has written yet.
+
+        Args:
+            keys: Keys to read.
+
+        Returns:
+            One text per key.
 
         Raises:
             ConnectionError: If the process that holds the store is gone.
@@ -49,17 +62,17 @@ class KeyStore:
 
 
 def open_store(address: str, first_values: Mapping[str, str]) -> KeyStore | None:
-    """Open a store in rank 0, on a free port, and connect every rank to it.
+    """Open a store in rank 0's process, on a free port, and connect every rank to it.
 
     Args:
-        address: Of rank 0's host, as the other ranks reach it.
-        first_values: Written before any rank can read. Only rank 0's are taken.
+        address: Address of rank 0's host, as the other ranks reach it.
+        first_values: Texts by key, written before any rank can read. Only rank 0's values count.
 
     Returns:
         The store; None for one process.
 
     Raises:
-        RuntimeError: If a rank cannot open or reach it; the same on every rank.
+        RuntimeError: On every rank, if a rank cannot open or reach the store.
 
     Collective: All ranks.
     """

@@ -1,4 +1,4 @@
-"""What all-to-alls cost: the time a rank spends in them, and the bytes it sends to other ranks."""
+"""Cost of all-to-alls: the time that a rank spends in them, and the bytes that it sends to other ranks."""
 
 import contextlib
 import time
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-_MOST_PENDING = 1024  # event pairs kept; older ones that have happened are read, which does not wait
+_MOST_PENDING = 1024  # event pairs kept; beyond it, the oldest pair is read if it has happened, without waiting
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What this rank's all-to-alls took.
+    """Time and bytes of this rank's all-to-alls.
 
     Attributes:
-        seconds: Starting all-to-alls and waiting for their rows, other ranks included: what no other work hides.
-        num_bytes: Sent to other ranks.
+        seconds: Time to start all-to-alls and to wait for their rows, including waits for other ranks. It is the time
+            that no other work hides.
+        num_bytes: Bytes sent to other ranks.
     """
 
     seconds: float
@@ -25,10 +26,13 @@ class Traffic:
 
 
 class TrafficMeter:
-    """Adds up the all-to-alls of the blocks that are counted: training steps, but not validation or generation.
+    """Meter that adds up the all-to-alls of counted blocks: training steps, but not validation or generation.
 
-    On CUDA the times are taken by events on the stream and read when they are asked for, so that counting itself never
-    makes the host wait.
+    On CUDA, events on the stream take the times, and `read` reads them. So the meter itself never makes the host wait
+    while it counts.
+
+    Args:
+        device: Device of this rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +43,7 @@ class TrafficMeter:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Count while the block runs."""
+        """Count all-to-alls while the block runs."""
         self._is_counting = True
         try:
             yield
@@ -48,10 +52,10 @@ class TrafficMeter:
 
     @contextlib.contextmanager
     def measure(self, num_bytes: int) -> Iterator[None]:
-        """The block starts an all-to-all, or waits for it.
+        """Measure the block, which starts an all-to-all or waits for one.
 
         Args:
-            num_bytes: That this rank sends to others; 0 for the wait.
+            num_bytes: Bytes that this rank sends to other ranks; 0 for a wait.
         """
         if not self._is_counting:
             yield
@@ -71,7 +75,7 @@ class TrafficMeter:
         self._seconds += time.perf_counter() - started
 
     def read(self) -> Traffic:
-        """What was counted since the last reset. Host synchronisation on CUDA: the events have to have happened."""
+        """Return what was counted since the last reset. Host synchronisation on CUDA: all events must have happened."""
         while self._pending:
             self._pending[0][1].synchronize()
             self._take_oldest()
@@ -82,6 +86,6 @@ class TrafficMeter:
         self._seconds += begin.elapsed_time(end) / 1e3  # milliseconds
 
     def reset(self) -> None:
-        """Begin at zero again."""
+        """Set the counts to zero."""
         self._seconds, self._num_bytes = 0.0, 0
         self._pending.clear()

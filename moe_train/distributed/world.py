@@ -1,9 +1,9 @@
-"""The world of ranks as launchers describe it in environment variables, and the contradictions among them.
+"""World of ranks as launchers describe it in environment variables, and contradictions between these variables.
 
-Pure: a mapping comes in and nothing is started. What a process can only learn by asking (through MPI, or a free
-port) is left to bootstrap.py. The rank of a process is written down up to twice: by the launcher or agent nearest to
-it (RANK, WORLD_SIZE, ...: torchrun, deepspeed, or a user's script), and by the manager of the tasks (mpirun or srun).
-Both must agree: otherwise N tasks would silently become N trainings of one rank.
+Pure: it reads a mapping and starts nothing. bootstrap.py does what needs a request, through MPI or for a free port. The
+rank of a process may be written down twice: by the launcher or agent nearest to it (RANK, WORLD_SIZE, ...: torchrun,
+deepspeed, or a user's script), and by the manager of the tasks (mpirun or srun). Both must agree: otherwise N tasks
+would silently become N trainings of one rank.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,19 @@ Launcher = Literal["deepspeed", "torchrun", "mpirun", "srun", "single", "environ
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among all. Launcher "environment": RANK and the rest were set by something unknown."""
+    """Place of this process among the ranks.
+
+    Attributes:
+        rank: Global rank of this process.
+        world_size: Number of ranks.
+        local_rank: Rank of this process on its host.
+        local_world_size: Number of ranks on this host.
+        num_nodes: Number of hosts.
+        node_rank: Number of this host.
+        master_addr: Address of rank 0's host.
+        master_port: Port where the ranks meet; 0 until a port is chosen, only with a world size of 1.
+        launcher: Launcher that started the rank; "environment": RANK and the rest were set by an unknown one.
+    """
 
     rank: int
     world_size: int
@@ -30,13 +42,13 @@ class World:
     num_nodes: int
     node_rank: int
     master_addr: str
-    master_port: int  # 0 as long as no port is chosen, only with a world size of 1
+    master_port: int
     launcher: Launcher
 
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable with an integer value; its text names both, for messages."""
+    """Environment variable with an integer value; its text has both name and value, for messages."""
 
     name: str
     value: int
@@ -47,7 +59,15 @@ class Variable:
 
 @dataclass(frozen=True)
 class Manager:
-    """What mpirun or srun wrote down about the task it started."""
+    """What mpirun or srun wrote down about the task that it started.
+
+    Attributes:
+        launcher: "mpirun" or "srun".
+        size: Number of tasks.
+        rank: Rank of the task.
+        local_rank: Rank of the task on its host; None: not known.
+        local_size: Number of tasks on the host; None: not known.
+    """
 
     launcher: Launcher
     size: Variable
@@ -57,9 +77,17 @@ class Manager:
 
 
 def read_integer(environ: Mapping[str, str], *names: str) -> Variable | None:
-    """The first of the variables that is set.
+    """Read the first of some variables that is set.
 
-    Raises: UsageError where its value is not a whole number of at least 0.
+    Args:
+        environ: Environment variables.
+        names: Names of the variables, in the order of preference.
+
+    Returns:
+        The variable; None if none is set.
+
+    Raises:
+        UsageError: If its value is not a whole number of at least 0.
     """
     for name in names:
         text = environ.get(name, "").strip()
@@ -71,7 +99,16 @@ def read_integer(environ: Mapping[str, str], *names: str) -> Variable | None:
 
 
 def require_integer(environ: Mapping[str, str], name: str, reason: object) -> Variable:
-    """The variable, which must be set since `reason` is."""
+    """Read a variable that must be set, because another one is.
+
+    Args:
+        environ: Environment variables.
+        name: Name of the variable.
+        reason: Variable that requires it, for the message.
+
+    Raises:
+        UsageError: If it is not set, or its value is not a whole number of at least 0.
+    """
     variable = read_integer(environ, name)
     if variable is None:
         raise UsageError(f"{reason} is set without {name}")
@@ -79,13 +116,13 @@ def require_integer(environ: Mapping[str, str], name: str, reason: object) -> Va
 
 
 def require_below(value: Variable, bound: Variable) -> None:
-    """Raises UsageError unless value < bound."""
+    """Raise UsageError, with both names and both values, unless value < bound."""
     if value.value >= bound.value:
         raise UsageError(f"{value} must be less than {bound}")
 
 
 def require_equal(given: Variable | None, expected: Variable | None) -> None:
-    """Raises UsageError where both are known and differ."""
+    """Raise UsageError, with both names and both values, if both variables are known and differ."""
     if given is not None and expected is not None and given.value != expected.value:
         raise UsageError(
             f"{given} contradicts {expected}: unset {given.name}, or start a torchrun or deepspeed agent in each task"
@@ -93,9 +130,16 @@ def require_equal(given: Variable | None, expected: Variable | None) -> None:
 
 
 def read_managers(environ: Mapping[str, str]) -> list[Manager]:
-    """Managers that started this process as a task, the one to believe first; [] where there is none.
+    """Read which managers started this process as a task, the one with priority first; [] if there is none.
 
-    A task of mpirun may see the variables of the Slurm step that started mpirun's daemons: those say nothing of it.
+    A task of mpirun may see the variables of the Slurm step that started mpirun's daemons. They do not describe the
+    task.
+
+    Args:
+        environ: Environment variables.
+
+    Raises:
+        UsageError: If a variable is missing or not an integer.
     """
     mpi = _read_mpi(environ)
     if not is_step_task(environ):
@@ -107,7 +151,7 @@ def read_managers(environ: Mapping[str, str]) -> list[Manager]:
     if ntasks is None:
         raise UsageError(f"{rank} is set without SLURM_NTASKS")
     slurm = Manager("srun", ntasks, rank, read_integer(environ, "SLURM_LOCALID"), None)
-    return [slurm, mpi] if mpi else [slurm]  # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE, without a local rank
+    return [slurm, mpi] if mpi else [slurm]  # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE, but no local rank
 
 
 def _read_mpi(environ: Mapping[str, str]) -> Manager | None:
@@ -123,13 +167,18 @@ def _read_mpi(environ: Mapping[str, str]) -> Manager | None:
 
 
 def check_manager(environ: Mapping[str, str], manager: Manager) -> None:
-    """Holds RANK, WORLD_SIZE and LOCAL_RANK, where set, against a manager's word.
+    """Compare RANK, WORLD_SIZE and LOCAL_RANK, where set, with what a manager wrote.
 
-    Raises: UsageError with both names and both values.
+    Args:
+        environ: Environment variables.
+        manager: Manager that started this process.
+
+    Raises:
+        UsageError: If they contradict each other, with both names and both values.
     """
     require_below(manager.rank, manager.size)
     world_size = read_integer(environ, "WORLD_SIZE")
-    if _is_agent_rank(environ):  # a task is an agent that starts ranks, and must have found the other tasks' agents
+    if _is_agent_rank(environ):  # the task is an agent that starts ranks; it must have found the other tasks' agents
         counted = read_integer(environ, "GROUP_WORLD_SIZE", "CROSS_SIZE") or world_size
         if counted is not None and (counted.value == 0 or counted.value % manager.size.value):
             raise UsageError(
@@ -157,9 +206,17 @@ def _name_launcher(environ: Mapping[str, str], managers: list[Manager]) -> Launc
 
 
 def read_world(environ: Mapping[str, str], managers: list[Manager]) -> World | None:
-    """The world that RANK, WORLD_SIZE, LOCAL_RANK and their kin describe; None where they are not set.
+    """Read the world that RANK, WORLD_SIZE, LOCAL_RANK and related variables describe.
 
-    Raises: UsageError where some are missing, out of range or no integers.
+    Args:
+        environ: Environment variables.
+        managers: Managers of `read_managers`.
+
+    Returns:
+        The world; None if RANK is not set.
+
+    Raises:
+        UsageError: If variables are missing, out of range or not integers.
     """
     rank = read_integer(environ, "RANK")
     if rank is None:
@@ -189,7 +246,7 @@ def read_world(environ: Mapping[str, str], managers: list[Manager]) -> World | N
 
 
 def _read_local(environ: Mapping[str, str], managers: list[Manager], world_size: Variable) -> tuple[Variable, Variable]:
-    """Rank and number of ranks on this host, from the manager where the launcher does not say."""
+    """Read rank and number of ranks on this host, from the manager if the launcher does not set them."""
     local_rank = read_integer(environ, "LOCAL_RANK")
     local_size = read_integer(environ, "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     if managers and not _is_agent_rank(environ):
@@ -236,9 +293,14 @@ def _step_hosts(environ: Mapping[str, str]) -> list[str]:
 
 
 def read_step(environ: Mapping[str, str], manager: Manager) -> World:
-    """The world of the tasks of a Slurm step; on several hosts its master is the first host of the step.
+    """Read the world of a Slurm step's tasks; on several hosts, the master is the first host of the step.
 
-    Raises: UsageError where variables are missing or contradict each other.
+    Args:
+        environ: Environment variables.
+        manager: Manager with the launcher "srun".
+
+    Raises:
+        UsageError: If variables are missing or contradict each other.
     """
     size, rank = manager.size, manager.rank
     local_rank = require_integer(environ, "SLURM_LOCALID", rank)
@@ -269,13 +331,14 @@ def read_step(environ: Mapping[str, str], manager: Manager) -> World:
 
 
 def check_nodes(node_size: int | None, world: World) -> None:
-    """Holds the ranks of a node, which tokens leave last, against the launcher's word.
+    """Check that the ranks of each node are consecutive and match the launcher's hosts, as two-level dispatch needs.
 
     Args:
-        node_size: Ranks of a node, which are taken to be consecutive; None: it does not matter.
-        world: The place of this process.
+        node_size: Number of consecutive ranks per node; None: no requirement.
+        world: Place of this process among the ranks.
 
-    Raises: UsageError where a node of that size has other ranks.
+    Raises:
+        UsageError: If the launcher puts other ranks on a host than the node of that size has.
     """
     if node_size == world.local_world_size and world.rank // node_size != world.node_rank:
         raise UsageError(

@@ -1,7 +1,8 @@
-"""What ranks tell each other apart from collectives: a store in rank 0's process or its agent's; each wait has its end.
+"""Board on which ranks exchange values outside of collectives, with a timeout for every wait.
 
-So the doctor knows which rank did not answer when a collective operation hangs, and can compare ranks that could not
-even form a process group. Only rank 0 reads what all ranks have written, and tells the others what follows from it.
+The values lie in a store that rank 0's process or its torchrun agent holds. So the doctor knows which rank did not
+answer when a collective hangs, and can compare ranks that could not form a process group. Only rank 0 reads the values
+of all ranks; it sends its verdict to the others.
 """
 
 import contextlib
@@ -18,16 +19,16 @@ from moe_train.distributed.bootstrap import environment
 from moe_train.distributed.rendezvous import join_group, open_store
 from moe_train.distributed.world import World
 
-_PAUSE_SECONDS = 0.02  # between two looks of rank 0
+_PAUSE_SECONDS = 0.02  # between two polls of the store by rank 0
 _FAILURES = "failures"
 
 
 class Unanswered(Exception):
-    """Ranks that did not write what was waited for.
+    """Error that names the ranks that did not write an expected value in time.
 
     Attributes:
-        step: What was waited for.
-        ranks: Those that did not answer; empty where another rank has reported a failure.
+        step: Name of the expected value.
+        ranks: Ranks that did not answer; empty if another rank has reported a failure.
     """
 
     def __init__(self, step: str, ranks: Sequence[int]) -> None:
@@ -36,28 +37,34 @@ class Unanswered(Exception):
 
 
 class Board:
-    """Values that ranks write for each other, as JSON. Of one thread: a request may block while it is under way.
+    """Values that ranks write for each other, as JSON.
+
+    Use one board from one thread only: a request may block that thread.
 
     Args:
-        store: Of torch.distributed.
-        rank: Of this process.
-        world_size: All ranks.
+        store: Store of torch.distributed.
+        rank: Rank of this process.
+        world_size: Number of ranks.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self._store, self.rank, self.world_size = dist.PrefixStore("doctor", store), rank, world_size
 
     def meet(self, step: str, value: Any, judge: Callable[[list[Any]], Any], seconds: float) -> Any:
-        """Every rank gives a value; rank 0 makes of them what all ranks get.
+        """Give this rank's value to rank 0, and return the verdict that rank 0 makes of all values.
 
         Args:
-            step: Name, used once.
-            value: Of this rank.
-            judge: Called in rank 0 with the values in order of rank.
-            seconds: To wait for the slowest rank.
+            step: Name of the exchange, used once.
+            value: Value of this rank, representable in JSON.
+            judge: Called on rank 0 with the list of all values in rank order; returns the verdict.
+            seconds: Time to wait for the slowest rank.
+
+        Returns:
+            The verdict, the same on all ranks.
 
         Raises:
-            Unanswered: In rank 0, if a rank did not write in time or has failed; elsewhere, if rank 0 did not.
+            Unanswered: On rank 0, if a rank did not write in time or has failed; on the other ranks, if rank 0 did
+                not write its verdict in time.
             ConnectionError: If rank 0 is gone.
 
         Collective: All ranks.
@@ -67,20 +74,20 @@ class Board:
             verdict = judge(self._read_all(step, seconds))
             self._set(f"{step}/verdict", verdict)
             return verdict
-        # Rank 0 may have waited for another rank, and then have judged.
+        # Twice the time: rank 0 may wait for another rank first, and then judge.
         return self._wait(f"{step}/verdict", step, 2 * seconds)
 
     def mark(self, place: Sequence[int], text: str) -> None:
         """Note where this rank is.
 
         Args:
-            place: Grows from mark to mark, and is the same on all ranks at the same point.
-            text: In words.
+            place: Position of the mark. It grows from mark to mark, and is the same on all ranks at the same point.
+            text: Description of what the rank does there.
         """
         self._set(f"mark/{self.rank}", [list(place), text])
 
     def marks(self) -> dict[int, tuple[list[int], str]]:
-        """The last mark of each rank that made one."""
+        """Return place and text of the last mark, by rank; ranks without a mark are left out."""
         keys = {rank: f"mark/{rank}" for rank in range(self.world_size)}
         written = [rank for rank, key in keys.items() if self._store.check([key])]
         values = self._store.multi_get([keys[rank] for rank in written]) if written else []
@@ -88,12 +95,23 @@ class Board:
         return {rank: (place, text) for rank, (place, text) in found.items()}
 
     def report_failure(self, message: str) -> None:
-        """Tell rank 0 that this rank cannot go on."""
+        """Tell rank 0 that this rank cannot continue.
+
+        Args:
+            message: Reason of the failure.
+        """
         self._set(f"failed/{self.rank}", message)
         self._store.add(_FAILURES, 1)
 
     def failures(self, seconds: float) -> dict[int, str]:
-        """What ranks have reported; returns when all have, or after the seconds."""
+        """Return the failures that ranks have reported, once all have reported one or the time is over.
+
+        Args:
+            seconds: Longest wait.
+
+        Returns:
+            Messages by rank.
+        """
         deadline, found = time.monotonic() + seconds, dict[int, str]()
         while True:
             for rank in range(self.world_size):
@@ -104,16 +122,16 @@ class Board:
             time.sleep(5 * _PAUSE_SECONDS)
 
     def say_over(self) -> None:
-        """Rank 0 has shown what was found: the others may end."""
+        """Tell the other ranks that rank 0 has shown the report, so that they may end."""
         self._set("over", True)
 
     def wait_until_over(self, seconds: float) -> None:
-        """Until rank 0 has shown what was found, or is gone, or the seconds are over."""
+        """Wait until rank 0 has shown the report, or is gone, or the seconds are over."""
         with contextlib.suppress(Unanswered, ConnectionError):
             self._wait("over", "over", seconds)
 
     def leave(self, seconds: float) -> None:
-        """Rank 0, whose process holds the store, waits for the others."""
+        """Leave the board. Rank 0, whose process holds the store, waits up to `seconds` for the others."""
         with contextlib.suppress(Unanswered, ConnectionError):
             self._set(f"left/{self.rank}", True)
             if self.rank == 0:
@@ -122,7 +140,7 @@ class Board:
     def _set(self, key: str, value: Any) -> None:
         try:
             self._store.set(key, json.dumps(value))
-        except RuntimeError as error:  # torch's errors, of the network or not, are RuntimeErrors
+        except RuntimeError as error:  # torch raises RuntimeErrors, for the network and everything else
             raise ConnectionError(f"rank 0 is gone: {str(error).splitlines()[0]}") from error
 
     def _wait(self, key: str, step: str, seconds: float) -> Any:
@@ -138,7 +156,7 @@ class Board:
         deadline = time.monotonic() + seconds
         missing = list(range(self.world_size))
         while missing:
-            # Asking for one costs a moment, for a thousand in vain a long one: the list shrinks from its front.
+            # One check is quick, a thousand vain checks are slow: only the first missing rank is checked.
             while missing and self._store.check([f"{step}/{missing[0]}"]):
                 missing.pop(0)
             if missing and (time.monotonic() >= deadline or self._store.add(_FAILURES, 0) > 0):
@@ -152,15 +170,18 @@ class Board:
 
 
 def open_stores(world: World, seconds: float) -> tuple[Any, Any]:
-    """Two connections to the store of this start: one for the work, one for a thread that looks for a hang.
+    """Open two connections to the store of this launch: one for the work, one for the thread that looks for hangs.
 
     Args:
-        world: The place of this process.
-        seconds: To wait for rank 0.
+        world: Place of this process among the ranks.
+        seconds: Time to wait for rank 0.
+
+    Returns:
+        Both stores; one and the same object if there is one rank.
 
     Raises:
         ConnectionError: If rank 0 cannot be reached.
-        UsageError: If its port is taken; on all ranks.
+        UsageError: If the port of rank 0 is taken; on all ranks.
 
     Collective: All ranks.
     """
@@ -176,10 +197,10 @@ def join_ranks(store: Any, world: World, device: torch.device, seconds: float) -
     """Join torch.distributed as training does.
 
     Args:
-        store: One of `open_stores`.
-        world: The place of this process.
-        device: Of this rank.
-        seconds: After which a collective operation that does not complete is an error.
+        store: One of the stores of `open_stores`.
+        world: Place of this process among the ranks.
+        device: Device of this rank.
+        seconds: Timeout of a collective operation.
 
     Collective: All ranks.
     """

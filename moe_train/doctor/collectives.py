@@ -1,4 +1,4 @@
-"""Whether collective operations give the right numbers, and how long they take by size."""
+"""Checks and timings of collective operations: whether their results are right, and how long they take by size."""
 
 import statistics
 import time
@@ -11,26 +11,26 @@ import torch
 from moe_train.doctor.operations import DTYPES, OPERATIONS, Prepared, prepare
 from moe_train.doctor.scopes import Scope, align, largest
 
-_CHECKED_BYTES = 4096 * 8  # of a rank's buffer, in each dtype
-_SHORT_BYTES = 2**16  # on CUDA shorter ones are run several times in a row: they are queued, and a start takes long
+_CHECKED_BYTES = 4096 * 8  # size of a rank's buffer in each dtype
+_SHORT_BYTES = 2**16  # on CUDA, operations up to this size run several times in a row: a start takes long
 _IN_A_ROW = 8
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
-_CHOICE_SHARE = 0.6  # of the budget, to find out which sizes are short enough
+_CHOICE_SHARE = 0.6  # share of the time budget for finding out which sizes are short enough
 
-Mark = Callable[[str], None]
+Mark = Callable[[str], None]  # called with a description of what comes next, before it starts
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One operation of one size in one scope.
+    """Time of one operation at one size in one scope.
 
     Attributes:
         operation: One of OPERATIONS.
         scope: One of SCOPES.
-        bytes: Of a rank's whole buffer.
-        sent_bytes: That a rank sends to others.
-        seconds: Median over the rounds of the slowest rank's; over the groups of a scope, too.
-        correct: Whether every rank had the right numbers.
+        bytes: Size of a rank's whole buffer.
+        sent_bytes: Bytes that a rank sends to other ranks.
+        seconds: Time of the slowest rank, median over the rounds; then median over the groups of the scope.
+        correct: Whether every rank had the right result.
     """
 
     operation: str
@@ -41,20 +41,20 @@ class Timing:
     correct: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them, with the rate."""
+        """Return plain values for JSON, with the rate in bytes per second."""
         return asdict(self) | {"bytes_per_second": self.sent_bytes / self.seconds}
 
 
 def check_collectives(scope: Scope, device: torch.device, mark: Mark) -> list[str]:
-    """Run every operation in every dtype.
+    """Run every operation in every dtype, and compare the results with the known right ones.
 
     Args:
-        scope: This rank's group.
-        device: Of this rank.
-        mark: Told what comes.
+        scope: Scope with this rank's group.
+        device: Device of this rank.
+        mark: Called with a description of each operation, before it starts.
 
     Returns:
-        What was wrong on this rank, such as "all_to_all of torch.bfloat16".
+        Operations with a wrong result on this rank, such as "all_to_all of bfloat16".
 
     Collective: All ranks of the scope's group.
     """
@@ -75,17 +75,17 @@ def check_collectives(scope: Scope, device: torch.device, mark: Mark) -> list[st
 def time_collectives(
     scope: Scope, sizes: Sequence[int], device: torch.device, budget_seconds: float, mark: Mark
 ) -> list[Timing]:
-    """Time every operation at every size, in rounds over all of them, as long as the budget lasts.
+    """Time every operation at every size, in rounds over all of them, until the budget is spent.
 
     Args:
-        scope: This rank's group.
-        sizes: Bytes of a rank's buffer, ascending. Those that would take too long are left out.
-        device: Of this rank.
-        budget_seconds: For all of it, roughly.
-        mark: Told what comes.
+        scope: Scope with this rank's group.
+        sizes: Sizes of a rank's buffer in bytes, ascending. Sizes that would take too long are left out.
+        device: Device of this rank.
+        budget_seconds: Approximate time for all of it.
+        mark: Called with a description of each round or operation, before it starts.
 
     Returns:
-        The same on all ranks of the group but for `correct`, which is this rank's.
+        Timings, the same on all ranks of the group except for `correct`, which is about this rank alone.
 
     Collective: All ranks of the scope's group.
     """
@@ -116,7 +116,7 @@ def time_collectives(
 def _choose(
     scope: Scope, sizes: Sequence[int], device: torch.device, most_seconds: float, mark: Mark
 ) -> dict[tuple[str, int], tuple[Prepared, bool]]:
-    """The operations that are short enough, each run twice (the first run sets up) and its result looked at."""
+    """Choose the sizes that are short enough. Each runs twice: the first run sets up, and its result is checked."""
     assert scope.group is not None
     chosen: dict[tuple[str, int], tuple[Prepared, bool]] = {}
     spent, taken = 0.0, dict.fromkeys(OPERATIONS, 0.0)
@@ -124,7 +124,7 @@ def _choose(
     for num_bytes in sorted(sizes):
         for operation in OPERATIONS:
             expected = taken[operation] * num_bytes / max(1, before[operation])
-            # The shortest is always there. All ranks of the group decide alike: by the slowest rank's times.
+            # The shortest size always runs. All ranks of the group decide alike, by the slowest rank's times.
             if before[operation] and spent + 2 * expected > most_seconds:
                 continue
             mark(f"{operation} of {num_bytes} bytes {_words(scope)}")
@@ -138,7 +138,7 @@ def _choose(
 
 
 def _seconds(prepared: Prepared, times: int, device: torch.device) -> float:
-    """Of one run. Host synchronisation: what is timed has to be over."""
+    """Return the seconds of one run. Host synchronisation on CUDA: the clock must not stop before the work is done."""
     _finish(device)
     began = time.perf_counter()
     for _ in range(times):
@@ -153,7 +153,14 @@ def _finish(device: torch.device) -> None:
 
 
 def merge_timings(given: Sequence[Sequence[Timing]]) -> list[Timing]:
-    """One list of what all ranks have: the median of the groups, correct where it was on every rank."""
+    """Merge the timings of all ranks into one list.
+
+    Args:
+        given: Timings of each rank.
+
+    Returns:
+        One timing per operation, size and scope: the median over the groups, correct if it was so on every rank.
+    """
     found: dict[tuple[str, str, int], list[Timing]] = {}
     for timings in given:
         for timing in timings:

@@ -1,4 +1,4 @@
-"""The examination, from ranks that do not know each other to a report: what can hang comes after what finds out why."""
+"""The doctor's examination, from unconnected ranks to a report. What may hang comes after what can explain a hang."""
 
 import os
 import sys
@@ -33,22 +33,22 @@ from moe_train.doctor.speed import Speed, measure_speed
 from moe_train.doctor.watch import Watch
 from moe_train.host.peak import peak_flops
 
-_MEET_FACTOR = 3  # ranks start at different times: imports from a slow disk
-_SPARE_SECONDS = 5.0  # after which a hanging operation, which has its own limit, is ended from outside
+_MEET_FACTOR = 3  # ranks start at different times, because they import from a slow disk
+_SPARE_SECONDS = 5.0  # grace after an operation's own timeout, before the watch ends a hang
 _SAY_SECONDS = 3.0
-_SHOWN_SECONDS = 12.0  # for rank 0 to ask who hangs, and to show it
+_SHOWN_SECONDS = 12.0  # time for rank 0 to ask which rank hangs, and to show the report
 _LEAVE_SECONDS = 5.0
 _MEASUREMENTS = "collective operations, links and devices"
 EXIT_PROBLEM = 1
 
 
 class Examination:
-    """One rank's part. Make one a process.
+    """One rank's part of the examination. Make one object per process.
 
     Args:
         request: What to examine.
-        show: Called in rank 0 with the report, once: at the end, or when an operation hangs.
-        say: Called in rank 0 with what comes.
+        show: Called on rank 0 with the report, once: at the end, or when an operation hangs.
+        say: Called on rank 0 with the name of each stage, before it starts.
     """
 
     def __init__(self, request: Request, show: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
@@ -64,9 +64,12 @@ class Examination:
         self._watch = Watch(lambda what: self._give_up(f"hangs: {what}"))
 
     def run(self) -> int:
-        """Examine; the exit code, the same on all ranks.
+        """Examine the ranks, hosts and links, and return the exit code, the same on all ranks.
 
-        Raises: UsageError on all ranks, if all found the same; ConnectionError if rank 0 cannot be reached.
+        Raises:
+            UsageError: On all ranks, if all ranks found the same error of usage.
+            ConnectionError: If rank 0 cannot be reached.
+
         Collective: All ranks.
         """
         meet_seconds = _MEET_FACTOR * self._request.timeout_seconds
@@ -79,9 +82,9 @@ class Examination:
         except UsageError:
             self._board.leave(_LEAVE_SECONDS)
             raise
-        except (Unanswered, ConnectionError, RuntimeError) as error:  # gloo's and NCCL's errors are RuntimeErrors
+        except (Unanswered, ConnectionError, RuntimeError) as error:  # gloo and NCCL raise RuntimeErrors
             self._give_up(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", error)
-            raise  # not reached: the line before ends the process
+            raise  # not reached: the line above ends the process
         self._watch.rest()
         self._board.leave(_LEAVE_SECONDS)
         return code
@@ -105,14 +108,14 @@ class Examination:
         return self._conclude()
 
     def _stage(self, name: str) -> None:
-        """A new part of the examination begins."""
+        """Begin a new stage of the examination."""
         self._place = [self._place[0] + 1, 0]
         if self._world.rank == 0:
             self._say(name)
         self._mark(name)
 
     def _mark(self, text: str) -> None:
-        """Something that may hang comes."""
+        """Note an operation that may hang, before it starts."""
         self._place = [self._place[0], self._place[1] + 1]
         seconds = self._request.timeout_seconds
         self._watch.expect(text, seconds + _SPARE_SECONDS)
@@ -132,13 +135,11 @@ class Examination:
         self._parts["not_measured"].append(text)
 
     def _compare(self, meet_seconds: float) -> tuple[list[int], list[str], list[str], bool, bool]:
-        """Facts of all ranks. Each rank gets the hosts' numbers, the ranks' and hosts' names, whether to measure, and
-        whether all have a folder.
-        """
+        """Compare the facts of all ranks. All get host numbers, rank and host names, can_measure, have_folder."""
         if self._world.rank == 0:
             self._say("the ranks meet")
         self._board.meet("start", None, lambda given: None, meet_seconds)
-        busy = measure_busy_cores() if self._world.local_rank == 0 else None  # the others sleep until all have it
+        busy = measure_busy_cores() if self._world.local_rank == 0 else None  # other ranks sleep until all are done
         own = replace(self._request.facts, busy_cores=busy)
 
         def judge(given: list[Any]) -> list[Any]:
@@ -152,15 +153,15 @@ class Examination:
         return nodes, self._names, hosts, can_measure, have_folder
 
     def _judge_facts(self, given: list[dict[str, Any]], have_folder: bool) -> list[Any]:
-        """In rank 0: what `_compare` gives, after why there is nothing to examine; ""."""
+        """Judge the facts on rank 0: why there is nothing to examine ("" if there is), then what `_compare` returns."""
         failures = [values.get("failure", "") for values in given]
-        # What rank 0 alone has to do with, or what all ranks were given alike, is bad usage; else ranks differ.
+        # A fault of rank 0's options alone, or the same fault on all ranks, is bad usage; otherwise the ranks differ.
         usage = self._request.unwritable or (failures[0] if len(set(failures)) == 1 else "")
         if usage:
             return [usage, [], [], [], False, False]
         own = self._request.facts.digest
         is_alike = all(values.get("digest") == own for values in given)
-        # Another moe_train may have given other fields.
+        # Another version of moe_train may have other fields.
         self._facts = facts = [Facts(**values) for values in given if values.get("digest") == own]
         hosts = host_names(facts)
         self._parts["ranks"] = [fact.summary(host) for fact, host in zip(facts, hosts, strict=True)]
@@ -180,7 +181,7 @@ class Examination:
         return ["", [fact.node for fact in facts], self._names, hosts, can_measure, have_folder]
 
     def _reach(self, nodes: list[int], hosts: list[str]) -> bool:
-        """Whether every host reaches every other; rank 0 takes down clocks and broken links."""
+        """Return whether every host reaches every other one; rank 0 records clocks and broken links."""
         self._stage("links between hosts by TCP, and clocks")
         leaders = [ranks[0] for ranks in host_ranks(nodes)]
         is_leader = self._world.rank in leaders
@@ -189,7 +190,7 @@ class Examination:
             addresses = self._meet("addresses", offer, lambda given: [given[rank] for rank in leaders])
             reached = []
             if is_leader:
-                # A few at a time, each with half of the limit: dead hosts are met at the same time.
+                # A few at a time, each with half of the timeout: several dead hosts are waited for at the same time.
                 own, half = leaders.index(self._world.rank), self._request.timeout_seconds / 2
                 self._watch.expect("links between hosts by TCP", len(leaders) * half + _SPARE_SECONDS)
                 reached = reach_all(own, [(address, port) for address, port in addresses], half)
@@ -198,7 +199,7 @@ class Examination:
                 names = [hosts[rank] for rank in leaders]
                 broken = judge_reach([[(r["node"], r["failure"]) for r in given[rank]] for rank in leaders], names)
                 clocks = []
-                for rank in leaders[1:]:  # what it has heard of the first host's clock
+                for rank in leaders[1:]:  # what this host found out about the first host's clock
                     for found in given[rank]:
                         if found["node"] == 0 and not found["failure"]:
                             clocks.append((hosts[rank], -found["clock_seconds"], found["clock_error_seconds"]))
@@ -210,7 +211,7 @@ class Examination:
             return self._meet("reached", [vars(found) for found in reached], judge)
 
     def _measure_network(self, store: Any, nodes: list[int], names: list[str], hosts: list[str]) -> list[Timing]:
-        """Collective operations and links; what rank 0 gets is of all ranks."""
+        """Measure collective operations and links; rank 0 gets the results of all ranks."""
         world, request = self._world, self._request
         if world.world_size == 1:
             self._skip("collective operations and links: there is one rank")
@@ -224,7 +225,7 @@ class Examination:
             wrong += [f"{text} ({scope.name})" for text in check_collectives(scope, request.device, self._mark)]
         timings = list[Timing]()
         for scope in scopes:
-            self._meet(f"time {scope.name}", None, lambda given: None)  # other groups have to be still
+            self._meet(f"time {scope.name}", None, lambda given: None)  # other groups must be idle during the timing
             self._stage(f"times of collective operations ({scope.name})")
             timings += time_collectives(scope, request.sizes, request.device, request.budget_seconds, self._mark)
         given = {"wrong": wrong, "timings": [vars(timing) for timing in timings]}
@@ -233,7 +234,7 @@ class Examination:
         flows = measure_links(nodes, names, request.device, self._mark)
         given_flows = [vars(flow) for flow in flows]
         if self._meet("links", given_flows, lambda found: self._judge_links(found, nodes, hosts, is_last=False)):
-            self._stage("links between ranks, again: some were slow")  # which other work may have done
+            self._stage("links between ranks, again: some were slow")  # other work on the hosts may be the cause
             flows = better_flows(flows, measure_links(nodes, names, request.device, self._mark))
             given_flows = [vars(flow) for flow in flows]
             self._meet("links again", given_flows, lambda found: self._judge_links(found, nodes, hosts, is_last=True))
@@ -262,7 +263,7 @@ class Examination:
     def _judge_links(
         self, given: list[list[dict[str, Any]]], nodes: list[int], hosts: list[str], *, is_last: bool
     ) -> bool:
-        """Whether they are to be measured again before any is called slow."""
+        """Return whether the links must be measured a second time before one is reported as slow."""
         flows = [Flow(**values) for each in given for values in each]
         on_cpu = self._request.device.type == "cpu"
         interface_mbit = [fact.interface_mbit for fact in self._facts]
@@ -305,7 +306,7 @@ class Examination:
         }
 
     def _conclude(self) -> int:
-        """Rank 0 shows the report; all get the exit code."""
+        """Show the report on rank 0, and return the exit code on all ranks."""
 
         def judge(given: list[None]) -> int:
             report = self._report()
@@ -315,16 +316,16 @@ class Examination:
         return self._board.meet("end", None, judge, self._request.timeout_seconds)
 
     def _give_up(self, message: str, error: BaseException | None = None) -> None:
-        """Something hangs or broke: rank 0 names the ranks to blame and shows what is known. Ends the process."""
+        """End the process after a hang or an error. Rank 0 first names the ranks to blame, and shows what is known."""
         if not self._ending.acquire(blocking=False):
-            time.sleep(3600)  # the other thread ends the process
+            time.sleep(3600)  # another thread ends the process
         self._watch.rest()
         if self._world.rank == 0:
             self._blame(message, error)
         else:
             is_told = threading.Event()
 
-            def tell() -> None:  # it may block: the way to rank 0 may be what is broken
+            def tell() -> None:  # in a thread: the connection to rank 0 may be what is broken, and block
                 self._spare.report_failure(message)
                 self._spare.wait_until_over(_SHOWN_SECONDS)
                 is_told.set()
@@ -344,4 +345,4 @@ class Examination:
         self._skip("what comes after it")
         self._show(self._report())
         self._spare.say_over()
-        time.sleep(0.5)  # for the others to hear it: the store ends with this process
+        time.sleep(0.5)  # for the other ranks to read it: the store ends with this process

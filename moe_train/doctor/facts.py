@@ -1,4 +1,4 @@
-"""What one rank knows of itself: versions, code, configuration, environment, device and host."""
+"""Facts of one rank: versions, code, configuration, environment, device and host."""
 
 import hashlib
 import os
@@ -22,14 +22,14 @@ from moe_train.host.cores import usable_cores
 from moe_train.host.memory import host_memory
 from moe_train.host.versions import PACKAGES, software
 
-# Variables that change what training does, or how fast. What each rank must have for itself is not among them.
+# Variables that change what training computes, or how fast. Variables that each rank sets for itself are left out.
 _PREFIXES = (
     *("NCCL_", "RCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "KMP_", "GOMP_"),
     *("OPENBLAS_", "PYTORCH_", "CUBLAS_", "CUDNN_", "CUDA_", "HSA_", "DS_", "TRITON_", "TORCH_ALLOW_TF32"),
 )
 _NAMES = ("LD_PRELOAD", "PYTHONHASHSEED", "MALLOC_ARENA_MAX", "TORCH_LOGS")
-# What a launcher or host has for itself, or a rank for its own cores and files, and what only one need have. The last:
-# `import deepspeed` sets it, so that ranks next to a launcher that did so inherit it, and others do not.
+# Variables that a launcher or host sets for itself, that a rank sets for its own cores and files, or that only one
+# process needs. `import deepspeed` sets the last: ranks inherit it from a launcher that imported deepspeed, others not.
 _OWN = (
     *("CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_CACHE_PATH"),
     *("DS_ENV_FILE", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "TRITON_CACHE_DIR"),
@@ -43,29 +43,30 @@ _BUSY_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one rank. Sizes are bytes; None and empty: not known here.
+    """Facts of one rank. Sizes are in bytes; None or an empty value means that it is not known here.
 
     Attributes:
-        rank, local_rank, node: Its place; node counts the hosts as the launcher does.
-        hostname: Of its host, as the host says.
-        launcher: That started it.
-        process: Its id on its host.
-        versions: Of Python, packages, NCCL, CUDA and the driver, by name.
-        digest: Of the contents of the package's files.
-        commit: Of the package's git checkout.
-        fields: Of the resolved configuration, by dotted name; empty without one.
-        failure: Why the configuration or the device is not to be had here.
-        options: Of the doctor, which all ranks must be given alike.
-        environment: Variables that matter.
-        device: Its kind ("cpu", "cuda"), name, memory, free memory and, on CUDA, UUID.
-        memory, memory_available: Of the host, or what its control group grants.
-        cores: That this process may use.
-        host_cores: That the host has.
-        threads: Of one rank on the CPU.
-        shared_memory, shared_memory_free: Of /dev/shm.
-        open_files: That this process may have.
-        interface, interface_mbit: To the other hosts, and its speed as the system says, in megabits a second.
-        busy_cores: Of the host, taken by other work; of a host's first rank only.
+        rank, local_rank, node: Place of the rank; node is the host's number as the launcher counts.
+        hostname: Name of the rank's host, as the host gives it.
+        launcher: Launcher that started the rank.
+        process: Process id on the host.
+        versions: Versions of Python, packages, NCCL, CUDA and the driver, by name.
+        digest: Digest of the contents of the package's files.
+        commit: Commit of the package's git checkout.
+        fields: Resolved configuration, by dotted name; empty without one.
+        failure: Reason why this rank has no configuration or device; "" if it has both.
+        options: Options of the doctor that must be the same on all ranks.
+        environment: Environment variables that must be the same on all ranks.
+        device: Kind ("cpu" or "cuda"), name, memory, free memory and, on CUDA, UUID of the device.
+        memory, memory_available: Memory of the host, or what its control group grants.
+        cores: Cores that this process may use.
+        host_cores: Cores of the host.
+        threads: CPU threads of one rank.
+        shared_memory, shared_memory_free: Size and free space of /dev/shm.
+        open_files: Files that this process may have open.
+        interface, interface_mbit: Network interface to the other hosts, and its speed according to the system, in
+            megabits per second.
+        busy_cores: Cores of the host that other work uses; known on the first rank of each host only.
     """
 
     rank: int
@@ -95,14 +96,14 @@ class Facts:
     busy_cores: float | None = field(default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def summary(self, host: str) -> dict[str, Any]:
-        """What a report says of this rank: of the configuration a digest and the seed.
+        """Return what the report says about this rank: a digest and the seed in place of the whole configuration.
 
         Args:
-            host: Its host's name in the report.
+            host: Name of the rank's host in the report.
         """
         found = self.as_dict() | {"host": host}
         fields = found.pop("fields")
@@ -120,15 +121,15 @@ def collect_facts(
     options: dict[str, str],
     environ: Mapping[str, str],
 ) -> Facts:
-    """Everything but `busy_cores`.
+    """Collect the facts of this rank, all except `busy_cores`.
 
     Args:
-        world: The place of this process.
-        device: Of this rank.
-        threads: Of this rank on the CPU.
-        fields: Of the resolved configuration.
-        failure: Why there is none; "".
-        options: Of the doctor.
+        world: Place of this process among the ranks.
+        device: Device of this rank.
+        threads: CPU threads of this rank.
+        fields: Resolved configuration, by dotted name.
+        failure: Reason why there is no configuration or device; "" if there is.
+        options: Options of the doctor.
         environ: Environment variables, as the launcher gave them.
     """
     memory, available = host_memory()
@@ -163,7 +164,7 @@ def collect_facts(
 
 
 def chosen_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that should be the same on all ranks."""
+    """Return the environment variables that should be the same on all ranks."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -172,7 +173,7 @@ def chosen_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_versions(device: torch.device) -> dict[str, str]:
-    """Versions by name; of CUDA, HIP, NCCL and the driver those that are there."""
+    """Return versions by name, with CUDA, HIP, NCCL and the driver where present."""
     found = software((*PACKAGES, "numpy"))
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -188,7 +189,7 @@ def read_versions(device: torch.device) -> dict[str, str]:
 
 
 def package_digest(folder: Path) -> str:
-    """A digest of the Python files of a package, their names and contents."""
+    """Compute a digest of a package's Python files, from their names and contents."""
     total = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         total.update(f"{file.relative_to(folder).as_posix()}\0".encode())
@@ -208,7 +209,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Kind, name and memory of a device; of a CPU the memory is the host's."""
+    """Return kind, name, memory and UUID of a device; for a CPU, the memory is the host's."""
     if device.type == "cpu":
         memory, available = host_memory()
         return {"kind": "cpu", "name": processor_name(), "memory": memory, "free": available, "uuid": None}
@@ -219,7 +220,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The model of the CPU, as Linux names it."""
+    """Return the model name of the CPU, as Linux gives it."""
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():
             if line.startswith("model name"):
@@ -230,13 +231,13 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def _interface_mbit(interface: str) -> int | None:
     try:
         speed = int(Path("/sys/class/net", interface, "speed").read_text())
-    except (OSError, ValueError):  # a list of interfaces, or one that has no speed
+    except (OSError, ValueError):  # `interface` is a list, or has no speed
         return None
     return speed if speed > 0 else None
 
 
 def measure_busy_cores() -> float | None:
-    """Cores of the host that are at work now, this process asleep; None: not Linux."""
+    """Measure how many cores of the host are at work while this process sleeps; None if the system is not Linux."""
     before = _processor_times()
     time.sleep(_BUSY_SECONDS)
     after = _processor_times()
@@ -247,9 +248,9 @@ def measure_busy_cores() -> float | None:
 
 
 def _processor_times() -> tuple[int, int] | None:
-    """Ticks of all cores at work, and of all cores."""
+    """Return the ticks of all cores: those at work, and all."""
     try:
         numbers = [int(text) for text in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
         return None
-    return sum(numbers) - numbers[3] - numbers[4], sum(numbers)  # without idle and waiting for disks
+    return sum(numbers) - numbers[3] - numbers[4], sum(numbers)  # without idle time and waiting for disks

@@ -1,17 +1,17 @@
-"""What the doctor finds: one line each, with what would put it right."""
+"""Findings of the doctor: each is one line, with the remedy."""
 
 from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem or a warning.
+    """One problem or warning.
 
     Attributes:
-        kind: Of what: versions, code, configuration, environment, device, host, folder, clock, link, collective,
-            unanswered, speed.
-        where: Ranks, hosts or links, in words.
-        message: What is so, with the figures.
+        kind: Subject: versions, code, configuration, environment, device, host, folder, clock, link, collective,
+            unanswered or speed.
+        where: Names of the ranks, hosts or links.
+        message: What was found, with the numbers.
         remedy: What to do about it.
     """
 
@@ -21,12 +21,12 @@ class Finding:
     remedy: str
 
     def as_dict(self) -> dict[str, str]:
-        """Plain values, as JSON has them."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def name_ranks(ranks: list[int]) -> str:
-    """Ranks in words, consecutive ones as a range: "ranks 0-3, 7"."""
+    """Name ranks in words, with ranges: "ranks 0-3, 7"."""
     parts: list[list[int]] = []
     for rank in sorted(ranks):
         if parts and rank == parts[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Whether a folder is seen and writable by all ranks, and is one and the same folder."""
+"""Check of the shared folder: whether all ranks can write to it, and whether it is one and the same folder."""
 
 import contextlib
 import os
@@ -11,22 +11,22 @@ from typing import Any
 from moe_train.doctor.board import Board
 from moe_train.doctor.finding import Finding, name_ranks
 
-_CACHE_SECONDS = 3.0  # network file systems show a new file or folder of another host after a while
-WAIT_SECONDS = 3 * _CACHE_SECONDS  # at most, for all that they show late
-_PAUSE_SECONDS = 0.1  # between two looks
+_CACHE_SECONDS = 3.0  # a network file system shows another host's new file or folder after a delay
+WAIT_SECONDS = 3 * _CACHE_SECONDS  # longest wait for all such delays of one check
+_PAUSE_SECONDS = 0.1  # between two polls
 _LEAST_FREE_BYTES = 2**30
 
 
 def check_folder(folder: Path, board: Board, seconds: float) -> tuple[list[Finding], list[Finding], dict[str, Any]]:
-    """Every rank writes a file; rank 0 reads all of them and each rank reads rank 0's. Nothing of it stays.
+    """Let every rank write a file, rank 0 read all files, and each rank read rank 0's file. All files are removed.
 
     Args:
-        folder: As this rank names it. Rank 0 makes it if it is not there, and then removes it again.
-        board: Of all ranks.
-        seconds: To wait for the slowest rank.
+        folder: Path of the folder on this rank. If it does not exist, rank 0 creates it and removes it again.
+        board: Board of all ranks.
+        seconds: Time to wait for the slowest rank.
 
     Returns:
-        Problems, warnings and what is known of the folder; the same on all ranks.
+        Problems, warnings, and path and free bytes of the folder; the same on all ranks.
 
     Collective: All ranks.
     """
@@ -43,7 +43,7 @@ def check_folder(folder: Path, board: Board, seconds: float) -> tuple[list[Findi
 
             def judge(given: list[list[Any]]) -> list[Any]:
                 files = [folder / f".moe_train_doctor_{nonce}_{rank}" for rank in range(board.world_size)]
-                deadline = time.monotonic() + _CACHE_SECONDS  # one for all of them
+                deadline = time.monotonic() + _CACHE_SECONDS  # one deadline for all files
                 unseen = [r for r, file in enumerate(files) if not given[r][0] and not _reads(file, nonce, deadline)]
                 problems, warnings = judge_folder(str(folder), given, unseen)
                 about = {"path": str(folder), "free_bytes": min(values[2] for values in given)}
@@ -62,12 +62,15 @@ def check_folder(folder: Path, board: Board, seconds: float) -> tuple[list[Findi
 
 
 def judge_folder(path: str, given: list[list[Any]], unseen: list[int]) -> tuple[list[Finding], list[Finding]]:
-    """What follows from the ranks' attempts.
+    """Judge what the ranks found.
 
     Args:
-        path: As rank 0 names it.
-        given: For each rank: why it could not write ("": it could), whether it read rank 0's file, free bytes.
+        path: Path of the folder on rank 0.
+        given: For each rank: why it could not write ("" if it could), whether it read rank 0's file, and free bytes.
         unseen: Ranks that wrote a file which rank 0 does not see.
+
+    Returns:
+        Problems and warnings.
     """
     problems, warnings = [], []
     failures = {rank: values[0] for rank, values in enumerate(given) if values[0]}
@@ -88,7 +91,7 @@ def judge_folder(path: str, given: list[list[Any]], unseen: list[int]) -> tuple[
 
 
 def _make(folder: Path) -> tuple[list[Path], str]:
-    """Make a folder. The parts of it that were not there, the innermost first, and why it could not be made; ""."""
+    """Create a folder. Return its parts that did not exist, innermost first, and the error ("" if there was none)."""
     missing = list[Path]()
     try:
         for part in (folder, *folder.parents):
@@ -102,7 +105,7 @@ def _make(folder: Path) -> tuple[list[Path], str]:
 
 
 def _write(file: Path, text: str, deadline: float) -> str:
-    """Why it could not be written; "" if it was. A folder that is not there yet is waited for."""
+    """Write a file, and wait for its folder if that is not visible yet. Return the error, or "" if there was none."""
     while True:
         try:
             with file.open("x", encoding="utf-8") as stream:
@@ -118,7 +121,7 @@ def _write(file: Path, text: str, deadline: float) -> str:
 
 
 def _free_bytes(folder: Path) -> int:
-    """0 where it cannot be told: then it could not be written either."""
+    """Return the free bytes of a folder; 0 if unknown, as in a folder that cannot be written either."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -128,7 +131,7 @@ def _free_bytes(folder: Path) -> int:
 def _reads(file: Path, text: str, deadline: float) -> bool:
     while True:
         with contextlib.suppress(OSError):
-            list(file.parent.iterdir())  # makes a network file system ask again
+            list(file.parent.iterdir())  # makes a network file system look again
             if file.read_text(encoding="utf-8") == text:
                 return True
         if time.monotonic() >= deadline:

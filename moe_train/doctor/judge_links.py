@@ -1,4 +1,4 @@
-"""Which host, rank or link is slow, and which rank did not answer."""
+"""Judgement of links: which host, rank or link is slow or broken, and which rank did not answer."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,23 @@ from typing import Any, Generic, TypeVar
 from moe_train.doctor.finding import Finding, name_ranks
 from moe_train.doctor.links import Flow
 
-SLOW_FACTOR = 3.0  # so many times slower than the median is slow
-LEAST_LANES = 3  # of two lanes the median tells nothing
-FLOOR_BYTES_PER_SECOND = 1e9 / 8  # between hosts; below it training across hosts makes no sense
-INTERFACE_SHARE = 0.25  # of an interface's speed, that a link should reach
+SLOW_FACTOR = 3.0  # a rate this many times below the median counts as slow
+LEAST_LANES = 3  # with two lanes, a median tells nothing
+FLOOR_BYTES_PER_SECOND = 1e9 / 8  # between hosts; below it, training across hosts makes no sense
+INTERFACE_SHARE = 0.25  # share of its interface's speed that a link should reach
 
 End = TypeVar("End")
 
 
 @dataclass(frozen=True)
 class Slow(Generic[End]):
-    """An end all of whose links are slow one way, or a single slow link.
+    """A single slow link, or an end whose links are all slow in one direction.
 
     Attributes:
-        source: That sends; None: any.
-        target: That receives; None: any.
-        factor: So many times slower than the median.
-        bytes_per_second: At best.
+        source: End that sends; None: any.
+        target: End that receives; None: any.
+        factor: How many times slower than the median.
+        bytes_per_second: Best rate that was measured.
     """
 
     source: End | None
@@ -34,14 +34,18 @@ class Slow(Generic[End]):
 
 
 def find_slow(rates: Mapping[tuple[End, End], float]) -> list[Slow[End]]:
-    """Slow ends, and slow links between ends that are not.
+    """Find slow ends, and slow links between ends that are not slow.
 
-    An end's best link tells of its line: that of a sound host is good, even where most others are slow. It is slow if
-    it is SLOW_FACTOR times slower than the median of the other ends' best links; a link likewise, than that of all
-    ends that are not slow. Each way counts for itself.
+    An end's best link shows how good its line is: a sound host has a good best link, even if most other hosts are slow.
+    An end is slow if its best link is SLOW_FACTOR times slower than the median of the other ends' best links. A link is
+    slow if it is SLOW_FACTOR times slower than the median of the best links of all ends that are not slow. Sending and
+    receiving are judged separately.
 
     Args:
-        rates: Bytes a second from one end to another. With two ends, the two ways are held against each other.
+        rates: Bytes per second from one end to another. With two ends, the two directions are compared with each other.
+
+    Returns:
+        Slow ends, then slow links.
     """
     ends = list(dict.fromkeys(end for pair in rates for end in pair))
     if len(ends) < 3:
@@ -68,13 +72,13 @@ def find_slow(rates: Mapping[tuple[End, End], float]) -> list[Slow[End]]:
 
 
 def find_slow_lanes(rates: Mapping[tuple[int, int], float], nodes: Sequence[int]) -> list[Slow[int]]:
-    """Slow lanes between two hosts, each held against the median of the lanes of the same direction.
+    """Find slow lanes between two hosts, each compared with the median of the lanes in the same direction.
 
-    Each rank has one partner on the other host: which of the two is slow cannot be told.
+    Each rank has one partner on the other host, so the rates do not show which of the two is slow.
 
     Args:
-        rates: Bytes a second from rank to rank.
-        nodes: The host of each rank.
+        rates: Bytes per second from rank to rank.
+        nodes: Host number of each rank.
     """
     slow = list[Slow[int]]()
     for node in dict.fromkeys(nodes[source] for source, _ in rates):
@@ -86,13 +90,13 @@ def find_slow_lanes(rates: Mapping[tuple[int, int], float], nodes: Sequence[int]
 
 
 def describe_slow(kind: str, slow: Sequence[Slow[Any]], names: Mapping[Any, str], remedy: str) -> list[Finding]:
-    """Findings of slow ends and links; both ways of one are one finding.
+    """Describe slow ends and links as findings; both directions of one link or end make one finding.
 
     Args:
-        kind: Of the findings.
-        slow: Found by `find_slow`.
-        names: Of the ends.
-        remedy: Of each finding.
+        kind: Kind of the findings.
+        slow: Slow ends and links that `find_slow` found.
+        names: Names of the ends.
+        remedy: Remedy of each finding.
     """
     findings, done = list[Finding](), set()
     for each in slow:
@@ -116,14 +120,14 @@ def describe_slow(kind: str, slow: Sequence[Slow[Any]], names: Mapping[Any, str]
 
 @dataclass(frozen=True)
 class LinkJudge:
-    """Judges links.
+    """Judge of measured links: finds slow ends, slow links and low rates.
 
     Attributes:
-        nodes: The host of each rank.
-        hosts: Name of the host of each rank.
-        on_cpu: Whether ranks are on CPUs: within a host the scheduler then decides as much as the machine.
-        expected: Bytes a second between two hosts that the user expects; None.
-        interface_mbit: Of each rank's host; None: not known.
+        nodes: Host number of each rank.
+        hosts: Host name of each rank.
+        on_cpu: Whether ranks run on CPUs; the scheduler then decides as much as the machine about rates within a host.
+        expected: Bytes per second that the user expects between two hosts; None: no expectation.
+        interface_mbit: Speed of the network interface of each rank's host, in megabits per second; None: not known.
     """
 
     nodes: Sequence[int]
@@ -133,7 +137,7 @@ class LinkJudge:
     interface_mbit: Sequence[int | None]
 
     def between_hosts(self, flows: Sequence[Flow]) -> dict[tuple[int, int], float]:
-        """Bytes a second from host to host, those of all their ranks together."""
+        """Add up the bytes per second from host to host, over all their ranks."""
         rates: dict[tuple[int, int], float] = {}
         for flow in flows:
             pair = (self.nodes[flow.source], self.nodes[flow.target])
@@ -142,7 +146,7 @@ class LinkJudge:
         return rates
 
     def list_links(self, flows: Sequence[Flow]) -> list[dict[str, Any]]:
-        """What a report says of links: those between hosts, and those between ranks."""
+        """List the links for the report: first those between hosts, then those between ranks."""
         names = dict(zip(self.nodes, self.hosts, strict=True))
         links: list[dict[str, Any]] = []
         for (source, target), rate in self.between_hosts(flows).items():
@@ -153,7 +157,14 @@ class LinkJudge:
         return links + [{"scope": "ranks", **flow.as_dict()} for flow in flows]
 
     def judge(self, flows: Sequence[Flow]) -> tuple[list[Finding], list[Finding]]:
-        """Problems and warnings."""
+        """Judge measured flows.
+
+        Args:
+            flows: Flows between all ranks.
+
+        Returns:
+            Problems and warnings.
+        """
         between = self.between_hosts(flows)
         names = dict(zip(self.nodes, self.hosts, strict=True))
         slow = find_slow(between)
@@ -190,7 +201,7 @@ class LinkJudge:
         speeds = dict(zip(self.nodes, self.interface_mbit, strict=True))
         for (source, target), rate in between.items():
             if source > target and (target, source) in between:
-                continue  # told with the way back: the slower one
+                continue  # reported together with the opposite direction, at the lower rate of both
             rate = min(rate, between.get((target, source), rate))
             where = f"{names[source]} <-> {names[target]}"
             remedy = (
@@ -212,11 +223,14 @@ class LinkJudge:
 
 
 def judge_reach(reached: Sequence[Sequence[tuple[int, str]]], names: Sequence[str]) -> list[Finding]:
-    """Problems of hosts that do not reach each other.
+    """Find the hosts and links that are cut off.
 
     Args:
-        reached: For each host, (other host, why it was not reached: "" if it was).
-        names: Of the hosts.
+        reached: For each host: pairs of another host's number and why it was not reached ("" if it was).
+        names: Names of the hosts.
+
+    Returns:
+        Problems.
     """
     failed = {(node, other): text for node, found in enumerate(reached) for other, text in found if text}
     remedy = "look at cable, firewall, routes and MTU (ping -M do -s 8972); *_SOCKET_IFNAME chooses the interface"
@@ -245,15 +259,16 @@ def judge_silence(
     names: Sequence[str],
     unanswered: Sequence[int] = (),
 ) -> Finding:
-    """The ranks to blame for an operation that did not end.
+    """Name the ranks to blame for an operation that did not end.
 
-    Those behind the others are, and of them those that say nothing; of ranks at the same point, those that say nothing.
+    Ranks behind the others are to blame, and among them those that reported nothing. If all ranks are at the same
+    point, those that reported nothing are to blame.
 
     Args:
-        marks: For each rank, the place where it was last and that place in words.
-        failures: What ranks have said of their end.
-        names: Of the ranks, with their hosts.
-        unanswered: Ranks for which rank 0 itself has waited in vain.
+        marks: For each rank: the place of its last mark, and a description of it.
+        failures: Messages of the ranks that reported a failure.
+        names: Names of the ranks, with their hosts.
+        unanswered: Ranks that did not answer rank 0 in time.
     """
     ranks = range(len(names))
     places = {rank: marks[rank][0] if rank in marks else [] for rank in ranks}

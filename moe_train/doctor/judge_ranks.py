@@ -1,4 +1,4 @@
-"""What follows from what the ranks know of themselves: what differs and should not, and what a host lacks."""
+"""Judgement of the ranks' facts: what differs between ranks and should not, and what a host lacks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,15 +9,15 @@ from moe_train.doctor.finding import Finding, name_ranks
 Judgement = tuple[list[Finding], list[Finding]]  # problems and warnings
 
 _MOST_VALUES, _MOST_FIELDS, _MOST_CHARACTERS = 4, 12, 60
-_BUSY_SHARE = 0.25  # of a host's cores, all of them, at work for others, from which on its times mean little
-_SHARED_MEMORY_BYTES = 2**29  # NCCL and data loaders; a container has 64 MiB if nobody asks for more
-_GPU_TAKEN_BYTES = 2 * 2**30  # before training: a context of CUDA takes half a GiB
-_OPEN_FILES, _OPEN_FILES_A_RANK = 256, 16  # connections of several process groups to every rank
+_BUSY_SHARE = 0.25  # share of a host's cores that other work uses; above it, measured times mean little
+_SHARED_MEMORY_BYTES = 2**29  # for NCCL and data loaders; a container has 64 MiB by default
+_GPU_TAKEN_BYTES = 2 * 2**30  # before training; a CUDA context alone takes half a GiB
+_OPEN_FILES, _OPEN_FILES_A_RANK = 256, 16  # each process group opens connections to every rank
 _CLOCK_SECONDS = 1.0
 
 
 def host_names(facts: Sequence[Facts]) -> list[str]:
-    """A name for the host of each rank: as the host says, with its number where two say the same."""
+    """Name the host of each rank: its hostname, with the host's number if two hosts have the same hostname."""
     return _tell_apart([(fact.hostname, fact.node) for fact in facts])
 
 
@@ -29,12 +29,19 @@ def _tell_apart(hosts: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def rank_names(facts: Sequence[Facts]) -> list[str]:
-    """Each rank in words, with its host."""
+    """Name each rank together with its host: "rank 3 (a)"."""
     return [f"rank {rank} ({host})" for rank, host in enumerate(host_names(facts))]
 
 
 def judge_facts(facts: Sequence[Facts]) -> Judgement:
-    """Hold the ranks against each other and against what training needs."""
+    """Compare the facts of the ranks with each other and with what training needs.
+
+    Args:
+        facts: Facts of each rank.
+
+    Returns:
+        Problems and warnings.
+    """
     problems, warnings = judge_software([vars(fact) for fact in facts]), list[Finding]()
     for judge in (_judge_equality, _judge_devices, _judge_hosts):
         more_problems, more_warnings = judge(facts)
@@ -44,7 +51,7 @@ def judge_facts(facts: Sequence[Facts]) -> Judgement:
 
 
 def can_be_measured(facts: Sequence[Facts]) -> bool:
-    """Whether the ranks can work together: other versions or code may hang or crash each other."""
+    """Return whether the ranks can work together: different versions or code may make them hang or crash."""
     alike: tuple[Callable[[Facts], Any], ...] = (
         lambda fact: fact.digest,
         lambda fact: fact.versions["torch"],
@@ -56,10 +63,13 @@ def can_be_measured(facts: Sequence[Facts]) -> bool:
 
 
 def judge_software(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Problems of versions and code that differ.
+    """Find versions and code that differ between ranks.
 
     Args:
-        facts: Of each rank, as `Facts.as_dict` gives them; another moe_train may have given other fields.
+        facts: Facts of each rank, as `Facts.as_dict` returns them; another version of moe_train may have other fields.
+
+    Returns:
+        Problems.
     """
     hosts = _tell_apart([(fact.get("hostname", "?"), fact.get("node", 0)) for fact in facts])
     given = [fact.get("versions", {}) for fact in facts]
@@ -110,7 +120,7 @@ def _judge_equality(facts: Sequence[Facts]) -> Judgement:
         remedy = "start all ranks with the same command"
         hold("configuration", f"the doctor's --{name}", [fact.options.get(name) for fact in facts], remedy, problems)
     for name in dict.fromkeys(name for fact in facts for name in fact.environment):
-        # What an interface or adapter is called is each host's own affair.
+        # Each host has its own names for interfaces and adapters.
         found = warnings if name.endswith(("_IFNAME", "_HCA", "_NET_DEVICES")) else problems
         remedy = f"set {name} alike on all hosts (deepspeed: in .deepspeed_env; mpirun: -x; srun: --export)"
         hold("environment", name, [fact.environment.get(name) for fact in facts], remedy, found)
@@ -118,18 +128,21 @@ def _judge_equality(facts: Sequence[Facts]) -> Judgement:
 
 
 def describe_difference(values: Sequence[Any], hosts: Sequence[str]) -> tuple[str, str] | None:
-    """Which ranks differ from the others, and who has what; None: all have the same.
+    """Describe which ranks differ from the majority, and which ranks have which value.
 
     Args:
-        values: Of each rank.
-        hosts: Of each rank.
+        values: Value of each rank.
+        hosts: Host name of each rank.
+
+    Returns:
+        Names of the ranks that differ, and a text of the values; None if all ranks have the same value.
     """
     ranks: dict[Any, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
     if len(ranks) == 1:
         return None
-    by_number = sorted(ranks.items(), key=lambda item: -len(item[1]))  # stable: of two halves rank 0's comes first
+    by_number = sorted(ranks.items(), key=lambda item: -len(item[1]))  # stable: with two halves, rank 0's comes first
     texts = [f"{_shown(value)} on {place_ranks(who, hosts)}" for value, who in by_number[:_MOST_VALUES]]
     more = [f"and {len(by_number) - _MOST_VALUES} other values"] if len(by_number) > _MOST_VALUES else []
     others = [rank for _, who in by_number[1:] for rank in who]
@@ -137,7 +150,7 @@ def describe_difference(values: Sequence[Any], hosts: Sequence[str]) -> tuple[st
 
 
 def place_ranks(ranks: list[int], hosts: Sequence[str]) -> str:
-    """Ranks in words, with their hosts: "ranks 2-3 (b)"."""
+    """Name ranks together with their hosts: "ranks 2-3 (b)"."""
     names = list(dict.fromkeys(hosts[rank] for rank in sorted(ranks)))
     shown = ", ".join(names[:_MOST_VALUES]) + (f" and {len(names) - _MOST_VALUES} more" if names[_MOST_VALUES:] else "")
     return f"{name_ranks(ranks)} ({shown})"
@@ -151,7 +164,7 @@ def _shown(value: Any) -> str:
 
 
 def _shared_devices(facts: Sequence[Facts]) -> dict[str, list[int]]:
-    """GPUs that several ranks have, by UUID."""
+    """Find GPUs that several ranks use; the ranks by UUID."""
     ranks: dict[str, list[int]] = {}
     for fact in facts:
         if fact.device["uuid"]:
@@ -167,7 +180,7 @@ def _judge_devices(facts: Sequence[Facts]) -> Judgement:
         remedy = "one process a GPU: look at CUDA_VISIBLE_DEVICES and at what the launcher says LOCAL_RANK is"
         problems.append(Finding("device", place_ranks(who, hosts), message, remedy))
     for name, unit in (("kind", ""), ("name", ""), ("memory", " bytes")):
-        # Hosts with the same processor may have a little more or less memory.
+        # Hosts with the same processor may differ a little in memory.
         if name == "memory" and facts[0].device["kind"] == "cpu":
             continue
         difference = describe_difference([f"{fact.device[name]}{unit}" for fact in facts], hosts)
@@ -214,11 +227,14 @@ def _judge_hosts(facts: Sequence[Facts]) -> Judgement:
 
 
 def judge_clocks(clocks: Sequence[tuple[str, float, float]]) -> list[Finding]:
-    """Warnings of clocks that are apart.
+    """Find hosts whose clocks differ from the first host's.
 
     Args:
-        clocks: Of each host but the first: its name, by how many seconds its clock is ahead of the first's, and by how
-            much that may be wrong.
+        clocks: For each host except the first: its name, the seconds that its clock is ahead of the first host's, and
+            the error of that number in seconds.
+
+    Returns:
+        Warnings.
     """
     return [
         Finding(

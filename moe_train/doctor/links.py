@@ -1,8 +1,8 @@
-"""How fast each two hosts, and each two ranks of a host, send to each other, both ways, one after the other.
+"""Measurement of links between any two hosts, and any two ranks of one host, one direction after the other.
 
-Pairs meet as in a tournament (the circle method): n of them need n - 1 rounds, or n if n is odd, and in each round all
-pairs are at work at once, none of them with two others. Between hosts each rank talks to the one in its own place on
-the other host, all at the same time: that is how a line of a host is filled, and what expert parallelism does.
+Pairs meet as in a tournament (the circle method): n members need n - 1 rounds, or n rounds if n is odd. In each round
+all pairs work at once, and no member has two partners. Between two hosts, each rank talks to the rank in its own place
+on the other host, all at the same time: this fills a host's line, and is what expert parallelism does.
 """
 
 import statistics
@@ -17,22 +17,22 @@ import torch.distributed as dist
 from moe_train.doctor.collectives import Mark
 from moe_train.doctor.scopes import align, host_ranks
 
-_SIZES = tuple(2**power for power in range(16, 27, 2))  # of a message: 64 KiB to 64 MiB
+_SIZES = tuple(2**power for power in range(16, 27, 2))  # message sizes: 64 KiB to 64 MiB
 _PINGS = 7
 _REPETITIONS = 3
-_ALL_ROUNDS_SECONDS = 4.0  # for the largest messages of all rounds; of one round at most:
-_LONGEST_SECONDS = 0.03
+_ALL_ROUNDS_SECONDS = 4.0  # for the largest messages of all rounds together
+_LONGEST_SECONDS = 0.03  # for the largest message of one round
 _STOP = 0
 
 
 @dataclass(frozen=True)
 class Flow:
-    """From one rank to another.
+    """Measured latency and rate from one rank to another.
 
     Attributes:
-        source, target: Ranks.
+        source, target: Rank that sends, and rank that receives.
         latency_seconds: Half of a round trip.
-        bytes_per_second: Of the largest message.
+        bytes_per_second: Rate of the largest message.
     """
 
     source: int
@@ -41,20 +41,20 @@ class Flow:
     bytes_per_second: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def tournament(size: int) -> list[list[tuple[int, int]]]:
-    """Rounds in which each meets each other once, and nobody two at a time.
+    """Plan rounds in which each member meets every other member once, and has one partner at a time.
 
     Args:
-        size: Of the field.
+        size: Number of members.
 
     Returns:
-        The pairs of each round, the lower one first.
+        Pairs of each round, the lower member first.
     """
-    places = list(range(size)) + ([-1] if size % 2 else [])  # -1: whoever meets it has a pause
+    places = list(range(size)) + ([-1] if size % 2 else [])  # a member pauses in the round in which it meets -1
     rounds = []
     for _ in range(len(places) - 1):
         half = len(places) // 2
@@ -65,10 +65,13 @@ def tournament(size: int) -> list[list[tuple[int, int]]]:
 
 
 def plan_rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Pairs of ranks, round by round: first those of different hosts, then those of the same.
+    """Plan pairs of ranks by round: first pairs on different hosts, then pairs on the same host.
 
     Args:
-        nodes: The host of each rank.
+        nodes: Host number of each rank.
+
+    Returns:
+        Pairs of ranks for each round, the lower rank first.
     """
     hosts = host_ranks(nodes)
     rounds = [
@@ -88,16 +91,16 @@ def plan_rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 def measure_links(nodes: Sequence[int], names: Sequence[str], device: torch.device, mark: Mark) -> list[Flow]:
-    """Meet every partner of this rank.
+    """Measure the links from this rank to all its partners.
 
     Args:
-        nodes: The host of each rank.
-        names: Of each rank, in words.
-        device: Of this rank.
-        mark: Told what comes.
+        nodes: Host number of each rank.
+        names: Name of each rank, for messages.
+        device: Device of this rank.
+        mark: Called with a description of each round, before it starts.
 
     Returns:
-        What this rank sent.
+        One flow from this rank to each partner.
 
     Collective: All ranks.
     """
@@ -121,7 +124,12 @@ def measure_links(nodes: Sequence[int], names: Sequence[str], device: torch.devi
 
 
 def better_flows(first: Sequence[Flow], second: Sequence[Flow]) -> list[Flow]:
-    """Of two measurements of the same links, in the same order, the better latency and rate of each."""
+    """Merge two measurements of the same links: the better latency and the better rate of each link.
+
+    Args:
+        first: Flows of the first measurement.
+        second: Flows of the second, in the same order.
+    """
     return [
         Flow(
             a.source,
@@ -134,8 +142,8 @@ def better_flows(first: Sequence[Flow], second: Sequence[Flow]) -> list[Flow]:
 
 
 def _send_and_time(target: int, device: torch.device, seconds: float) -> Flow:
-    """Send larger and larger messages until one takes long enough; the receiver answers each with a word."""
-    word = torch.zeros(1, dtype=torch.int64)  # on the host: of CUDA's ranks it travels by gloo
+    """Send larger and larger messages until one takes long enough; the receiver answers each one with one word."""
+    word = torch.zeros(1, dtype=torch.int64)  # on the host: also between CUDA ranks, words travel by gloo
     pings = [_time_message(target, word.new_tensor([0]), word) for _ in range(_PINGS)]
     round_trip = statistics.median(pings)
     rate = 0.0
@@ -149,7 +157,7 @@ def _send_and_time(target: int, device: torch.device, seconds: float) -> Flow:
             while len(times) < _REPETITIONS and sum(times) < 10 * seconds:
                 dist.send(torch.tensor([size]), target)
                 times.append(_time_message(target, payload, word))
-            middle = statistics.median(times[1:])  # the first one of a size sets up
+            middle = statistics.median(times[1:])  # the first message of a size sets up
             rate = size / max(middle - round_trip, middle / 10)
             break
     dist.send(torch.tensor([_STOP]), target)
@@ -181,7 +189,7 @@ def _answer(source: int, device: torch.device) -> None:
 
 
 def _send(message: torch.Tensor, target: int) -> None:
-    if message.is_cuda:  # in a batch: NCCL would else make a communicator for every two ranks
+    if message.is_cuda:  # as a batch: otherwise NCCL creates a communicator for every two ranks
         for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, message, target)]):
             work.wait()
         torch.cuda.synchronize(message.device)
@@ -193,6 +201,6 @@ def _receive(message: torch.Tensor, source: int) -> None:
     if message.is_cuda:
         for work in dist.batch_isend_irecv([dist.P2POp(dist.irecv, message, source)]):
             work.wait()
-        torch.cuda.synchronize(message.device)  # it has to have arrived before it is answered
+        torch.cuda.synchronize(message.device)  # the message must be here before it is answered
     else:
         dist.recv(message, source)

@@ -1,4 +1,4 @@
-"""What was measured, as the planner reads it."""
+"""Description of the measured machine, in the form that the planner reads."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,25 +11,25 @@ from moe_train.doctor.speed import Speed
 
 
 def fit_link(points: Sequence[tuple[float, float]]) -> Link:
-    """The line seconds = latency + bytes / rate through the shortest and the longest message.
+    """Fit the line seconds = latency + bytes / rate through the shortest and the longest message.
 
-    Each point is a median of repetitions already. What lies between often bends: a line that was idle sends a first
-    burst faster, and libraries change their algorithm. A fit of all points then is far off at the longest, where most
-    of training's bytes are.
+    Each point is already a median of repetitions. The points between often bend away from a line: an idle line sends a
+    first burst faster, and libraries change their algorithm. So a fit of all points is far off at the longest message,
+    where most of training's bytes are.
 
     Args:
-        points: (bytes, seconds), both more than 0.
+        points: Pairs of bytes and seconds, both above 0.
     """
     (least, shortest), (most, longest) = min(points), max(points)
     slope = (longest - shortest) / (most - least) if most > least else 0.0
-    if slope * most < longest / 100:  # longer messages took no longer: as if a hundredth were of the bytes
+    if slope * most < longest / 100:  # longer messages took no longer: count a hundredth of the time as theirs
         slope = longest / 100 / most if most > least else longest / most
     latency = max(0.0, shortest - slope * least)
     return Link(latency_seconds=latency, bytes_per_second=1 / slope)
 
 
 def fit_network(timings: Sequence[Timing], scope: str) -> Network | None:
-    """The operations of one scope; None: it was not measured."""
+    """Fit a link to every operation of one scope; None if the scope was not measured."""
     links = {}
     for operation in OPERATIONS:
         points = [(t.sent_bytes, t.seconds) for t in timings if (t.scope, t.operation) == (scope, operation)]
@@ -40,7 +40,7 @@ def fit_network(timings: Sequence[Timing], scope: str) -> Network | None:
 
 
 def combine_products(speeds: Sequence[Speed]) -> dict[str, tuple[Product, ...]]:
-    """The products that all ranks measured, each as fast as on the median rank."""
+    """Combine the products that all ranks measured, each at the speed of the median rank."""
     combined = {}
     for precision in dict.fromkeys(name for speed in speeds for name in speed.products):
         found = [{tuple(p[:2]): p[2] for p in speed.products.get(precision, [])} for speed in speeds]
@@ -55,13 +55,13 @@ def combine_products(speeds: Sequence[Speed]) -> dict[str, tuple[Product, ...]]:
 def make_machine(
     facts: Sequence[Facts], timings: Sequence[Timing], speeds: Sequence[Speed], peaks: dict[str, float]
 ) -> Machine:
-    """One machine out of all ranks' measurements.
+    """Make one machine from the measurements of all ranks.
 
     Args:
-        facts: Of each rank.
-        timings: Merged.
-        speeds: Of each rank.
-        peaks: Published operations a second by arithmetic, where they are known; else the best product counts.
+        facts: Facts of each rank.
+        timings: Timings, merged over the ranks.
+        speeds: Device speed of each rank.
+        peaks: Published operations per second by precision, where known; otherwise the best measured product counts.
     """
     counts = [sum(other.node == fact.node for other in facts) for fact in facts]
     per_node = statistics.multimode(counts)[0]

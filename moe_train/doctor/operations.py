@@ -1,4 +1,4 @@
-"""The collective operations that training uses, on patterns whose right result each rank knows. All numbers are exact.
+"""Collective operations that training uses, on patterns whose right result every rank knows. All numbers are exact.
 
 Legend: n elements of a rank's buffer, P ranks of the group.
 """
@@ -13,19 +13,20 @@ from torch import Tensor
 from moe_train.distributed.collectives import Group, group_rank, group_size
 
 OPERATIONS = ("all_to_all", "all_reduce", "all_gather")
-# What travels in training: activations and gradients, counts, and rows in fp8 as bytes.
+# The dtypes that training sends: activations and gradients, counts, and fp8 rows as bytes.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
-_LARGEST = 199  # whole numbers to 256 are exact in bf16, and to 255 in a byte
+_LARGEST = 199  # integers up to 256 are exact in bf16, and up to 255 in a byte
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One operation with its buffers, to be run several times.
+    """One operation with its buffers, ready to run several times.
 
     Attributes:
-        run: Does it once.
-        is_right: Whether the buffers hold what they should, after one run.
-        sent_bytes: That a rank sends to others in one run: (P - 1)/P of its bytes; twice that for an all-reduce.
+        run: Runs the operation once.
+        is_right: Returns whether the buffers hold the right result, after the first run.
+        sent_bytes: Bytes that a rank sends to other ranks in one run: (P - 1)/P of its buffer; twice that for an
+            all-reduce.
     """
 
     run: Callable[[], None]
@@ -36,15 +37,15 @@ class Prepared:
 def prepare(
     operation: str, num_bytes: int, dtype: torch.dtype, device: torch.device, group: Group, uneven: bool = False
 ) -> Prepared:
-    """Buffers for an operation.
+    """Allocate and fill the buffers of an operation.
 
     Args:
         operation: One of OPERATIONS.
-        num_bytes: Of the whole buffer: of a rank's rows, of the tensor that is summed, of what is gathered.
-        dtype: Of its elements.
-        device: Of this rank.
-        group: Of ranks.
-        uneven: Of an all-to-all: blocks of different sizes, with empty ones.
+        num_bytes: Size of the whole buffer: a rank's rows, the tensor to sum, or the gathered tensor.
+        dtype: Dtype of the elements.
+        device: Device of this rank.
+        group: Process group.
+        uneven: For an all-to-all: blocks of different sizes, some of them empty.
     """
     size = group_size(group)
     share = max(1, num_bytes // dtype.itemsize // size)
@@ -56,7 +57,7 @@ def prepare(
 
 
 def _pattern(num: int, source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What source sends to target, [num]."""
+    """Make the values that source sends to target, [num]."""
     places = torch.arange(num, device=device, dtype=torch.int64)
     return ((places * 7 + source * 31 + target * 17) % _LARGEST).to(dtype)
 
@@ -71,7 +72,7 @@ def _all_to_all(share: int, dtype: torch.dtype, device: torch.device, group: Gro
     rank, size = group_rank(group), group_size(group)
 
     def length(source: int, target: int) -> int:
-        return share * ((source * 3 + target * 2) % 4) if uneven else share  # none, one, two or three shares
+        return share * ((source * 3 + target * 2) % 4) if uneven else share  # zero, one, two or three shares
 
     send = [length(rank, other) for other in range(size)]
     receive = [length(other, rank) for other in range(size)]
@@ -88,14 +89,14 @@ def _all_to_all(share: int, dtype: torch.dtype, device: torch.device, group: Gro
 
 def _all_reduce(num: int, dtype: torch.dtype, device: torch.device, group: Group) -> Prepared:
     rank, size = group_rank(group), group_size(group)
-    # Each element has its number from one rank and 1 from the next: a sum that is small, however many ranks there are.
+    # Each element has its number from one rank and 1 from the next rank, so its sum is small for any number of ranks.
     places = torch.arange(num, device=device, dtype=torch.int64)
     values = places * 7 % _LARGEST
     given = (values * (places % size == rank) + ((places + 1) % size == rank)).to(dtype)
     wanted, result = (values + 1).to(dtype), given.clone()
 
     def run() -> None:
-        # In place: the sums of later runs grow, up to infinity, which takes no longer.
+        # In place: later runs add up to larger sums, even infinity, which takes no longer.
         dist.all_reduce(result, group=group)
 
     return Prepared(run, lambda: torch.equal(result, wanted), 2 * (size - 1) / size * num * dtype.itemsize)
@@ -106,7 +107,7 @@ def _all_gather(share: int, dtype: torch.dtype, device: torch.device, group: Gro
     given = _pattern(share, rank, 0, dtype, device)
     wanted = _blocks([share] * size, [(other, 0) for other in range(size)], dtype, device)
     result = torch.empty_like(wanted)
-    # torch 2.13 warns of the old name; 2.11 has no other.
+    # torch 2.13 warns about the old name; torch 2.11 has only the old one.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     def run() -> None:

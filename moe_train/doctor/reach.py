@@ -1,7 +1,7 @@
-"""Whether each host reaches each other one by TCP, with large messages too, and how far their clocks are apart.
+"""Reachability of hosts: whether each host reaches every other one by TCP, also with large messages; clock offsets too.
 
-Before any process group is formed: that needs every link, and says of a broken one only that it took too long. Each
-host's first rank answers whoever connects, in threads, and goes to all other hosts itself.
+It runs before any process group exists: a process group needs every link, and of a broken link it says only that it
+took too long. Each host's first rank answers all connections, in threads, and connects to all other hosts itself.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from moe_train.distributed.addresses import interface_addresses, route_interface
 from moe_train.distributed.world import LOOPBACK
 
-LARGE_BYTES = 256 * 1024  # many packets of any size that networks have
-_PACKET_BYTES = 8000  # one packet where an interface has jumbo frames, which a switch on the way may not pass on
-# Linux finds a smaller packet size by itself when full packets are lost, seconds later, and for each connection anew.
+LARGE_BYTES = 256 * 1024  # many packets, whatever packet size the network has
+_PACKET_BYTES = 8000  # one packet on an interface with jumbo frames, which a switch on the way may drop
+# If full packets are lost, Linux finds a smaller packet size by itself, seconds later, and anew for each connection.
 _LARGE_SECONDS = 1.0  # for LARGE_BYTES: 2 Mbit/s
-_AT_ONCE = 16  # connections
-_TIMES = 5  # that a clock is asked for
+_AT_ONCE = 16  # connections at the same time
+_TIMES = 5  # clock requests per connection
 _REQUEST = struct.Struct("!BI")  # kind, number of bytes
 _UP, _DOWN, _CLOCK = 1, 2, 3
 _CLOCK_ANSWER = struct.Struct("!d")
@@ -29,14 +29,14 @@ _CLOCK_ANSWER = struct.Struct("!d")
 
 @dataclass(frozen=True)
 class Reach:
-    """How one host met another.
+    """Result of one host's attempt to reach another one.
 
     Attributes:
-        node: The other host.
-        failure: Why not; "".
-        round_trip_seconds: Of the shortest message.
-        clock_seconds: By how much the other's clock is ahead of this one's.
-        clock_error_seconds: Either way.
+        node: Number of the other host.
+        failure: Reason why it was not reached; "" if it was.
+        round_trip_seconds: Round trip of the shortest message.
+        clock_seconds: How far the other host's clock is ahead of this one's.
+        clock_error_seconds: Error of clock_seconds, in either direction.
     """
 
     node: int
@@ -51,7 +51,7 @@ def answering(address: str) -> Iterator[int]:
     """Answer requests at a free port while the block runs.
 
     Args:
-        address: Of this host.
+        address: Address of this host.
 
     Yields:
         The port.
@@ -76,7 +76,7 @@ def answering(address: str) -> Iterator[int]:
 
 
 def _answer(connection: socket.socket) -> None:
-    with connection, contextlib.suppress(OSError):  # the one who asked notices
+    with connection, contextlib.suppress(OSError):  # the host that asked notices
         connection.settimeout(60.0)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while True:
@@ -101,12 +101,15 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
 
 
 def reach_all(node: int, addresses: Sequence[tuple[str, int]], seconds: float) -> list[Reach]:
-    """Go to every other host, to the next one first, so that not all go to the same one at once.
+    """Connect to every other host, the next one first, so that not all hosts connect to the same one at once.
 
     Args:
-        node: This host.
-        addresses: Of every host: address and port of its `answering`.
-        seconds: For each of them.
+        node: Number of this host.
+        addresses: Address and port of each host's `answering`.
+        seconds: Time for each host.
+
+    Returns:
+        One result per other host.
     """
     others = [(node + step) % len(addresses) for step in range(1, len(addresses))]
     with ThreadPoolExecutor(_AT_ONCE) as threads:
@@ -114,12 +117,12 @@ def reach_all(node: int, addresses: Sequence[tuple[str, int]], seconds: float) -
 
 
 def reach(node: int, address: tuple[str, int], seconds: float) -> Reach:
-    """Connect, send and receive a small and a large message, and ask for the time.
+    """Connect to a host, exchange a small and a large message in both directions, and ask for the time.
 
     Args:
-        node: The other host.
-        address: And port.
-        seconds: For everything.
+        node: Number of the other host.
+        address: Address and port of the other host.
+        seconds: Time for everything.
     """
     deadline = time.monotonic() + seconds
     at = f"{address[0]}, port {address[1]}"
@@ -150,7 +153,7 @@ def reach(node: int, address: tuple[str, int], seconds: float) -> Reach:
 
 
 def _ask_clock(connection: socket.socket, deadline: float) -> tuple[float, float]:
-    """Seconds of the round trip, and by how much the other clock is ahead if both ways took the same."""
+    """Return the seconds of a round trip, and how far the other clock is ahead if both directions take as long."""
     began, began_by_clock = time.perf_counter(), time.time()
     answer = _ask(connection, _CLOCK, 0, b"", _CLOCK_ANSWER.size, deadline)
     round_trip = time.perf_counter() - began
@@ -170,11 +173,11 @@ def _reason(error: OSError) -> str:
 
 
 def own_address(interface: str | None, master_addr: str) -> str:
-    """At which the other hosts reach this one: of the interface that gloo takes, or of the route to rank 0.
+    """Find the address at which other hosts reach this one: of gloo's interface, or of the route to rank 0.
 
     Args:
-        interface: That gloo takes; None: not known.
-        master_addr: Of rank 0's host.
+        interface: Network interface that gloo uses; None: not known.
+        master_addr: Address of rank 0's host.
     """
     addresses = interface_addresses()
     if interface in addresses:

@@ -1,4 +1,4 @@
-"""What the doctor found, as tables for people. The same object is what `--json` prints."""
+"""Report of the doctor as tables for a terminal. `--json` prints the same object."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_MOST_LINKS = 4  # the slowest of each kind
+_MOST_LINKS = 4  # rows for each kind of link, the slowest first
 
 
 def show_report(report: dict[str, Any], console: Console) -> None:
-    """Print tables, and what is wrong at the end.
+    """Print the report as tables, then its warnings and problems.
 
     Args:
-        report: As `examine` makes it.
-        console: To print to.
+        report: Report that `Examination` passes to its `show`.
+        console: Console to print to.
     """
     world = report["world"]
     line = f"{_count(world['world_size'], 'rank')} on {_count(world['num_nodes'], 'host')} ({world['launcher']})"
@@ -49,7 +49,7 @@ def _without(where: str, message: str) -> str:
 
 
 def _host_table(ranks: Sequence[dict[str, Any]]) -> Table:
-    """One row for all hosts that are alike."""
+    """Make a table with one row for all hosts that are alike."""
     hosts: dict[str, list[dict[str, Any]]] = {}
     for rank in ranks:
         hosts.setdefault(rank["host"], []).append(rank)

@@ -1,4 +1,4 @@
-"""What one rank is asked to examine."""
+"""Request to the doctor: what one rank examines, and how long it may take."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +12,19 @@ from moe_train.host.precision import Precision
 
 @dataclass(frozen=True)
 class Request:
-    """What to examine.
+    """What one rank examines.
 
     Attributes:
-        world: The place of this process.
-        device: Of this rank.
-        facts: Of this rank.
-        precisions: Of products; fp32 and what training would use.
-        sizes: Bytes of collective operations, ascending.
-        budget_seconds: Of the operations of one scope, and of the products of one precision.
-        timeout_seconds: After which a link counts as broken, or a rank as hanging.
-        expected: Bytes a second between two hosts that the user expects; None.
-        folder: That all ranks should share; None: not known.
-        unwritable: Why the report cannot be written to its file; "". Of rank 0 alone.
+        world: Place of this process among the ranks.
+        device: Device of this rank.
+        facts: Facts of this rank.
+        precisions: Precisions of matrix products: fp32, and what training would use.
+        sizes: Buffer sizes of collective operations in bytes, ascending.
+        budget_seconds: Time for the operations of one scope, and for the products of one precision.
+        timeout_seconds: Time after which a link counts as broken, or a rank as hanging.
+        expected: Bytes per second that the user expects between two hosts; None: no expectation.
+        folder: Folder that all ranks should share; None: not known.
+        unwritable: Reason why rank 0 cannot write the report to its file; "" if it can, and on other ranks.
     """
 
     world: World

@@ -1,4 +1,4 @@
-"""The groups of ranks that the doctor measures: within each host, across hosts, and all."""
+"""Groups of ranks that the doctor measures: within each host, across hosts, and all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import torch.distributed as dist
 
 from moe_train.distributed.collectives import Group
 
-SCOPES = ("within", "across", "all")  # of a host, one rank of each host, everybody
+SCOPES = ("within", "across", "all")  # ranks of one host, one rank of each host, all ranks
 
 
 @dataclass(frozen=True)
 class Scope:
-    """One kind of group, and this rank's.
+    """One kind of group, with this rank's group of that kind.
 
     Attributes:
         name: One of SCOPES.
-        group: This rank's; None: it is in none of more than one rank.
-        ranks: Of this rank's group.
+        group: Process group of this rank; None: this rank has no partner in this scope.
+        ranks: Ranks of that group.
     """
 
     name: str
@@ -28,10 +28,13 @@ class Scope:
 
 
 def group_ranks(nodes: Sequence[int]) -> dict[str, list[tuple[int, ...]]]:
-    """The groups of each scope, those of one rank left out; a scope that equals another one is left out too.
+    """List the groups of each scope, without groups of one rank and without a scope that equals another one.
 
     Args:
-        nodes: The host of each rank.
+        nodes: Host number of each rank.
+
+    Returns:
+        Ranks of each group, by scope.
     """
     hosts = host_ranks(nodes)
     lanes = max(len(ranks) for ranks in hosts)
@@ -44,7 +47,7 @@ def group_ranks(nodes: Sequence[int]) -> dict[str, list[tuple[int, ...]]]:
 
 
 def host_ranks(nodes: Sequence[int]) -> list[list[int]]:
-    """The ranks of each host, hosts in order of their first rank."""
+    """List the ranks of each host; hosts come in the order of their first rank."""
     hosts: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
         hosts.setdefault(node, []).append(rank)
@@ -52,11 +55,14 @@ def host_ranks(nodes: Sequence[int]) -> list[list[int]]:
 
 
 def create_scopes(nodes: Sequence[int], seconds: float) -> list[Scope]:
-    """The process groups of every scope.
+    """Create the process groups of every scope.
 
     Args:
-        nodes: The host of each rank.
-        seconds: Bound of a collective operation.
+        nodes: Host number of each rank.
+        seconds: Timeout of a collective operation.
+
+    Returns:
+        The scopes, each with this rank's group.
 
     Collective: All ranks.
     """
@@ -72,12 +78,21 @@ def create_scopes(nodes: Sequence[int], seconds: float) -> list[Scope]:
 
 
 def align(group: Group | None) -> None:
-    """Wait for all ranks of a group, on the host: NCCL is kept out of it. None: all ranks. Collective: of the group."""
+    """Wait for all ranks of a group, on the host and without NCCL.
+
+    Args:
+        group: Group of ranks to wait for; None: all ranks.
+
+    Collective: All ranks of the group.
+    """
     dist.all_reduce(torch.zeros(1), group=group)
 
 
 def largest(seconds: float, group: Group) -> float:
-    """The most seconds of any rank. Collective: all ranks of the group."""
+    """Return the largest number of seconds that a rank of the group gives.
+
+    Collective: All ranks of the group.
+    """
     value = torch.tensor([seconds], dtype=torch.float64)
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
     return value.item()

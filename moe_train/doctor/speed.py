@@ -1,4 +1,4 @@
-"""How fast one rank's device is, while all ranks work: matrix products, memory, and small operations."""
+"""Speed of one rank's device while all ranks work: matrix products, memory, and small operations."""
 
 import statistics
 import time
@@ -12,21 +12,21 @@ from moe_train.host.precision import Precision, torch_dtype
 
 ROWS = (16, 64, 256, 1024, 2048)
 WIDTHS = (64, 256, 1024, 2048)
-_LONGEST_SECONDS = 2.0  # of one product: what takes longer is left out
+_LONGEST_SECONDS = 2.0  # longer products are left out
 _ROUNDS = 5
-_SHORT_SECONDS = 1e-3  # shorter ones are run several times in a row
-_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}  # of an elementwise operation: far more than caches hold
+_SHORT_SECONDS = 1e-3  # shorter operations run several times in a row
+_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}  # elements of an elementwise operation: far more than caches hold
 _CHAIN = 200  # small operations in a row
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one rank.
+    """Measured speed of one rank's device.
 
     Attributes:
-        products: Operations a second by arithmetic, as (rows, width, operations a second).
-        memory_bytes_per_second: Read and written by an elementwise sum.
-        operation_seconds: Of one small operation.
+        products: Matrix products by precision, each as (rows, width, operations per second).
+        memory_bytes_per_second: Bytes read and written per second by an elementwise sum.
+        operation_seconds: Time of one small operation.
     """
 
     products: dict[str, list[tuple[int, int, float]]]
@@ -34,17 +34,17 @@ class Speed:
     operation_seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def measure_speed(device: torch.device, precisions: Sequence[Precision], budget_seconds: float) -> Speed:
-    """Measure this rank's device. To be called on all ranks at the same time: they share cores, memory and power.
+    """Measure this rank's device. Call it on all ranks at the same time: they share cores, memory and power.
 
     Args:
-        device: Of this rank.
-        precisions: Of products.
-        budget_seconds: For the products of each precision.
+        device: Device of this rank.
+        precisions: Precisions of the matrix products.
+        budget_seconds: Time for the products of each precision.
     """
     operation = _measure_operation(device)
     memory = _measure_memory(device)
@@ -53,10 +53,15 @@ def measure_speed(device: torch.device, precisions: Sequence[Precision], budget_
 
 
 def measure_products(device: torch.device, precision: Precision, budget_seconds: float) -> list[tuple[int, int, float]]:
-    """Products [rows, width] x [width, width] over ROWS and WIDTHS, the small ones first, as long as the budget lasts.
+    """Measure products [rows, width] x [width, width] over ROWS and WIDTHS, small ones first, until the time is over.
+
+    Args:
+        device: Device of this rank.
+        precision: Precision of the products.
+        budget_seconds: Time for all products.
 
     Returns:
-        (rows, width, operations a second).
+        Tuples of rows, width and operations per second.
     """
     shapes = sorted(((rows, width) for width in WIDTHS for rows in ROWS), key=lambda shape: shape[0] * shape[1] ** 2)
     began, found, slowest = time.perf_counter(), list[tuple[int, int, float]](), 0.0
@@ -70,7 +75,7 @@ def measure_products(device: torch.device, precision: Precision, budget_seconds:
         right_matrix = torch.ones(width, width, dtype=torch_dtype(precision), device=device)
         seconds = _median_seconds(lambda a=left_matrix, b=right_matrix: torch.mm(a, b), device, left)  # type: ignore[misc]
         found.append((rows, width, flops / seconds))
-        if flops > 2**24:  # the time of small ones is not their operations'
+        if flops > 2**24:  # the time of smaller products does not come from their operations
             slowest = max(slowest / 2, seconds / flops)
     return found
 
@@ -92,7 +97,7 @@ def _measure_operation(device: torch.device) -> float:
 
 
 def _median_seconds(action: Callable[[], object], device: torch.device, left_seconds: float) -> float:
-    """Of one call, after one that sets up. Fewer calls where the time is short."""
+    """Return the median seconds of one call, after a first call that sets up. With little time left it calls less."""
     first = _seconds(action, 1, device)
     times = max(1, int(_SHORT_SECONDS / max(first, 1e-7))) if first < _SHORT_SECONDS else 1
     rounds = max(1, min(_ROUNDS, int(left_seconds / max(first * times, 1e-7)) - 1))
@@ -100,7 +105,7 @@ def _median_seconds(action: Callable[[], object], device: torch.device, left_sec
 
 
 def _seconds(action: Callable[[], object], times: int, device: torch.device) -> float:
-    """Host synchronisation on CUDA: what is timed has to be over."""
+    """Return the seconds of one call. Host synchronisation on CUDA: the clock must not stop before the work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The end of a rank that hangs: a thread that holds each thing the rank waits for against a time limit."""
+"""Watch that ends a hanging rank: a thread compares each wait of the rank with a time limit."""
 
 import threading
 import time
@@ -8,31 +8,32 @@ _LOOK_SECONDS = 0.1
 
 
 class Watch:
-    """Calls a function, in a thread of its own, once what is expected does not come in time.
+    """Thread that calls a function if an expected event does not come in time.
 
     Args:
-        expired: Called with what was expected. It has to end the process: the wait may never be over.
+        expired: Called with a description of what the rank was doing. It must end the process: the wait may last for
+            ever.
     """
 
     def __init__(self, expired: Callable[[str], None]) -> None:
         self._expired = expired
-        self._now: tuple[str, float] | None = None  # one assignment, which Python makes whole
+        self._now: tuple[str, float] | None = None  # one assignment, which is atomic in Python
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         threading.Thread(target=self._look, name="doctor's watch", daemon=True).start()
 
     def expect(self, what: str, seconds: float) -> None:
-        """The next `expect` or `rest` must come in time.
+        """Require that the next `expect` or `rest` comes in time.
 
         Args:
-            what: This rank does now, in words.
-            seconds: It may take.
+            what: Description of what this rank does now.
+            seconds: Longest time it may take.
         """
         self._now = (what, time.monotonic() + seconds)
 
     def rest(self) -> None:
-        """Nothing is expected for now."""
+        """Expect nothing until the next `expect`."""
         self._now = None
 
     def _look(self) -> None:

@@ -1,4 +1,4 @@
-"""The control groups of this process, which may grant it less than the host has."""
+"""Control groups of this process, which may grant it less than the host has."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 @dataclass(frozen=True)
 class ControlGroup:
-    """One group.
+    """One control group.
 
     Attributes:
-        folder: Of its files.
-        version: Of control groups, 1 or 2: their files have other names.
+        folder: Folder of the group's files.
+        version: Version of control groups, 1 or 2; the file names differ.
     """
 
     folder: Path
     version: int
 
     def read(self, name: str) -> str:
-        """The text of one of its files; "" where it is not there."""
+        """Return the text of one of the group's files; "" if the file does not exist."""
         try:
             return (self.folder / name).read_text().strip()
         except OSError:
@@ -29,12 +29,12 @@ class ControlGroup:
 
 
 def control_groups(controller: str, root: Path = ROOT, membership: Path = MEMBERSHIP) -> Iterator[ControlGroup]:
-    """The groups of this process and their ancestors, the innermost first: what one of them grants binds.
+    """Yield the control groups of this process and their ancestors, innermost first. The limit of each one applies.
 
     Args:
-        controller: What they control: "cpu", "memory".
-        root: Where the control groups are mounted.
-        membership: The file that names the groups of this process.
+        controller: Resource that the groups control: "cpu" or "memory".
+        root: Folder where the control groups are mounted.
+        membership: File that names the groups of this process.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -45,6 +45,6 @@ def control_groups(controller: str, root: Path = ROOT, membership: Path = MEMBER
         if controllers and controller not in controllers.split(","):
             continue
         mount = root / controller if controllers else root
-        group = mount / path.lstrip("/")  # in a container it may not be there, but its ancestor, the mount, is
+        group = mount / path.lstrip("/")  # in a container it may be missing, but its ancestor, the mount, exists
         for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(mount))):
             yield ControlGroup(folder, 1 if controllers else 2)

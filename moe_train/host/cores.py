@@ -1,4 +1,4 @@
-"""CPU cores that this process may use: its affinity and the quotas of its control groups."""
+"""CPU cores that this process may use, from its affinity mask and the quotas of its control groups."""
 
 import math
 import os
@@ -8,17 +8,22 @@ from moe_train.host.control_groups import MEMBERSHIP, ROOT, control_groups
 
 
 def usable_cores(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int:
-    """Cores of the affinity mask, or fewer where a control group grants less CPU time, rounded down; at least 1.
+    """Count the cores of the affinity mask, or fewer if a control group grants less CPU time; rounded down, at least 1.
 
     Args:
-        root: where the control groups are mounted.
-        membership: the file that names the groups of this process.
+        root: Folder where the control groups are mounted.
+        membership: File that names the groups of this process.
     """
     return max(1, math.floor(min([len(os.sched_getaffinity(0)), *cpu_quotas(root, membership)])))
 
 
 def cpu_quotas(root: Path, membership: Path) -> list[float]:
-    """Quotas, in cores, of the control groups of this process and their ancestors (versions 2 and 1)."""
+    """List the CPU quotas, in cores, of this process's control groups and their ancestors (versions 2 and 1).
+
+    Args:
+        root: Folder where the control groups are mounted.
+        membership: File that names the groups of this process.
+    """
     quotas = []
     for group in control_groups("cpu", root, membership):
         if group.version == 1:

@@ -1,4 +1,4 @@
-"""Memory of the host: how much this process may have of it, and how the C library keeps it, for training on CPU."""
+"""Host memory for training on CPU: how much this process may use, and how the C library keeps freed blocks."""
 
 import ctypes
 import sys
@@ -8,20 +8,20 @@ from moe_train.host.control_groups import MEMBERSHIP, ROOT, control_groups
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 _TOP_PAD_BYTES = 256 * 2**20
-_LIMITS = {  # of a version of control groups: the files of what is granted and of what is taken
+_LIMITS = {  # by version of control groups: the file of the limit, and the file of the usage
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     2: ("memory.max", "memory.current"),
 }
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to reuse freed blocks of any size in place of giving them back to the system.
+    """Make glibc reuse freed blocks of any size, and not give them back to the system.
 
-    A training step allocates the same large temporaries again and again; given back, each of their pages would fault
-    again. Measured on 2 cores with the quickstart's model: a step takes 0.8 to 0.9 of the time.
+    A training step allocates the same large temporaries again and again. If they were given back, each of their pages
+    would fault again. Measured on 2 cores with the quickstart's model: a step takes 0.8 to 0.9 of the time.
 
     Returns:
-        Whether the C library took it; False where it is not glibc.
+        Whether the C library accepted the setting; False if it is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -35,12 +35,12 @@ def keep_freed_memory() -> bool:
 def host_memory(
     meminfo: Path = Path("/proc/meminfo"), root: Path = ROOT, membership: Path = MEMBERSHIP
 ) -> tuple[int, int]:
-    """Memory that there is and that is available, in bytes; no more than this process's control groups grant.
+    """Return the total and the available memory in bytes, at most what this process's control groups grant.
 
     Args:
-        meminfo: The host's own account.
-        root: Where the control groups are mounted.
-        membership: The file that names the groups of this process.
+        meminfo: File with the host's own numbers.
+        root: Folder where the control groups are mounted.
+        membership: File that names the groups of this process.
     """
     values = {}
     for line in meminfo.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""How many operations a second a device can make: from a table for GPUs, else measured."""
+"""Peak operations per second of a device: from a table for known GPUs, otherwise measured."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ import torch
 
 from moe_train.host.precision import Precision, torch_dtype
 
-# Dense matrix products in bf16 and fp16, operations a second; NVIDIA's and AMD's data sheets. By a part of the name.
+# Dense matrix products in bf16 and fp16, operations per second, from NVIDIA's and AMD's data sheets. By part of a name.
 _PUBLISHED = {
     "B200": 2.25e15,
     "H200": 9.89e14,
@@ -15,20 +15,20 @@ _PUBLISHED = {
     "A100": 3.12e14,
     "MI300X": 1.307e15,
 }
-_SIZES = (256, 512, 1024, 4096)  # of the matrices that are multiplied: larger ones come closer to the peak
-_LONG_SECONDS = 0.01  # a product that takes as long is large enough
+_SIZES = (256, 512, 1024, 4096)  # sizes of the multiplied matrices: larger ones come closer to the peak
+_LONG_SECONDS = 0.01  # a product that takes this long is large enough
 _ROUNDS = 5
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float:
-    """Operations a second of this rank's device in matrix products.
+    """Return the peak operations per second of this rank's device in matrix products.
 
-    A GPU's published peak in 16 bits where it is known; in fp32, on a CPU and on other devices what a large product
-    reaches now, with the threads and neighbours that this rank has.
+    For a known GPU in 16 bits it is the published peak. In fp32, on a CPU and on other devices, it is what a large
+    product reaches now, with this rank's threads and the other processes on the host.
 
     Args:
-        device: Of this rank.
-        precision: Of the products.
+        device: Device of this rank.
+        precision: Precision of the products.
     """
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
@@ -41,7 +41,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
     for size in _SIZES:
         a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-        _seconds_of_product(a, b)  # the first one sets up
+        _seconds_of_product(a, b)  # the first run sets up
         if _seconds_of_product(a, b) >= _LONG_SECONDS:
             break
     return 2 * size**3 / statistics.median(_seconds_of_product(a, b) for _ in range(_ROUNDS))

@@ -1,4 +1,4 @@
-"""What must be the same on all hosts before their processes can work together."""
+"""Versions of software that must be the same on all hosts before their processes can work together."""
 
 import platform
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ PACKAGES = ("torch", "deepspeed")
 
 
 def software(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of moe_train, Python and packages, by name; nothing is imported for it.
+    """Return the versions of moe_train, Python and packages, by name; nothing is imported for it.
 
     Args:
-        packages: Names of distributions; one that is not there is "not installed".
+        packages: Names of distributions; a missing one has the version "not installed".
     """
     found = {"moe_train": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
     for name in packages:
@@ -25,5 +25,5 @@ def software(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions that matter to training, by name in words."""
+    """Return the versions that matter to training, with keys such as "the version of torch"."""
     return {f"the version of {name}": number for name, number in software().items()}

@@ -1,4 +1,4 @@
-"""From the tokens of one prompt's continuation to its text: what is certain already, and where it ends."""
+"""Text of a continuation, built token by token: which part of it is final, and where it ends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,21 @@ from typing import Any, Literal
 from moe_train.data import Tokenizer
 
 FinishReason = Literal["length", "end", "stop"]
-_CONTEXT = 8  # tokens of the prompt that are decoded with the new ones: blanks and joined characters depend on them
-_SETTLE_TOKENS = 32  # new tokens after which the text so far is not decoded again
-_BROKEN = "\ufffd"  # what stands for bytes that are no character, or not yet
+_CONTEXT = 8  # earlier tokens that are decoded with the new ones, because blanks and joined characters depend on them
+_SETTLE_TOKENS = 32  # new tokens after which the text so far is final and is not decoded again
+_BROKEN = "\ufffd"  # the character that a decoder gives for invalid or incomplete bytes
 
 
 @dataclass(frozen=True)
 class Completion:
-    """How a prompt went on.
+    """Continuation of one prompt.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt, the mark at its beginning included.
-        tokens: The new tokens that the text is made of, the one that ended it included.
-        text: Of the new tokens, without end mark and stop string.
-        finish_reason: length: as many tokens as were asked for; end: the end-of-document mark; stop: a stop string.
+        prompt_tokens: Number of tokens of the prompt, the end-of-document token at its start included.
+        tokens: Ids of the new tokens, the one that ended the text included.
+        text: Text of the new tokens, without end-of-document token and stop string.
+        finish_reason: Why the continuation ended. length: it has the requested number of tokens. end: the model chose
+            the end-of-document token. stop: a stop string came.
     """
 
     prompt_tokens: int
@@ -29,7 +30,7 @@ class Completion:
     finish_reason: FinishReason
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the fields as plain values for JSON, with the number of new tokens in place of their ids."""
         return {
             "text": self.text,
             "prompt_tokens": self.prompt_tokens,
@@ -39,34 +40,41 @@ class Completion:
 
 
 class CompletionBuilder:
-    """The text of one prompt as its tokens come."""
+    """Builder of the text of one continuation from its tokens, one at a time."""
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), end_token: int | None = None
     ) -> None:
-        """Begin.
+        """Start the continuation of a prompt.
 
         Args:
-            tokenizer: Of the model.
-            prompt: Its token ids.
-            stop: Texts that end it, and are not part of it.
-            end_token: A token that ends it; None: none does.
+            tokenizer: Tokenizer of the model.
+            prompt: Token ids of the prompt.
+            stop: Stop strings; each ends the text and is not part of it.
+            end_token: Id of the token that ends the text; None: no token does.
         """
         self._tokenizer, self._stop, self._end_token = tokenizer, tuple(stop), end_token
         self._prompt_tokens, self._context = len(prompt), list(prompt[-_CONTEXT:])
         self._before = tokenizer.decode(self._context)
         self._tokens: list[int] = []
-        self._pending: list[int] = []  # those whose text is not settled
+        self._pending: list[int] = []  # tokens whose text is not final
         self._settled, self._text, self._shown = "", "", 0
         self._reason: FinishReason | None = None
 
     @property
     def is_done(self) -> bool:
-        """Whether an end mark or a stop string has come."""
+        """Whether the end token or a stop string has come."""
         return self._reason is not None
 
     def push(self, token: int) -> str:
-        """Take a token in, unless it is done already; the text that is certain now and was not before."""
+        """Add a token, and return the text that became final with it. After the end it has no effect.
+
+        Args:
+            token: Id of the next token.
+
+        Returns:
+            Text that follows all text returned before; often empty.
+        """
         if self.is_done:
             return ""
         self._tokens.append(token)
@@ -75,7 +83,7 @@ class CompletionBuilder:
             self._reason = "end"
             return self._show(len(self._text))
         self._text = self._decoded()
-        places = (self._text.find(stop, self._shown) for stop in self._stop)  # nothing that is shown begins one
+        places = (self._text.find(stop, self._shown) for stop in self._stop)  # returned text never begins one
         found = min((place for place in places if place >= 0), default=None)
         if found is not None:
             self._text, self._reason = self._text[:found], "stop"
@@ -83,11 +91,11 @@ class CompletionBuilder:
         return self._show(self._certain())
 
     def finish(self) -> str:
-        """No token follows; the rest of the text."""
+        """End the continuation and return the rest of its text."""
         return self._show(len(self._text))
 
     def completion(self) -> Completion:
-        """The continuation so far."""
+        """Return the continuation so far."""
         return Completion(self._prompt_tokens, tuple(self._tokens), self._text, self._reason or "length")
 
     def _decoded(self) -> str:
@@ -102,7 +110,7 @@ class CompletionBuilder:
         return text
 
     def _certain(self) -> int:
-        """Characters that no further token changes: not half a character, nor what may become a stop string."""
+        """Count the characters that no further token changes: no half character, no start of a stop string."""
         length = len(self._text.rstrip(_BROKEN))
         for stop in self._stop:
             for size in range(min(len(stop) - 1, length), 0, -1):

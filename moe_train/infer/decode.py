@@ -1,7 +1,7 @@
-"""Decoding a batch of prompts with a cache, one token of each at a time.
+"""Decoding of a batch of prompts with a KV cache, one token per prompt and step.
 
-Prompts of unequal length are filled up on the left, so that all go on at the same column; the padding counts as a
-document of its own, which no token of the prompt attends to.
+Prompts of different lengths are padded on the left, so that all continue at the same column. The padding counts as a
+separate document, which no token of the prompt attends to.
 Legend: B sequences, S prompt length, V vocab_size.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_train.infer.sampling import GREEDY, Sampling, choose_tokens
 from moe_train.model.decode_state import Cache
+from moe_train.model.token_index import document_offsets
 from moe_train.model.transformer import Tokens, Transformer
 from moe_train.ops.keyed_random import combine, make_key, uniform
 
@@ -21,16 +22,16 @@ _PADDING_DOCUMENT = -1
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How prompts are gone on with.
+    """Settings of decoding.
 
     Attributes:
-        max_new_tokens: Most tokens a prompt is given.
-        vocab_size: Tokens that exist; rows of the embedding beyond them are padding and never drawn.
-        sampling: How a token is chosen.
-        cache_dtype: Of keys and values; None: the model's.
-        prefill_chunk: Most tokens of a prompt that pass the model at once, which bounds its memory; None: all.
-        end_of_document: The mark that separates documents, where the model isolates them; None: it does not.
-        first_sequence: Number of the first prompt: prompt i is drawn for as number first_sequence + i, in any batch.
+        max_new_tokens: Most new tokens per prompt.
+        vocab_size: Number of tokens in the vocabulary. Rows of the embedding beyond it are padding and never sampled.
+        sampling: How the next token is chosen.
+        cache_dtype: dtype of the cached keys and values; None: dtype of the model.
+        prefill_chunk: Most tokens per prompt in one forward pass of the prefill, which bounds its memory; None: all.
+        end_of_document: Id of the end-of-document token, where the model isolates documents; None: it does not.
+        first_sequence: Number of the first prompt. The draws of prompt i depend on first_sequence + i, in any batch.
     """
 
     max_new_tokens: int
@@ -43,46 +44,51 @@ class DecodePlan:
 
 
 class Decoder:
-    """A batch of prompts and its cache. To be iterated over once: each step gives one new token of each prompt."""
+    """Iterator over the new tokens of a batch of prompts, with their cache. Iterate once."""
 
     def __init__(
         self, model: Transformer, prompts: Sequence[Sequence[int]], plan: DecodePlan, padded_length: int | None = None
     ) -> None:
-        """Set the cache aside.
+        """Pad the prompts and allocate the cache.
 
         Args:
-            model: Put into evaluation mode: no router noise.
-            prompts: Token ids of each, at least one.
-            plan: How.
-            padded_length: Of every prompt once it is filled up; None: that of the longest.
+            model: Model to decode with; iteration puts it into evaluation mode, without router noise.
+            prompts: Token ids of each prompt; at least one prompt, and at least one token each.
+            plan: Settings of decoding.
+            padded_length: Length of every prompt after padding, in tokens; None: length of the longest prompt.
         """
         assert prompts and min(map(len, prompts)) > 0, "a prompt has a token"
         self._model, self._plan = model, plan
         length = padded_length or max(map(len, prompts))
         self.max_length = length + plan.max_new_tokens
-        self._prompts = _left_padded(prompts, length, plan, model.embedding.weight.device)
+        device = model.embedding.weight.device
+        self._prompts = _left_padded(prompts, length, plan, device)
+        self._prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.cache: Cache = model.new_cache(len(prompts), self.max_length, plan.cache_dtype)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The new tokens of each step, int64 [B]; max_new_tokens steps.
+        """Decode max_new_tokens steps.
 
-        Collective: All ranks that share the experts take as many steps, with prompts of one padded length.
+        Yields:
+            The new token of each prompt, int64 [B].
+
+        Collective: All ranks that share the experts must take the same number of steps, with the same padded length.
         """
         self._model.eval()
         plan, key = self._plan, make_key(self._plan.sampling.seed, "generate")
         tokens = self._prompts
         for step in range(plan.max_new_tokens):
             logits_BV = self._next_logits(tokens)[:, : plan.vocab_size]
-            positions_B1 = _last_column(tokens.positions_BS) + 1
-            draws_B = uniform(combine(combine(tokens.sequences_B, key), positions_B1[:, 0]))
+            positions_B = self._prompt_lengths_B + step
+            draws_B = uniform(combine(combine(tokens.sequences_B, key), positions_B))
             chosen_B = choose_tokens(logits_BV, plan.sampling, draws_B)
             yield chosen_B
             if step + 1 < plan.max_new_tokens:
-                tokens = self._following(tokens, chosen_B.unsqueeze(1), positions_B1)
+                tokens = self._following(tokens, chosen_B.unsqueeze(1), positions_B.unsqueeze(1))
 
     @torch.no_grad()
     def _next_logits(self, tokens: Tokens) -> Tensor:
-        """Of the token behind the last one. [B, V]."""
+        """Compute the logits of the token after the last one. [B, V]."""
         length = tokens.ids_BS.shape[1]
         chunk = self._plan.prefill_chunk or length
         for start in range(0, length, chunk):
@@ -91,41 +97,54 @@ class Decoder:
         return logits_B1V[:, -1]
 
     def _following(self, tokens: Tokens, ids_B1: Tensor, positions_B1: Tensor) -> Tokens:
-        documents_B1 = None
-        if tokens.documents_BS is not None:
-            documents_B1 = _last_column(tokens.documents_BS)
-            if self._plan.end_of_document is not None:
-                documents_B1 = documents_B1 + (ids_B1 == self._plan.end_of_document)
-        return replace(tokens, ids_BS=ids_B1, positions_BS=positions_B1, documents_BS=documents_B1)
+        """Make the next input of the model from the new tokens."""
+        sequences_B, step = tokens.sequences_B, tokens.step
+        if tokens.positions_BS is None and tokens.documents_BS is None:
+            first = tokens.first_position + tokens.ids_BS.shape[1]
+            return Tokens(ids_B1, sequences_B, step, first_position=first)
+        if tokens.documents_BS is None or tokens.offsets_BS is None:
+            return Tokens(ids_B1, sequences_B, step, positions_B1)
+        documents_B1, offsets_B1 = tokens.documents_BS[:, -1:], tokens.offsets_BS[:, -1:] + 1
+        if self._plan.end_of_document is not None:
+            # The end-of-document token belongs to the document after it.
+            is_mark_B1 = ids_B1 == self._plan.end_of_document
+            documents_B1, offsets_B1 = documents_B1 + is_mark_B1, offsets_B1.masked_fill(is_mark_B1, 0)
+        return Tokens(ids_B1, sequences_B, step, positions_B1, documents_B1, offsets_B1)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], longest: int, plan: DecodePlan, device: torch.device) -> Tokens:
     padding = [longest - len(prompt) for prompt in prompts]
     ids_BS = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
-    columns_BS = torch.arange(longest) - torch.tensor(padding).unsqueeze(1)
-    documents_BS = None
-    if plan.end_of_document is not None or any(padding):
-        documents_BS = torch.zeros_like(ids_BS)
-        if plan.end_of_document is not None:
-            documents_BS = ((ids_BS == plan.end_of_document) & (columns_BS >= 0)).cumsum(1)
-        documents_BS = documents_BS.masked_fill(columns_BS < 0, _PADDING_DOCUMENT).to(device)
     sequences_B = torch.arange(plan.first_sequence, plan.first_sequence + len(prompts), device=device)
-    # Padding stands at position 0: it sees padding alone, and nothing sees it.
+    if plan.end_of_document is None and not any(padding):
+        return Tokens(ids_BS.to(device), sequences_B)
+    columns_BS = torch.arange(longest) - torch.tensor(padding).unsqueeze(1)
+    documents_BS = torch.zeros_like(ids_BS)
+    if plan.end_of_document is not None:
+        documents_BS = ((ids_BS == plan.end_of_document) & (columns_BS >= 0)).cumsum(1)
+    documents_BS = documents_BS.masked_fill(columns_BS < 0, _PADDING_DOCUMENT).to(device)
+    # Padding has position 0: it attends to padding only, and no other token attends to it.
     positions_BS = columns_BS.clamp(min=0).to(device)
-    return Tokens(ids_BS.to(device), sequences_B, positions_BS=positions_BS, documents_BS=documents_BS)
-
-
-def _columns(tokens: Tokens, span: slice) -> Tokens:
-    assert tokens.positions_BS is not None
-    documents_BS = None if tokens.documents_BS is None else tokens.documents_BS[:, span]
-    return replace(
-        tokens,
-        ids_BS=tokens.ids_BS[:, span],
-        positions_BS=tokens.positions_BS[:, span],
+    return Tokens(
+        ids_BS.to(device),
+        sequences_B,
+        positions_BS=positions_BS,
         documents_BS=documents_BS,
+        offsets_BS=document_offsets(documents_BS),
     )
 
 
-def _last_column(x_BS: Tensor | None) -> Tensor:
-    assert x_BS is not None
-    return x_BS[:, -1:]
+def _columns(tokens: Tokens, span: slice) -> Tokens:
+    """Select a span of columns of the prompts."""
+
+    def part(x_BS: Tensor | None) -> Tensor | None:
+        return None if x_BS is None else x_BS[:, span]
+
+    return replace(
+        tokens,
+        ids_BS=tokens.ids_BS[:, span],
+        positions_BS=part(tokens.positions_BS),
+        documents_BS=part(tokens.documents_BS),
+        offsets_BS=part(tokens.offsets_BS),
+        first_position=tokens.first_position + span.start,
+    )

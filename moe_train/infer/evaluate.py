@@ -1,8 +1,8 @@
-"""A trained model measured on text: loss, and which experts the tokens of each source pass.
+"""Evaluation of a trained model on text: loss and expert load for each source.
 
-Every number is a sum over sequences until the end, and batches are the same on any number of ranks, so that it does not
-depend on their number; on one of experts it is the same to the last bit for any number of ranks that hold all experts.
-Legend: B sequences of a batch, S tokens of each, N sequences of a domain, L MoE layers, E experts.
+Results do not depend on the number of ranks: they stay sums over sequences until the end, and the batches are the same
+on any number of ranks. Where every rank holds all experts, results are the same to the last bit.
+Legend: B sequences of a batch, S tokens per sequence, N sequences of a domain, L MoE layers, E experts.
 """
 
 import math
@@ -23,12 +23,12 @@ from moe_train.train.batches import make_tokens
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """How text is measured.
+    """Settings of an evaluation.
 
     Attributes:
-        batch_size: Sequences of one rank in one forward pass.
-        max_sequences: Of each domain, evenly spread over it; None: all.
-        end_of_document: The mark, where the model isolates documents; None: it does not.
+        batch_size: Sequences per rank and forward pass.
+        max_sequences: Most sequences per domain, evenly spread over it; None: all.
+        end_of_document: Id of the end-of-document token, where the model isolates documents; None: it does not.
     """
 
     batch_size: int
@@ -38,16 +38,17 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a text.
+    """Results of the evaluation of one text.
 
     Attributes:
-        name: Of the domain; "all" of all together.
-        loss_sum: Cross-entropy over all tokens, in nats.
-        tokens: Predicted tokens.
-        sequences: Sequences they are in.
-        num_bytes: Of the text that was measured: its bytes as UTF-8, or their share where not all sequences were.
-        counts: Assignments of every expert in every MoE layer, L lists of E.
-        dropped: Those of them that the experts had no room for.
+        name: Name of the domain; "all" for all domains together.
+        loss_sum: Sum of the cross-entropy of all tokens, in nats.
+        tokens: Number of predicted tokens.
+        sequences: Number of evaluated sequences.
+        num_bytes: Bytes of the evaluated text as UTF-8; the share of the bytes where only some sequences were
+            evaluated.
+        counts: Assignments per expert and MoE layer, L tuples of E.
+        dropped: Dropped assignments per expert and MoE layer, for which the expert had no room; L tuples of E.
     """
 
     name: str
@@ -60,40 +61,47 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy, nats a token."""
+        """Mean cross-entropy, in nats per token."""
         return self.loss_sum / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that does not fit."""
+        """Perplexity exp(loss); infinite where exp would overflow."""
         return math.exp(self.loss) if self.loss < 700.0 else math.inf  # exp(710) overflows
 
     @property
     def bits_per_byte(self) -> float:
-        """Cross-entropy in bits over the bytes of the text: comparable between tokenizers."""
+        """Cross-entropy in bits per byte of text, which is comparable between tokenizers."""
         return self.loss_sum / math.log(2) / self.num_bytes
 
     @property
     def dropped_fraction(self) -> float:
-        """Assignments without room over all."""
+        """Share of the assignments that were dropped."""
         return sum(map(sum, self.dropped)) / max(1, sum(map(sum, self.counts)))
 
     def shares(self, layer: int) -> list[float]:
-        """Assignments of every expert of an MoE layer (counted among those) over the mean."""
+        """Compute the assignments of every expert of a layer, divided by their mean.
+
+        Args:
+            layer: Index of the layer among the MoE layers.
+
+        Returns:
+            One share per expert; 1 is the mean.
+        """
         counts = self.counts[layer]
         mean = max(sum(counts) / len(counts), 1e-9)
         return [count / mean for count in counts]
 
     @property
     def max_violation(self) -> float | None:
-        """MaxVio of the worst layer; None without MoE layers."""
+        """MaxVio of the worst layer, the share of its busiest expert minus 1; None without MoE layers."""
         return max((max(self.shares(layer)) - 1.0 for layer in range(len(self.counts))), default=None)
 
     def as_dict(self, layers: Sequence[int]) -> dict[str, Any]:
-        """Plain values for JSON.
+        """Return the results as plain values for JSON.
 
         Args:
-            layers: The MoE layers' numbers in the model.
+            layers: Index in the model of each MoE layer.
         """
         return {
             "name": self.name,
@@ -120,15 +128,18 @@ def evaluate(
     group: Group | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[Evaluation]:
-    """Measure each domain, without router noise.
+    """Evaluate a model on each domain, without router noise.
 
     Args:
-        model: Of this rank.
-        domains: The same on every rank.
-        plan: How.
-        device: Where the model is.
-        group: Ranks that share the sequences; None: this one takes all.
-        advance: Told the sequences that were measured since, on all ranks.
+        model: Model of this rank; it is put into evaluation mode.
+        domains: Texts to evaluate on, the same on every rank.
+        plan: Settings of the evaluation.
+        device: Device of the model.
+        group: Ranks that share the sequences; None: this rank takes all.
+        advance: Called after every batch with the number of sequences that all ranks evaluated in it.
+
+    Returns:
+        Results of each domain, the same on every rank.
 
     Collective: All ranks of the group.
     """
@@ -137,13 +148,28 @@ def evaluate(
 
 
 def chosen_sequences(num_sequences: int, max_sequences: int | None) -> np.ndarray:
-    """Numbers of the sequences to measure, evenly spread. int64."""
+    """Choose sequences to evaluate, evenly spread.
+
+    Args:
+        num_sequences: Sequences of the domain.
+        max_sequences: Most sequences to choose; None: all.
+
+    Returns:
+        int64, the numbers of the chosen sequences, ascending.
+    """
     wanted = num_sequences if max_sequences is None else min(max_sequences, num_sequences)
     return np.arange(wanted, dtype=np.int64) * num_sequences // max(1, wanted)
 
 
 def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Several domains as one text."""
+    """Join the results of several domains as if they were one text.
+
+    Args:
+        evaluations: Results of each domain; at least one.
+
+    Returns:
+        Results of the joined text, with the name "all".
+    """
 
     def add(tables: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(map(sum, zip(*layer, strict=True))) for layer in zip(*tables, strict=True))
@@ -177,7 +203,7 @@ def _evaluate_domain(
     size, rank = group_size(group), group_rank(group)
     for start in range(0, len(batches), size):
         here = batches[start : start + size]
-        # A rank for which none is left takes part with a token that is not counted: it may hold others' experts.
+        # A rank without a batch runs one token that is not counted, because other ranks may need its experts.
         places = here[rank] if rank < len(here) else np.empty(0, np.int64)
         if len(places) == 0:
             ids_BS = np.full((1, 1), text.end_of_document, dtype=np.int64)
@@ -188,7 +214,8 @@ def _evaluate_domain(
             if sums is not None:
                 routed_2LE += sums
         advance(sum(map(len, here)))
-    # One rank has each sequence's loss and the others zero: the sum is exact, and then taken in one order.
+    # Each sequence has its loss on one rank and zero on the others. So this sum is exact, and the order of the sum over
+    # sequences does not depend on the ranks.
     losses_N, routed_2LE = all_reduce_sum(losses_N, group), all_reduce_sum(routed_2LE, group)
     counts, dropped = (tuple(map(tuple, table)) for table in routed_2LE.tolist())
     lengths = np.minimum((chosen + 1) * text.sequence_length, text.num_tokens) - chosen * text.sequence_length
@@ -205,7 +232,7 @@ def _evaluate_domain(
 
 
 def _batches(chosen: np.ndarray, batch_size: int, num_whole: int) -> list[np.ndarray]:
-    """Places among the chosen sequences, batch by batch: whole ones together, the one that is cut short alone."""
+    """Group places among the chosen sequences into batches; the last sequence, if shorter, has a batch of its own."""
     whole = np.flatnonzero(chosen < num_whole)
     short = np.flatnonzero(chosen >= num_whole)
     batches = [whole[start : start + batch_size] for start in range(0, len(whole), batch_size)]
@@ -215,9 +242,9 @@ def _batches(chosen: np.ndarray, batch_size: int, num_whole: int) -> list[np.nda
 def _measure(
     model: Transformer, domain: Domain, sequences: np.ndarray, plan: EvaluationPlan, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of each sequence, fp64 [B], and counts and dropped assignments of the experts, [2, L, E]."""
+    """Compute the loss of each sequence, fp64 [B], and the counts and dropped counts of the experts, [2, L, E]."""
     ids_BS, targets = domain.text.batch(sequences)
-    length = int((targets[0] != IGNORED_TARGET).sum())  # padding is not routed, and takes no expert's room
+    length = int((targets[0] != IGNORED_TARGET).sum())  # without padding, which would take room at the experts
     targets_BS = torch.from_numpy(targets[:, :length]).to(device)
     output = model(make_tokens(ids_BS[:, :length], sequences, 0, plan.end_of_document, device))
     losses_T = token_cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())

@@ -1,4 +1,4 @@
-"""Going on with prompts as text: shared among ranks, each prompt until it ends, timed."""
+"""Text generation: prompts shared among ranks, each continued until it ends, with speed measured."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,21 +13,21 @@ from moe_train.infer.completion import Completion, CompletionBuilder
 from moe_train.infer.decode import DecodePlan, Decoder
 from moe_train.model.transformer import Transformer
 
-OnText = Callable[[int, str], None]  # told the prompt's number and its next piece of text
+OnText = Callable[[int, str], None]  # called with the number of a prompt and the next piece of its text
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How all prompts went on.
+    """Continuations of all prompts, with their speed.
 
     Attributes:
-        completions: One a prompt, in their order.
-        prefill_tokens: Of all prompts.
-        prefill_seconds: Until the first new token of each was known.
-        decode_tokens: New tokens behind the first of each prompt, as far as they are part of it.
-        decode_seconds: For those.
-        kv_cache_bytes: Set aside over all ranks for the prompts and their new tokens.
-        max_length: Tokens of a prompt that the cache has room for.
+        completions: Continuations, one per prompt, in the order of the prompts.
+        prefill_tokens: Tokens of all prompts.
+        prefill_seconds: Seconds until the first new token of every prompt was known.
+        decode_tokens: New tokens of all continuations, without the first of each.
+        decode_seconds: Seconds of the decode steps after the first.
+        kv_cache_bytes: Bytes of the KV caches on all ranks, for the prompts and their new tokens.
+        max_length: Tokens per sequence that the cache has room for, prompt and new tokens together.
     """
 
     completions: tuple[Completion, ...]
@@ -40,16 +40,16 @@ class Generation:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Tokens of the prompts over the time until each had its first new token."""
+        """Prompt tokens per second, until every prompt has its first new token."""
         return self.prefill_tokens / max(self.prefill_seconds, 1e-9)
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens behind the first of each prompt over their time; 0 where there was none."""
+        """New tokens per second after the first of each prompt; 0 where there is none."""
         return self.decode_tokens / max(self.decode_seconds, 1e-9)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the result as plain values for JSON; "text" is the first continuation."""
         return {
             "text": self.completions[0].text,
             "completions": [completion.as_dict() for completion in self.completions],
@@ -71,20 +71,20 @@ def generate(
     group: Group | None = None,
     on_text: OnText | None = None,
 ) -> Generation:
-    """Go on with prompts, each rank with its share of them.
+    """Generate the continuations of prompts; each rank takes an equal share of the prompts.
 
     Args:
-        model: Of this rank.
-        tokenizer: Of the model.
-        prompts: Token ids, the same on every rank; none is empty.
-        plan: How.
-        stop: Texts that end a continuation.
-        ends: Whether the end-of-document mark does.
-        group: Ranks that share the prompts; None: this one has all.
-        on_text: Told of the text of this rank's prompts as it comes.
+        model: Model of this rank.
+        tokenizer: Tokenizer of the model.
+        prompts: Token ids of each prompt, the same on every rank; no prompt is empty.
+        plan: Settings of decoding.
+        stop: Stop strings; each ends a continuation.
+        ends: Whether the end-of-document token ends a continuation.
+        group: Ranks that share the prompts; None: this rank takes all.
+        on_text: Called with the number of a prompt of this rank and the next piece of its text, as soon as it is final.
 
     Returns:
-        The same on every rank; the seconds are rank 0's.
+        The same result on every rank; the seconds are those of rank 0.
 
     Collective: All ranks of the group.
     """
@@ -93,14 +93,14 @@ def generate(
     mine = list(prompts[first : first + share])
     end_token = tokenizer.end_of_document if ends else None
     builders = [CompletionBuilder(tokenizer, prompt, stop, end_token) for prompt in mine]
-    # A rank without a prompt takes part all the same: it may hold experts of the others' tokens.
+    # A rank without a prompt decodes a filler, because other ranks may need its experts.
     filler = [[tokenizer.end_of_document]] * (share - len(mine))
     longest = max(map(len, prompts))
     decoder = Decoder(model, [*mine, *filler], replace(plan, first_sequence=first), longest)
     seconds = [0.0, 0.0]
     began, phase = time.perf_counter(), 0
     for chosen_B in decoder:
-        chosen = chosen_B.tolist()  # host synchronisation: the text is wanted there
+        chosen = chosen_B.tolist()  # host synchronisation: the text is built on the host
         seconds[phase] += time.perf_counter() - began
         for number, (builder, token) in enumerate(zip(builders, chosen, strict=False)):
             _tell(on_text, first + number, builder.push(token))
@@ -110,7 +110,7 @@ def generate(
         began, phase = time.perf_counter(), 1
     for number, builder in enumerate(builders):
         _tell(on_text, first + number, builder.finish())
-    own_bytes = decoder.cache.nbytes * len(mine) // share  # without those of fillers
+    own_bytes = decoder.cache.nbytes * len(mine) // share  # without the bytes of the fillers
     own = [builder.completion() for builder in builders], own_bytes, seconds
     found = [own] if group is None else gather_objects(own, group)
     completions = [completion for rank in found for completion in rank[0]]
@@ -131,5 +131,5 @@ def _tell(on_text: OnText | None, number: int, text: str) -> None:
 
 
 def _any(here: bool, group: Group | None, device: torch.device) -> bool:
-    """Whether it holds on a rank of the group."""
+    """Return whether a flag is true on any rank of the group."""
     return here if group is None else bool(all_reduce_max(torch.tensor([float(here)], device=device), group))

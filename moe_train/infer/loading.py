@@ -1,4 +1,4 @@
-"""A checkpoint's weights into a model for inference: no optimizer, no ZeRO, this rank's experts only."""
+"""Loading of a checkpoint's weights into a model for inference: no optimizer, no ZeRO, only this rank's experts."""
 
 import torch
 from torch import Tensor
@@ -9,27 +9,31 @@ from moe_train.checkpoint.ranges import RangeReader
 from moe_train.model.parameters import InitialValue, LogicalTensor, allocate, logical_tensors
 from moe_train.model.transformer import Transformer
 
-_CHUNK = 1 << 24  # elements read at once: bounds the copy in fp32
+_CHUNK = 1 << 24  # elements read at once; bounds the fp32 copy
 
 
 def check_fits(model: Transformer, manifest: Manifest) -> None:
-    """Refuse a checkpoint of another model.
+    """Check that a checkpoint has the tensors and buffers of a model.
+
+    Args:
+        model: Model that is to be loaded.
+        manifest: Manifest of the checkpoint.
 
     Raises:
-        UsageError: Naming the tensor that differs.
+        UsageError: If a tensor or buffer differs. The message names it.
     """
     check_same_model(manifest, {name: tensor.shape for name, tensor in logical_tensors(model).items()})
     check_same_buffers(manifest, {name: buffer.numel() for name, buffer in model.named_buffers()})
 
 
 def load_weights(model: Transformer, manifest: Manifest, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a model on the meta device a checkpoint's weights and buffers, whatever layout wrote it.
+    """Allocate a model that is on the meta device, and load its weights and buffers from a checkpoint of any layout.
 
     Args:
-        model: One that the checkpoint fits, holding this rank's experts.
-        manifest: Of the checkpoint.
-        dtype: Of the weights.
-        device: Where they are to be.
+        model: Model that fits the checkpoint, with the experts of this rank.
+        manifest: Manifest of the checkpoint.
+        dtype: dtype of the weights.
+        device: Device of the weights.
 
     Raises:
         DamagedCheckpoint: If a file cannot be read.

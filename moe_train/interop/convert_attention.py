@@ -1,7 +1,7 @@
-"""A checkpoint whose attention has fewer keys and values: heads and layers are averaged, ready for uptraining.
+"""Conversion of a checkpoint to fewer key/value heads or layers, by averaging them; the result is ready for uptraining.
 
-MHA becomes GQA or MQA by means over heads, and MLKV by means over layers, from the files of a checkpoint to a new run
-folder whose checkpoint of step 0 the train command goes on from.
+MHA becomes GQA or MQA by means over heads, and MLKV by means over layers. The conversion reads the files of a
+checkpoint and writes a new run folder. Its checkpoint of step 0 is where the train command resumes.
 
 Source: Ainslie et al. 2023, arXiv 2305.13245 (heads); Zuhri et al. 2024, arXiv 2406.09297 (layers).
 """
@@ -31,13 +31,13 @@ from moe_train.config.root import Config
 from moe_train.interop.reduction import KINDS, Reduction, cache_elements, check_heads, check_reduces
 from moe_train.interop.widening import plan_widening, widened_blocks, widened_widths
 from moe_train.model.build import build_model
-from moe_train.model.moe.balance import Scheduled
+from moe_train.model.moe.balance.base import Scheduled
 from moe_train.model.parameters import logical_tensors
 from moe_train.train.run_folder import RunFolder
 
-UPTRAINING_SHARE = 0.05  # of the source's steps: the tokens of Zuhri et al.
-FILE_ELEMENTS = 1 << 27  # weights of a file, which has their moments too: 1.6 GB
-_ELEMENT_BYTES = 4  # of a cache in fp32
+UPTRAINING_SHARE = 0.05  # share of the source's steps, which gives the number of tokens of Zuhri et al.
+FILE_ELEMENTS = 1 << 27  # weights per file; with their moments, a file has 1.6 GB
+_ELEMENT_BYTES = 4  # bytes per element of a KV cache in fp32
 _LAYOUT = {"world_size": 1, "expert_parallel_size": 1, "zero_stage": 1}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -45,14 +45,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ConversionRequest:
-    """What is asked for.
+    """Settings of a conversion.
 
     Attributes:
-        output: The new run's folder.
-        num_kv_heads: Heads of keys and values; None: as many as there are.
-        kv_layers: Layers that own them, their number or their list; None: those that do.
-        steps: Of uptraining; None: UPTRAINING_SHARE of the source's.
-        widen_mlp: Whether MLPs grow by the parameters that the reduction saves.
+        output: Folder of the new run.
+        num_kv_heads: Number of key/value heads; None: as many as in the source.
+        kv_layers: Layers that own keys and values, as a number or a list; None: the owner layers of the source.
+        steps: Steps of uptraining; None: UPTRAINING_SHARE of the source's steps.
+        widen_mlp: Whether to widen the MLPs by the parameters that the reduction saves.
     """
 
     output: Path
@@ -64,7 +64,7 @@ class ConversionRequest:
 
 @dataclass(frozen=True)
 class Change:
-    """A number of the source and of what was made of it."""
+    """Value of a quantity before and after the conversion."""
 
     before: int
     after: int
@@ -72,18 +72,18 @@ class Change:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
+    """Result of a conversion.
 
     Attributes:
-        output: The new run's folder.
-        checkpoint: Its checkpoint of step 0.
-        num_kv_heads: Heads of keys and values of an owner layer.
-        kv_layers: The layers that own keys and values.
-        parameters: Of the model.
-        kv_cache_bytes_per_token: 2 M G d 4: keys and values of a token of one sequence, in fp32.
+        output: Folder of the new run.
+        checkpoint: Folder of its checkpoint of step 0.
+        num_kv_heads: Number of key/value heads of an owner layer.
+        kv_layers: Layers that own keys and values.
+        parameters: Number of parameters of the model.
+        kv_cache_bytes_per_token: Bytes of keys and values per token of one sequence, in fp32: 2 M G d 4.
         intermediate_size: Inner width of a dense SwiGLU.
         expert_intermediate_size: Inner width of an expert.
-        steps: Of uptraining.
+        steps: Steps of uptraining.
     """
 
     output: str
@@ -97,25 +97,31 @@ class Converted:
     steps: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the result as plain values for JSON."""
         return asdict(self)
 
 
 def convert_attention(
     manifest: Manifest, request: ConversionRequest, advance: Advance | None = None, file_elements: int = FILE_ELEMENTS
 ) -> Converted:
-    """Write a new run folder with a checkpoint of step 0. Memory: two files' weights, and a head.
+    """Convert a checkpoint to fewer keys and values, and write a new run folder with a checkpoint of step 0.
+
+    Every byte of the source checkpoint is read and verified first. The memory needed is the weights of two files and
+    one head.
 
     Args:
-        manifest: Of the checkpoint, every byte of which is read and verified first.
-        request: What to make of it.
-        advance: Told of every block that verifying reads.
-        file_elements: Most weights of a file.
+        manifest: Manifest of the source checkpoint.
+        request: Settings of the conversion.
+        advance: Called with the number of bytes that the verification has read since the last call.
+        file_elements: Most weights per file.
+
+    Returns:
+        Paths and sizes of the result.
 
     Raises:
-        UsageError: If the request does not fit the model, or the folder is there.
-        DamagedCheckpoint: If the checkpoint is damaged.
-        OSError: If it cannot be written.
+        UsageError: If the request does not fit the model, or the output folder exists.
+        DamagedCheckpoint: If the source checkpoint is damaged.
+        OSError: If the output cannot be written.
     """
     output = request.output
     if output.name in ("", ".."):
@@ -135,7 +141,7 @@ def convert_attention(
     try:
         _write_run(part, manifest, source, config, shapes, file_elements)
         part.rename(output)
-    except BaseException:  # also an interrupt: nothing half written stays
+    except BaseException:  # an interrupt too: no incomplete folder stays
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync_folder(output.parent)
@@ -154,15 +160,18 @@ def convert_attention(
 
 
 def uptraining_config(manifest: Manifest, source: Config, request: ConversionRequest) -> Config:
-    """The configuration of the run that goes on with the smaller model.
+    """Make the configuration of the run that trains the smaller model further.
 
-    The warm-up keeps its share of the steps; balance weights that follow a schedule stay where the source had come to;
-    experts and batch are shared among ranks anew.
+    The warm-up keeps its share of the steps. Scheduled balance weights keep the value that they have at the step of the
+    checkpoint. Expert-parallel size and micro-batch size become "auto".
 
     Args:
-        manifest: Of the checkpoint.
-        source: The configuration that made it.
-        request: What to make of it.
+        manifest: Manifest of the source checkpoint.
+        source: Configuration of the source run.
+        request: Settings of the conversion.
+
+    Returns:
+        The checked configuration of the new run.
 
     Raises:
         UsageError: If the request does not fit the model.
@@ -172,7 +181,7 @@ def uptraining_config(manifest: Manifest, source: Config, request: ConversionReq
     values = source.model_dump(mode="json")
     values["parallel"]["expert_parallel_size"] = "auto"
     values["train"] |= {"run_dir": str(request.output), "steps": steps}
-    if source.train.global_batch_size is not None:  # a run's always has one
+    if source.train.global_batch_size is not None:  # the configuration of a run always has one
         values["train"]["micro_batch_size"] = "auto"
     values["optim"]["warmup_steps"] = math.ceil(share * source.optim.warmup_steps)
     values["checkpoint"]["resume"] = "auto"
@@ -227,7 +236,7 @@ def _write_run(
     values = {
         "format_version": FORMAT_VERSION,
         "step": 0,
-        "consumed_sequences": manifest.consumed_sequences,  # it reads on where the source was
+        "consumed_sequences": manifest.consumed_sequences,  # the new run continues to read the data there
         "tokenizer": manifest.tokenizer,
         "guard": {"grad_norms": [], "skipped_steps": 0},
         "layout": _LAYOUT,
@@ -243,7 +252,7 @@ def _write_run(
 
 
 def _loss_scale(manifest: Manifest, config: Config) -> float:
-    """The source's, which fits its gradients, or that of a new run where it is lower; 1 where it is not fp16."""
+    """Choose the loss scale: the source's, which fits its gradients, or a new run's if lower; 1 without fp16."""
     if config.train.precision != "fp16":
         return 1.0
     fp16 = config.deepspeed.get("fp16", {})
@@ -255,7 +264,7 @@ def _loss_scale(manifest: Manifest, config: Config) -> float:
 def _blocks(
     reader: RangeReader, manifest: Manifest, source: Config, config: Config, name: str, shape: tuple[int, ...]
 ) -> Iterator[Tensor]:
-    """A tensor of the new model, flattened, in blocks."""
+    """Compute a tensor of the new model, flattened, in blocks."""
     layer, _, kind = name.removeprefix("blocks.").removesuffix(".weight").partition(".mixer.")
     if kind in KINDS:
         return Reduction(source.model, config.model).mean_blocks(reader, int(layer), kind)
@@ -266,18 +275,18 @@ def _blocks(
 
 
 class _TensorFiles:
-    """Files of a checkpoint, filled with blocks of tensors one after the other, with moments that are zero."""
+    """Writer of checkpoint files: it takes tensors in blocks, one after the other, and adds moments of zero."""
 
     def __init__(self, folder: Path, num_elements: int) -> None:
         self._folder = folder
         self._weights, self._zeros = torch.empty(num_elements), torch.zeros(num_elements)
         self._used = 0
-        self._ranges: dict[str, list[int]] = {}  # of this file
-        self._ends: Counter[str] = Counter()  # of every tensor so far
+        self._ranges: dict[str, list[int]] = {}  # [start, number of elements] of each tensor in the current file
+        self._ends: Counter[str] = Counter()  # elements of each tensor that have been added
         self._files: dict[str, dict[str, Any]] = {}
 
     def add(self, name: str, block: Tensor) -> None:
-        """Append what follows of a tensor. fp32, 1-D."""
+        """Append the next block of a tensor. fp32, 1-D."""
         while block.numel():
             taken = block[: len(self._weights) - self._used]
             self._weights[self._used : self._used + len(taken)] = taken
@@ -288,7 +297,7 @@ class _TensorFiles:
                 self._write()
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Write what is left; what the manifest says of every file."""
+        """Write the last file, and return the manifest's entry of every file."""
         if self._used:
             self._write()
         return self._files

@@ -1,11 +1,12 @@
-"""Fewer heads and layers of keys and values: which of a source model each new one is the equal-weight mean of.
+"""Reduction of key/value heads and layers: each new head is the mean, with equal weights, of heads of the source model.
 
 Source: Ainslie et al. 2023, arXiv 2305.13245 (heads); Zuhri et al. 2024, arXiv 2406.09297 (layers).
 
-Gains of a key norm are averaged over the same heads and layers as the maps before it, so that nothing is lost where
-those are equal: a norm of every head has one gain for all heads, which only a mean over layers changes; that of the
-whole projection has each head's own, and its mean square is that of the heads that are left. What a key was before its
-norm only counts up to a factor, and is not evened out before the mean: heads have equal weights, as without norms.
+Gains of a key norm are averaged over the same heads and layers as the key weights, so that nothing is lost where the
+averaged heads and layers are equal. A norm per head has one gain, shared by all heads: only a mean over layers changes
+it. A norm of the complete projection has a gain per head, and its mean square is taken over the remaining heads.
+A norm removes the scale of its input. The means do not correct for this scale: heads have equal weights, as without
+norms.
 Legend: D hidden_size, G key/value heads, d head size, M owner layers.
 """
 
@@ -20,35 +21,50 @@ from moe_train.checkpoint.ranges import RangeReader
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 
-KINDS = ("key", "value", "key_norm")  # what only owner layers have
+KINDS = ("key", "value", "key_norm")  # weights that only owner layers have
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which keys and values of a source model each head of a smaller one is the mean of."""
+    """Map from the key/value heads of a smaller model to the heads of the source model that they are the mean of.
+
+    Attributes:
+        source: Model section of the source.
+        target: Model section of the smaller model.
+    """
 
     source: ModelConfig
     target: ModelConfig
 
     def layers(self, owner: int) -> Counter[int]:
-        """The source's owner layers that the layers of a new owner's group read, and how many of them read each."""
+        """Count the layers of a new owner's group by the owner layer whose keys and values they read in the source.
+
+        Args:
+            owner: Owner layer of the smaller model.
+
+        Returns:
+            Number of layers of the group by owner layer of the source.
+        """
         ends = (*self.target.kv_owner_layers, self.target.num_layers)
         group = next(range(start, end) for start, end in pairwise(ends) if start == owner)
         return Counter(max(old for old in self.source.kv_owner_layers if old <= layer) for layer in group)
 
     def heads(self, head: int) -> range:
-        """The source's heads that a new head is the mean of."""
+        """Return the heads of the source whose mean is a new head."""
         ratio = self.source.attention_kv_heads // self.target.attention_kv_heads
         return range(head * ratio, (head + 1) * ratio)
 
     def mean_blocks(self, reader: RangeReader, owner: int, kind: str) -> Iterator[Tensor]:
-        """The new weight of keys, values or the key norm, head by head. fp32 [d*D] or [d] each, added up in fp64 and
-        rounded once; of a norm of every head the one gain that all heads share.
+        """Compute the new weight of keys, values or key norm, head by head, summed in fp64 and rounded once.
 
         Args:
-            reader: Of the source.
-            owner: The layer that owns it.
+            reader: Reader of the source checkpoint.
+            owner: Owner layer of the smaller model.
             kind: One of `KINDS`.
+
+        Yields:
+            The weight of each head, fp32 [d*D], or [d] for the key norm. A norm per head yields only the gain that all
+            heads share.
         """
         is_norm = kind == "key_norm"
         is_shared = is_norm and self.source.qk_norm == "head"
@@ -66,20 +82,29 @@ class Reduction:
 
 
 def weight_name(layer: int, kind: str) -> str:
-    """Name of a layer's weight of keys or values, [G*d, D], or of its key norm, [d] or [G*d]."""
+    """Return the name of a layer's weight of keys or values, [G*d, D], or of its key norm, [d] or [G*d].
+
+    Args:
+        layer: Index of the layer.
+        kind: One of `KINDS`.
+    """
     return f"blocks.{layer}.mixer.{kind}.weight"
 
 
 def cache_elements(model: ModelConfig) -> int:
-    """Elements of the keys of one token: M G d."""
+    """Count the elements of the cached keys of one token: M G d."""
     return len(model.kv_owner_layers) * model.attention_kv_heads * model.attention_head_dim
 
 
 def check_heads(source: ModelConfig, wanted: int) -> None:
-    """Refuse a number of heads that means over equal groups of the source's do not give.
+    """Check that the source's heads can be averaged in equal groups to the wanted number of heads.
+
+    Args:
+        source: Model section of the source.
+        wanted: Number of key/value heads.
 
     Raises:
-        UsageError: Naming both numbers.
+        UsageError: If they cannot. The message names both numbers.
     """
     present = source.attention_kv_heads
     if wanted < 1:
@@ -91,10 +116,14 @@ def check_heads(source: ModelConfig, wanted: int) -> None:
 
 
 def check_reduces(source: ModelConfig, target: ModelConfig) -> None:
-    """Refuse more owner layers than there were, and what leaves the cache as large as it was.
+    """Check that the target has no more owner layers than the source, and a smaller cache.
+
+    Args:
+        source: Model section of the source.
+        target: Model section of the smaller model.
 
     Raises:
-        UsageError: Naming the numbers of both.
+        UsageError: If it does not. The message names the numbers of both.
     """
     before, after = source.kv_owner_layers, target.kv_owner_layers
     if len(after) > len(before):

@@ -1,7 +1,7 @@
-"""Wider MLPs that compute what the narrower ones did: new inner columns whose output is zero until training changes it.
+"""Widening of MLPs without a change of their output: new inner columns contribute zero until training changes them.
 
-Source: MLPs are widened to keep the number of parameters where keys and values were reduced: Zuhri et al. 2024, arXiv
-2406.09297.
+Source: Zuhri et al. 2024, arXiv 2406.09297, who widen MLPs to keep the number of parameters after a reduction of keys
+and values.
 Legend: D hidden_size, F intermediate_size, E experts.
 """
 
@@ -18,16 +18,16 @@ from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.ops.keyed_random import fill_normal_, make_key
 
-_MULTIPLE = 8  # of what an inner width grows by
+_MULTIPLE = 8  # inner widths grow by multiples of it
 
 
 @dataclass(frozen=True)
 class Widening:
-    """What the inner widths grow by.
+    """Growth of the inner widths.
 
     Attributes:
-        dense: Of the dense SwiGLUs.
-        experts: Of every expert.
+        dense: Columns added to every dense SwiGLU.
+        experts: Columns added to every expert.
     """
 
     dense: int
@@ -35,14 +35,16 @@ class Widening:
 
 
 def plan_widening(model: ModelConfig, spare: int) -> Widening:
-    """The widths that take up most of what is spare; of several such pairs the one that widens both most alike.
+    """Choose the widening that uses most of the spare parameters.
+
+    If several do, it takes the one whose relative growth of dense SwiGLUs and of experts is most equal.
 
     Args:
-        model: The narrower model.
-        spare: Parameters that it may grow by.
+        model: Model section of the narrower model.
+        spare: Number of parameters that may be added.
 
     Raises:
-        UsageError: If there is too little for the smallest step.
+        UsageError: If they are too few for the smallest step.
     """
     num_moe, moe = len(model.moe_layer_indices), model.moe
     dense_step = 3 * model.hidden_size * (model.num_layers - num_moe) * _MULTIPLE
@@ -68,11 +70,15 @@ def plan_widening(model: ModelConfig, spare: int) -> Widening:
 
 
 def widened_widths(model: ModelConfig, widening: Widening) -> dict[str, int | None]:
-    """The inner widths of the wider model: intermediate_size and moe.intermediate_size (None: the same).
+    """Compute the inner widths of the wider model.
 
     Args:
-        model: The narrower model.
-        widening: What it grows by.
+        model: Model section of the narrower model.
+        widening: Growth of the inner widths.
+
+    Returns:
+        Values of the fields intermediate_size and moe.intermediate_size. None for the second means that experts have
+        the width of the first.
     """
     dense, experts = model.intermediate_size + widening.dense, model.expert_intermediate_size + widening.experts
     num_moe, expert_width = len(model.moe_layer_indices), model.moe.intermediate_size
@@ -89,16 +95,21 @@ def widened_widths(model: ModelConfig, widening: Widening) -> dict[str, int | No
 def widened_blocks(
     reader: RangeReader, name: str, before: Sequence[int], after: Sequence[int], seed: int, std: float
 ) -> Iterator[Tensor]:
-    """A wider tensor, flattened, in blocks: what was there, with new columns of gate and up drawn by name and new ones
-    of down zero.
+    """Widen a tensor, flattened, in blocks.
+
+    New columns of gate and up are drawn; the draws depend on the seed and the name of the tensor. New columns of down
+    are zero.
 
     Args:
-        reader: Of the narrower checkpoint.
-        name: Of the tensor.
-        before: Its shape there.
-        after: Its new shape.
-        seed: Of the run.
-        std: Standard deviation of new values of gate and up.
+        reader: Reader of the narrower checkpoint.
+        name: Name of the tensor.
+        before: Shape of the tensor in the checkpoint.
+        after: Shape of the wider tensor.
+        seed: Seed of the run.
+        std: Standard deviation of the new values of gate and up.
+
+    Yields:
+        Consecutive blocks of the wider tensor, 1-D.
     """
     outer, narrow, wide, inner = _as_outer_width_inner(name, before, after)
     extra = wide - narrow
@@ -110,14 +121,14 @@ def widened_blocks(
             fill_normal_(values, key, first * extra * inner, std)
         return values
 
-    if inner > 1:  # few parts, each of which may be large
+    if inner > 1:  # few parts, but a part may be large
         for part in range(outer):
             begin, end = part * narrow * inner, (part + 1) * narrow * inner
             for start in range(begin, end, CHUNK):
                 yield reader.read(name, "weight", start, min(start + CHUNK, end))
             yield new_values(part, 1).view(-1)
         return
-    rows = max(1, CHUNK // wide)  # many parts, each of which is a row
+    rows = max(1, CHUNK // wide)  # many parts, and each is one row
     for first in range(0, outer, rows):
         count = min(rows, outer - first)
         old = reader.read(name, "weight", first * narrow, (first + count) * narrow).view(count, narrow, 1)
@@ -125,7 +136,7 @@ def widened_blocks(
 
 
 def _as_outer_width_inner(name: str, before: Sequence[int], after: Sequence[int]) -> tuple[int, int, int, int]:
-    """A tensor of an MLP seen as [outer, width, inner]: outer, width before and after, inner."""
+    """View an MLP tensor as [outer, width, inner], and return outer, width before, width after, inner."""
     is_expert, is_gate_up = len(before) == 3, "gate_up" in name
     if is_expert and is_gate_up:  # [E, D, 2F] = [E*D*2, F, 1]
         return math.prod(before[:2]) * 2, before[2] // 2, after[2] // 2, 1

@@ -1,4 +1,4 @@
-"""The commands of the house launchers: deepspeed over pdsh or openmpi, mpirun of Open MPI or MPICH, torchrun by ssh."""
+"""Commands of the supported launchers: deepspeed over pdsh or openmpi, mpirun of Open MPI or MPICH, torchrun by ssh."""
 
 import fnmatch
 import os
@@ -22,26 +22,26 @@ PASSED_ON = (
     *("DS_ACCELERATOR", "OMP_NUM_THREADS", "*_SOCKET_IFNAME", "NCCL_*", "PATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"),
     *("PYTHONPATH", "MPI4PY_MPIABI"),
 )
-_AGENT_SECONDS = 120  # for torchrun's agents to find each other, and a word of one to the others
-# mpirun refuses root unless told twice, and binds ranks to one core each where there are more than two.
+_AGENT_SECONDS = 120  # for torchrun's agents to find each other, and for a message from one agent to the others
+# mpirun refuses to run as root unless told twice. It also binds ranks, at worst to one core each: see --bind-to none.
 _MPI_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What is to be started.
+    """Plan of one launch: hosts, program and environment.
 
     Attributes:
-        hosts: With their slots.
-        program: A script (*.py), or a command.
-        arguments: Of it.
+        hosts: Hosts with their slots.
+        program: Script (*.py) or command.
+        arguments: Arguments of the program.
         python: Interpreter on every host.
-        folder: To run in, on every host.
-        address: Of the first host, as the others reach it.
-        networks: Of that address, as 10.0.0.7/24.
-        port: Of the master there.
-        environment: For the ranks.
-        scratch: A folder for files of the launch.
+        folder: Working directory on every host.
+        address: Address at which the other hosts reach the first host.
+        networks: Networks of that address, such as 10.0.0.7/24.
+        port: Master port on the first host.
+        environment: Environment variables for the ranks.
+        scratch: Folder for files of the launch.
     """
 
     hosts: Sequence[HostLine]
@@ -62,16 +62,16 @@ class LaunchPlan:
 
     @property
     def words(self) -> list[str]:
-        """The command of a rank."""
+        """Command of one rank."""
         return [*([self.python] if self.is_script else []), self.program, *self.arguments]
 
     @property
     def num_ranks(self) -> int:
-        """Of all hosts."""
+        """Number of ranks on all hosts."""
         return sum(host.slots for host in self.hosts)
 
     def hostfile(self) -> Path:
-        """A hostfile with these hosts alone."""
+        """Write a hostfile with exactly these hosts, and return its path."""
         path = self.scratch / "hostfile"
         path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in self.hosts))
         return path
@@ -80,13 +80,16 @@ class LaunchPlan:
 def passed_environment(
     named: Sequence[str], mark: str, python: str, environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The environment of the ranks: what PASSED_ON and --env name, the lines of deepspeed's own file, and the mark.
+    """Collect the environment of the ranks: what PASSED_ON and --env name, deepspeed's own file, and the launch mark.
 
     Args:
-        named: NAME or NAME=value.
-        mark: Of the launch.
+        named: NAME or NAME=value, from --env.
+        mark: Mark of the launch.
         python: Interpreter; its folder comes first on PATH.
-        environ: Of this process.
+        environ: Environment variables of this process.
+
+    Returns:
+        Values by name.
 
     Raises:
         UsageError: If a named variable is not set here.
@@ -107,7 +110,14 @@ def passed_environment(
 
 
 def launch_commands(launcher: LaunchBy, plan: LaunchPlan) -> tuple[list[list[str]], dict[str, str]]:
-    """The commands to start here, all at once, and the environment to add for them.
+    """Build the commands that start the ranks.
+
+    Args:
+        launcher: One of LAUNCHERS.
+        plan: Hosts, program and environment.
+
+    Returns:
+        Commands to start on this host, all at once, and environment variables to add for them.
 
     Raises:
         UsageError: If the launcher is not installed here.
@@ -125,7 +135,7 @@ def launch_commands(launcher: LaunchBy, plan: LaunchPlan) -> tuple[list[list[str
     command += ["--no_ssh_check", "--log_level", "error"]
     extra = {"DS_ENV_FILE": str(env_file)}
     if launcher == "openmpi":
-        # Values by env, as they are: deepspeed would put quotes round some, as a part of them.
+        # Set by `env`, with the plain values: deepspeed would add quotes to some values, and they would stay.
         env_file.touch()
         command += _openmpi_options(plan.networks)
         variables = [f"{name}={value}" for name, value in plan.environment.items()]
@@ -138,25 +148,26 @@ def launch_commands(launcher: LaunchBy, plan: LaunchPlan) -> tuple[list[list[str
 
 
 def _openmpi_options(networks: Sequence[str]) -> list[str]:
-    # deepspeed names eth0 for MPI's own messages unless it is told otherwise; networks do as well.
+    # Unless told otherwise, deepspeed names eth0 for MPI's own messages. Networks are valid in place of an interface.
     words = ["--bind-to", "none", "--oversubscribe", "--mca", "btl_tcp_if_include", ",".join(networks)]
     return ["--launcher_args", shlex.join(words)]
 
 
 def _for_pdsh(word: str) -> str:
-    """An argument as it must be given to deepspeed to come through pdsh and the other host's shell unchanged.
+    """Quote an argument so that it passes unchanged through deepspeed, pdsh and the other host's shell.
 
-    pdsh replaces %h and the like, and deepspeed (0.19) puts quotes round arguments with a space only, and escapes the
-    quotes in them; the shell reads all others.
+    pdsh replaces %h and similar codes. deepspeed (0.19) quotes only arguments with a space, and escapes quotes in them;
+    the shell interprets all other arguments.
     """
     word = word.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def _line_for_pdsh(name: str, value: str) -> str:
-    """A variable in deepspeed's file, likewise.
+    """Format a variable for deepspeed's file so that its value arrives unchanged.
 
-    deepspeed puts quotes round values of more than letters and the like; the other host's shell reads what is in them.
+    deepspeed quotes values that contain more than letters and the like; the other host's shell interprets what is
+    inside the quotes.
     """
     if "\n" in value:
         raise UsageError(f"{name} has a line break, which deepspeed's file of variables cannot hold: unset it")
@@ -165,7 +176,7 @@ def _line_for_pdsh(name: str, value: str) -> str:
 
 
 def _agent(plan: LaunchPlan) -> dict[str, str]:
-    """Open MPI's daemon on other hosts carries the mark too: when its connection is cut, it does not end by itself."""
+    """Make Open MPI's daemons carry the launch mark: on other hosts, they do not end when their connection is cut."""
     return {"PRTE_MCA_prte_launch_agent": f"env {LAUNCH_MARK}={plan.environment[LAUNCH_MARK]} prted"}
 
 
@@ -180,12 +191,12 @@ def _mpirun(plan: LaunchPlan) -> tuple[list[str], dict[str, str]]:
         passed = [word for name in environment for word in ("-x", name)]
         options = ["--host", hosts, *size, "--bind-to", "none", *passed]
         return [mpirun, *options, *plan.words], {**environment, **_MPI_ROOT, **_agent(plan)}
-    # MPICH's hydra, and Intel MPI's, which is one, hand on the whole environment.
+    # MPICH's hydra passes on the whole environment. So does Intel MPI's mpirun, which is a hydra too.
     return [mpirun, "-hosts", hosts, *size, *plan.words], environment
 
 
 def _torchrun(plan: LaunchPlan) -> list[list[str]]:
-    """An agent a host, in places that the hostfile gives: with c10d they would take them as they come."""
+    """Build one agent command per host, ranked as in the hostfile; with c10d, agents are ranked by arrival."""
     commands = []
     for number, host in enumerate(plan.hosts):
         agent = [plan.python, "-m", "moe_train.launch.torchrun_agent", "--nnodes", str(len(plan.hosts))]
@@ -201,7 +212,7 @@ def _torchrun(plan: LaunchPlan) -> list[list[str]]:
 
 def _require(command: str, launcher: str, plan: LaunchPlan) -> str:
     folders = [str(Path(plan.python).parent), os.environ.get("PATH", os.defpath)]
-    # An Open MPI may be installed beside python: the user's choice comes first.
+    # Open MPI may be installed beside python, but the user's choice on PATH comes first.
     path = os.pathsep.join(folders[::-1] if launcher == "mpirun" else folders)
     found = shutil.which(command, path=path)
     if found is None:

@@ -1,14 +1,14 @@
-"""Ranks of this machine as processes forked from a server that has imported everything already.
+"""Fork server for ranks of this machine: it has imported everything already, and each rank is forked from it.
 
     with ForkServer(["moe_train.train.loop"], environment) as server:
         rank = server.start("moe_train.cli.main:main", ["train"], environment)
         result = rank.wait(timeout=60)
 
-A start costs a fork in place of the import of torch and DeepSpeed (4 s of a core). The server is an interpreter of its
-own with one thread and a private channel: multiprocessing has only one fork server a process, whose modules are fixed
-by whoever starts it first. A child becomes what a command of its own would be: its own environment, arguments, output
-files and session, default signals, the interpreter's own end. It shares with its siblings what is settled before a
-fork, such as the seed of Python's hashes. CUDA is not to be forked: on the CPU only.
+Starting a rank costs a fork in place of the import of torch and DeepSpeed (4 s of one core). The server is a separate
+interpreter with one thread and a private channel. (multiprocessing has only one fork server per process, and its first
+user fixes the modules.) A child becomes the same as a separate command: its own environment, arguments, output files
+and session, default signals, and the interpreter's own end. It shares with its siblings what is fixed before a fork,
+such as the seed of Python's hashes. CUDA cannot be forked: use the fork server for CPU ranks only.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ from typing import Any, Self, TextIO
 from moe_train.host.cores import usable_cores
 
 _END_SECONDS = 10  # for the server to end its children and itself
-_LONGEST_PAUSE_SECONDS = 0.02  # between two looks at a child that is waited for
-_KEPT_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)  # as every Python interpreter has them
-_TAIL_CHARACTERS = 3000  # of the server's log in an error message
-# Run by a fresh interpreter. The environment is handed in, since it is read in bootstrap.py and launch/ only.
+_LONGEST_PAUSE_SECONDS = 0.02  # between two polls of a child
+_KEPT_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)  # every Python interpreter ignores these
+_TAIL_CHARACTERS = 3000  # length of the server's log in an error message
+# Code for a fresh interpreter. It passes the environment in, because only bootstrap.py, host/ and launch/ read it.
 _SERVER = "import os, sys; sys.path[:] = {path!r}; from {module} import serve; serve({descriptor}, os.environ)"
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """What a rank left.
+    """Result of a rank that has ended.
 
     Attributes:
-        returncode: Its exit code; negative: the signal that ended it.
-        stdout: All that it wrote there.
-        stderr: Likewise.
-        seconds: From its start to when its end was seen.
+        returncode: Exit code; negative: the signal that ended the rank.
+        stdout: Everything that the rank wrote to its standard output.
+        stderr: Everything that the rank wrote to its standard error.
+        seconds: Time from the start to when the end was seen.
     """
 
     returncode: int
@@ -55,10 +55,10 @@ class RankResult:
 
 
 class ForkedRank:
-    """A process that was started by a ForkServer; made by it alone.
+    """Process that a ForkServer has started. Only ForkServer creates this object.
 
     Attributes:
-        pid: Of the process.
+        pid: Process id.
     """
 
     def __init__(self, server: "ForkServer", pid: int, stdout: Path, stderr: Path) -> None:
@@ -69,31 +69,31 @@ class ForkedRank:
         self._seconds = 0.0
 
     def poll(self) -> int | None:
-        """The exit code (negative: a signal), or None while the process runs."""
+        """Return the exit code (negative: a signal), or None while the process runs."""
         if self._returncode is None:
             self._returncode = self._server.ask(do="poll", pid=self.pid)["returncode"]
             self._seconds = time.monotonic() - self._started
         return self._returncode
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Sends a signal to the process alone; nothing where it has ended."""
+        """Send a signal to the process alone; do nothing if it has ended."""
         if self._returncode is None and not self._server.closed:
             self._server.ask(do="signal", pid=self.pid, signal=int(signum))
 
     def end(self) -> None:
-        """Ends the process, and what it started in its process group, by SIGKILL; nothing where it has ended."""
+        """End the process and the rest of its process group by SIGKILL; do nothing if the process has ended."""
         if self._returncode is None and not self._server.closed:
             self._returncode = self._server.ask(do="end", pid=self.pid)["returncode"]
             self._seconds = time.monotonic() - self._started
 
     def wait(self, timeout: float) -> RankResult:
-        """Waits for the end of the process.
+        """Wait for the end of the process.
 
         Args:
-            timeout: Seconds; the process runs on afterwards.
+            timeout: Longest wait in seconds. After it the process continues to run.
 
         Raises:
-            TimeoutError: With the output so far.
+            TimeoutError: If the process has not ended in time; with its output so far.
         """
         deadline, pause = time.monotonic() + timeout, 0.001
         while self.poll() is None:
@@ -107,19 +107,20 @@ class ForkedRank:
         return RankResult(self._returncode, *self.output(), self._seconds)
 
     def output(self) -> tuple[str, str]:
-        """What the process has written so far to its standard output and error."""
+        """Return what the process has written so far to its standard output and standard error."""
         stdout, stderr = (file.read_text(encoding="utf-8", errors="replace") for file in (self._stdout, self._stderr))
         return stdout, stderr
 
 
 class ForkServer:
-    """Starts processes that have the given modules loaded. Of one thread of this process; close() ends all of them.
+    """Server that starts processes with the given modules already imported.
 
-    If this process ends in any way, so do the server and its children.
+    Use it from one thread of this process. `close` ends all its processes. If this process ends in any way, so do the
+    server and its children.
 
     Args:
-        preload: Modules to import, which must start no thread and open no device.
-        environment: Of the server, while it imports.
+        preload: Modules to import; they must not start a thread or open a device.
+        environment: Environment of the server while it imports.
     """
 
     def __init__(self, preload: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -136,8 +137,8 @@ class ForkServer:
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
-                env={**environment, "OMP_NUM_THREADS": "1"},  # the libraries start no threads, which a fork would lose
-                start_new_session=True,  # Ctrl-C at the terminal is this process's, which then ends the others
+                env={**environment, "OMP_NUM_THREADS": "1"},  # libraries must start no threads: a fork would lose them
+                start_new_session=True,  # Ctrl-C at the terminal reaches this process alone, which ends the others
             )
         print(json.dumps(list(preload)), file=self._stream, flush=True)
 
@@ -149,34 +150,34 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
-        """Of the server."""
+        """Process id of the server."""
         return self._process.pid
 
     @property
     def closed(self) -> bool:
-        """Whether the server, and so every process of it, has been ended."""
+        """Whether the server, and so each of its processes, has been ended."""
         return self._stream.closed
 
     def start(
         self, function: str, arguments: Sequence[str], environment: Mapping[str, str], folder: str | Path | None = None
     ) -> ForkedRank:
-        """Starts a process that calls `sys.exit(function(arguments))`; waits for the server, not for the process.
+        """Start a process that calls `sys.exit(function(arguments))`; wait for the server, not for the process.
 
         Args:
-            function: "module:name" of a function at the top level of a module; it takes a list of strings and returns
-                an exit code.
-            arguments: For it.
-            environment: The whole environment of the process. What modules read while they are imported, and what the
-                interpreter reads when it starts, is the server's.
-            folder: The one it works in; None takes this process's.
+            function: "module:name" of a function at the top level of a module. The function takes a list of strings and
+                returns an exit code.
+            arguments: Arguments for the function.
+            environment: The whole environment of the process. Modules that read the environment during their import,
+                and the interpreter at its start, have seen the server's environment instead.
+            folder: Working directory of the process; None: this process's.
 
         Raises:
-            RuntimeError: If the server has failed, with what it said.
+            RuntimeError: If the server has failed, with its log.
         """
         self._num_started += 1
         stdout, stderr = (Path(self._folder.name) / f"{self._num_started:06d}.{name}" for name in ("out", "err"))
         for output in (stdout, stderr):
-            output.touch(0o600)  # there to be read at once
+            output.touch(0o600)  # so that the file can be read at once
         answer = self.ask(
             do="start",
             function=function,
@@ -188,7 +189,7 @@ class ForkServer:
         return ForkedRank(self, answer["pid"], stdout, stderr)
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request to the server and gives its answer: for ForkedRank."""
+        """Send a request to the server and return the answer. Only ForkedRank calls this."""
         if self.closed:
             raise RuntimeError("the server of forked processes is closed")
         try:
@@ -197,7 +198,7 @@ class ForkServer:
         except ConnectionError:
             line = ""
         except BaseException:
-            self.close()  # its answer would be taken for that to the next request
+            self.close()  # otherwise the next request would get this request's answer
             raise
         if not line:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -208,8 +209,8 @@ class ForkServer:
         return json.loads(line)
 
     def close(self) -> None:
-        """Ends the server and every process that still runs, by SIGKILL, and removes their output."""
-        with contextlib.suppress(OSError):  # the server may be gone, with a request unsent
+        """End the server and every process that still runs, by SIGKILL, and remove their output."""
+        with contextlib.suppress(OSError):  # the server may be gone, with a request still unsent
             self._stream.close()
         self._socket.close()  # the server reads the end of its requests
         try:
@@ -221,14 +222,17 @@ class ForkServer:
 
 
 def wait_for_all(ranks: Sequence[ForkedRank], timeout: float) -> list[RankResult]:
-    """Waits for the end of processes; whatever happens, none of them is left.
+    """Wait for the end of several processes; in every case, none of them runs afterwards.
 
     Args:
         ranks: The processes.
-        timeout: Seconds for all together.
+        timeout: Longest wait in seconds for all of them together.
+
+    Returns:
+        Result of each process.
 
     Raises:
-        TimeoutError: With what the first that had not ended wrote.
+        TimeoutError: With the output of the first process that had not ended.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -241,34 +245,34 @@ def wait_for_all(ranks: Sequence[ForkedRank], timeout: float) -> list[RankResult
 
 
 def serve(descriptor: int, environ: MutableMapping[str, str]) -> None:
-    """What the server runs, and its children after it.
+    """Run the server, and after a fork its child.
 
     Args:
-        descriptor: Of the socket on which requests come. Its end is the server's, and that of all its children.
-        environ: Of this process.
+        descriptor: Descriptor of the socket for requests. When the socket ends, so do the server and all its children.
+        environ: Environment variables of this process.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the children too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the children end too
     children: set[int] = set()
     try:
         with socket.socket(fileno=descriptor) as connection, connection.makefile("rw", encoding="utf-8") as stream:
             for module in json.loads(stream.readline()):
                 importlib.import_module(module)
-            gc.freeze()  # a collection would touch, and so copy, pages that are shared with the children
+            gc.freeze()  # a garbage collection would touch pages shared with the children, and so copy them
             task = _answer_requests(stream, children)
     finally:
-        for pid in children:  # none in a child
+        for pid in children:  # empty in a child
             _end(pid)
     if task is not None:
         sys.exit(_perform(task, environ))
 
 
 def _answer_requests(stream: TextIO, children: set[int]) -> dict[str, Any] | None:
-    """Answers until the requests end, and returns None; in a forked child returns the request to perform."""
+    """Answer until the requests end, and return None; in a forked child, return the request to perform."""
     for line in stream:
         request = json.loads(line)
         answer: dict[str, Any] = {}
         if request["do"] == "start":
-            # A signal that comes before the child has its own dispositions waits for them.
+            # A signal that arrives before the child has its own handlers stays pending until then.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             answer["pid"] = _fork()
             if answer["pid"] == 0:
@@ -277,7 +281,7 @@ def _answer_requests(stream: TextIO, children: set[int]) -> dict[str, Any] | Non
             children.add(answer["pid"])
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         elif request["do"] == "signal":
-            if request["pid"] in children:  # not reaped, so that the number is still its own
+            if request["pid"] in children:  # the child is not reaped yet, so no other process has its id
                 os.kill(request["pid"], request["signal"])
         elif request["do"] == "end":
             children.discard(request["pid"])
@@ -291,21 +295,21 @@ def _answer_requests(stream: TextIO, children: set[int]) -> dict[str, Any] | Non
 
 
 def _fork() -> int:
-    sys.stdout.flush()  # or each child would write it again
+    sys.stdout.flush()  # otherwise each child would write the same buffer again
     sys.stderr.flush()
     return os.fork()
 
 
 def _end(pid: int) -> int:
-    """Ends a child and what it started in its own process group; its exit code."""
-    with contextlib.suppress(ProcessLookupError):  # it may not have made the group yet
+    """End a child and the rest of its process group, and return its exit code."""
+    with contextlib.suppress(ProcessLookupError):  # the child may not have created its group yet
         os.killpg(pid, signal.SIGKILL)
     os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _perform(task: dict[str, Any], environ: MutableMapping[str, str]) -> int:
-    """Becomes the process that a request asks for."""
+    """Become the process that a request describes, run its function, and return the exit code."""
     os.setsid()
     for path, descriptor in zip(task["outputs"], (1, 2), strict=True):
         opened = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -316,7 +320,7 @@ def _perform(task: dict[str, Any], environ: MutableMapping[str, str]) -> int:
     environ.clear()
     environ.update(task["environment"])
     sys.argv = [task["function"], *task["arguments"]]
-    if "torch" in sys.modules:  # it read the server's environment
+    if "torch" in sys.modules:  # torch has read the server's environment
         first = task["environment"].get("OMP_NUM_THREADS", "").partition(",")[0].strip()
         sys.modules["torch"].set_num_threads(int(first) if first.isdecimal() and int(first) else usable_cores())
     module, _, name = task["function"].partition(":")
@@ -324,7 +328,7 @@ def _perform(task: dict[str, Any], environ: MutableMapping[str, str]) -> int:
 
 
 def _reset_signals() -> None:
-    """Gives every signal what a new interpreter gives it, and lets those come that have waited."""
+    """Set every signal to what a new interpreter sets, and let pending signals arrive."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, *_KEPT_IGNORED}:
         if signal.getsignal(number) not in (signal.SIG_DFL, None):
             signal.signal(number, signal.SIG_DFL)

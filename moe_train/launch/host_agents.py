@@ -1,4 +1,4 @@
-"""The agents of a launch, one a host, each at the other end of an ssh connection that tells when the host is lost."""
+"""Agents of a launch, one per host. Each runs behind an ssh connection, whose end shows that the host is lost."""
 
 import contextlib
 import json
@@ -16,19 +16,19 @@ from moe_train.config.errors import UsageError
 from moe_train.launch.hostfile import HostLine
 
 CONNECT_SECONDS, REPORT_SECONDS, END_SECONDS = 10, 40.0, 20.0
-ALIVE_SECONDS = 3.0  # between two words to agents, which end what is theirs without them
-# A host that is silent for 18 s is lost: ranks outlive an outage of less. No password or question is waited for.
+ALIVE_SECONDS = 3.0  # between two signs of life to an agent; without them, it ends the launch's processes on its host
+# A host that is silent for 18 s is lost; ranks survive a shorter outage. ssh never waits for a password or a question.
 SSH = (
     "ssh -o BatchMode=yes -o LogLevel=ERROR -o ServerAliveInterval=3 -o ServerAliveCountMax=6 "
     f"-o ConnectTimeout={CONNECT_SECONDS}"
 ).split()
-_LAST_WORDS_SECONDS = 2.0  # for an error that ssh has written; what it started may hold the pipe open
+_LAST_WORDS_SECONDS = 2.0  # to read ssh's error message; a process that ssh started may hold the pipe open longer
 _NO_FOLDER, _NO_PYTHON, _NO_SSH = 91, 92, 255
 _UNREACHABLE = ("timed out", "No route to host", "Connection refused", "Network is unreachable", "Connection reset")
 
 
 def shell_command(folder: Path, words: Sequence[str]) -> str:
-    """A command for any login shell of another host: words, run in a folder."""
+    """Build a command for any login shell of another host: it runs the words in a folder."""
     script = f"cd {shlex.quote(str(folder))} 2>/dev/null || exit {_NO_FOLDER}; "
     script += f"[ -x {shlex.quote(words[0])} ] || exit {_NO_PYTHON}; exec {shlex.join(words)}"
     return f"exec sh -c {shlex.quote(script)}"
@@ -36,14 +36,14 @@ def shell_command(folder: Path, words: Sequence[str]) -> str:
 
 @dataclass
 class HostAgent:
-    """Of one host.
+    """Agent of one host.
 
     Attributes:
-        host: The host.
-        report: What it has; None as long as it has not said so.
-        ranks: That run there now.
-        has_run: Whether any ran there.
-        lost: When the connection ended without being asked to, in seconds of time.monotonic; None: it stands.
+        host: Host of the agent.
+        report: Report of the host's software and addresses; None until the agent has sent it.
+        ranks: Number of ranks that run there now.
+        has_run: Whether a rank has ever run there.
+        lost: Time when the connection broke, in seconds of time.monotonic; None: it holds, or the launch ended it.
     """
 
     host: HostLine
@@ -58,28 +58,28 @@ class HostAgent:
     _hears_errors: threading.Thread | None = None
 
     def hear(self) -> None:
-        """Begin to read what it says, in threads of its own."""
+        """Start to read the agent's output, in separate threads."""
         self._hears_errors = threading.Thread(target=self._read_errors, daemon=True)
         self._hears_errors.start()
         threading.Thread(target=self._read, daemon=True).start()
 
     def tell(self, word: str) -> None:
-        """A word to the agent; one that is lost does not hear it."""
+        """Send a word to the agent; a lost agent does not receive it."""
         self.is_ending |= word == "end"
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # it is lost: the reader says so
+        with contextlib.suppress(OSError, ValueError):  # the agent is lost: the reader thread notes that
             self.process.stdin.write(f"{word}\n".encode())
             self.process.stdin.flush()
 
     def _read(self) -> None:
-        """Until the connection ends."""
+        """Read reports and numbers of ranks until the connection ends."""
         assert self.process.stdout is not None and self._hears_errors is not None
         for line in self.process.stdout:
             try:
                 values = json.loads(line)
             except ValueError:
                 values = None
-            if not isinstance(values, dict):  # what a login shell prints, which may be a number
+            if not isinstance(values, dict):  # output of a login shell, which may be a number
                 continue
             if "versions" in values:
                 self.report = values
@@ -98,7 +98,12 @@ class HostAgent:
             self.errors.append(line.decode(errors="replace").strip())
 
     def fault(self, folder: Path, python: str) -> str | None:
-        """Why no ranks can start there, or None."""
+        """Return the reason why no ranks can start on this host, or None.
+
+        Args:
+            folder: Working directory that the host needs.
+            python: Interpreter that the host needs.
+        """
         name = f"{self.host.place}: {self.host.name}"
         if self.report is not None and self.lost is not None:
             return f"{name} was lost while the others were asked: {self._last_words}"
@@ -122,7 +127,7 @@ class HostAgent:
 
     @property
     def is_silent(self) -> bool:
-        """Whether the host does not answer, or not any more, rather than refuse."""
+        """Whether the host does not answer, or no longer answers. A host that refuses is not silent."""
         if self.report is not None:
             return self.lost is not None
         unreachable = self.process.poll() == _NO_SSH and any(u in line for u in _UNREACHABLE for line in self.errors)
@@ -130,28 +135,31 @@ class HostAgent:
 
 
 def start_agents(hosts: Sequence[HostLine], task: Mapping[str, Any], folder: Path, port: int) -> list[HostAgent]:
-    """Connect to all hosts at once, and wait until each has said what it has, or cannot.
+    """Connect to all hosts at once, and wait until each has sent its report or has failed.
 
-    They are told from then on that the launch lives, until they end.
+    From then on the agents receive signs of life, until they end.
 
     Args:
-        hosts: The first is the master's.
-        task: For each agent, but the port.
-        folder: To run in.
-        port: To try; 0: to choose.
+        hosts: Hosts of the launch; the first is the master's.
+        task: Task for each agent, without the port.
+        folder: Working directory on every host.
+        port: Master port to try; 0: the agent chooses one.
+
+    Returns:
+        One agent per host.
     """
     source = Path(__file__).with_name("remote_agent.py").read_text(encoding="utf-8")
     agents: list[HostAgent] = []
     try:
         for host in hosts:
-            own = json.dumps({**task, "port": port})  # of each: a first host that does not answer may be left out
+            own = json.dumps({**task, "port": port})  # for each host: if the first does not answer, another is master
             command = [*SSH, host.name, shell_command(folder, [task["python"], "-c", source, own])]
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the launch
+                start_new_session=True,  # Ctrl-C must reach the launch alone
             )
             agents.append(HostAgent(host, process))
             agents[-1].hear()
@@ -159,7 +167,7 @@ def start_agents(hosts: Sequence[HostLine], task: Mapping[str, Any], folder: Pat
         deadline = time.monotonic() + REPORT_SECONDS
         for agent in agents:
             agent.reported.wait(max(0.0, deadline - time.monotonic()))
-    except BaseException:  # such as a signal's
+    except BaseException:  # for example from a signal
         end_agents(agents)
         raise
     return agents
@@ -174,13 +182,13 @@ def _keep_alive(agents: Sequence[HostAgent]) -> None:
 
 
 def end_agents(agents: Sequence[HostAgent]) -> None:
-    """Nothing of the launch is left on any host that can be reached."""
+    """End the agents and everything of the launch on every host that can be reached."""
     for agent in agents:
         agent.tell("end")
-        if agent.report is None:  # ssh may still be trying; one that has come through ends with its connection
+        if agent.report is None:  # ssh may still be connecting; an agent that has started ends with its connection
             agent.process.kill()
         assert agent.process.stdin is not None
-        with contextlib.suppress(OSError):  # it is lost
+        with contextlib.suppress(OSError):  # the agent is lost
             agent.process.stdin.close()
     deadline = time.monotonic() + END_SECONDS
     for agent in agents:
@@ -195,10 +203,20 @@ def end_agents(agents: Sequence[HostAgent]) -> None:
 def check_agents(
     agents: list[HostAgent], *, folder: Path, python: str, port: int, allow_fewer: bool
 ) -> tuple[list[HostAgent], int]:
-    """The agents of the hosts to run on, and the port of the master.
+    """Choose the hosts to run on, and the port of the master.
+
+    Args:
+        agents: Agents of all hosts.
+        folder: Working directory on every host, for messages.
+        python: Interpreter on every host, for messages.
+        port: Master port that was asked for, for messages; 0: any.
+        allow_fewer: Whether to continue without hosts that do not answer.
+
+    Returns:
+        Agents of the hosts to run on, and the master port.
 
     Raises:
-        UsageError: One message with all that is wrong.
+        UsageError: One message with everything that is wrong.
     """
     silent = [agent for agent in agents if agent.is_silent] if allow_fewer else []
     for agent in silent:
@@ -235,17 +253,17 @@ def _differences(agents: list[HostAgent]) -> list[str]:
 
 
 def master_address(agents: Sequence[HostAgent], name: str | None = None) -> str:
-    """The first host's address, as the last host of the list knows it.
+    """Return the first host's address, as the last host of the list resolves it.
 
     Args:
-        agents: Of the hosts to run on.
-        name: Of the first host for the others, if it is not the hostfile's; or an address.
+        agents: Agents of the hosts to run on.
+        name: Name or address by which the others reach the first host; None: its name in the hostfile.
 
     Raises:
-        UsageError: If that host does not know its name.
+        UsageError: If the last host cannot resolve the name.
     """
     if name is not None and ":" in name:
-        return name  # IPv6, which agents do not look at
+        return name  # IPv6 address: agents look at IPv4 only
     if len(agents) == 1 and name is None:
         return "127.0.0.1"
     report = agents[-1].report
@@ -260,7 +278,7 @@ def master_address(agents: Sequence[HostAgent], name: str | None = None) -> str:
 
 
 def networks(agents: Sequence[HostAgent], address: str) -> list[str]:
-    """The network of an address of the first host, such as 10.0.0.7/24; if no interface has it, all that there are."""
+    """Return the network of the first host's address, such as 10.0.0.7/24; all its networks if no interface has it."""
     report = agents[0].report
     assert report is not None
     found: dict[str, int] = report["networks"]

@@ -1,4 +1,4 @@
-"""Hostfiles, as deepspeed and Open MPI read them: a line `NAME slots=N` for each host; # begins a line of notes."""
+"""Hostfiles of deepspeed and Open MPI: one line `NAME slots=N` per host; a line that begins with # is a comment."""
 
 import re
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ _EXAMPLE = "a line is like: worker-0 slots=8"
 
 @dataclass(frozen=True)
 class HostLine:
-    """A host that is to run ranks.
+    """One host of a hostfile.
 
     Attributes:
-        name: As ssh knows it.
-        slots: Ranks on it.
+        name: Name of the host, as ssh knows it.
+        slots: Number of ranks on the host.
         place: File and line, for messages.
     """
 
@@ -25,10 +25,13 @@ class HostLine:
 
 
 def read_hostfile(path: Path) -> list[HostLine]:
-    """The hosts in their order.
+    """Read the hosts of a hostfile, in their order.
+
+    Args:
+        path: The hostfile.
 
     Raises:
-        UsageError: If the file cannot be read, or a line is not in the format; with file and line.
+        UsageError: If the file cannot be read, or a line has another format; with file and line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

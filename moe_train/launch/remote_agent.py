@@ -1,10 +1,11 @@
-"""What `moe-train launch` runs on each host over ssh: it looks whether ranks can start, and ends what is left of them.
+"""Agent that `moe-train launch` runs on each host over ssh. It checks the host first, and ends the ranks at the end.
 
-It goes there as source text and uses the standard library alone, so that it can tell of a host that lacks everything
-else. First it writes one JSON line, a report; then one with the number of ranks whenever that changes. It reads a line
-a word: `alive`, which must come every few seconds, `stop` (SIGUSR1 to every rank: they save and end) and `end`. On
-`end`, at the end of its input, and when nothing comes for 25 s (the launch is gone, or the link is cut), it ends
-every process of the launch, which carry its mark in their environment, and itself.
+It is sent as source text and uses only the standard library, so that it can report on a host that lacks everything
+else. It first writes a report as one line of JSON; then it writes the number of ranks, one line per change. It reads
+one word per line: `alive` must come every few seconds, `stop` sends SIGUSR1 to every rank (they save and end), and
+`end` ends the launch on this host. At `end`, at the end of its input, and after 25 s without input (the launch is
+gone, or the link is cut), the agent ends every process of the launch, and then itself. These processes carry the
+launch's mark in their environment.
 """
 
 import contextlib
@@ -30,7 +31,11 @@ LOOK_SECONDS, SILENCE_SECONDS, TERM_SECONDS = 1.0, 25.0, 8.0
 
 
 def report(task: dict[str, Any]) -> dict[str, Any]:
-    """What this host has. task: program, python, names (of hosts, to resolve), port (to try; 0: to choose)."""
+    """Report what this host has.
+
+    Args:
+        task: program; python, the interpreter; names, of hosts to resolve; port, to try (0: choose one).
+    """
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "missing": [],
@@ -57,7 +62,7 @@ def report(task: dict[str, Any]) -> dict[str, Any]:
     elif shutil.which(program, path=os.path.dirname(task["python"]) + os.pathsep + os.environ.get("PATH", "")) is None:
         found["missing"].append("the command " + program)
     for name in task["names"]:
-        with contextlib.suppress(OSError):  # a name of ssh's configuration alone
+        with contextlib.suppress(OSError):  # a name that only ssh's configuration knows
             found["addresses"][name] = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     try:
         with socket.create_server(("", task["port"])) as server:
@@ -68,7 +73,7 @@ def report(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def networks() -> dict[str, int]:
-    """The prefix length of the network of each IPv4 address of this host, without loopback."""
+    """Return the prefix length of each IPv4 address of this host, without loopback."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -83,7 +88,7 @@ def networks() -> dict[str, int]:
 
 
 def marked(mark: str) -> dict[int, list[bytes]]:
-    """Environments of the processes of the launch, by pid."""
+    """Find the processes of the launch; their environments by pid."""
     wanted = mark.encode()
     found: dict[int, list[bytes]] = {}
     for name in os.listdir("/proc"):
@@ -92,14 +97,14 @@ def marked(mark: str) -> dict[int, list[bytes]]:
                 with open(f"/proc/{name}/environ", "rb") as file:
                     words = file.read().split(b"\0")
             except OSError:
-                continue  # it has ended, or is another user's
+                continue  # the process has ended, or belongs to another user
             if wanted in words:
                 found[int(name)] = words
     return found
 
 
 def ranks(mark: str) -> list[int]:
-    """Pids of the ranks, and not of what they have started."""
+    """Find the pids of the ranks, without the processes that ranks have started."""
     each = {pid for pid, words in marked(mark).items() if any(word.startswith(RANKS) for word in words)}
     return [pid for pid in each if parent(pid) not in each]
 
@@ -114,12 +119,12 @@ def parent(pid: int) -> int:
 
 def send(pids: Iterable[int], number: int) -> None:
     for pid in pids:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             os.kill(pid, number)
 
 
 def end(mark: str) -> int:
-    """End all processes of the launch; how many there were."""
+    """End all processes of the launch, and return how many there were."""
     count = len(marked(mark))
     for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, TERM_SECONDS)):
         send(marked(mark), number)
@@ -130,7 +135,7 @@ def end(mark: str) -> int:
 
 
 def say(values: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more; what is to be ended still is
+    with contextlib.suppress(OSError):  # the launch may be gone; the processes must be ended all the same
         os.write(1, (json.dumps(values) + "\n").encode())
 
 

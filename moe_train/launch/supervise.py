@@ -1,4 +1,4 @@
-"""A launch that runs: signals to it become an orderly stop of the ranks, and a lost host does not make it hang."""
+"""Supervision of a running launch: signals stop the ranks in order, and a lost host does not make the launch hang."""
 
 import contextlib
 import os
@@ -14,15 +14,16 @@ from moe_train.launch.host_agents import HostAgent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _LOOK_SECONDS = 0.2
-_GONE_SECONDS = 2.0  # without a rank on any host that answers, after a host was lost: the launcher would wait for it
-_HANG_SECONDS = 60.0  # the same with all hosts there
+# Time without a rank on any host that answers, after which the launcher is ended.
+_GONE_SECONDS = 2.0  # after a host was lost: the launcher would wait for it
+_HANG_SECONDS = 60.0  # while all hosts answer
 
 
 class Stopped(Exception):
-    """A signal came before there was anything to stop in order.
+    """Error that a signal raises before there are ranks to stop in order.
 
     Attributes:
-        number: Of the signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -31,11 +32,11 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Takes the signals that come while its block runs, in place of ending this process.
+    """Signals that arrive while its block runs; they are recorded and do not end this process.
 
     Attributes:
-        received: Their numbers.
-        are_watched: Whether someone looks at `received`; else the first of them raises Stopped, where the program is.
+        received: Numbers of the signals, in the order of arrival.
+        are_watched: Whether `watch` reads `received`. If not, the first signal raises Stopped where the program is.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class Signals:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Takes them, but for those that this process was started to ignore, as by nohup."""
+        """Record signals while the block runs, except those that this process was started to ignore, as by nohup."""
 
         def take(number: int, frame: FrameType | None) -> None:
             self.received.append(number)
@@ -61,7 +62,15 @@ class Signals:
 
 
 def start(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list["subprocess.Popen[bytes]"]:
-    """Start the launchers, each in a process group of its own."""
+    """Start the launchers, each in its own process group.
+
+    Args:
+        commands: Command of each launcher.
+        environment: Variables to add to this process's environment.
+
+    Returns:
+        One process per command.
+    """
     return [
         subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, env={**os.environ, **environment}, start_new_session=True
@@ -71,11 +80,16 @@ def start(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> 
 
 
 def watch(launchers: Sequence["subprocess.Popen[bytes]"], agents: Sequence[HostAgent], signals: Signals) -> int:
-    """Wait for the launchers; the exit code of the ranks.
+    """Wait for the launchers, pass signals on to the ranks, and notice lost hosts.
+
+    Args:
+        launchers: Processes of the launchers.
+        agents: Agents of all hosts.
+        signals: Signals that this process receives.
 
     Returns:
-        Theirs; 70 where a host was lost or the launchers had to be ended; 128 plus the signal where one came before
-        there were ranks, or a second one came.
+        Exit code of the ranks. 70 if a host was lost or the launchers had to be ended. 128 plus the signal's number if
+        a signal arrived before there were ranks, or a second signal arrived.
     """
     handled, said, idle_since = 0, set[str](), None
     while any(launcher.poll() is None for launcher in launchers):
@@ -104,7 +118,7 @@ def watch(launchers: Sequence["subprocess.Popen[bytes]"], agents: Sequence[HostA
 
 
 def _one_code(codes: Sequence[int]) -> int:
-    """Of several agents: what tells most of why they ended."""
+    """Choose from several agents' codes the one that says most about why they ended."""
     positive = [128 - code if code < 0 else code for code in codes]
     for code in (EXIT_USAGE, EXIT_STOPPED):
         if code in positive:
@@ -113,9 +127,9 @@ def _one_code(codes: Sequence[int]) -> int:
 
 
 def end(launchers: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """End the launchers that have not ended, with their process groups.
+    """End the launchers that still run, with their process groups.
 
-    By SIGKILL: at SIGTERM deepspeed ends, on all hosts, every deepspeed launcher that runs there, also another's.
+    It sends SIGKILL: on SIGTERM, deepspeed ends every deepspeed launcher on all hosts, also those of other launches.
     """
     for launcher in launchers:
         with contextlib.suppress(ProcessLookupError):
@@ -124,5 +138,5 @@ def end(launchers: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may read it any more
+    with contextlib.suppress(OSError):  # the error stream may have no reader any more
         print(f"moe-train launch: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""torchrun, with the exit code of the first rank that failed: torchrun itself returns 1 whatever a rank returns."""
+"""torchrun with the exit code of the first rank that failed; torchrun itself returns 1 for every failure."""
 
 import sys
 
@@ -10,5 +10,5 @@ if __name__ == "__main__":
         main()
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        # A rank that was killed has a negative code.
+        # A rank that a signal killed has a negative exit code.
         sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)

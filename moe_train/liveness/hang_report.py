@@ -1,6 +1,6 @@
-"""The end of a process that cannot go on: a report of where it is, time for other ranks to write theirs, an exit code.
+"""End of a process that cannot continue: it reports where it is, lets other ranks report too, and exits.
 
-A thread that waits in a collective cannot be interrupted, so that the process is ended from beside it.
+A thread that waits in a collective cannot be interrupted. So another thread ends the process.
 """
 
 import faulthandler
@@ -14,18 +14,18 @@ from typing import TextIO
 from moe_train.config.errors import EXIT_LOST
 from moe_train.distributed.flight_recorder import FlightRecorder
 
-GRACE_SECONDS = 2.5  # a launcher ends all ranks when the first is gone; by then they have written their reports
+GRACE_SECONDS = 2.5  # a launcher ends all ranks when the first exits; until then they can write their reports
 
 
 class Reporter:
-    """Writes the report of this rank, once, whoever asks first, and ends the process.
+    """Writer of this rank's report. It writes once, for the first caller, and then ends the process.
 
     Args:
-        rank: Of this process.
-        flight_recorder: Where it is.
-        streams: Files to write to, such as the rank's log and the error stream.
-        exit_process: What ends the process.
-        grace_seconds: Between report and end.
+        rank: Rank of this process.
+        flight_recorder: Recorder that knows where this process is.
+        streams: Files for the report, such as the rank's log and the error stream.
+        exit_process: Called with the exit code; ends the process.
+        grace_seconds: Time between the report and the exit.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Reporter:
         self._is_ending = False
 
     def end(self, reason: str) -> None:
-        """Write a report and end the process with EXIT_LOST; returns at once where another thread is at it.
+        """Write a report and end the process with EXIT_LOST; return at once if another thread does so already.
 
         Args:
-            reason: Why, to follow "rank N: ".
+            reason: Reason of the end, to follow "rank N: ".
         """
         with self._lock:
             if self._is_ending:
@@ -56,16 +56,20 @@ class Reporter:
         self._exit(EXIT_LOST)
 
     def write(self, reason: str) -> None:
-        """Write a report: the reason, what the flight recorder knows, and the Python stacks of all threads."""
+        """Write a report: the reason, what the flight recorder knows, and the Python stacks of all threads.
+
+        Args:
+            reason: Reason of the report, to follow "rank N: ".
+        """
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         text = f"\n{now} rank {self.rank}: {reason}\nrank {self.rank} is at {self.flight_recorder.describe()}\n"
         for stream in self._streams:
             _write(stream, text)
 
     def wait_for_end(self) -> None:
-        """Where another thread is ending the process: let it, and do not return. Else do nothing.
+        """Do not return if another thread is ending the process; otherwise do nothing.
 
-        For a thread that meets an error meanwhile, such as that of a rank that ended first.
+        A thread calls this after an error that may come from the end of another rank.
         """
         with self._lock:
             is_ending = self._is_ending
@@ -79,5 +83,5 @@ def _write(stream: TextIO, text: str) -> None:
         stream.write(text)
         stream.flush()
         faulthandler.dump_traceback(file=stream, all_threads=True)
-    except (OSError, ValueError):  # a full disk or closed stream: the process is to end all the same
+    except (OSError, ValueError):  # the disk is full or the stream closed: the process must end all the same
         return

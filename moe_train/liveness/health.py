@@ -1,4 +1,4 @@
-"""What a rank needs to notice, and to say, that it or another rank cannot go on."""
+"""Health of one rank: everything with which it notices, and reports, that it or another rank cannot continue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from moe_train.liveness.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Health:
-    """Of one rank.
+    """Health monitors of one rank.
 
     Attributes:
-        flight_recorder: Where it is.
-        reporter: Writes that.
-        peers: Know which rank is lost.
-        watchdog: Ends a step that hangs.
+        flight_recorder: Recorder of where this rank is.
+        reporter: Writer of this rank's report.
+        peers: Monitor of all ranks; knows which rank is lost.
+        watchdog: Thread that ends a hanging step.
     """
 
     flight_recorder: FlightRecorder
@@ -29,9 +29,15 @@ class Health:
     watchdog: Watchdog
 
     def explain(self, error: BaseException) -> tuple[str, int]:
-        """What an error that ends this rank comes from, in words, and the exit code; the other ranks are told.
+        """Explain an error that ends this rank, and tell the other ranks.
 
-        Does not return where another thread is ending the process.
+        It does not return if another thread is ending the process.
+
+        Args:
+            error: Error that this rank met.
+
+        Returns:
+            Cause of the error, for a message, and the exit code.
         """
         text = f"{type(error).__name__}: {error}"
         if is_communication_error(error):
@@ -43,7 +49,7 @@ class Health:
         return text, exit_code_of(error)
 
     def leave(self) -> None:
-        """The end in order, after the last collective operation."""
+        """Stop the monitors after the last collective operation, when this rank ends as planned."""
         self.watchdog.stop()
         self.peers.leave()
 
@@ -57,15 +63,15 @@ def connect(
     peer_timeout_seconds: float,
     streams: Sequence[TextIO],
 ) -> Health:
-    """Begin to watch this rank and the others.
+    """Start to monitor this rank and the others.
 
     Args:
-        address: Of rank 0's host, as the other ranks reach it.
-        rank: This rank.
-        world_size: Ranks.
-        step_timeout_seconds: After which a step counts as hanging.
-        peer_timeout_seconds: Without a sign of life, after which a rank counts as lost.
-        streams: Where reports are written.
+        address: Address of rank 0's host, as the other ranks reach it.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        step_timeout_seconds: Time after which a step counts as hanging.
+        peer_timeout_seconds: Time without a heartbeat after which a rank counts as lost.
+        streams: Files to which reports are written.
 
     Collective: All ranks.
     """

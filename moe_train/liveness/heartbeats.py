@@ -1,11 +1,11 @@
-"""Who is silent, gone or has failed, from values that ranks change as long as they live. Pure: no clock, no thread."""
+"""Heartbeats: which rank is silent, gone or failed, from values that living ranks change. Pure: no clock, no thread."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PATIENCE_SECONDS = 4.0  # silence that counts once communication has failed: four beats
-_SUSPECT_SECONDS = 2.5  # silence from which a rank may turn out to be the first one lost
-_DELAY_SECONDS = 3.0  # between two looks: the observer itself was stopped, and what it missed is no silence
+PATIENCE_SECONDS = 4.0  # silence that counts once communication has failed: four heartbeats
+_SUSPECT_SECONDS = 2.5  # silence after which a rank may turn out to be the first one lost
+_DELAY_SECONDS = 3.0  # after a longer pause between two calls, the observer itself was stopped: that is no silence
 
 LEFT = "left"
 FAILED = "failed: "
@@ -13,12 +13,12 @@ FAILED = "failed: "
 
 @dataclass(frozen=True)
 class Absence:
-    """A rank that is not there as it should be.
+    """Absence of a rank that should be there.
 
     Attributes:
-        rank: The rank.
-        seconds: Since its last sign of life, or since it was known to fail.
-        reason: What is known beyond silence, to follow "rank N"; None: it is silent.
+        rank: The absent rank.
+        seconds: Time since its last heartbeat, or since its failure was known.
+        reason: What is known apart from silence, to follow "rank N"; None: the rank is silent.
     """
 
     rank: int
@@ -27,28 +27,33 @@ class Absence:
 
     @property
     def is_certain(self) -> bool:
-        """Whether it can be named, once communication has failed."""
+        """Whether the rank can be named as lost, once communication has failed."""
         return self.reason is not None or self.seconds >= PATIENCE_SECONDS
 
     def describe(self) -> str:
-        """In words."""
+        """Describe the absence in a clause: rank, and silence or reason."""
         silence = f"has given no sign of life for {self.seconds:.0f} s"
         return f"rank {self.rank} {silence if self.reason is None else self.reason}"
 
 
 def first_absence(absences: list[Absence]) -> Absence | None:
-    """The one that began first: others may have ended because of it."""
+    """Return the absence that began first, or None: the other ranks may have ended because of it."""
     return max(absences, key=lambda absence: absence.seconds, default=None)
 
 
 class Heartbeats:
-    """Watches some ranks. Times are the observer's own: no clocks of two hosts are compared.
+    """Heartbeats of some ranks, with times of the observer's own clock: clocks of two hosts are never compared.
 
-    A value is a number that grows while the rank lives, LEFT, or FAILED and a message.
+    A rank's value is a number that grows while the rank lives, LEFT, or FAILED and a message.
     """
 
     def __init__(self, ranks: list[int], now: float) -> None:
-        """ranks: Those to watch; now: seconds of any clock that only goes forward."""
+        """Start to observe.
+
+        Args:
+            ranks: Ranks to observe.
+            now: Seconds of a clock that never goes back.
+        """
         self._values = dict.fromkeys(ranks, "")
         self._changed = dict.fromkeys(ranks, now)
         self._reasons: dict[int, str] = {}
@@ -56,17 +61,26 @@ class Heartbeats:
 
     @property
     def ranks(self) -> list[int]:
-        """Those that are watched."""
+        """Ranks that are observed."""
         return list(self._values)
 
     def look(self, now: float) -> None:
-        """Say that the observer is awake; call it every second. After a delay of its own it starts all clocks anew."""
+        """Note that the observer is awake. Call it every second: after a longer delay, each silence starts anew.
+
+        Args:
+            now: Seconds of the clock.
+        """
         if now - self._looked > _DELAY_SECONDS:
             self._changed.update((rank, now) for rank in self._changed if rank not in self._reasons)
         self._looked = now
 
     def hear(self, values: Mapping[int, str], now: float) -> None:
-        """Take in what the ranks have written."""
+        """Take in the values that ranks have written.
+
+        Args:
+            values: Value of each rank.
+            now: Seconds of the clock.
+        """
         for rank, value in values.items():
             if value != self._values[rank]:
                 self._values[rank], self._changed[rank] = value, now
@@ -74,12 +88,21 @@ class Heartbeats:
                     self._reasons[rank] = value
 
     def lose(self, rank: int, reason: str) -> None:
-        """A rank is known to be gone since its last sign of life, unless it has said why."""
+        """Note that a rank has been gone since its last heartbeat, unless it has left or has given its own reason.
+
+        Args:
+            rank: Rank that is gone.
+            reason: How it is known, to follow "rank N".
+        """
         if self._values[rank] != LEFT:
             self._reasons.setdefault(rank, reason)
 
     def absences(self, now: float) -> list[Absence]:
-        """Ranks that have failed, or have been silent for so long that they may be lost; not those that have left."""
+        """List the ranks that have failed, or are silent so long that they may be lost, without ranks that have left.
+
+        Args:
+            now: Seconds of the clock.
+        """
         found = []
         for rank, value in self._values.items():
             seconds = now - self._changed[rank]
@@ -90,5 +113,5 @@ class Heartbeats:
         return found
 
     def num_present(self) -> int:
-        """Ranks that have neither left nor failed."""
+        """Count the ranks that have neither left nor failed."""
         return sum(value != LEFT and rank not in self._reasons for rank, value in self._values.items())

@@ -1,8 +1,9 @@
-"""Which rank is lost: signs of life of all ranks, beside their collectives, and the end of a rank that waits in vain.
+"""Monitor of all ranks: heartbeats beside their collectives show which rank is lost, and end ranks that wait in vain.
 
-Every rank writes its own value each second; rank 0 reads them all and writes one verdict; the others read that, and see
-by its number whether rank 0 lives. So a rank makes two requests a second, however many there are. Two threads: one
-talks to the store, where it may block for ever; the other judges by what was heard last.
+Every rank writes its own value each second. Rank 0 reads all values and writes one verdict. The other ranks read the
+verdict; its number shows whether rank 0 lives. So each rank makes two requests per second, however many ranks there
+are. There are two threads: one talks to the store, where it may block for ever; the other one judges by what was read
+last.
 """
 
 import json
@@ -16,23 +17,23 @@ from moe_train.liveness.hang_report import Reporter
 from moe_train.liveness.heartbeats import FAILED, LEFT, Absence, Heartbeats, first_absence
 
 _VERDICT = "verdict"
-_MOST_TOLD = 16  # absent ranks in a verdict, first ones first
-_STUCK_SECONDS = 4.0  # without a move of the flight recorder
-_SAY_SECONDS = 3.0  # for the last word to reach the store, and for the others to leave before the store ends
-_MOST_CHARACTERS = 500  # of a failure's message
+_MOST_TOLD = 16  # absent ranks in a verdict, the longest absent first
+_STUCK_SECONDS = 4.0  # without progress in the flight recorder
+_SAY_SECONDS = 3.0  # for the last word to reach the store, and for the other ranks to leave before the store ends
+_MOST_CHARACTERS = 500  # length of a failure's message
 
 
 class PeerMonitor:
-    """Knows which rank is lost. Make it with `join_peers`.
+    """Monitor that knows which rank is lost. Create it with `join_peers`.
 
     Args:
-        store: Of all ranks; None for one process: nobody is ever lost.
-        rank: Of this process.
-        world_size: All ranks.
-        timeout_seconds: Silence after which a rank is lost, and this one ends if it is stuck.
-        reporter: Writes where the process is, and ends it; its flight recorder tells whether the process moves.
-        beat_seconds: Between two signs of life.
-        clock: Seconds that only go forward.
+        store: Store of all ranks; None for one process: no rank is ever lost.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        timeout_seconds: Silence after which a rank is lost, and after which this rank ends if it is stuck.
+        reporter: Writes where the process is, and ends it. Its flight recorder shows whether the process moves.
+        beat_seconds: Time between two heartbeats.
+        clock: Returns seconds that never go back.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class PeerMonitor:
     ) -> None:
         self._store, self._rank, self._timeout, self._reporter = store, rank, timeout_seconds, reporter
         self._beat_seconds, self._clock = beat_seconds, clock
-        self._lock = threading.Lock()  # of the next two
+        self._lock = threading.Lock()  # guards the next two lines
         self._heartbeats = Heartbeats(list(range(1, world_size)) if rank == 0 else [0], clock())
         self._told, self._told_at = list[Absence](), clock()
         self._last_word: str | None = None
@@ -55,26 +56,26 @@ class PeerMonitor:
         self._wake, self._is_said, self._stopped, self._closed = (threading.Event() for _ in range(4))
 
     def start(self) -> None:
-        """Begin to give and hear signs of life."""
+        """Start to send and read heartbeats."""
         if self._store is not None:
             threading.Thread(target=self._talk, args=(self._store,), name="signs of life", daemon=True).start()
             threading.Thread(target=self._judge, name="peer monitor", daemon=True).start()
 
     def suspect(self) -> str | None:
-        """Which rank is gone, has failed, or is silent for more than four seconds, as far as it is known now."""
+        """Name a rank that is gone, has failed, or is silent for more than four seconds; None if none is known now."""
         first = self._first_absence()
         return first.describe() if first is not None and first.is_certain else None
 
     def culprit(self, wait_seconds: float = 10.0) -> str | None:
-        """Which rank is to blame for an error of communication; returns as soon as it is known.
+        """Name the rank to blame for a communication error, as soon as it is known.
 
-        Does not return where a thread of this process is ending it: the error then is of another rank that ended.
+        It does not return if a thread of this process is ending it: the error then comes from another rank's end.
 
         Args:
-            wait_seconds: For silence to be noticed.
+            wait_seconds: Time to wait until a silence is noticed.
 
         Returns:
-            Such as "rank 2 has given no sign of life for 5 s"; None: all ranks live.
+            A clause such as "rank 2 has given no sign of life for 5 s"; None: all ranks live.
         """
         self._reporter.wait_for_end()
         self._is_asking = True
@@ -95,21 +96,21 @@ class PeerMonitor:
             with self._lock:
                 if self._heartbeats.num_present() == 0:
                     break
-            self._wake.set()  # hear them now, not with the next beat
+            self._wake.set()  # read the values now, not at the next heartbeat
             time.sleep(0.05)
         self._closed.set()
 
     def fail(self, message: str) -> None:
-        """Tell the others that this rank ends, and why. After an error of communication ask `culprit` first.
+        """Tell the others that this rank ends, and why. After a communication error, call `culprit` first.
 
-        The process has to end soon afterwards, since nobody ends it any more.
+        The process must end soon afterwards, because the monitor does not end it any more.
 
         Args:
-            message: Such as "ValueError: ...".
+            message: Reason of the failure, such as "ValueError: ...".
         """
         self._say(FAILED + message[:_MOST_CHARACTERS])
         if self._rank == 0:
-            self._closed.wait(2.5 * self._beat_seconds)  # the store ends with this process; the others read once a beat
+            self._closed.wait(2.5 * self._beat_seconds)  # the store ends with this process; others read once per beat
         self._closed.set()
 
     def _say(self, word: str) -> None:
@@ -126,7 +127,7 @@ class PeerMonitor:
         try:
             while not self._closed.is_set():
                 number += 1
-                self._wake.clear()  # before the word is read, so that none is overlooked
+                self._wake.clear()  # before the word is read, so that no word is missed
                 word = self._last_word
                 if self._rank == 0:
                     self._hear_all(store)
@@ -138,7 +139,7 @@ class PeerMonitor:
                 if word is not None:
                     self._is_said.set()
                 self._wake.wait(self._beat_seconds)
-        except ConnectionError:  # rank 0 holds the store
+        except ConnectionError:  # the store is in rank 0's process
             with self._lock:
                 if self._rank != 0:
                     self._heartbeats.lose(0, "is gone: its connection was closed")
@@ -175,7 +176,7 @@ class PeerMonitor:
         with self._lock:
             self._heartbeats.look(now)
             found = self._heartbeats.absences(now)
-            # Rank 0 may have ended over what it told last.
+            # Rank 0 may have ended because of the absences in its last verdict.
             later = now - self._told_at
             found += [replace(told, seconds=told.seconds + later * told.is_certain) for told in self._told]
         return first_absence(found)
@@ -195,15 +196,18 @@ class PeerMonitor:
 def join_peers(
     address: str, rank: int, world_size: int, timeout_seconds: float, reporter: Reporter, beat_seconds: float = 1.0
 ) -> PeerMonitor:
-    """Start to watch all ranks.
+    """Start to monitor all ranks.
 
     Args:
-        address: Of rank 0's host, as the other ranks reach it.
-        rank: Of this process.
-        world_size: All ranks.
+        address: Address of rank 0's host, as the other ranks reach it.
+        rank: Rank of this process.
+        world_size: Number of ranks.
         timeout_seconds: Silence after which a rank is lost.
         reporter: Writes where the process is, and ends it.
-        beat_seconds: Between two signs of life.
+        beat_seconds: Time between two heartbeats.
+
+    Returns:
+        The running monitor.
 
     Raises:
         RuntimeError: If a rank cannot reach rank 0; the same on every rank.

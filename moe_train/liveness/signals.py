@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the first lets it finish its step and save, a second ends it at once."""
+"""Signals that stop a run: the first one lets it finish its step and save, a second one ends it at once."""
 
 import os
 import signal
@@ -9,17 +9,17 @@ from types import FrameType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A launcher hands on what it gets, as SIGTERM: Ctrl-C reaches a rank as SIGINT from the terminal and soon after as
-# SIGTERM from its launcher. Slurm may send the same signal to a task twice at once.
+# A launcher passes on its own signals as SIGTERM. So Ctrl-C reaches a rank as SIGINT from the terminal, and soon after
+# as SIGTERM from its launcher. Slurm may send the same signal to a task twice at once.
 _OTHER_ECHO_SECONDS = 2.0
 _SAME_ECHO_SECONDS = 0.1
 
 
 class StopSignals:
-    """Notes the first stop signal while its block runs.
+    """Recorder of the first stop signal that arrives while its block runs.
 
-    A thread reads the signals from a pipe that the interpreter's C handler writes to, so that a second one ends the
-    process also while the main thread waits in a collective operation.
+    A thread reads the signals from a pipe, which the interpreter's C handler writes to. So a second signal ends the
+    process even while the main thread waits in a collective operation.
     """
 
     def __init__(
@@ -28,12 +28,12 @@ class StopSignals:
         end: Callable[[int], Any] = os._exit,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare.
+        """Create the recorder. It takes effect with its block.
 
         Args:
-            say: Told about each signal, from another thread.
-            end: Ends the process with an exit code.
-            clock: Seconds.
+            say: Called with a message about each signal, from another thread.
+            end: Called with an exit code; ends the process.
+            clock: Returns seconds that never go back.
         """
         self._say, self._end, self._clock = say, end, clock
         self._first: tuple[signal.Signals, float] | None = None
@@ -47,16 +47,16 @@ class StopSignals:
         return self._first[0] if self._first is not None else None
 
     def ignore(self) -> None:
-        """Take no signal seriously any more, also after the block: this rank leaves with its exit code.
+        """Ignore all further signals, also after the block: this rank ends with its exit code.
 
-        A launcher that sees one rank go ends the others, which are about to go too.
+        A launcher that sees one rank end sends signals to the others, which are about to end too.
         """
         self._is_leaving = True
 
     def __enter__(self) -> Self:
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # The C handler writes to the pipe only where there is a Python handler too.
+        # The C handler writes to the pipe only if a Python handler is set too.
         self._before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         threading.Thread(target=self._read, args=(read,), name="stop signals", daemon=True).start()
@@ -66,7 +66,7 @@ class StopSignals:
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._is_leaving else handler)
-        os.close(self._write)  # the thread ends
+        os.close(self._write)  # ends the thread
 
     def _read(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):
@@ -91,4 +91,4 @@ class StopSignals:
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """A Python handler, so that the interpreter's own is in place."""
+    """Python handler that does nothing. It keeps the interpreter's C handler in place."""

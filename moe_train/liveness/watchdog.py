@@ -1,4 +1,4 @@
-"""Notices a step that does not end."""
+"""Watchdog for steps that do not end."""
 
 import contextlib
 import threading
@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 
 from moe_train.liveness.hang_report import Reporter
 
-_MOST_COUNTED = 2.0  # seconds between two looks: a stop of the whole process (SIGSTOP, a host asleep) is no hang
+_MOST_COUNTED = 2.0  # longest time between two polls: a stop of the whole process (SIGSTOP, suspend) is not a hang
 
 
 class Watchdog:
-    """A thread that ends the process, with a report, when a watched block takes too long.
+    """Thread that writes a report and ends the process if a watched block takes too long.
 
     Args:
-        timeout_seconds: For one block.
+        timeout_seconds: Longest time for one block.
         reporter: Writes where the process is, and ends it.
-        culprit: Tells which rank is to blame, if that is known; it must not wait.
-        clock: Seconds that only go forward.
+        culprit: Returns a clause about the rank to blame, or None if unknown; it must not wait.
+        clock: Returns seconds that never go back.
     """
 
     def __init__(
@@ -30,24 +30,24 @@ class Watchdog:
         self._timeout, self._reporter, self._culprit, self._clock = timeout_seconds, reporter, culprit, clock
         self._look_seconds = min(0.5, timeout_seconds / 10)
         self._name, self._num_blocks = "", 0
-        # The number of the block being watched, 0 outside of one. Written by one thread in whole assignments: no lock.
+        # Number of the watched block; 0 outside of a block. One thread writes it by atomic assignments: no lock.
         self._block = 0
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the thread."""
         self._stopped.set()
 
     @contextlib.contextmanager
     def watching(self, name: str = "the step") -> Iterator[None]:
-        """The block has to end in time. Blocks follow each other; each has the whole time.
+        """Watch the block, which must end in time. Each block has the full time; blocks must not be nested.
 
         Args:
-            name: What the report calls it.
+            name: Name of the block in the report.
         """
         self._num_blocks += 1
         self._name = name

@@ -1,16 +1,19 @@
-"""One block of the decoder: norm, mixer, norm, dense SwiGLU or MoE layer.
+"""One block of the decoder: norm, mixer, norm, feed-forward layer.
 
 Legend: B batch, S sequence, D hidden_size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
-from moe_train.model.decode_state import KeyValue
-from moe_train.model.mixers.base import Mixer, MixerContext
-from moe_train.model.moe.layer import MoELayer, MoEStats
+from moe_train.model.decode_state import LayerStates
+from moe_train.model.feed_forward import FeedForward
+from moe_train.model.mixers.base import Mixer, MixerContext, Shared
+from moe_train.model.moe.steps import RoutingSums
+
+NO_STATES = LayerStates()
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,13 @@ class BlockOutput:
 
     Attributes:
         x_BSD: The residual stream.
-        key_value: Keys and values of the nearest owner at or below this block.
-        stats: The MoE layer's, or None for a dense block.
+        shared: What the layers above see of this layer and those below.
+        sums: Routing sums of the MoE layer; None for a dense block.
     """
 
     x_BSD: Tensor
-    key_value: KeyValue | None
-    stats: MoEStats | None
+    shared: Shared
+    sums: RoutingSums | None
 
 
 class Block(nn.Module):
@@ -34,7 +37,7 @@ class Block(nn.Module):
     def __init__(
         self,
         mixer: Mixer,
-        feed_forward: nn.Module,
+        feed_forward: FeedForward,
         mixer_norm: nn.Module,
         feed_forward_norm: nn.Module,
         norm_position: Literal["pre", "post"],
@@ -44,28 +47,25 @@ class Block(nn.Module):
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
         self.is_pre_norm = norm_position == "pre"
 
-    def forward(self, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
-        """The next residual stream.
+    def forward(self, x_BSD: Tensor, context: MixerContext, states: LayerStates = NO_STATES) -> BlockOutput:
+        """Compute the next residual stream.
 
         Args:
             x_BSD: Residual stream.
-            context: The block's surroundings; its key_value are those of the owner below.
+            context: The block's surroundings; its `shared` is what the layers below have handed up.
+            states: This layer's states while decoding.
 
         Collective: All ranks of the expert-parallel group, where the block has an MoE layer.
         """
         inner_BSD = self.mixer_norm(x_BSD) if self.is_pre_norm else x_BSD
-        context = context.with_key_value(self.mixer.publish(inner_BSD, context))
-        x_BSD = x_BSD + self.mixer(inner_BSD, context)
+        mixed_BSD, shared = self.mixer(inner_BSD, replace(context, state=states.mixer))
+        x_BSD = x_BSD + mixed_BSD
         if not self.is_pre_norm:
             x_BSD = self.mixer_norm(x_BSD)
 
         inner_BSD = self.feed_forward_norm(x_BSD) if self.is_pre_norm else x_BSD
-        stats = None
-        if isinstance(self.feed_forward, MoELayer):
-            update_BSD, stats = self.feed_forward(inner_BSD, context.token_keys_BS)
-        else:
-            update_BSD = self.feed_forward(inner_BSD)
+        update_BSD, sums = self.feed_forward(inner_BSD, replace(context, state=states.feed_forward))
         x_BSD = x_BSD + update_BSD
         if not self.is_pre_norm:
             x_BSD = self.feed_forward_norm(x_BSD)
-        return BlockOutput(x_BSD, context.key_value, stats)
+        return BlockOutput(x_BSD, shared, sums)

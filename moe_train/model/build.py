@@ -4,20 +4,25 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.parts import read_section
+from moe_train.config.registry import load_part
+from moe_train.distributed.collectives import Group
 from moe_train.distributed.flight_recorder import FlightRecorder
 from moe_train.distributed.observer import CommObserver
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.model.block import Block
+from moe_train.model.feed_forward import DenseSwiGLU, FeedForward
 from moe_train.model.layers import Embedding, Linear, SwiGLU, make_norm
-from moe_train.model.mixers import MIXERS
-from moe_train.model.moe.capacity import CapacityLimit
-from moe_train.model.moe.dispatch import DISPATCHERS, Dispatcher, Path
+from moe_train.model.mixers.base import MixerKind, MixerSpec
+from moe_train.model.moe.capacity import NO_LIMIT, CapacityLimit
+from moe_train.model.moe.dispatch.base import Dispatcher, DispatcherKind, DispatchSpec
+from moe_train.model.moe.dispatch.local import LocalDispatcher
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
-from moe_train.model.moe.routers import Router, build_router
+from moe_train.model.moe.routers.base import Router
+from moe_train.model.moe.routers.build import build_router
 from moe_train.model.transformer import Transformer
 from moe_train.ops.payload import Payload, PayloadName
 
@@ -29,7 +34,7 @@ class ExpertPlacement:
     Attributes:
         rank: This process in its expert-parallel group.
         size: Ranks that share the experts.
-        path: The groups in which tokens travel to them; none for one process.
+        dispatch_groups: Process groups that a token passes on its way to them; none where all experts are here.
         dispatch: Name of the dispatcher.
         num_chunks: In which tokens travel.
         payload: The form in which they travel.
@@ -39,7 +44,7 @@ class ExpertPlacement:
 
     rank: int = 0
     size: int = 1
-    path: Path = ()
+    dispatch_groups: tuple[Group, ...] = ()
     dispatch: str = "flat"
     num_chunks: int = 1
     payload: PayloadName = "model"
@@ -48,8 +53,11 @@ class ExpertPlacement:
 
     def dispatcher(self, layer: int) -> Dispatcher:
         """The dispatcher of a layer, which tells of its all-to-alls."""
+        if not self.dispatch_groups:
+            return LocalDispatcher()
+        kind: DispatcherKind = load_part("dispatchers", self.dispatch)
         observer = CommObserver(self.meter, self.flight_recorder, layer)
-        return DISPATCHERS[self.dispatch](self.num_chunks, Payload(self.payload), observer)
+        return kind.build(DispatchSpec(self.dispatch_groups, self.num_chunks, Payload(self.payload), observer))
 
 
 def build_model(
@@ -91,15 +99,30 @@ def build_model(
 def _build_block(
     config: ModelConfig, layer: int, seed: int, place: ExpertPlacement, output_std: float, measures: bool
 ) -> Block:
-    feed_forward: nn.Module
+    feed_forward: FeedForward
     if layer in config.moe_layer_indices:
         router = build_router(config, layer, seed, measures)
         feed_forward = _build_moe(config, layer, router, place, output_std)
     else:
-        feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, config.init_std, output_std)
+        feed_forward = DenseSwiGLU(config.hidden_size, config.intermediate_size, config.init_std, output_std)
     norms = [make_norm(config.norm, config.hidden_size, config.norm_epsilon) for _ in range(2)]
-    mixer = MIXERS[config.mixer](config, layer, output_std)
-    return Block(mixer, feed_forward, norms[0], norms[1], config.norm_position)
+    kind, spec = mixer_of(config, layer, output_std)
+    return Block(kind.build(spec), feed_forward, norms[0], norms[1], config.norm_position)
+
+
+def mixer_of(config: ModelConfig, layer: int, output_std: float = 0.0) -> tuple[MixerKind, MixerSpec]:
+    """The kind of mixer of a layer, and what it is built from.
+
+    Args:
+        config: The model section.
+        layer: Index of the block, from 0.
+        output_std: As in `MixerSpec`; only building needs it.
+    """
+    name = config.layer_mixers[layer]
+    kind = load_part("mixers", name)
+    return kind, MixerSpec(
+        config, read_section(kind.section, config.part_settings.get(name), f"model.{name}"), layer, output_std
+    )
 
 
 def _build_moe(config: ModelConfig, layer: int, router: Router, place: ExpertPlacement, output_std: float) -> MoELayer:
@@ -114,7 +137,7 @@ def _build_moe(config: ModelConfig, layer: int, router: Router, place: ExpertPla
         init_std=config.init_std,
         output_std=output_std,
     )
-    capacity = None
+    capacity = NO_LIMIT
     if moe.capacity_factor is not None or moe.eval_capacity_factor is not None:
         per_sequence = moe.capacity_scope == "sequence"
         capacity = CapacityLimit(moe.capacity_factor, moe.eval_capacity_factor, per_sequence, moe.drop_policy)
@@ -122,4 +145,4 @@ def _build_moe(config: ModelConfig, layer: int, router: Router, place: ExpertPla
     if moe.num_shared_experts:
         # The sum of n SwiGLUs is one of n times the width.
         shared = SwiGLU(config.hidden_size, moe.num_shared_experts * width, config.init_std, output_std)
-    return MoELayer(router, place.dispatcher(layer), experts, moe.num_experts, place.path, capacity, shared)
+    return MoELayer(router, place.dispatcher(layer), experts, capacity, shared)

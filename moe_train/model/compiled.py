@@ -12,18 +12,18 @@ takes does not grow with their number.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config.errors import UsageError
-from moe_train.model.decode_state import KeyValue
+from moe_train.model.feed_forward import DenseSwiGLU
 from moe_train.model.layers import LayerNorm, RMSNorm, SwiGLU
-from moe_train.model.mixers import AttentionMixer, MixerContext
-
-Result = TypeVar("Result", Tensor, KeyValue)
+from moe_train.model.mixers.attention import AttentionMixer, without_key_value
+from moe_train.model.mixers.base import MixerContext, Shared
 
 
 def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
@@ -42,7 +42,7 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
         if isinstance(module, AttentionMixer):
             _compile_attention(module, backend)
         elif isinstance(module, SwiGLU):
-            _replace(module, "forward", _compiled_in_training(module, module.forward, _swiglu_forward, backend))
+            _compile_swiglu(module, backend)
         elif isinstance(module, RMSNorm | LayerNorm):
             _replace(module, "forward", _compiled_in_training(module, module.forward, type(module).forward, backend))
 
@@ -73,19 +73,31 @@ def _twice(x: Tensor) -> Tensor:
 
 
 def _compile_attention(mixer: AttentionMixer, backend: str) -> None:
-    def with_angles(function: Callable[..., Result]) -> Callable[..., Result]:
-        def call(x_BSD: Tensor, context: MixerContext) -> Result:
-            # Formed here, or the first layer, which forms them for all, would be compiled apart from the others.
-            context.rotary_angles(mixer.head_dim, mixer.rope_theta)
-            return function(x_BSD, context)
-
-        return call
-
     forward = _compiled_in_training(mixer, mixer.forward, AttentionMixer.forward, backend)
-    _replace(mixer, "forward", with_angles(forward))
-    if mixer.key is not None:  # else it hands on what it is given
-        publish = _compiled_in_training(mixer, mixer.publish, AttentionMixer.publish, backend)
-        _replace(mixer, "publish", with_angles(publish))
+
+    def call(x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, Shared]:
+        # Formed here, or the first layer, which forms them for all, would be compiled apart from the others.
+        context.rotary_angles(mixer.head_dim, mixer.rope_theta)
+        if mixer.key is None:
+            return forward(x_BSD, context)
+        # Without what the layers below hand up: the first owner, below which is nothing, is compiled as the others.
+        y_BSD, own = forward(x_BSD, replace(context, shared={}))
+        return y_BSD, without_key_value(context.shared) | own
+
+    _replace(mixer, "forward", call)
+
+
+def _compile_swiglu(module: SwiGLU, backend: str) -> None:
+    forward = _compiled_in_training(module, partial(SwiGLU.forward, module), _swiglu_forward, backend)
+    if not isinstance(module, DenseSwiGLU):  # shared experts
+        _replace(module, "forward", forward)
+        return
+
+    def call(x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, None]:
+        del context
+        return forward(x_BSD), None
+
+    _replace(module, "forward", call)
 
 
 def _swiglu_forward(module: SwiGLU, x: Tensor) -> Tensor:
@@ -128,17 +140,17 @@ def _recorded(argument: Tensor | MixerContext) -> Tensor | MixerContext:
     # What was compiled for inputs that carry a gradient is compiled anew for those that do not.
     if isinstance(argument, Tensor):
         return argument.detach().requires_grad_()
-    held = argument.key_value
-    if held is None:
-        return argument
-    k_BGCd, v_BGCd = held.k_BGCd.detach().requires_grad_(), held.v_BGCd.detach().requires_grad_()
-    return argument.with_key_value(replace(held, k_BGCd=k_BGCd, v_BGCd=v_BGCd))
+    shared = {
+        name: tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+        for name, tensor in argument.shared.items()
+    }
+    return replace(argument, shared=shared)
 
 
-def _detached(result: Tensor | KeyValue) -> Tensor | KeyValue:
-    if isinstance(result, KeyValue):
-        return replace(result, k_BGCd=result.k_BGCd.detach(), v_BGCd=result.v_BGCd.detach())
-    return result.detach()
+def _detached(result: Tensor | tuple[Tensor, Shared]) -> Any:
+    if isinstance(result, Tensor):
+        return result.detach()
+    return result[0].detach(), {name: tensor.detach() for name, tensor in result[1].items()}
 
 
 def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:

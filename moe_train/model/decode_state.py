@@ -1,9 +1,12 @@
-"""What a model keeps between decoding steps: one entry for every layer that owns keys and values.
+"""What a model remembers of a sequence while it decodes: one state per layer that remembers something.
 
-Legend: B batch, G key/value heads, C keys so far, S new keys, d head size.
+A state can go back: `snapshot` marks a place, `restore` returns to it, and `keep` returns to it and takes in the first
+tokens since, as many as each row says. So tokens can be proposed, judged, and kept in part.
+
+Legend: B batch, S new tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,30 +15,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class KeyValue:
-    """Keys and values that an owner layer publishes for itself and the layers above that read them.
-
-    Attributes:
-        k_BGCd: Keys after rotary embedding.
-        v_BGCd: Values.
-        positions_BC: int64 positions of the keys; B may be 1.
-        documents_BC: int64 document ids of the keys, or None.
-    """
-
-    k_BGCd: Tensor
-    v_BGCd: Tensor
-    positions_BC: Tensor
-    documents_BC: Tensor | None
-
-
-@dataclass(frozen=True)
 class CacheSpec:
-    """The room that is set aside before the first token.
+    """Sizes of the states, which are allocated before the first token.
 
     Attributes:
         batch_size: Sequences that are decoded together.
-        max_length: Most tokens of one of them, padding included.
-        dtype: Of keys and values: bf16 and fp32 are usual, whatever the model computes in.
+        max_length: Most tokens of one sequence, padding included.
+        dtype: dtype of cached keys and values: bf16 and fp32 are usual, whatever the model computes in. Recurrent
+            states are at least fp32.
         device: Where the model is.
     """
 
@@ -46,200 +33,170 @@ class CacheSpec:
 
 
 class DecodeState(Protocol):
-    """A layer's memory of the sequence while decoding. Every mixer's state has these four."""
-
-    def append(self, new: Any) -> Any:
-        """Take in what the mixer computed for new tokens; returns what it is to read, old and new."""
+    """A layer's memory of the sequence. What it takes in and what it gives is between it and its layer."""
 
     def snapshot(self) -> Any:
-        """A mark to come back to; one that was taken after another is void once that is restored."""
+        """Mark this place. A mark is void once an earlier one is restored; only tokens since the newest can be kept."""
 
     def restore(self, mark: Any) -> None:
-        """Forget everything appended since the mark; it can be restored again."""
+        """Forget every token since the mark; it can be restored again."""
+
+    def keep(self, mark: Any, counts_B: Tensor) -> None:
+        """Forget every token since the mark but the first counts_B of each row.
+
+        Args:
+            mark: The newest mark.
+            counts_B: int64, between 0 and the tokens since the mark.
+        """
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside."""
+        """Bytes allocated."""
+
+
+Tensors = dict[str, Tensor]
+"""Named tensors [B, ...], whose values are never changed in place."""
+
+
+class RecurrentState:
+    """Named tensors that stand for the whole past, and the function that takes new tokens in.
+
+    The function is the same that training runs from an empty state: it never writes in place, so that a mark is a
+    reference and copies nothing.
+    """
+
+    def __init__(self, tensors: Tensors, advance: Callable[[Tensors, Tensors, Tensor | None], tuple[Tensors, Any]]):
+        """Start from an empty state.
+
+        Args:
+            tensors: The empty state; every tensor [B, ...].
+            advance: Takes a state, the new tokens' tensors [B, S, ...] and valid_BS (bool; None: all are), and returns
+                the next state and what the layer reads at each token. A token that is not valid leaves the state as it
+                is.
+        """
+        self._tensors, self._advance = dict(tensors), advance
+        self._since: list[Tensors] | None = None  # what came since the newest mark; None: nobody has asked for one
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The state by name."""
+        return self._tensors
+
+    def append(self, new: Tensors) -> Any:
+        """Take in new tokens and return what the layer reads at each of them.
+
+        Args:
+            new: Tensors [B, S, ...] of S tokens.
+        """
+        self._tensors, read = self._advance(self._tensors, new, None)
+        if self._since is not None:
+            self._since.append(new)
+        return read
+
+    def snapshot(self) -> Tensors:
+        self._since = []
+        return self._tensors
+
+    def restore(self, mark: Tensors) -> None:
+        self._tensors, self._since = mark, [] if self._since is not None else None
+
+    def keep(self, mark: Tensors, counts_B: Tensor) -> None:
+        assert self._since is not None, "there is a mark"
+        since, self._since = self._since, []
+        self._tensors = mark
+        if since:
+            new = {name: torch.cat([part[name] for part in since], dim=1) for name in since[0]}
+            length = next(iter(new.values())).shape[1]
+            valid_BS = torch.arange(length, device=counts_B.device) < counts_B.unsqueeze(1)
+            self._tensors, _ = self._advance(mark, new, valid_BS)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+
+class StateGroup:
+    """Several states of one layer by name, such as a window of keys beside a compressive memory."""
+
+    def __init__(self, **states: DecodeState) -> None:
+        self.states: dict[str, DecodeState] = dict(states)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.states[name]
+
+    def snapshot(self) -> dict[str, Any]:
+        return {name: state.snapshot() for name, state in self.states.items()}
+
+    def restore(self, mark: Mapping[str, Any]) -> None:
+        for name, state in self.states.items():
+            state.restore(mark[name])
+
+    def keep(self, mark: Mapping[str, Any], counts_B: Tensor) -> None:
+        for name, state in self.states.items():
+            state.keep(mark[name], counts_B)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states.values())
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """Where a KeyValueState was: its length, and a copy of its columns where they will be written over."""
+class LayerStates:
+    """The states of one block.
 
-    length: int
-    columns: KeyValue | None
-
-
-class KeyValueState:
-    """Keys and values of all positions so far, or of the last `window`, in memory that is set aside at once.
-
-    Token number i is in column i; with a window, in column i modulo the number of columns.
+    Attributes:
+        mixer: The mixer's; None: it remembers nothing of its own.
+        feed_forward: The feed-forward layer's; None: it remembers nothing.
     """
 
-    def __init__(self, room: CacheSpec, num_kv_heads: int, head_dim: int, window: int | None = None) -> None:
-        """Set the memory aside.
-
-        Args:
-            room: For how much.
-            num_kv_heads: G.
-            head_dim: d.
-            window: Most keys that a query sees, itself included: older ones are not kept; None: all.
-        """
-        self._max_length, self._window, self._length = room.max_length, window, 0
-        columns = room.max_length if window is None else min(window, room.max_length)
-        shape = (room.batch_size, num_kv_heads, columns, head_dim)
-        self._k_BGCd, self._v_BGCd = (torch.empty(shape, dtype=room.dtype, device=room.device) for _ in range(2))
-        self._positions_BC = torch.zeros(room.batch_size, columns, dtype=torch.int64, device=room.device)
-        self._documents_BC: Tensor | None = None
-
-    def append(self, new: KeyValue) -> KeyValue:
-        """Add the keys and values of S new tokens.
-
-        Returns:
-            Those of all tokens so far; with a window, those that the new tokens can see, in any order. Views where
-            possible: valid until the next call.
-
-        Raises:
-            ValueError: If there is no room left.
-        """
-        count = new.k_BGCd.shape[2]
-        end = self._length + count
-        if end > self._max_length:
-            raise ValueError(f"{end} tokens are more than the cache has room for: max_length ({self._max_length})")
-        if self._length == 0:
-            self._documents_BC = None if new.documents_BC is None else torch.zeros_like(self._positions_BC)
-        assert (self._documents_BC is None) == (new.documents_BC is None), "documents are isolated always or never"
-        columns = self._k_BGCd.shape[2]
-        if end <= columns or count == 1:
-            start = self._length % columns
-            self._write(new, slice(start, start + count))
-            self._length = end
-            return self._read()
-        joined = self._joined(new)
-        kept = min(count, columns)
-        places_C = torch.arange(end - kept, end, device=self._k_BGCd.device) % columns
-        self._write(_last(new, kept), places_C)
-        self._length = end
-        return joined
-
-    def snapshot(self) -> _Mark:
-        """A mark to come back to. Nothing is copied, but with a window the columns, which will be written over."""
-        held = self._read() if self._window is not None else None
-        return _Mark(self._length, None if held is None else _mapped(torch.clone, held))
-
-    def restore(self, mark: _Mark) -> None:
-        """Forget everything appended since the mark."""
-        self._length = mark.length
-        if mark.columns is not None:
-            self._write(mark.columns, slice(0, mark.columns.k_BGCd.shape[2]))
+    mixer: DecodeState | None = None
+    feed_forward: DecodeState | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes set aside for keys and values: 2 B C G d of the dtype, C being max_length or the window."""
-        return self._k_BGCd.nbytes + self._v_BGCd.nbytes
-
-    def _read(self) -> KeyValue:
-        held = min(self._length, self._k_BGCd.shape[2])
-        documents_BC = None if self._documents_BC is None else self._documents_BC[:, :held]
-        return KeyValue(
-            self._k_BGCd[:, :, :held], self._v_BGCd[:, :, :held], self._positions_BC[:, :held], documents_BC
-        )
-
-    def _write(self, new: KeyValue, places: slice | Tensor) -> None:
-        self._k_BGCd[:, :, places] = new.k_BGCd.to(self._k_BGCd.dtype)
-        self._v_BGCd[:, :, places] = new.v_BGCd.to(self._v_BGCd.dtype)
-        self._positions_BC[:, places] = new.positions_BC
-        if self._documents_BC is not None and new.documents_BC is not None:
-            self._documents_BC[:, places] = new.documents_BC
-
-    def _joined(self, new: KeyValue) -> KeyValue:
-        """What is held, and the new tokens behind it."""
-        old, dtype = self._read(), self._k_BGCd.dtype
-        documents_BC = None
-        if old.documents_BC is not None and new.documents_BC is not None:
-            documents_BC = torch.cat((old.documents_BC, new.documents_BC.expand(len(old.documents_BC), -1)), dim=1)
-        positions_BS = new.positions_BC.expand(len(old.positions_BC), -1)
-        return KeyValue(
-            torch.cat((old.k_BGCd, new.k_BGCd.to(dtype)), dim=2),
-            torch.cat((old.v_BGCd, new.v_BGCd.to(dtype)), dim=2),
-            torch.cat((old.positions_BC, positions_BS), dim=1),
-            documents_BC,
-        )
+    def all(self) -> tuple[DecodeState, ...]:
+        """The states that there are."""
+        return tuple(state for state in (self.mixer, self.feed_forward) if state is not None)
 
 
 class Cache:
-    """The states of all layers of a model. Exactly the layers that own something have an entry."""
+    """The states of all layers of a model."""
 
-    def __init__(self, states: Sequence[DecodeState | None]) -> None:
-        """Hold them.
+    def __init__(self, layers: Sequence[LayerStates]) -> None:
+        self._layers = tuple(layers)
 
-        Args:
-            states: One a layer, as its mixer made it; None where the layer reads another layer's.
-        """
-        self._states = tuple(states)
-
-    def state(self, layer: int) -> DecodeState | None:
-        """The entry of a layer, or None where it keeps nothing of its own."""
-        return self._states[layer]
+    def layer(self, layer: int) -> LayerStates:
+        """The states of a layer."""
+        return self._layers[layer]
 
     @property
-    def owner_layers(self) -> tuple[int, ...]:
-        """The layers that have an entry."""
-        return tuple(layer for layer, state in enumerate(self._states) if state is not None)
+    def layers_with_state(self) -> tuple[int, ...]:
+        """Indices of the layers that remember something."""
+        return tuple(layer for layer, states in enumerate(self._layers) if states.all)
 
     def snapshot(self) -> tuple[Any, ...]:
-        """A mark of every layer to come back to, as after tokens that may be rejected."""
-        return tuple(None if state is None else state.snapshot() for state in self._states)
+        """Mark the place of every state, as before tokens that may be rejected."""
+        return tuple(state.snapshot() for state in self._states)
 
     def restore(self, marks: Sequence[Any]) -> None:
-        """Forget everything since the marks."""
+        """Forget every token since the marks."""
         for state, mark in zip(self._states, marks, strict=True):
-            if state is not None:
-                state.restore(mark)
+            state.restore(mark)
+
+    def keep(self, marks: Sequence[Any], counts_B: Tensor) -> None:
+        """Forget every token since the marks but the first counts_B of each row.
+
+        Args:
+            marks: From the newest `snapshot`.
+            counts_B: int64, between 0 and the tokens since.
+        """
+        for state, mark in zip(self._states, marks, strict=True):
+            state.keep(mark, counts_B)
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside over all layers."""
-        return sum(state.nbytes for state in self._states if state is not None)
+        """Bytes allocated over all layers."""
+        return sum(state.nbytes for state in self._states)
 
-
-def kv_cache_bytes(
-    *,
-    batch_size: int,
-    length: int,
-    num_owner_layers: int,
-    num_kv_heads: int,
-    head_dim: int,
-    bytes_per_element: int,
-    window: int | None = None,
-) -> int:
-    """Bytes of the keys and values of an attention model: 2 B S M G d elements.
-
-    Args:
-        batch_size: B.
-        length: S, tokens of a sequence; no more than the window count.
-        num_owner_layers: M, layers that own keys and values.
-        num_kv_heads: G, of one owner layer.
-        head_dim: d.
-        bytes_per_element: 4 for fp32, 2 for bf16.
-        window: Most keys kept; None: all.
-
-    Source: Zuhri et al. 2024, arXiv 2406.09297.
-    """
-    kept = length if window is None else min(length, window)
-    return 2 * batch_size * kept * num_owner_layers * num_kv_heads * head_dim * bytes_per_element
-
-
-def _mapped(change: Any, held: KeyValue) -> KeyValue:
-    documents_BC = None if held.documents_BC is None else change(held.documents_BC)
-    return KeyValue(change(held.k_BGCd), change(held.v_BGCd), change(held.positions_BC), documents_BC)
-
-
-def _last(new: KeyValue, count: int) -> KeyValue:
-    """Its last so many keys."""
-    return KeyValue(
-        new.k_BGCd[:, :, -count:],
-        new.v_BGCd[:, :, -count:],
-        new.positions_BC[:, -count:],
-        None if new.documents_BC is None else new.documents_BC[:, -count:],
-    )
+    @property
+    def _states(self) -> list[DecodeState]:
+        return [state for states in self._layers for state in states.all]

@@ -27,7 +27,31 @@ class Constant:
     value: float
 
 
-InitialValue = Normal | Constant
+@dataclass(frozen=True)
+class Computed:
+    """Initial values that are a function of an element's place, such as decays that differ by channel.
+
+    Attributes:
+        function: Gives fp64 values for int64 places in the flattened global tensor.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+
+InitialValue = Normal | Constant | Computed
+
+
+@dataclass(frozen=True)
+class OptimRule:
+    """How the optimizer treats a parameter.
+
+    Attributes:
+        lr_factor: Factor of the learning rate.
+        weight_decay: Whether weight decay applies.
+    """
+
+    lr_factor: float = 1.0
+    weight_decay: bool = True
 
 
 @runtime_checkable
@@ -36,6 +60,14 @@ class OwnsParameters(Protocol):
 
     def initial_values(self) -> dict[str, InitialValue]:
         """How each of its own parameters and buffers begins, by attribute name."""
+
+
+@runtime_checkable
+class HasOptimRules(Protocol):
+    """A module some of whose parameters the optimizer treats in a way of their own."""
+
+    def optim_rules(self) -> dict[str, OptimRule]:
+        """Rules by attribute name; what is not named gets the usual one."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +123,17 @@ def logical_tensors(model: nn.Module) -> dict[str, LogicalTensor]:
     return {name: logical_tensor(name, parameter) for name, parameter in model.named_parameters()}
 
 
+def optim_rules(model: nn.Module) -> dict[str, OptimRule]:
+    """The rule of every parameter by name: its module's own, or weight decay for matrices and none for vectors."""
+    rules: dict[str, OptimRule] = {}
+    for module_name, module in model.named_modules():
+        own: dict[str, OptimRule] = module.optim_rules() if isinstance(module, HasOptimRules) else {}
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            rules[name] = own.get(attribute, OptimRule(weight_decay=parameter.dim() >= 2))
+    return {name: rules[name] for name, _ in model.named_parameters()}
+
+
 def materialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device) -> None:
     """Give a model built on the meta device its memory and initial values, one parameter at a time.
 
@@ -110,6 +153,9 @@ def materialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torc
                 data.fill_(value)
             case Normal(std):
                 fill_normal_(data, make_key(seed, "parameter", place.name), place.start, std)
+            case Computed(function):
+                places = torch.arange(place.start, place.start + data.numel(), device=data.device)
+                data.copy_(function(places).view_as(data))
 
     allocate(model, fill, dtype=dtype, device=device)
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_train.distributed.collectives import Group, all_reduce_sum
-from moe_train.model.block import Block, BlockOutput
-from moe_train.model.decode_state import Cache, CacheSpec, KeyValue
+from moe_train.model.block import NO_STATES, Block, BlockOutput
+from moe_train.model.decode_state import Cache, CacheSpec, LayerStates
 from moe_train.model.layers import Embedding, Linear
-from moe_train.model.mixers.base import MixerContext
-from moe_train.model.moe.balance import BalanceTerm, BiasRule, Scheduled
-from moe_train.model.moe.layer import MoELayer, MoEStats
-from moe_train.model.moe.routers import Router
+from moe_train.model.mixers.base import MixerContext, Shared
+from moe_train.model.moe.balance.base import BalanceTerm, BiasRule, Scheduled
+from moe_train.model.moe.layer import MoELayer
+from moe_train.model.moe.routers.base import Router
 from moe_train.model.moe.steps import RoutingSums
+from moe_train.model.token_index import TokenIndex, document_offsets
 from moe_train.ops.cross_entropy import mean_cross_entropy
 from moe_train.ops.keyed_random import combine, make_key
 
@@ -32,8 +33,11 @@ class Tokens:
         ids_BS: int64 token ids.
         sequences_B: int64 global index of each sequence: with the position it keys every random draw.
         step: Optimizer step, from 0; it keys random draws too.
-        positions_BS: int64 positions, or None for 0 .. S-1; B may be 1.
-        documents_BS: int64 ids of the packed documents, or None: no isolation.
+        positions_BS: int64 positions, B may be 1; None: first_position, first_position + 1, ... in every row.
+        documents_BS: int64 ids of the packed documents; None: no isolation.
+        offsets_BS: int64 positions counted from the first token of the token's document in its row; None: found from
+            the documents, which a part of a row cannot do.
+        first_position: The first position, where positions_BS is None.
     """
 
     ids_BS: Tensor
@@ -41,6 +45,8 @@ class Tokens:
     step: int = 0
     positions_BS: Tensor | None = None
     documents_BS: Tensor | None = None
+    offsets_BS: Tensor | None = None
+    first_position: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,18 +119,18 @@ class Transformer(nn.Module):
 
         Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
         """
-        context = self._first_context(tokens)
+        context = MixerContext(0, self._token_index(tokens))
         x_BSD = self.embedding(tokens.ids_BS)
         if self.stream_hook is not None:
             x_BSD, context = self.stream_hook.expand(x_BSD, context)
-        key_value, sums = None, []
+        shared: Shared = {}
+        sums = []
         for layer, block in enumerate(self._typed_blocks):
-            state = cache.state(layer) if cache is not None else None
-            here = replace(context, layer=layer, key_value=key_value, state=state)
-            output = self._run_block(block, x_BSD, here)
-            x_BSD, key_value = output.x_BSD, output.key_value
-            if output.stats is not None:
-                sums.append(output.stats.sums)
+            states = cache.layer(layer) if cache is not None else NO_STATES
+            output = self._run_block(block, x_BSD, replace(context, layer=layer, shared=shared), states)
+            x_BSD, shared = output.x_BSD, output.shared
+            if output.sums is not None:
+                sums.append(output.sums)
         if self.stream_hook is not None:
             x_BSD = self.stream_hook.contract(x_BSD, context)
         if num_logits is not None:
@@ -142,8 +148,13 @@ class Transformer(nn.Module):
             dtype: Of keys and values; None: the model's.
         """
         weight = self.embedding.weight
-        room = CacheSpec(batch_size, max_length, dtype or weight.dtype, weight.device)
-        return Cache([block.mixer.new_state(room) for block in self._typed_blocks])
+        spec = CacheSpec(batch_size, max_length, dtype or weight.dtype, weight.device)
+        return Cache(
+            [
+                LayerStates(block.mixer.new_state(spec), block.feed_forward.new_state(spec))
+                for block in self._typed_blocks
+            ]
+        )
 
     @property
     def routers(self) -> list[Router]:
@@ -155,18 +166,23 @@ class Transformer(nn.Module):
     def _typed_blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))  # ModuleList does not tell what it holds
 
-    def _first_context(self, tokens: Tokens) -> MixerContext:
-        positions_BS = tokens.positions_BS
+    def _token_index(self, tokens: Tokens) -> TokenIndex:
+        positions_BS, first_position = tokens.positions_BS, None
         if positions_BS is None:
-            positions_BS = torch.arange(tokens.ids_BS.shape[1], device=tokens.ids_BS.device).unsqueeze(0)
+            first_position, length = tokens.first_position, tokens.ids_BS.shape[1]
+            positions_BS = torch.arange(first_position, first_position + length, device=tokens.ids_BS.device)
+            positions_BS = positions_BS.unsqueeze(0)
+        offsets_BS = tokens.offsets_BS
+        if offsets_BS is None:
+            offsets_BS = positions_BS if tokens.documents_BS is None else document_offsets(tokens.documents_BS)
         sequence_keys_B = combine(combine(tokens.sequences_B, self.token_key), tokens.step)
-        token_keys_BS = combine(sequence_keys_B.unsqueeze(1), positions_BS)
-        return MixerContext(0, positions_BS, tokens.documents_BS, token_keys_BS)
+        keys_BS = combine(sequence_keys_B.unsqueeze(1), positions_BS)
+        return TokenIndex(positions_BS, offsets_BS, tokens.documents_BS, keys_BS, first_position=first_position)
 
-    def _run_block(self, block: Block, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
+    def _run_block(self, block: Block, x_BSD: Tensor, context: MixerContext, states: LayerStates) -> BlockOutput:
         if self.recompute_activations and self.training and torch.is_grad_enabled():
             return run_recomputed(block, x_BSD, context)
-        return block(x_BSD, context)
+        return block(x_BSD, context, states)
 
 
 def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
@@ -177,24 +193,17 @@ def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockO
     0.19.8). Every draw is keyed, so no generator's state is kept.
     """
 
-    def run(x_BSD: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
-        held = replace(context.key_value, k_BGCd=shared[0], v_BGCd=shared[1]) if context.key_value else None
-        output = block(x_BSD, context.with_key_value(held))
-        published = (output.key_value.k_BGCd, output.key_value.v_BGCd) if output.key_value else ()
-        sums = output.stats.sums.tensors if output.stats else ()
-        places = (output.key_value.positions_BC, output.key_value.documents_BC) if output.key_value else None
-        layout.append((places, output.stats is not None))
-        return output.x_BSD, *published, *sums
+    def run(x_BSD: Tensor, *below: Tensor) -> tuple[Tensor, ...]:
+        shared = dict(zip(context.shared, below, strict=True))
+        output = block(x_BSD, replace(context, shared=shared))
+        names.append(tuple(output.shared))
+        return output.x_BSD, *output.shared.values(), *(output.sums.tensors if output.sums else ())
 
-    layout: list[tuple[tuple[Tensor, Tensor | None] | None, bool]] = []
-    held = context.key_value
-    tensors = checkpoint(
-        run, x_BSD, *((held.k_BGCd, held.v_BGCd) if held else ()), use_reentrant=True, preserve_rng_state=False
-    )
-    places, has_stats = layout[0]
-    key_value = KeyValue(tensors[1], tensors[2], *places) if places else None
-    stats = MoEStats(RoutingSums(*tensors[3 if places else 1 :])) if has_stats else None
-    return BlockOutput(tensors[0], key_value, stats)
+    names: list[tuple[str, ...]] = []
+    tensors = checkpoint(run, x_BSD, *context.shared.values(), use_reentrant=True, preserve_rng_state=False)
+    shared = dict(zip(names[0], tensors[1:], strict=False))
+    sums = tensors[1 + len(shared) :]
+    return BlockOutput(tensors[0], shared, RoutingSums(*sums) if sums else None)
 
 
 class TrainingObjective(nn.Module):

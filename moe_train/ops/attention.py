@@ -7,24 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_mask(
+def visible_keys(
     positions_BS: Tensor,
     key_positions_BC: Tensor,
     documents_BS: Tensor | None,
     key_documents_BC: Tensor | None,
     window: int | None = None,
 ) -> Tensor:
-    """Which keys a query may see: those at or before its position, in its window and of its document.
+    """Mark the keys that each query sees: keys at or before its position, in its window and in its document.
 
     Args:
         positions_BS: int64 positions of the queries.
         key_positions_BC: int64 positions of the keys.
-        documents_BS: int64 document ids of the queries, or None.
-        key_documents_BC: int64 document ids of the keys, or None.
+        documents_BS: int64 document ids of the queries; None: documents are not isolated.
+        key_documents_BC: int64 document ids of the keys; None: documents are not isolated.
         window: Most positions that a query sees, its own included; None: all.
 
     Returns:
-        bool [B, 1, S, C], True where the key is visible.
+        bool [B, 1, S, C], True where the query sees the key.
     """
     queries_B1S1, keys_B11C = positions_BS[:, None, :, None], key_positions_BC[:, None, None, :]
     mask = keys_B11C <= queries_B1S1
@@ -36,29 +36,29 @@ def causal_mask(
 
 
 def attend(q_BHSd: Tensor, k_BGCd: Tensor, v_BGCd: Tensor, mask_B1SC: Tensor | None) -> Tensor:
-    """Scaled dot-product attention; query head i reads key/value head i // (H/G).
+    """Compute scaled dot-product attention; query head i reads key/value head i // (H/G).
 
     Args:
         q_BHSd: Queries.
-        k_BGCd: Keys, G dividing H.
+        k_BGCd: Keys; G must divide H.
         v_BGCd: Values.
-        mask_B1SC: bool, True where visible; None: one query sees every key, and of several, S = C, each those up to
-            its own.
+        mask_B1SC: bool, True where the query sees the key. None: a single query sees every key; several queries (with
+            S = C) each see the keys up to their own.
 
     Returns:
-        [B, H, S, d].
+        [B, H, S, d], the outputs of all heads.
     """
     batch, heads, length, size = q_BHSd.shape
     kv_heads = k_BGCd.shape[1]
     if mask_B1SC is None and length > 1:
         return F.scaled_dot_product_attention(q_BHSd, k_BGCd, v_BGCd, is_causal=True, enable_gqa=kv_heads != heads)
-    # The query heads of a group become further queries of one head: its keys and values are read once and copied
-    # nowhere, on CPU and CUDA, where kernels that take a mask want as many key heads as query heads.
+    # The query heads of a group become further queries of one head. So its keys and values are read once and not
+    # copied. Kernels that take a mask need as many key heads as query heads, on CPU and on CUDA.
     groups = heads // kv_heads
     q_BGsd = q_BHSd.reshape(batch, kv_heads, groups * length, size)  # (B, G*r, S, d) -> (B, G, r*S, d)
     if mask_B1SC is not None and groups > 1:
         # (B, 1, S, C) -> (B, 1, r, S, C) -> (B, 1, r*S, C)
         mask_B1SC = mask_B1SC.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
     mixed_BGsd = F.scaled_dot_product_attention(q_BGsd, k_BGCd, v_BGCd, attn_mask=mask_B1SC)
-    # (B, G, r*S, d) -> (B, G*r, S, d); not a view: the memory-efficient kernel gives another order in memory.
+    # (B, G, r*S, d) -> (B, G*r, S, d); not a view, because the memory-efficient kernel returns another memory order.
     return mixed_BGsd.reshape(q_BHSd.shape)

@@ -1,4 +1,4 @@
-"""Which assignments fit where every expert takes a bounded number of them.
+"""Expert capacity: which assignments stay when every expert takes a limited number of them.
 
 Legend: T tokens, K top_k, A = T*K assignments, E experts.
 """
@@ -11,25 +11,35 @@ from torch import Tensor
 
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
-    """Most assignments an expert takes: ceil(tokens x top_k / num_experts x factor), at least 1 (arXiv 2006.16668)."""
-    # Exact: 1.1 means eleven tenths, and no rounding of a product may add a place.
+    """Compute the capacity of an expert: ceil(tokens x top_k / num_experts x factor) assignments, at least 1.
+
+    Args:
+        num_tokens: Tokens that share the capacity.
+        top_k: K, experts per token.
+        num_experts: E, number of experts.
+        factor: Capacity as a multiple of the mean assignments per expert.
+
+    Source: arXiv 2006.16668.
+    """
+    # Exact arithmetic: 1.1 means eleven tenths, and the rounding of a float product must not add a place.
     return max(1, math.ceil(Fraction(num_tokens * top_k, num_experts) * Fraction(str(factor))))
 
 
 def within_capacity(
     experts_TK: Tensor, priority_TK: Tensor | None, num_experts: int, capacity: int, num_scopes: int
 ) -> Tensor:
-    """The assignments that are among the first `capacity` of their expert, in each scope of consecutive tokens.
+    """Mark the assignments among the first `capacity` of their expert, in each scope of consecutive tokens.
 
     Args:
-        experts_TK: int64, the chosen experts.
-        priority_TK: What decides, the largest first and the earlier of equal ones; None: the earlier tokens.
-        num_experts: E.
-        capacity: Assignments an expert takes in a scope.
-        num_scopes: Scopes that the tokens fall into; divides T.
+        experts_TK: int64, the experts chosen by each token.
+        priority_TK: Priority of each assignment; the largest comes first, and of equal ones the earlier. None: the
+            earlier tokens come first.
+        num_experts: E, number of experts.
+        capacity: Assignments that an expert takes per scope.
+        num_scopes: Number of scopes, equal parts of the tokens; must divide T.
 
     Returns:
-        bool [T, K].
+        bool [T, K], True where the assignment stays.
     """
     num_tokens, top_k = experts_TK.shape
     scopes_T = torch.arange(num_scopes, device=experts_TK.device).repeat_interleave(
@@ -43,7 +53,7 @@ def within_capacity(
         order_A = ranked_A[torch.argsort(bucket_A[ranked_A], stable=True)]
     sizes = torch.zeros(num_scopes * num_experts, dtype=torch.int64, device=bucket_A.device)
     sizes.scatter_add_(0, bucket_A, torch.ones_like(bucket_A))
-    first_A = (sizes.cumsum(0) - sizes)[bucket_A[order_A]]  # where the bucket of each place begins
+    first_A = (sizes.cumsum(0) - sizes)[bucket_A[order_A]]  # start of the bucket of each place
     place_A = torch.arange(bucket_A.numel(), device=bucket_A.device) - first_A
     kept_A = torch.empty_like(bucket_A, dtype=torch.bool)
     kept_A[order_A] = place_A < capacity

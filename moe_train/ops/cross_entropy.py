@@ -1,7 +1,7 @@
-"""Cross-entropy of each token, with the gradient formed in the forward pass.
+"""Cross-entropy of each token, with the gradient computed in the forward pass.
 
-A few rows at a time: neither the logits nor their softmax are ever copied whole in fp32. On CPU the
-rows fit the cache, which is 6 times as fast as torch's (bf16, 2,048 x 4,096, one core).
+It takes a few rows at a time, so that no complete fp32 copy of the logits or of their softmax is made. On CPU these
+rows fit the cache, which is 6 times as fast as torch's cross-entropy (bf16, 2,048 x 4,096, one core).
 Legend: N tokens, V vocab_size.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED_TARGET = -100  # targets of padding: they have loss 0 and no gradient
+IGNORED_TARGET = -100  # target of padding, which has loss 0 and no gradient
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
@@ -19,8 +19,8 @@ class _TokenCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         losses_N = torch.empty(logits_NV.shape[0], dtype=wide, device=logits_NV.device)
-        # softmax - one-hot, in [-1, 1]: bf16 loses nothing that the gradient of the logits would not lose; in fp16
-        # small probabilities would be zero before the loss scale lifts them.
+        # This is softmax - one-hot, in [-1, 1]. bf16 loses no more than the gradient of the logits loses anyway. In
+        # fp16, small probabilities would become zero before the loss scale is applied.
         kept = torch.float32 if logits_NV.dtype == torch.float16 else logits_NV.dtype
         slope_NV = torch.empty_like(logits_NV, dtype=kept) if ctx.needs_input_grad[0] else None
         rows = _chunk_rows(logits_NV, wide)
@@ -50,7 +50,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         rows = _chunk_rows(slope_NV, grads[0].dtype)
         for start in range(0, slope_NV.shape[0], rows):
             here = slice(start, start + rows)
-            # The product is rounded once: 1/N itself, in 16 bits, would be off by the same factor for every token.
+            # The product is rounded once. 1/N rounded to 16 bits would be wrong by the same factor for every token.
             grad_NV[here] = (slope_NV[here].to(grads[0].dtype) * grads[0][here].unsqueeze(1)).to(ctx.dtype)
         return grad_NV, None
 
@@ -60,11 +60,11 @@ def _chunk_rows(x_NV: Tensor, wide: torch.dtype) -> int:
 
 
 def token_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """logsumexp(logits) - logits[target] of every token, in nats.
+    """Compute the cross-entropy of every token, logsumexp(logits) - logits[target], in nats.
 
     Args:
-        logits_NV: Any floating dtype; computed in at least fp32.
-        targets_N: int64; IGNORED_TARGET gives loss 0.
+        logits_NV: Logits of any floating dtype; the computation uses at least fp32.
+        targets_N: int64 targets; IGNORED_TARGET gives loss 0.
 
     Returns:
         [N], fp32 or wider.
@@ -73,6 +73,14 @@ def token_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Mean of `token_cross_entropy` over the targets that count; 0 if there is none. Scalar."""
+    """Compute the mean of `token_cross_entropy` over all targets except IGNORED_TARGET.
+
+    Args:
+        logits_NV: Logits of any floating dtype.
+        targets_N: int64 targets.
+
+    Returns:
+        Scalar in nats per token, fp32 or wider; 0 if no target counts.
+    """
     num_counted = (targets_N != IGNORED_TARGET).sum().clamp(min=1)
     return token_cross_entropy(logits_NV, targets_N).sum() / num_counted

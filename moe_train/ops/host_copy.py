@@ -1,4 +1,4 @@
-"""Numbers of the device that the host needs, brought to it while the device goes on."""
+"""Copy of small tensors from the device to the host, while the device continues to work."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Small tensors on their way to the host."""
+    """Small tensors whose copy to the host is under way."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """Start the copy.
 
         Args:
-            tensors: Of one device and dtype.
+            tensors: Tensors of the same device and dtype.
         """
         self._shapes = [tensor.shape for tensor in tensors]
         self._event: torch.cuda.Event | None = None
@@ -26,9 +26,9 @@ class HostCopy:
             self._event.record()
 
     def read(self) -> list[Any]:
-        """Each tensor's numbers, as nested lists.
+        """Return the numbers of each tensor, as nested lists.
 
-        Host synchronisation: waits for what was queued before the copy, not for what was queued after it.
+        Host synchronisation: it waits for the work queued before the copy, not for the work queued after it.
         """
         if self._event is not None:
             self._event.synchronize()
@@ -37,7 +37,7 @@ class HostCopy:
 
 
 def _nested(numbers: Iterator[Any], shape: Sequence[int]) -> Any:
-    """The next numbers as lists of a shape."""
+    """Take the next numbers and nest them in lists of a shape."""
     if not shape:
         return next(numbers)
     return [_nested(numbers, shape[1:]) for _ in range(shape[0])]

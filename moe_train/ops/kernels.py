@@ -1,6 +1,6 @@
-"""Where Triton kernels stand in for PyTorch's operations: the one place that decides, and the one that imports them.
+"""Choice between Triton kernels and PyTorch operations: the only place that decides, and that imports the kernels.
 
-PyTorch's operations are the reference: they run on CPU, for the dtypes that the kernels have not, and without Triton.
+PyTorch operations are the reference. They run on CPU, without Triton, and for dtypes that the kernels do not support.
 """
 
 import functools
@@ -15,17 +15,17 @@ _FIRST_CAPABILITY = (8, 0)  # Triton supports NVIDIA GPUs from compute capabilit
 
 
 def can_run(tensor: Tensor) -> bool:
-    """Whether the kernels take a tensor: on a CUDA device that Triton supports, of a dtype of DTYPES."""
+    """Return whether the kernels take a tensor: it is on a CUDA device that Triton supports, with a dtype of DTYPES."""
     if tensor.device.type != "cuda" or tensor.dtype not in DTYPES or not _has_triton():
         return False
     return torch.cuda.get_device_capability(tensor.device) >= _FIRST_CAPABILITY
 
 
 def kernels_for(*tensors: Tensor) -> ModuleType | None:
-    """moe_train.ops.triton_kernels where it can run on all of the tensors, else None."""
+    """Return the module moe_train.ops.triton_kernels if its kernels take all of the tensors, else None."""
     if not all(can_run(tensor) for tensor in tensors):
         return None
-    from moe_train.ops import triton_kernels  # brings Triton, which other devices do without
+    from moe_train.ops import triton_kernels  # imports Triton, which other devices do not need
 
     return triton_kernels
 

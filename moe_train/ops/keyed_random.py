@@ -1,6 +1,6 @@
 """Counter-based random numbers: a hash of a key and counters gives the bits, the same on CPU and CUDA.
 
-A draw depends on what it is for and never on who draws it.
+A draw depends only on its key and counters (such as seed, purpose and token), never on the rank.
 
 Source: splitmix64's finaliser, Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_CHUNK = 1 << 22  # elements hashed at once: bounds the int64 and fp64 temporaries to some 100 MB
+_CHUNK = 1 << 22  # elements hashed at once; bounds the int64 and fp64 temporaries to about 100 MB
 
 
 def make_key(*parts: int | str) -> int:
-    """A 64-bit key of any parts, the same in every process and version of Python.
+    """Make a 64-bit key from any parts, the same in every process and version of Python.
 
     Args:
-        parts: What the draw is for, such as (seed, "router_noise", layer).
+        parts: Seed and purpose of the draw, such as (seed, "router_noise", layer).
 
     Returns:
         A signed 64-bit integer.
@@ -30,17 +30,17 @@ def make_key(*parts: int | str) -> int:
 
 
 def combine(key: int | Tensor, counter: int | Tensor) -> Tensor:
-    """A key for every counter: the hash of both, broadcast.
+    """Hash a key and a counter into a new key, with broadcasting.
 
     Args:
         key: 64-bit integer or int64 tensor.
         counter: 64-bit integer or int64 tensor; at least one of the two is a tensor.
 
     Returns:
-        int64 tensor of the broadcast shape; its bits are uniform.
+        int64 tensor of the broadcast shape, with uniform bits.
     """
-    # Integer overflow wraps in torch on every device, which is what the hash wants. A number stays a number: a tensor
-    # of it would have to be copied to the device.
+    # Integer overflow wraps in torch on every device, as the hash requires. A Python number is not made a tensor,
+    # because that tensor would have to be copied to the device.
     if isinstance(counter, Tensor):
         bits = key + counter * _signed(_GOLDEN)
     else:
@@ -52,19 +52,19 @@ def combine(key: int | Tensor, counter: int | Tensor) -> Tensor:
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Uniform numbers in the open interval (0, 1).
+    """Convert random bits to uniform numbers in the open interval (0, 1).
 
     Args:
         bits: int64, from `combine`.
 
     Returns:
-        fp64 of the same shape. 52 bits are used: with 53 the largest value would round to 1.
+        fp64 of the same shape. It uses 52 bits, because with 53 the largest value would round to 1.
     """
     return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
 
 def normal(bits: Tensor) -> Tensor:
-    """Standard normal numbers by the inverse of the distribution function.
+    """Convert random bits to standard normal numbers, by the inverse of the cumulative distribution function.
 
     Args:
         bits: int64, from `combine`.
@@ -77,11 +77,11 @@ def normal(bits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill_normal_(out: Tensor, key: int, start: int, std: float) -> None:
-    """Fill a tensor with its part of an endless keyed sequence of normal numbers.
+    """Fill a tensor with a part of an unbounded keyed sequence of normal numbers with mean 0.
 
     Args:
-        out: Contiguous, any floating dtype and shape; element i becomes number start + i of the sequence.
-        key: From `make_key`.
+        out: Contiguous tensor of any floating dtype and shape; element i becomes number start + i of the sequence.
+        key: Key from `make_key`.
         start: Place of the first element in the sequence.
         std: Standard deviation.
     """
@@ -97,5 +97,5 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(bits: Tensor, places: int) -> Tensor:
-    # torch shifts int64 arithmetically; the mask makes it logical.
+    # torch shifts int64 arithmetically; the mask makes the shift logical.
     return (bits >> places) & ((1 << (64 - places)) - 1)

@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension, accumulated in at least fp32."""
+"""Normalisation over the last dimension, with at least fp32 accumulation. Legend: D size of the last dimension."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,33 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich 2019). [..., D] -> [..., D] of x's dtype."""
+    """Compute RMSNorm: x / sqrt(mean(x^2) + epsilon) * weight.
+
+    Args:
+        x: [..., D], any floating dtype.
+        weight: Gain, [D].
+        epsilon: Added to the mean square.
+
+    Returns:
+        [..., D] in the dtype of x.
+
+    Source: Zhang and Sennrich 2019.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), epsilon).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """(x - mean) / sqrt(biased variance + epsilon) * weight + bias. [..., D] -> [..., D] of x's dtype."""
+    """Compute LayerNorm: (x - mean) / sqrt(biased variance + epsilon) * weight + bias.
+
+    Args:
+        x: [..., D], any floating dtype.
+        weight: Gain, [D].
+        bias: Bias, [D].
+        epsilon: Added to the variance.
+
+    Returns:
+        [..., D] in the dtype of x.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), epsilon).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), first half of a head against the second.
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), which rotates the two halves of a head as pairs.
 
 Legend: B batch, H heads, S sequence, d head size.
 """
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles.
+    """Compute the cosine and sine of the rotation angles of every position.
 
     Args:
-        positions_BS: int64 positions; B may be 1 where all rows have the same.
-        head_dim: d, even.
-        theta: Base of the wave lengths.
+        positions_BS: int64 positions; B may be 1 where all rows have the same positions.
+        head_dim: d, head size; even.
+        theta: Base of the wavelengths.
 
     Returns:
-        cos, sin: fp32 [B, 1, S, d/2]. fp32 because bf16 cannot tell neighbouring positions apart.
+        cos, sin: fp32 [B, 1, S, d/2]. They are fp32, because bf16 cannot distinguish neighbouring positions.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
     angles = positions_BS[:, None, :, None].double() * theta**-exponents
@@ -24,15 +24,15 @@ def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def apply_rotary(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys by their positions' angles.
+    """Rotate queries or keys by the angles of their positions.
 
     Args:
         x_BHSd: Queries or keys.
-        cos: From `rotary_angles`.
-        sin: From `rotary_angles`.
+        cos: Cosine from `rotary_angles`.
+        sin: Sine from `rotary_angles`.
 
     Returns:
-        [B, H, S, d] of x's dtype, computed in at least fp32.
+        [B, H, S, d] in the dtype of x, computed in at least fp32.
     """
     first, second = x_BHSd.to(torch.promote_types(x_BHSd.dtype, torch.float32)).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,10 +1,11 @@
-"""The experts' SwiGLUs over rows that are routed to them: gather, three matrix products, gates and the sum, as one.
+"""SwiGLU of the experts on their routed rows, as one operation: gather, three matrix products, gates and sum.
 
-Nothing is kept for the backward pass but the input, the first product and the gates. The gate is multiplied into the
-activation, before the last product: so the product's own gradient holds what the gate's gradient needs, and no output
-has to be kept for it.
+Only the input, the first product and the gates are kept for the backward pass. The gate multiplies the activation,
+before the last product. So the gradient of this product contains what the gradient of the gate needs, and the output is
+not kept.
 
-Source: the gate's gradient from the activation's, without the output: Guo et al. 2025 (SonicMoE), arXiv 2512.14080.
+Source: gradient of the gate from the gradient of the activation, without the output: Guo et al. 2025 (SonicMoE), arXiv
+2512.14080.
 Legend: N source rows, R assignments in expert order, D hidden_size, F intermediate_size, e experts of this rank,
 r assignments of one expert.
 """
@@ -24,34 +25,34 @@ from moe_train.ops.kernels import kernels_for
 from moe_train.ops.row_map import RowMap
 from moe_train.ops.threads import run_side_by_side
 
-# Rows that an expert takes at once: what they bring with them fits the cache, or is little beside what is kept.
+# Rows that an expert computes at once: their temporary tensors fit the cache, or are small beside what is kept.
 _MOST_ROWS, _LEAST_BLOCKS = 384, 6
 
 
 def routed_swiglu(
     rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up_eDG: Tensor, down_eFD: Tensor
 ) -> Tensor:
-    """Each source row's sum of gate x w_down(silu(x w_gate) * (x w_up)) over the experts it is routed to.
+    """Sum gate x w_down(silu(x w_gate) * (x w_up)) over the experts that each source row x is routed to.
 
     Args:
         rows_ND: Source rows.
-        gates_R: At least fp32, the factor of every assignment, in expert order.
-        row_map: The source row of every assignment, in expert order.
-        counts_e: int64, assignments an expert; zero is allowed.
-        gate_up_eDG: [e, D, 2F], w_gate then w_up, of the rows' dtype.
-        down_eFD: [e, F, D].
+        gates_R: Gate of every assignment, in expert order; at least fp32.
+        row_map: Source row of every assignment, in expert order.
+        counts_e: int64, assignments per expert; zero is allowed.
+        gate_up_eDG: [e, D, 2F], w_gate then w_up, in the dtype of the rows.
+        down_eFD: [e, F, D], w_down, in the dtype of the rows.
 
     Returns:
-        [N, D] of the rows' dtype; zero for a row that is routed nowhere.
+        [N, D] in the dtype of the rows; zero for a row without an assignment.
     """
-    # On CPU an expert's rows fit the cache, and expert by expert they never leave it.
+    # On CPU the rows of one expert fit the cache, and stay in it when experts are computed one after the other.
     by_expert = rows_ND.device.type == "cpu" or not _has_grouped_mm(rows_ND, gate_up_eDG)
     function = _SequentialExperts if by_expert else _GroupedExperts
     return function.apply(rows_ND, gates_R, row_map, counts_e, gate_up_eDG, down_eFD)
 
 
 class _SequentialExperts(torch.autograd.Function):
-    """Every expert's products for themselves: any dtype, at the price of reading the counts."""
+    """Separate matrix products per expert: they take any dtype, but need the counts on the host."""
 
     @staticmethod
     def forward(
@@ -100,7 +101,7 @@ class _SequentialExperts(torch.autograd.Function):
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """All experts in grouped products, without looking at the counts; what lies between by kernels where they run."""
+    """Grouped matrix products of all experts, without counts on the host; Triton kernels do the rest where they run."""
 
     @staticmethod
     def forward(
@@ -132,9 +133,9 @@ class _Block:
     """Consecutive assignments of one expert.
 
     Attributes:
-        num_rows: How many.
-        is_first: Whether it is the expert's first block.
-        is_last: Whether it is the expert's last block.
+        num_rows: Number of assignments.
+        is_first: Whether it is the first block of the expert.
+        is_last: Whether it is the last block of the expert.
     """
 
     num_rows: int
@@ -145,13 +146,14 @@ class _Block:
 def _for_all_blocks(
     counts: Sequence[int], compute: Callable[..., None], by_row: Sequence[Tensor], by_expert: Sequence[Tensor]
 ) -> None:
-    """Every expert's blocks in order; experts that are not busy side by side, as many as torch has threads.
+    """Compute the blocks of every expert in order; on CPU, experts with few rows run in parallel, in torch's threads.
 
     Args:
         counts: Assignments of every expert.
-        compute: Called with a block, its rows of the first tensors and its expert's element of the others.
-        by_row: Tensors with a row for every assignment.
-        by_expert: Tensors with an element for every expert.
+        compute: Called with a block, its rows of each tensor in by_row, and the expert's element of each tensor in
+            by_expert.
+        by_row: Tensors with one row per assignment.
+        by_expert: Tensors with one element per expert.
     """
     rows = list(zip(*(tensor.split(list(counts)) for tensor in by_row), strict=True))
     elements = list(zip(*(tensor.unbind(0) for tensor in by_expert), strict=True))
@@ -164,8 +166,8 @@ def _for_all_blocks(
         for block, own in zip(blocks, parts, strict=True):
             compute(block, *own, *elements[expert])
 
-    num_threads = torch.get_num_threads() if by_row[0].device.type == "cpu" else 1  # a thread has streams of its own
-    busy = sum(counts) / (2 * num_threads)  # beside an expert with more rows the other threads would wait for its own
+    num_threads = torch.get_num_threads() if by_row[0].device.type == "cpu" else 1  # each thread has its own streams
+    busy = sum(counts) / (2 * num_threads)  # an expert with more rows runs in all threads, or these would wait for it
     experts = [expert for expert, count in enumerate(counts) if count]
     for expert in experts:
         if counts[expert] > busy:
@@ -175,20 +177,20 @@ def _for_all_blocks(
 
 
 def _blocks(count: int, most_rows: int) -> list[_Block]:
-    """An expert's assignments, in blocks of nearly one size."""
+    """Divide the assignments of an expert into blocks of nearly the same size."""
     num_blocks = -(-count // most_rows)
     ends = [number * count // num_blocks for number in range(num_blocks + 1)]
     return [_Block(end - begin, is_first=begin == 0, is_last=end == count) for begin, end in itertools.pairwise(ends)]
 
 
 class _BlockSums:
-    """Adds up the products of an expert's blocks in at least fp32, and rounds the sum once."""
+    """Sums of the products of an expert's blocks, accumulated in at least fp32 and rounded once."""
 
     def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}  # of the experts at hand, by the address of the result
+        self._sums: dict[int, Tensor] = {}  # sums of unfinished experts, by the address of the result
 
     def add(self, out: Tensor, left: Tensor, right: Tensor, block: _Block) -> None:
-        """Add the product left @ right of a block; after the expert's last one, `out` is the sum."""
+        """Add the product left @ right of a block; after the last block of the expert, `out` holds the sum."""
         is_narrow = out.dtype != torch.promote_types(out.dtype, torch.float32)
         if is_narrow and not (block.is_first and block.is_last):
             product = torch.mm(left, right).to(torch.float32)
@@ -202,27 +204,27 @@ class _BlockSums:
 
 
 def _gate_(active_rF: Tensor, gates_r: Tensor) -> Tensor:
-    """Multiplies the activation, in its place, by the gate, which is rounded only with the product."""
+    """Multiply the activation in place by the gate; only the product is rounded."""
     return active_rF.mul_(gates_r.unsqueeze(1))
 
 
 def _activation_gradients(
     hidden_rG: Tensor, slope_rF: Tensor, gates_r: Tensor, grad_gates_r: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the backward pass needs of the activation, which is computed again.
+    """Recompute the activation, and compute the gradients of the first product and of the gates.
 
     Args:
-        hidden_rG: The first product.
-        slope_rF: Gradient of the output with respect to the activation, before the gate. It is used up.
-        gates_r: The gates.
-        grad_gates_r: Gets the gradient of the gates.
+        hidden_rG: First product.
+        slope_rF: Gradient with respect to the activation times the gate. It is overwritten.
+        gates_r: Gates.
+        grad_gates_r: Receives the gradient of the gates.
 
     Returns:
         Gradient of the first product, and the activation times the gate.
     """
     gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
     grad_hidden_rG = torch.empty_like(hidden_rG)
-    # Each half holds something else before it gets its gradient: memory that is in the cache, and no more of it.
+    # Each half first holds a temporary value, then its gradient. This memory is in the cache, and no more is needed.
     grad_gate_rF, grad_up_rF = grad_hidden_rG.chunk(2, dim=-1)
     silu_rF = torch.ops.aten.silu.out(gate_rF, out=grad_up_rF)
     active_rF = silu_rF * up_rF
@@ -235,7 +237,7 @@ def _activation_gradients(
 
 
 def _fused_activation(hidden_RG: Tensor, gates_R: Tensor) -> Tensor:
-    """silu(gate half) * up half * the row's gate, by one kernel where there is one. [R, F]."""
+    """Compute silu(gate half) * up half * gate of the row, [R, F], by one Triton kernel where it runs."""
     if kernels := kernels_for(hidden_RG, gates_R):
         return kernels.gated_swiglu(hidden_RG, gates_R)
     gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
@@ -243,7 +245,7 @@ def _fused_activation(hidden_RG: Tensor, gates_R: Tensor) -> Tensor:
 
 
 def _fused_activation_gradients(hidden_RG: Tensor, slope_RF: Tensor, gates_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_activation_gradients` computes, and the gradient of the gates, by one kernel where there is one."""
+    """Compute the results of `_activation_gradients` and the gates' gradient, by one Triton kernel where it runs."""
     if kernels := kernels_for(hidden_RG, slope_RF, gates_R):
         return kernels.gated_swiglu_gradients(hidden_RG, slope_RF, gates_R)
     grad_gates_R = torch.empty_like(gates_R)
@@ -251,7 +253,7 @@ def _fused_activation_gradients(hidden_RG: Tensor, slope_RF: Tensor, gates_R: Te
 
 
 def _has_grouped_mm(rows_RM: Tensor, weight_eMN: Tensor) -> bool:
-    # torch 2.13 refuses fp64, and rows that are no multiple of 16 bytes; F.grouped_mm is public since 2.10.
+    # torch 2.13 refuses fp64, and rows whose size is not a multiple of 16 bytes. F.grouped_mm is public since 2.10.
     if not hasattr(F, "grouped_mm") or rows_RM.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return all(width * rows_RM.element_size() % 16 == 0 for width in weight_eMN.shape[1:])

@@ -1,6 +1,7 @@
-"""Rows that are copies of other rows: each of N sources stands at any number of R places.
+"""Map between source rows and their copies: each of N sources has any number of the R places.
 
-Spreading takes every place its source's row; summing adds up each source's places. One is the other's gradient.
+A gather copies to every place the row of its source. A sum adds up the places of each source. Each is the gradient of
+the other.
 Legend: N sources, R places, D width of a row.
 """
 
@@ -19,12 +20,12 @@ from moe_train.ops.permute import invert_order
 
 @dataclass(frozen=True)
 class RowMap:
-    """Which source each place is a copy of.
+    """Map from every place to the source that it is a copy of.
 
     Attributes:
         source_R: int64, the source of every place.
-        num_sources: N.
-        group_places: Gives `places_R` and `offsets_N`, when they are first asked for.
+        num_sources: N, number of sources.
+        group_places: Called once, at the first use of `places_R` or `offsets_N`; returns both.
     """
 
     source_R: Tensor
@@ -37,21 +38,21 @@ class RowMap:
 
     @property
     def places_R(self) -> Tensor:
-        """int64, the places ordered by their source."""
+        """Places ordered by their source, int64 [R]."""
         return self._by_source[0]
 
     @property
     def offsets_N(self) -> Tensor:
-        """int64, where each source's places begin in `places_R`."""
+        """Start of each source's places in `places_R`, int64 [N]."""
         return self._by_source[1]
 
     @staticmethod
     def of(source_R: Tensor, num_sources: int) -> "RowMap":
-        """The map of given sources.
+        """Make a map from the source of every place.
 
         Args:
             source_R: int64, the source of every place, below num_sources.
-            num_sources: N.
+            num_sources: N, number of sources.
         """
 
         def group_places() -> tuple[Tensor, Tensor]:
@@ -63,11 +64,11 @@ class RowMap:
 
     @staticmethod
     def of_order(order_R: Tensor, copies: int) -> "RowMap":
-        """The map of an order of all copies: source n's are numbers n*copies .. n*copies + copies - 1.
+        """Make a map from an order of all copies; source n has the copies n*copies .. n*copies + copies - 1.
 
         Args:
             order_R: int64, the number of the copy at every place.
-            copies: Of each source.
+            copies: Number of copies of each source.
         """
 
         def group_places() -> tuple[Tensor, Tensor]:
@@ -78,11 +79,11 @@ class RowMap:
 
     @staticmethod
     def of_table(is_place_PN: Tensor, num_places: int) -> "RowMap":
-        """The map of a table: its true elements, row by row, are the places, and their columns the sources.
+        """Make a map from a table: its true elements, row by row, are the places, and their columns are the sources.
 
         Args:
-            is_place_PN: bool, N sources in P blocks.
-            num_places: R, the number of true elements; saying it spares reading it on the host.
+            is_place_PN: bool, P blocks of N sources.
+            num_places: R, the number of true elements, given so that the host need not read it from the device.
         """
 
         def group_places() -> tuple[Tensor, Tensor]:
@@ -95,30 +96,30 @@ class RowMap:
         return RowMap(_pick(source_PN, is_place_PN, num_places), num_sources, group_places)
 
     def gather(self, rows_ND: Tensor) -> Tensor:
-        """Every place's row. [R, D], without gradient."""
+        """Copy to every place the row of its source, [N, D] -> [R, D], without gradient."""
         if kernels := kernels_for(rows_ND):
             return kernels.gather_rows(rows_ND, self.source_R)
         return rows_ND.index_select(0, self.source_R)
 
     def sum_rows(self, rows_RD: Tensor) -> Tensor:
-        """The sum of each source's places, accumulated in at least fp32 and rounded once. [N, D], without gradient."""
+        """Sum the places of each source, [R, D] -> [N, D], in at least fp32 and rounded once, without gradient."""
         if kernels := kernels_for(rows_RD):
             return kernels.sum_rows(rows_RD, self.places_R, self.offsets_N)
         if self.places_R.numel() == 0 or self.num_sources == 0:
             return rows_RD.new_zeros(self.num_sources, rows_RD.shape[1])
-        # One pass that gathers and adds: 8 to 16 times as fast as a gather, a cast and a sum on CPU (bf16, D = 512).
+        # One pass gathers and adds: on CPU 8 to 16 times as fast as a gather, a cast and a sum (bf16, D = 512).
         return F.embedding_bag(self.places_R, rows_RD, self.offsets_N, mode="sum")
 
 
 def _count_up(is_counted: Tensor) -> Tensor:
-    """The number of each true element, row by row from 0. int64."""
+    """Number the true elements row by row, from 0. int64."""
     return (is_counted.flatten().cumsum(0) - 1).view_as(is_counted)
 
 
 def _pick(values: Tensor, is_picked: Tensor, num_picked: int) -> Tensor:
-    """The values at the true elements, row by row; without `nonzero`, which reads their number on the host."""
+    """Pick the values at the true elements, row by row, without `nonzero`, which reads their number on the host."""
     slots = torch.where(is_picked, _count_up(is_picked), num_picked).flatten()
-    picked = values.new_empty(num_picked + 1)  # the last one takes all the others
+    picked = values.new_empty(num_picked + 1)  # the last slot takes all values that are not picked
     return picked.scatter_(0, slots, values.flatten())[:num_picked]
 
 
@@ -145,10 +146,26 @@ class _Sum(torch.autograd.Function):
 
 
 def gather_rows(rows_ND: Tensor, row_map: RowMap) -> Tensor:
-    """Every place's row, [R, D]; its gradient is summed in an order that does not depend on the device's threads."""
+    """Copy to every place the row of its source.
+
+    Args:
+        rows_ND: Rows of the sources.
+        row_map: Source of every place.
+
+    Returns:
+        [R, D]. Its gradient is summed in an order that does not depend on the threads of the device.
+    """
     return _Spread.apply(rows_ND, row_map)
 
 
 def scatter_add_rows(rows_RD: Tensor, row_map: RowMap) -> Tensor:
-    """The sum of each source's places, [N, D], accumulated in at least fp32."""
+    """Sum the places of each source, accumulated in at least fp32.
+
+    Args:
+        rows_RD: Rows of the places.
+        row_map: Source of every place.
+
+    Returns:
+        [N, D] in the dtype of the rows.
+    """
     return _Sum.apply(rows_RD, row_map)

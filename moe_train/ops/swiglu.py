@@ -1,4 +1,4 @@
-"""The activation of a SwiGLU. Legend: F intermediate_size."""
+"""Activation of a SwiGLU. Legend: F intermediate_size."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping only its input; the gradient is written into one tensor, not into two halves."""
+    """Autograd function of silu(gate) * up. It keeps only its input, and writes the gradient into one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -28,5 +28,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, the two halves of the last dimension. [..., 2F] -> [..., F]."""
+    """Compute silu(gate) * up, where gate and up are the two halves of the last dimension.
+
+    Args:
+        gate_up: [..., 2F], any floating dtype.
+
+    Returns:
+        [..., F] in the same dtype.
+    """
     return _SwiGLU.apply(gate_up)

@@ -1,6 +1,7 @@
-"""Many small computations on a CPU, each in one thread, in place of one after the other in all threads.
+"""Parallel execution of many small computations on a CPU, each in one thread, instead of one by one in all threads.
 
-Of a matrix product with few rows two threads make little more than one: they share its packing and wait for each other.
+A matrix product with few rows is hardly faster in two threads than in one: they share its packing and wait for each
+other.
 """
 
 import functools
@@ -13,16 +14,16 @@ import torch
 
 
 def run_side_by_side(tasks: Sequence[Callable[[], None]], num_threads: int) -> None:
-    """Run tasks that do not depend on each other, without gradients, each in one thread.
+    """Run independent tasks in parallel, each in one thread, without gradients.
 
-    Which thread runs a task is a matter of chance, so that no task's numbers may depend on it.
+    Any thread may run any task. So the numbers of a task must not depend on the thread.
 
     Args:
-        tasks: In the order in which they are begun.
-        num_threads: Most at once; 1: in this thread, one after the other, and in all of torch's.
+        tasks: Tasks in the order in which they start; each is called without arguments.
+        num_threads: Most tasks at once. 1 runs them one after the other, each with all of torch's threads.
 
     Raises:
-        Exception: The first that a task raised; then some tasks may not have run.
+        Exception: The first exception that a task raised; some tasks may not have run then.
     """
     if num_threads == 1 or len(tasks) <= 1:
         with torch.no_grad():
@@ -33,7 +34,7 @@ def run_side_by_side(tasks: Sequence[Callable[[], None]], num_threads: int) -> N
     is_inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
-        with torch.inference_mode(is_inference), torch.no_grad():  # a thread has modes of its own
+        with torch.inference_mode(is_inference), torch.no_grad():  # each thread has its own modes
             while True:
                 with lock:
                     task = next(waiting, None)
@@ -49,27 +50,27 @@ def run_side_by_side(tasks: Sequence[Callable[[], None]], num_threads: int) -> N
     finally:
         torch.set_num_threads(all_threads)
         for other in others:
-            other.exception()  # they have to end before anything that they write to is let go
+            other.exception()  # waits: they must end before the memory that they write to is freed
     for other in others:
         other.result()
 
 
 @functools.cache
 def _pool(size: int) -> ThreadPoolExecutor:
-    """Threads for which torch computes in one thread."""
+    """Make a pool of threads in which torch computes with one thread each."""
     all_threads, met = torch.get_num_threads(), threading.Barrier(size + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # a thread takes the number of all threads when it first asks, also after it was set
+        torch.get_num_threads()  # the first call in a thread sets its number to the global one, so it must come first
         torch.set_num_threads(1)
         met.wait()
 
     pool = ThreadPoolExecutor(size, "moe_train experts", begin)
     for _ in range(size):
         pool.submit(lambda: None)
-    met.wait()  # setting the number in a thread sets that of threads to come: not before all have begun
+    met.wait()  # setting the number in one thread also sets it for threads that start later; so all must have started
     torch.set_num_threads(all_threads)
     return pool
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of these threads

@@ -1,10 +1,10 @@
 """Triton kernels for rows that are routed to experts: gather, sum by source, gated SwiGLU and its gradients.
 
-moe_train.ops.kernels decides where they run; moe_train.ops.row_map and routed_mlp hold what they compute in PyTorch.
-Arithmetic is fp32, and each result is rounded once. Nothing depends on timing: no atomic additions, and blocks are
-chosen by the width alone.
-Legend: N source rows, R places, D width of a row, F intermediate_size, G = 2F. A kernel's program has one row, or a
-block of its columns; a stride is the distance between two rows in elements.
+moe_train.ops.kernels decides where they run. moe_train.ops.row_map and routed_mlp compute the same in PyTorch.
+Arithmetic is fp32, and each result is rounded once. Results do not depend on timing: there are no atomic additions, and
+the block size depends on the width alone.
+Legend: N source rows, R places, D width of a row, F intermediate_size, G = 2F. A program of a kernel computes one row,
+or a block of its columns. A stride is the distance between two rows, in elements.
 """
 
 import torch
@@ -12,21 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns a program works on at a time, at most; fewer for the gradients, which keep several fp32 values of each.
+# Most columns that a program computes at a time; fewer for the gradients, which keep several fp32 values per column.
 _MAX_BLOCK = 2048
 _MAX_GRADIENT_BLOCK = 1024
-_COLUMNS_A_WARP = 512  # 16 a thread: two loads of 16 bytes in flight for bf16
+_COLUMNS_A_WARP = 512  # 16 per thread: two loads of 16 bytes in flight for bf16
 
 
 def gather_rows(rows_ND: Tensor, source_R: Tensor) -> Tensor:
-    """Every place's row.
+    """Copy to every place the row of its source.
 
     Args:
-        rows_ND: fp32, bf16 or fp16.
-        source_R: int64, the row of every place.
+        rows_ND: Rows of the sources, fp32, bf16 or fp16.
+        source_R: int64, the source of every place.
 
     Returns:
-        [R, D] of the rows' dtype.
+        [R, D] in the dtype of the rows.
     """
     rows_ND, source_R = _with_dense_rows(rows_ND), source_R.contiguous()
     out_RD = rows_ND.new_empty(source_R.shape[0], rows_ND.shape[1])
@@ -40,15 +40,15 @@ def gather_rows(rows_ND: Tensor, source_R: Tensor) -> Tensor:
 
 
 def sum_rows(rows_RD: Tensor, places_R: Tensor, offsets_N: Tensor) -> Tensor:
-    """The sum of each source's places, in their order.
+    """Sum the places of each source, in their order.
 
     Args:
-        rows_RD: fp32, bf16 or fp16.
+        rows_RD: Rows of the places, fp32, bf16 or fp16.
         places_R: int64, the places ordered by their source.
-        offsets_N: int64, where each source's places begin in `places_R`.
+        offsets_N: int64, the start of each source's places in `places_R`.
 
     Returns:
-        [N, D] of the rows' dtype, zero for a source without a place.
+        [N, D] in the dtype of the rows; zero for a source without a place.
     """
     rows_RD, places_R, offsets_N = _with_dense_rows(rows_RD), places_R.contiguous(), offsets_N.contiguous()
     num_sources, num_places = offsets_N.shape[0], places_R.shape[0]
@@ -64,14 +64,14 @@ def sum_rows(rows_RD: Tensor, places_R: Tensor, offsets_N: Tensor) -> Tensor:
 
 
 def gated_swiglu(hidden_RG: Tensor, gates_R: Tensor) -> Tensor:
-    """silu(gate half) * up half * gate of the row.
+    """Compute silu(gate half) * up half * gate of the row.
 
     Args:
         hidden_RG: fp32, bf16 or fp16: the gate half, then the up half.
-        gates_R: fp32, the factor of every row.
+        gates_R: fp32, the gate of every row.
 
     Returns:
-        [R, F] of hidden's dtype.
+        [R, F] in the dtype of hidden_RG.
     """
     hidden_RG, gates_R = _with_dense_rows(hidden_RG), gates_R.contiguous()
     out_RF = hidden_RG.new_empty(hidden_RG.shape[0], hidden_RG.shape[1] // 2)
@@ -85,15 +85,15 @@ def gated_swiglu(hidden_RG: Tensor, gates_R: Tensor) -> Tensor:
 
 
 def gated_swiglu_gradients(hidden_RG: Tensor, slope_RF: Tensor, gates_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the backward pass needs of the activation, which is computed again.
+    """Recompute `gated_swiglu`, and compute its gradients with respect to hidden_RG and the gates.
 
     Args:
-        hidden_RG: As in `gated_swiglu`.
-        slope_RF: Gradient of the output with respect to the activation, before the gate; of hidden's dtype.
-        gates_R: As in `gated_swiglu`.
+        hidden_RG: fp32, bf16 or fp16: the gate half, then the up half.
+        slope_RF: Gradient with respect to the activation times the gate, in the dtype of hidden_RG.
+        gates_R: fp32, the gate of every row.
 
     Returns:
-        Gradient of hidden [R, 2F], `gated_swiglu`'s result [R, F], and the gradient of the gates [R].
+        Gradient of hidden [R, 2F], the result of `gated_swiglu` [R, F], and the gradient of the gates [R].
     """
     hidden_RG, slope_RF, gates_R = _with_dense_rows(hidden_RG), _with_dense_rows(slope_RF), gates_R.contiguous()
     num_rows, width = slope_RF.shape
@@ -111,7 +111,7 @@ def gated_swiglu_gradients(hidden_RG: Tensor, slope_RF: Tensor, gates_R: Tensor)
 
 
 def _block(width: int, largest: int) -> tuple[int, int]:
-    """Columns a program works on at a time, a power of two as Triton asks, and the warps it has."""
+    """Choose the columns that a program computes at a time, a power of two as Triton requires, and its warps."""
     block = min(triton.next_power_of_2(max(width, 1)), largest)
     return block, max(block // _COLUMNS_A_WARP, 1)
 
@@ -121,12 +121,12 @@ def _grid(out_RM: Tensor, block: int) -> tuple[int, int]:
 
 
 def _with_dense_rows(rows_RM: Tensor) -> Tensor:
-    """Rows whose elements lie side by side: those of a sum's gradient, which is expanded, do not."""
+    """Make the elements of each row contiguous; the gradient of a sum, an expanded tensor, has others."""
     return rows_RM if rows_RM.stride(1) == 1 else rows_RM.contiguous()
 
 
-# Kernels. Rows are numbered in int64, since a row's number x its stride passes 2^31. All that is chosen by a row is one
-# number a program: as blocks of numbers of several rows, Triton 3.7 did not compile the weighted sum.
+# Kernels. Row numbers are int64, because row number x stride can exceed 2^31. Each program has only one row: with
+# blocks of several rows, Triton 3.7 did not compile the weighted sum.
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _gather_kernel(rows, sources, out, width, stride, BLOCK: tl.constexpr):
     tl.store(out + place * width + column, value, mask=column < width)
 
 
-# Specialised on numbers that differ from step to step, it would be compiled again.
+# The numbers differ from step to step; specialised on them, the kernel would be compiled again and again.
 @triton.jit(do_not_specialize=["num_sources", "num_places"])
 def _sum_kernel(rows, places, offsets, out, num_sources, num_places, width, stride, BLOCK: tl.constexpr):
     source = tl.program_id(0).to(tl.int64)

@@ -1,1 +1,1 @@
-"""The planner: what a configuration takes on a cluster, from its sizes alone. Nothing is allocated."""
+"""Planner of memory, traffic and time of a configuration on a cluster, from its sizes alone. Nothing is allocated."""

@@ -1,8 +1,9 @@
-"""What a pass keeps for its backward pass, block by block, and what it needs for a moment.
+"""Activation memory, block by block: bytes kept for the backward pass, and bytes needed temporarily.
 
-Counted from the operations of moe_train/model and moe_train/ops: a tensor that autograd keeps is counted once.
-Legend: T tokens of a rank, B sequences, D hidden_size, H query heads, G key/value heads, d head size, F inner width,
-R rows at the experts of a rank, K top_k, E experts, V vocabulary, C chunks; e bytes of an element.
+The bytes are counted from the operations of moe_train/model and moe_train/ops. A tensor that autograd keeps counts
+once.
+Legend: T tokens per rank, B sequences, D hidden_size, H query heads, G key/value heads, d head size, F inner width,
+R rows at the experts of a rank, K top_k, E experts, V vocabulary, C chunks; e bytes per element.
 """
 
 from dataclasses import dataclass
@@ -13,23 +14,23 @@ from moe_train.plan.shapes import LayerShape, ModelShape
 
 _WIDE = 4  # bytes of fp32
 _INDEX = 8  # bytes of int64
-_INDICES_OF_AN_ASSIGNMENT = 6  # orders, places and sources of rows that stay for the backward pass
-_ROUTER_TENSORS = {"noisy_topk": 9, "softmax_topk": 4, "sigmoid_topk": 4, "switch": 4}  # fp32 [T, E] that are kept
-_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of the cross-entropy
-_CHUNK_TENSORS = 2  # of that size at once
-_BLOCK_ROWS, _BLOCKS = 384, 6  # rows that an expert takes at once on a CPU
+_INDICES_OF_AN_ASSIGNMENT = 6  # orders, places and sources of rows that are kept for the backward pass
+_ROUTER_TENSORS = {"noisy_topk": 9, "softmax_topk": 4, "sigmoid_topk": 4, "switch": 4}  # kept fp32 [T, E] tensors
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # bytes per chunk of the cross-entropy
+_CHUNK_TENSORS = 2  # tensors of this size at once
+_BLOCK_ROWS, _BLOCKS = 384, 6  # block of rows that an expert computes at once on a CPU: least rows, most blocks
 
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """Bytes of one block.
+    """Activation memory of one block on one rank.
 
     Attributes:
-        saved: Kept from its forward to its backward pass.
-        input: Kept in its place where it is computed again.
-        work: Needed in its backward pass for a moment, without the gradients of its weights.
-        buffers: Of all-to-alls, likewise.
-        elements: Of its weights on this rank.
+        saved: Bytes kept from its forward pass to its backward pass.
+        input: Bytes kept instead where the block is recomputed.
+        work: Bytes needed temporarily in its backward pass, without the gradients of its weights.
+        buffers: Bytes of all-to-all buffers, needed temporarily in its backward pass.
+        elements: Number of elements of its weights on this rank.
     """
 
     saved: float
@@ -41,13 +42,13 @@ class BlockMemory:
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """Bytes around the blocks: final norm, head and loss.
+    """Activation memory outside the blocks: final norm, head and loss.
 
     Attributes:
-        saved: Kept besides the gradient of the logits.
-        logits: The gradient of the logits, formed in the forward pass.
-        forward_work: The logits themselves and parts of them in fp32.
-        backward_work: The gradient that goes into the head.
+        saved: Bytes kept, without the gradient of the logits.
+        logits: Bytes of the gradient of the logits, which the forward pass computes.
+        forward_work: Bytes of the logits and of fp32 copies of their chunks.
+        backward_work: Bytes of the gradient that enters the head.
     """
 
     saved: float
@@ -57,26 +58,31 @@ class HeadMemory:
 
 
 def payload_bytes(layout: Layout, hidden_size: int) -> int:
-    """Of one row on its way."""
+    """Compute the bytes of one row that travels between ranks.
+
+    Args:
+        layout: Layout of the run; its payload gives the number format.
+        hidden_size: D, elements per row.
+    """
     sizes = {"model": layout.dtype_bytes * hidden_size, "bf16": 2 * hidden_size, "fp8": hidden_size + 4}
     return sizes[layout.payload]
 
 
 def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowLoads, device: str) -> BlockMemory:
-    """The bytes of one block.
+    """Compute the activation memory of one block.
 
     Args:
-        shape: The model.
-        layer: The block.
-        layout: Of the run.
-        loads: Rows of a rank's experts.
-        device: cpu or cuda.
+        shape: Sizes of the model.
+        layer: Sizes of the block.
+        layout: Layout of the run.
+        loads: Rows at the experts of a rank.
+        device: Device type, cpu or cuda.
     """
     config, e, tokens = shape.config, layout.dtype_bytes, layout.tokens
     queries = config.num_heads * config.attention_head_dim
     keys = config.attention_kv_heads * config.attention_head_dim
     norm = _norm_bytes(e, device) * tokens * config.hidden_size
-    # The normed input; queries, keys, values and the mixture, and the mixture in the order of tokens; logsumexp.
+    # Kept are the normed input, queries, keys, values, the attention output, its copy in token order, and logsumexp.
     attention = norm + e * tokens * (config.hidden_size + 3 * queries + 2 * keys) + _WIDE * tokens * config.num_heads
     if config.qk_norm != "none":
         attention += _norm_bytes(e, device) * tokens * (queries + (keys if layer.owns_key_value else 0))
@@ -94,38 +100,39 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
 
 def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str) -> tuple[float, float, float]:
     config, e, tokens = shape.config, layout.dtype_bytes, layout.tokens
-    # What stays is summed over blocks; what is computed again, and what is needed for a moment, is of one block.
+    # Kept memory is summed over blocks. Recomputed and temporary memory belongs to one block at a time.
     kept = loads.busiest_rows if layout.recomputes else loads.most_rows
     hidden, inner, moe = config.hidden_size, config.expert_intermediate_size, config.moe
     assignments = tokens * moe.top_k
-    saved = float(e * tokens * hidden)  # the normed input, which the experts of one process take as it is
+    saved = float(e * tokens * hidden)  # the normed input, which the experts use directly where they are on one rank
     wide_inputs = 2 if moe.router == "noisy_topk" else 1
     if e < _WIDE or moe.input_jitter:
-        saved += wide_inputs * _WIDE * tokens * hidden  # the router's input in fp32
+        saved += wide_inputs * _WIDE * tokens * hidden  # the input of the router in fp32
     saved += _ROUTER_TENSORS[moe.router] * _WIDE * tokens * moe.num_experts
-    saved += _INDICES_OF_AN_ASSIGNMENT * _INDEX * assignments + e * 2 * inner * kept  # the first product
+    saved += _INDICES_OF_AN_ASSIGNMENT * _INDEX * assignments + e * 2 * inner * kept  # and the first product
     buffers = 0.0
     if layout.ep_size > 1:
         saved += e * hidden * (loads.busiest_arriving if layout.recomputes else loads.most_arriving)
-        # What is sent and what arrives, in the model's dtype too where it travels in another; two chunks at a time.
+        # Rows sent and rows received, two chunks at a time; in the model's dtype too if the payload is another.
         row = payload_bytes(layout, hidden) + (0 if layout.payload == "model" else e * hidden)
         buffers = min(1.0, 2 / layout.chunks) * row * (loads.sent + loads.busiest_arriving)
     if moe.num_shared_experts:
         saved += e * tokens * 3 * moe.num_shared_experts * inner
     rows = loads.busiest_rows
-    # Gradient of the rows; of a block of rows, or of all on CUDA, the activation's, its input's and its slope.
+    # The gradient of the rows, then for a block of rows (on CUDA for all rows) the gradients of the activation and its
+    # input, and the slope.
     at_once = rows if device == "cuda" else min(rows, max(_BLOCK_ROWS, rows / _BLOCKS))
     work = e * hidden * (rows + 2 * tokens) + e * at_once * (4 * inner + 2 * hidden)
     return saved, work, buffers
 
 
 def head_memory(shape: ModelShape, layout: Layout, device: str) -> HeadMemory:
-    """The bytes around the blocks.
+    """Compute the activation memory outside the blocks.
 
     Args:
-        shape: The model.
-        layout: Of the run.
-        device: cpu or cuda.
+        shape: Sizes of the model.
+        layout: Layout of the run.
+        device: Device type, cpu or cuda.
     """
     e, tokens, hidden = layout.dtype_bytes, layout.tokens, shape.config.hidden_size
     norm = _norm_bytes(e, device) if shape.config.norm_position == "pre" else 0
@@ -141,5 +148,5 @@ def head_memory(shape: ModelShape, layout: Layout, device: str) -> HeadMemory:
 
 
 def _norm_bytes(e: int, device: str) -> int:
-    """What a norm keeps of an element: its input in fp32, and on a CPU the normed input too."""
+    """Compute the bytes per element that a norm keeps: its input in fp32, and on a CPU the normed input too."""
     return _WIDE if device == "cuda" else 2 * _WIDE

@@ -1,9 +1,9 @@
-"""Seconds of one rank's own work in one micro-batch, by term: products, attention, elementwise work, operations.
+"""Compute time of one rank in one micro-batch, by term: products, attention, elementwise work, operations.
 
-What elementwise work reads and writes is counted from the operations of moe_train/model and moe_train/ops, in bytes of
-an element; numbers of operations were counted from one block of each kind (torch 2.13).
-Legend: T tokens, D hidden_size, H query heads, G key/value heads, d head size, F inner width, E experts, x of a rank, K
-top_k, R rows of a rank's experts, V vocabulary; e bytes of an element.
+Reads and writes of elementwise work are counted from the operations of moe_train/model and moe_train/ops, in bytes per
+element. Numbers of operations were counted on one block of each kind (torch 2.13).
+Legend: T tokens, D hidden_size, H query heads, G key/value heads, d head size, F inner width, E experts, x experts per
+rank, K top_k, R rows at the experts of a rank, V vocabulary; e bytes per element.
 """
 
 from dataclasses import dataclass
@@ -14,26 +14,27 @@ from moe_train.plan.rates import Rates
 from moe_train.plan.shapes import LayerShape, ModelShape
 
 _WIDE = 4
-_ATTENTION_BACKWARD = 2.5  # of the forward pass: five products for two
-# Passes over [T, E] of 8 bytes: logits, draws by hashing, the choice, the sums; forward and backward.
+_ATTENTION_BACKWARD = 2.5  # times the forward pass: five products instead of two
+# Passes over [T, E] of 8 bytes, forward and backward, for logits, hashed draws, choice of experts and sums.
 _ROUTER_PASSES = {"noisy_topk": (120, 40), "softmax_topk": (50, 20), "sigmoid_topk": (50, 20), "switch": (50, 20)}
-# Operations, forward and backward: of a block, of an MoE layer beside it, of a busy expert on a CPU, of dispatch.
+# Operations, forward and backward: of a block, in addition of an MoE layer, of an expert on a CPU, of dispatch, and of
+# a chunk.
 _BLOCK, _MOE, _EXPERT, _DISPATCH, _CHUNK = (75, 130), (110, 90), (9, 13), (90, 40), (40, 30)
 _AROUND = (80, 60)  # embedding, head, loss and balance terms
-_LOSS_PASSES = (6, 3)  # over [T, V] in fp32, forward and backward, of those that do not fit a cache
-_CPU_KEY_BLOCK = 512  # of torch's attention on CPU
-_SOFTMAX_PASSES = 4  # over the scores in fp32
-_NORM = {"cpu": (28, 50), "cuda": (8, 16)}  # bytes of an element in fp32, forward and backward
+_LOSS_PASSES = (6, 3)  # passes over [T, V] in fp32 that do not fit a cache, forward and backward
+_CPU_KEY_BLOCK = 512  # keys per block of torch's attention on CPU
+_SOFTMAX_PASSES = 4  # passes over the scores in fp32
+_NORM = {"cpu": (28, 50), "cuda": (8, 16)}  # bytes per element in fp32, forward and backward
 _ROTARY = (36, 40)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Seconds of one micro-batch.
+    """Time of one micro-batch.
 
     Attributes:
-        forward: Of the forward pass.
-        backward: Of the backward pass.
+        forward: Seconds of the forward pass.
+        backward: Seconds of the backward pass.
     """
 
     forward: float
@@ -51,13 +52,13 @@ NOTHING = Pass(0.0, 0.0)
 
 @dataclass(frozen=True)
 class BlockWork:
-    """Of one block, by term.
+    """Time of one block in one micro-batch, by term.
 
     Attributes:
-        attention: Norms, projections and attention.
-        feed_forward: Dense feed-forward layer or shared experts.
-        router: Of an MoE layer, with dispatch's own work.
-        experts: Of an MoE layer, with a rank's mean rows.
+        attention: Time of norms, projections and attention.
+        feed_forward: Time of the dense feed-forward layer or the shared experts.
+        router: Time of the router of an MoE layer, and of the local work of dispatch.
+        experts: Time of the experts of an MoE layer, for the mean rows of a rank.
         operations: Fixed time of all operations.
     """
 
@@ -69,14 +70,14 @@ class BlockWork:
 
 
 def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowLoads, rates: Rates) -> BlockWork:
-    """The work of one block.
+    """Compute the time of one block.
 
     Args:
-        shape: The model.
-        layer: The block.
-        layout: Of the run.
-        loads: Rows of a rank's experts.
-        rates: Of the machine.
+        shape: Sizes of the model.
+        layer: Sizes of the block.
+        layout: Layout of the run.
+        loads: Rows at the experts of a rank.
+        rates: Speed of the machine.
     """
     config, e, tokens = shape.config, layout.dtype_bytes, layout.tokens
     hidden = config.hidden_size
@@ -94,7 +95,7 @@ def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowL
     router += _elementwise(rates, tokens * moe.num_experts * 8, _ROUTER_PASSES[moe.router])
     operations += _operations(rates, _MOE)
     if layout.ep_size > 1:
-        # Rows are brought together to be sent, and added up when they are back; the backward pass does both too.
+        # Rows are gathered before sending, and summed after their return; the backward pass does both too.
         row = e * hidden * (loads.sent + loads.mean_rows) + 2 * e * hidden * tokens
         router += Pass(rates.moving(row), rates.moving(row))
         operations += _operations(rates, _DISPATCH) + _operations(rates, _CHUNK) * layout.chunks
@@ -104,7 +105,7 @@ def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowL
     rows = loads.mean_rows
     experts = products + _elementwise(rates, rows * inner, (7 * e, 20 * e))
     experts += _elementwise(rates, rows * hidden, (4 * e, 6 * e))
-    if layout.chunks > 1:  # weights' gradients of every chunk are added up
+    if layout.chunks > 1:  # the weight gradients of all chunks are summed
         weights = 3 * e * here * 3 * hidden * inner * (layout.chunks - 1)
         experts += Pass(0.0, rates.moving(weights))
     if rates.is_cpu:
@@ -116,19 +117,25 @@ def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowL
 
 
 def head_work(shape: ModelShape, layout: Layout, rates: Rates) -> Pass:
-    """Embedding, final norm, head and loss."""
+    """Compute the time of embedding, final norm, head and loss.
+
+    Args:
+        shape: Sizes of the model.
+        layout: Layout of the run.
+        rates: Speed of the machine.
+    """
     e, tokens, hidden = layout.dtype_bytes, layout.tokens, shape.config.hidden_size
     work = _linear(rates, tokens, hidden, shape.vocab_size) + _elementwise(rates, tokens * hidden, _norm(rates, e))
     forward, backward = _LOSS_PASSES
     wide = (2 * e + _WIDE * forward, 2 * e + _WIDE * backward)
     work += _elementwise(rates, tokens * shape.vocab_size, wide)
-    # The embedding's gradient is a tensor of all of it.
+    # The gradient of the embedding is dense, as large as the embedding.
     work += Pass(rates.moving(2 * e * tokens * hidden), rates.moving(e * hidden * (2 * tokens + shape.vocab_size)))
     return work
 
 
 def around_operations(rates: Rates) -> Pass:
-    """Fixed time of what is around the blocks."""
+    """Compute the fixed time of the operations outside the blocks."""
     return _operations(rates, _AROUND)
 
 
@@ -150,12 +157,12 @@ def _attention(shape: ModelShape, layer: LayerShape, layout: Layout, rates: Rate
 
 
 def _scores(length: int, window: int, size: int, rates: Rates) -> float:
-    """Seconds of one head's attention over one sequence, forward."""
+    """Compute the seconds of one head's attention over one sequence, forward."""
     window = min(window, length)
     seen = (window * (window + 1) / 2 + (length - window) * window) / length
     if not rates.is_cpu:
         return rates.fused(4.0 * length * size * seen, (length, size, seen), 4 * length * size)
-    # A block of keys is skipped only where no query of a block sees any of it; softmax takes its own time.
+    # A block of keys is skipped only where no query of a block sees any of its keys. Softmax takes additional time.
     seen = min(length, seen + _CPU_KEY_BLOCK / 2)
     softmax = rates.elementwise(_SOFTMAX_PASSES * _WIDE * length * seen)
     return rates.product(length, size, seen) + rates.product(length, seen, size) + softmax

@@ -1,8 +1,8 @@
-"""Devices by their data sheets, for `moe-train plan --device NAME`.
+"""Devices with the numbers of their data sheets, for `moe-train plan --device NAME`.
 
-Dense matrix products without sparsity; memory in GB of 1e9 bytes as sold; links one way. Every node has 8 devices and,
-which no data sheet says, one 400 Gbit/s network port a device. Sources: NVIDIA H100 SXM5, H200 SXM and A100 80GB SXM
-data sheets; AMD Instinct MI300X data sheet.
+Peaks are of dense matrix products without sparsity. Memory is in GB of 1e9 bytes, as sold. Link rates are one way.
+Every node has 8 devices and one 400 Gbit/s network port per device; no data sheet specifies the port. Sources: NVIDIA
+H100 SXM5, H200 SXM and A100 80GB SXM data sheets; AMD Instinct MI300X data sheet.
 """
 
 from pathlib import Path
@@ -12,9 +12,9 @@ from moe_train.config.machine import Arithmetic, Link, Machine, Network, read_ma
 
 NODE_DEVICES = 8
 PORT_GBPS = 400.0
-_USED_OF_A_LINK = 0.8  # of the data sheet's rate, for long messages
-_INTRA_LATENCY, _INTER_LATENCY = 20e-6, 40e-6  # of one collective operation
-_OPERATION_SECONDS = 5e-6  # launching a kernel, with PyTorch's work on the host
+_USED_OF_A_LINK = 0.8  # share of the data sheet's rate that long messages reach
+_INTRA_LATENCY, _INTER_LATENCY = 20e-6, 40e-6  # seconds per collective operation
+_OPERATION_SECONDS = 5e-6  # a kernel launch, with PyTorch's work on the host
 _GB, _GBPS = 1e9, 1e9 / 8
 
 
@@ -36,7 +36,7 @@ def _device(name: str, memory_gb: float, peaks: dict[Arithmetic, float], memory_
     )
 
 
-# Peaks: bf16, fp16, and fp32 of the vector units (PyTorch uses no TF32 unless told to).
+# Peaks of bf16, fp16, and fp32 on the vector units: PyTorch uses TF32 only if it is enabled.
 DEVICES = {
     "h100": _device("NVIDIA H100 SXM 80GB", 80, {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 3.35e12, 450e9),
     "h200": _device("NVIDIA H200 SXM 141GB", 141, {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 4.8e12, 450e9),
@@ -46,14 +46,15 @@ DEVICES = {
 
 
 def find_device(name: str, inter_node_gbps: float | None = None) -> Machine:
-    """A device by its name, or out of a file.
+    """Find a device by its name, or read it from a file.
 
     Args:
-        name: Of DEVICES, or the path of what `moe-train doctor --json` printed.
-        inter_node_gbps: Gigabits a second of each device's port between nodes, in place of what is known of it.
+        name: Name in DEVICES, or path of a file with the output of `moe-train doctor --json`.
+        inter_node_gbps: Gigabits per second of each device's port between nodes; it replaces the known rate. None keeps
+            that rate.
 
     Raises:
-        UsageError: If there is neither.
+        UsageError: If there is no such device and no such file.
     """
     if name in DEVICES:
         machine = DEVICES[name]

@@ -1,4 +1,4 @@
-"""How a configuration is spread over the ranks of a cluster, in numbers."""
+"""Layout of a run: all sizes of a configuration on the ranks of a cluster, as numbers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,20 +9,20 @@ from moe_train.config.root import Config, check_payload, check_world
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _BUCKET_ELEMENTS = 500_000_000  # zero_optimization.reduce_bucket_size of deepspeed 0.19.8
-_PLANNED = ("stage", "reduce_bucket_size", "offload_optimizer", "offload_param")  # settings that a plan is told of
+_PLANNED = ("stage", "reduce_bucket_size", "offload_optimizer", "offload_param")  # settings that a plan considers
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where to run.
+    """Cluster to plan for.
 
     Attributes:
-        nodes: Of the cluster.
-        gpus_per_node: Ranks of a node.
-        machine: Its device.
+        nodes: Number of nodes.
+        gpus_per_node: Ranks per node.
+        machine: Speed, memory and links of its devices.
 
     Raises:
-        UsageError: If the machine tells nothing of links that the cluster needs, or its nodes have fewer devices.
+        UsageError: If the machine has no rates for links that the cluster needs, or its nodes have fewer devices.
     """
 
     nodes: int
@@ -48,7 +48,7 @@ class Cluster:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a plan for it cannot know."""
+        """Warnings about what a plan for this cluster cannot know."""
         measured = self.machine.ranks_per_node
         if self.gpus_per_node <= measured:
             return ()
@@ -59,17 +59,17 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """Ranks."""
+        """Number of ranks."""
         return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """A group of ranks, as one of them sees it.
+    """Group of ranks, as one of its ranks sees it.
 
     Attributes:
-        size: Ranks of the group.
-        on_node: Of those, on the same node, itself included; the mean over its ranks.
+        size: Number of ranks in the group.
+        on_node: Number of its ranks on the node of this rank, itself included; the mean over ranks.
     """
 
     size: int
@@ -77,29 +77,29 @@ class Ranks:
 
     @property
     def across(self) -> float:
-        """Ranks on other nodes."""
+        """Number of its ranks on other nodes."""
         return self.size - self.on_node
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a run.
+    """Sizes of a run on a cluster.
 
     Attributes:
-        world_size: Ranks.
-        node_size: Ranks of a node.
+        world_size: Number of ranks.
+        node_size: Ranks per node.
         ep_size: Ranks that share the experts of a layer.
-        zero_stage: Of DeepSpeed ZeRO.
-        micro_batch: Sequences of a rank in one pass.
-        accumulation: Passes of a step.
-        sequence_length: Tokens of a sequence.
-        precision: bf16, fp16 or fp32.
-        recomputes: Whether blocks are computed again in the backward pass.
-        dispatch: Its name.
-        chunks: In which tokens travel.
-        payload: The form in which rows travel.
-        ranks_per_node: Between which bytes are cheap, for dispatch two_level; None: it makes no difference.
-        bucket_elements: Of ZeRO's gradient bucket.
+        zero_stage: Stage of DeepSpeed ZeRO.
+        micro_batch: Sequences per rank and pass.
+        accumulation: Passes per step.
+        sequence_length: Tokens per sequence.
+        precision: Precision of the model, bf16, fp16 or fp32.
+        recomputes: Whether blocks are recomputed in the backward pass.
+        dispatch: Name of the dispatcher.
+        chunks: Number of chunks in which tokens travel.
+        payload: Number format in which rows travel.
+        ranks_per_node: Ranks with cheap links between them, for dispatch two_level; None: it makes no difference.
+        bucket_elements: Elements of ZeRO's gradient bucket.
     """
 
     world_size: int
@@ -119,42 +119,42 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of a rank in one pass."""
+        """Tokens per rank and pass."""
         return self.micro_batch * self.sequence_length
 
     @property
     def dtype_bytes(self) -> int:
-        """Of a weight or an activation."""
+        """Bytes per element of weights and activations."""
         return DTYPE_BYTES[self.precision]
 
     @property
     def gradient_bytes(self) -> int:
-        """Of an element of the gradients that are kept: fp32 where passes are added up."""
+        """Bytes per element of the gradients that are kept: fp32 where several passes are accumulated."""
         return 4 if self.accumulation > 1 else self.dtype_bytes
 
     @property
     def edp_size(self) -> int:
-        """Ranks that hold the same experts."""
+        """Number of ranks that hold the same experts."""
         return self.world_size // self.ep_size
 
     @property
     def world(self) -> Ranks:
-        """All ranks."""
+        """Group of all ranks."""
         return Ranks(self.world_size, min(self.node_size, self.world_size))
 
     @property
     def expert_parallel(self) -> Ranks:
-        """The ranks that share the experts: consecutive."""
+        """Group of the ranks that share the experts; they are consecutive."""
         return Ranks(self.ep_size, _mean_on_node(self.ep_size, self.node_size, self.world_size))
 
     @property
     def expert_data_parallel(self) -> Ranks:
-        """The ranks that hold the same experts: strided."""
+        """Group of the ranks that hold the same experts; they are strided."""
         return Ranks(self.edp_size, max(1.0, min(self.node_size, self.world_size) / self.ep_size))
 
 
 def _mean_on_node(size: int, node_size: int, world_size: int) -> float:
-    """Of consecutive groups of ranks: how many of its group a rank has on its node, in the mean."""
+    """Compute how many ranks of its group a rank has on its node, in the mean, for groups of consecutive ranks."""
     if size % node_size == 0 or node_size % size == 0:
         return min(size, node_size)
     total = 0
@@ -165,14 +165,18 @@ def _mean_on_node(size: int, node_size: int, world_size: int) -> float:
 
 
 def resolve(config: Config, cluster: Cluster) -> tuple[Config, Layout]:
-    """The configuration with every size a number, and the layout.
+    """Replace every "auto" size of a configuration by a number, and compute the layout.
 
     Args:
-        config: As loaded.
-        cluster: Where to run; precision auto is bf16 where its device multiplies in it.
+        config: Configuration as loaded.
+        cluster: Cluster to plan for. Precision auto becomes bf16 where its device has a rate for bf16, else fp32.
+
+    Returns:
+        The configuration with numbers, and the layout.
 
     Raises:
-        UsageError: If sizes do not divide, or the device or a setting of DeepSpeed is another than is planned.
+        UsageError: If sizes do not divide, the configuration names another device, or the plan does not support a
+            setting of DeepSpeed.
     """
     precision = config.train.precision
     if precision == "auto":
@@ -228,15 +232,18 @@ def _bucket_elements(config: Config) -> int:
 
 
 def settings_not_planned(config: Config) -> tuple[str, ...]:
-    """Settings of DeepSpeed's ZeRO that are given, and make no difference to the plan.
+    """List the settings of DeepSpeed's ZeRO that are given but do not change the plan.
 
     Args:
-        config: As loaded.
+        config: Configuration as loaded.
+
+    Returns:
+        Their names, with all sections.
     """
     ignored = [
         name
         for name, value in _zero_settings(config).items()
-        if name not in _PLANNED and (name, value) != ("overlap_comm", False)  # as the trainer has it
+        if name not in _PLANNED and (name, value) != ("overlap_comm", False)  # the value that the trainer sets
     ]
     return tuple(f"deepspeed.zero_optimization.{name}" for name in ignored)
 

@@ -1,9 +1,9 @@
-"""How many rows the experts of a rank get, by sampling: the slowest rank makes all others wait.
+"""Rows at the experts of a rank, estimated by sampling, because all ranks wait for the slowest.
 
-Every step and layer draws the experts' shares of the assignments (evenly, or from a Dirichlet distribution with a given
-coefficient of variation), every micro-batch the assignments: a multinomial draw, in its normal approximation. The
-shares are the same for all groups of ranks, since the router is; what is drawn from them is not.
-Legend: N steps, L layers, E experts, K top_k, P ranks that share the experts, T tokens of a rank.
+Every step and layer draws the experts' shares of the assignments: even shares, or a Dirichlet distribution with a given
+coefficient of variation. Every micro-batch then draws the assignments: a multinomial draw, in its normal approximation.
+All groups of ranks have the same router, and so the same shares; their assignments differ.
+Legend: N steps, L layers, E experts, K top_k, P ranks that share the experts, T tokens per rank.
 """
 
 import math
@@ -16,25 +16,27 @@ from moe_train.config.moe import MoEConfig
 from moe_train.plan.layout import Layout
 from moe_train.plan.shapes import ModelShape, share_reached
 
-_STEPS = 256  # that are sampled
-_DRAWS = 8  # micro-batches of each step and layer
-_LEAST_VARIATION = 1e-3  # less is even
-_MOST_LAYERS = 16  # that are sampled for themselves; more are repeats of these
+_STEPS = 256  # sampled steps
+_DRAWS = 8  # sampled micro-batches per step and layer
+_LEAST_VARIATION = 1e-3  # a smaller coefficient of variation counts as even
+_MOST_LAYERS = 16  # sampled layers; further layers repeat them
 
 
 @dataclass(frozen=True)
 class RowLoads:
-    """Rows of one layer and micro-batch on a rank.
+    """Rows per layer and micro-batch at the experts of a rank.
 
     Attributes:
-        kept: Share of the assignments that capacity leaves.
-        mean_rows: Assignments that a rank's experts compute, in the mean.
-        most_rows: Of the rank with most over all layers, the mean of a layer, in 99 of 100 steps: what stays is summed.
-        busiest_rows: Of the rank with most in one layer, the busiest of a step, in 99 of 100 steps.
-        sent: Rows that a rank sends, one way, those for itself included.
+        kept: Share of the assignments that expert capacity keeps.
+        mean_rows: Rows that the experts of a rank compute, in the mean.
+        most_rows: Rows per layer of the rank that has most over all layers, not exceeded in 99 of 100 steps. It is for
+            memory that is summed over layers.
+        busiest_rows: Rows of the busiest rank in the busiest layer of a step, not exceeded in 99 of 100 steps.
+        sent: Rows that a rank sends, one way, rows for itself included.
         most_arriving: Rows that arrive at the rank of most_rows.
         busiest_arriving: Rows that arrive at the rank of busiest_rows.
-        overload_NL: The slowest rank's rows over the mean, of each step and layer, mean over its micro-batches.
+        overload_NL: Rows of the slowest rank divided by the mean rows, for each step and layer, averaged over
+            micro-batches.
     """
 
     kept: float
@@ -54,17 +56,17 @@ def row_loads(
     seed: int = 0,
     shares_LE: np.ndarray | None = None,
 ) -> RowLoads:
-    """Sample.
+    """Sample the rows at the experts of a rank.
 
     Args:
-        shape: The model.
-        layout: Of the run.
-        imbalance: Coefficient of variation of the experts' shares: 0 is even, 1 as with Dirichlet(1).
-        seed: Of the draws.
-        shares_LE: Shares of every MoE layer in place of draws; rows sum to 1.
+        shape: Sizes of the model.
+        layout: Layout of the run.
+        imbalance: Coefficient of variation of the experts' shares; 0 is even, 1 as with Dirichlet(1).
+        seed: Seed of the draws.
+        shares_LE: Shares of the experts in every MoE layer, used instead of draws; rows sum to 1.
 
     Raises:
-        UsageError: If no loads vary as much, or the shares are of another model.
+        UsageError: If no loads can vary as much as imbalance, or the shares are those of another model.
     """
     moe = shape.config.moe
     _check(shape, imbalance, shares_LE)
@@ -98,7 +100,7 @@ def _check(shape: ModelShape, imbalance: float, shares_LE: np.ndarray | None) ->
             f"--loads: is of a run with {shares_LE.shape[0]} MoE layers of {shares_LE.shape[1]} experts; the model has "
             f"{layers} of {experts}"
         )
-    # No expert has more than 1/K of the assignments: K experts with all of them vary most.
+    # No expert has more than 1/K of the assignments. So the variation is largest where K experts have all of them.
     most = math.sqrt(experts / top_k - 1)
     if imbalance > 0 and (layers == 0 or imbalance >= most):
         raise UsageError(
@@ -112,17 +114,19 @@ def _check(shape: ModelShape, imbalance: float, shares_LE: np.ndarray | None) ->
 def draw_shares(
     draws: np.random.Generator, sizes: tuple[int, ...], num_experts: int, top_k: int, variation: float
 ) -> np.ndarray:
-    """Shares of the assignments. Of Dirichlet(a) the squared coefficient of variation is (E - 1) / (E a + 1).
+    """Draw the experts' shares of the assignments from a Dirichlet distribution.
+
+    The squared coefficient of variation of Dirichlet(a) is (E - 1) / (E a + 1).
 
     Args:
-        draws: The generator.
-        sizes: In front of E.
-        num_experts: E.
-        top_k: K: no expert can have more than 1/K of the assignments.
-        variation: Coefficient of variation before that bound.
+        draws: Random generator.
+        sizes: Dimensions before E.
+        num_experts: E, number of experts.
+        top_k: K, experts per token; no expert can have more than 1/K of the assignments.
+        variation: Coefficient of variation before this bound is applied.
 
     Returns:
-        [..., E], sums of 1.
+        [..., E], shares that sum to 1 over E.
     """
     if variation < _LEAST_VARIATION or num_experts == 1:
         return np.full((*sizes, num_experts), 1 / num_experts)
@@ -130,13 +134,13 @@ def draw_shares(
     shares = draws.gamma(concentration, size=(*sizes, num_experts)) + 1e-12
     shares /= shares.sum(-1, keepdims=True)
     shares = np.minimum(shares, 1 / top_k)
-    room = 1 / top_k - shares  # what was over the bound goes to the others, by the room that they have
+    room = 1 / top_k - shares  # the excess over the bound goes to the other experts, in proportion to their room
     left = 1 - shares.sum(-1, keepdims=True)
     return shares + left * room / np.maximum(room.sum(-1, keepdims=True), 1e-12)
 
 
 def _kept_share(shares_NLE: np.ndarray, moe: MoEConfig, layout: Layout) -> np.ndarray:
-    """Of each expert's assignments, the share that its capacity leaves: E[min(X, c)] / E[X], X normal."""
+    """Compute the share of each expert's assignments that its capacity keeps: E[min(X, c)] / E[X], X normal."""
     if moe.capacity_factor is None:
         return np.ones_like(shares_NLE)
     tokens = layout.sequence_length if moe.capacity_scope == "sequence" else layout.tokens
@@ -152,8 +156,12 @@ def _kept_share(shares_NLE: np.ndarray, moe: MoEConfig, layout: Layout) -> np.nd
 def _overloads(
     draws: np.random.Generator, kept_NLE: np.ndarray, kept: float, moe: MoEConfig, layout: Layout
 ) -> tuple[np.ndarray, float, float]:
-    """Rows over the mean: the slowest rank's by step and layer; the busiest rank's over all layers, and in its busiest
-    layer, in 99 of 100 steps."""
+    """Sample the rows of ranks, divided by the mean rows.
+
+    Returns:
+        The slowest rank's rows by step and layer, [N, L]. The rows of the rank that has most over all layers, and of
+        the busiest rank in its busiest layer, both not exceeded in 99 of 100 steps.
+    """
     steps, layers, _ = kept_NLE.shape
     ranks, tokens = layout.ep_size, layout.tokens * layout.ep_size
     chosen = np.minimum(kept_NLE * moe.top_k, 1.0)
@@ -168,7 +176,7 @@ def _overloads(
         worst[number] = rows_NLP.max(2)
         totals = np.maximum(totals, rows_NLP.sum(1))
     overload_NL, spread_NL = worst.mean(0) / even, worst.std(0) / even
-    # Of several groups the slowest counts: the largest of n normal draws is sqrt(2 ln n) deviations away.
+    # The slowest of several groups counts. The largest of n normal draws is sqrt(2 ln n) deviations above the mean.
     groups = layout.edp_size
     if groups > 1:
         away = math.sqrt(2 * math.log(groups))

@@ -1,13 +1,14 @@
-"""Memory of one rank by part, at the moment of a step at which it is most.
+"""Peak memory of one rank by part, at the moment of a step that needs most.
 
-"Most" is what torch.cuda.max_memory_allocated counts: bytes of tensors at one time, whether or not all of a buffer has
-been touched. Four moments can be the one: the loss (all blocks' activations and the logits), the backward pass of a
-block (activations of the blocks below, gradients of those above), the reduction of gradients, the optimizer's update.
+The peak is what torch.cuda.max_memory_allocated counts: bytes of tensors that exist at the same time, also where parts
+of a buffer have not been used. Four moments can be the peak: the loss (activations of all blocks, and the logits), the
+backward pass of a block (activations of the blocks below, gradients of the blocks above), the reduction of gradients,
+and the update of the optimizer.
 """
 
 from dataclasses import dataclass
 
-from moe_train.model.decode_state import kv_cache_bytes
+from moe_train.model.mixers.key_value import kv_cache_bytes
 from moe_train.plan.activations import BlockMemory, HeadMemory, block_memory, head_memory
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
@@ -26,19 +27,19 @@ PARTS = (
     "framework",
 )
 _FP32 = 4
-_NORM_BYTES = 8  # gradients are cast to fp64 for their norm, one tensor at a time
-_CUDA_FRAMEWORK = int(1.5 * 2**30)  # CUDA context, NCCL's buffers and the kernels' workspaces
-_CUDA_FRAGMENTATION = 0.03  # of what is allocated, kept by the allocator and of no use
+_NORM_BYTES = 8  # bytes per element: gradients are cast to fp64 for their norm, one tensor at a time
+_CUDA_FRAMEWORK = int(1.5 * 2**30)  # bytes of the CUDA context, NCCL buffers and workspaces of kernels
+_CUDA_FRAGMENTATION = 0.03  # share of the allocated bytes that the allocator holds in addition, unused
 _UPDATE, _LOSS, _REDUCE = "update", "loss", "reduce"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Sequences that are decoded together.
+    """Sequences that are decoded together, for the size of their KV cache.
 
     Attributes:
-        batch_size: How many.
-        length: Tokens of one.
+        batch_size: Number of sequences.
+        length: Tokens per sequence.
     """
 
     batch_size: int
@@ -47,12 +48,12 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank.
+    """Peak memory of one rank.
 
     Attributes:
-        parts: By the names of PARTS, when their sum is largest.
-        moment: When that is: loss, backward of a block, reduce or update.
-        states: Of weights and optimizer states.
+        parts: Bytes by name of PARTS, at the moment when their sum is largest.
+        moment: Name of this moment: loss, backward of a block, reduce or update.
+        states: Weights and optimizer states.
     """
 
     parts: dict[str, float]
@@ -61,21 +62,21 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Of all parts."""
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
 def plan_memory(
     shape: ModelShape, layout: Layout, loads: RowLoads, device: str, decoding: Decoding | None = None
 ) -> Memory:
-    """The memory of the rank with most.
+    """Compute the peak memory of the rank that needs most.
 
     Args:
-        shape: The model.
-        layout: Of the run.
-        loads: Rows of a rank's experts.
-        device: cpu or cuda.
-        decoding: Whose keys and values are kept beside training; None: none.
+        shape: Sizes of the model.
+        layout: Layout of the run.
+        loads: Rows at the experts of a rank.
+        device: Device type, cpu or cuda.
+        decoding: Sequences whose keys and values are kept beside training; None: no KV cache.
     """
     states = model_states(shape, layout)
     steady = {"weights": float(states.weights), "optimizer_states": float(states.optimizer_states)}
@@ -110,17 +111,18 @@ def _kv_cache(shape: ModelShape, layout: Layout, decoding: Decoding) -> int:
 def _passes(
     blocks: list[BlockMemory], head: HeadMemory, shape: ModelShape, states: ModelStates, layout: Layout
 ) -> list[tuple[str, dict[str, float]]]:
-    """The loss, and the backward pass of every block."""
+    """List the moments of a pass with their bytes: the loss, and the backward pass of every block."""
     kept = [block.input if layout.recomputes else block.saved for block in blocks]
     held = _gradients_before(states, layout)
     live = {"weights": float(states.gathered)}
     below = sum(kept)
     loss = {"activations": below + head.saved, "logits": head.logits + head.forward_work, **live}
-    # A block's forward pass needs its own memory too where nothing of it stays; it is that of its backward pass.
+    # With recomputation, the forward pass of a block also needs temporary memory: as much as its backward pass, which
+    # is counted below.
     found = [(_LOSS, _sum(loss, held))]
     bucket = _bucket(states, layout)
     elements = shape.outside - (0 if shape.config.tie_embeddings else shape.vocab_size * shape.config.hidden_size)
-    # Of the head's: the gradient of the logits goes into the product that gives that of its weight.
+    # Backward pass of the head: the gradient of its weight is a product with the gradient of the logits.
     parts = {"activations": below + head.saved, "logits": head.logits + head.backward_work, **live}
     found.append((_LOSS, _sum(parts, held, bucket, _gradients_made(elements, states, layout))))
     for number, block in reversed(list(enumerate(blocks))):
@@ -134,7 +136,7 @@ def _passes(
 
 
 def _gradients_before(states: ModelStates, layout: Layout) -> dict[str, float]:
-    """What is there in the last forward pass of a step."""
+    """Compute the bytes of gradients and buffers that exist in the last forward pass of a step."""
     if layout.zero_stage == 3:
         held = {"gradients": float(layout.gradient_bytes * states.partition_elements)}
         return held | {"zero_buffers": float(layout.bucket_elements * layout.dtype_bytes)}
@@ -146,22 +148,22 @@ def _gradients_before(states: ModelStates, layout: Layout) -> dict[str, float]:
 
 
 def _bucket(states: ModelStates, layout: Layout) -> dict[str, float]:
-    """ZeRO's bucket in a backward pass, where it is not there before."""
+    """Compute the bytes of ZeRO's bucket in a backward pass, where it did not exist before."""
     if layout.zero_stage == 3:
         return {}
-    # Stage 1 gathers fp32 sums where passes are added up.
+    # Stage 1 fills the bucket with fp32 sums where several passes are accumulated.
     size = layout.gradient_bytes if layout.zero_stage == 1 else layout.dtype_bytes
     return {"zero_buffers": float(size * layout.bucket_elements)}
 
 
 def _gradients_made(elements: int, states: ModelStates, layout: Layout) -> dict[str, float]:
-    """Gradients of so many elements, the last ones of the model."""
+    """Compute the bytes of the gradients of the model's last elements, as many as given."""
     e, bucket = layout.dtype_bytes, layout.bucket_elements
     if layout.zero_stage == 1:
-        # Added up in fp32 where passes are: those were there before.
+        # Where several passes are accumulated, the fp32 sums already exist.
         return {"gradients": float(e * elements)} if layout.accumulation == 1 else {}
     flushed = elements > bucket
-    # A full bucket is copied for its reduction, and the rank's own part of it afterwards.
+    # A full bucket is copied for its reduction, and then this rank's part of it is copied.
     copies = {"zero_buffers": float(e * min(bucket, elements))} if flushed else {}
     if layout.zero_stage == 3 or layout.accumulation > 1 or not flushed:
         return copies
@@ -169,7 +171,7 @@ def _gradients_made(elements: int, states: ModelStates, layout: Layout) -> dict[
 
 
 def _reduce(states: ModelStates, layout: Layout) -> tuple[str, dict[str, float]]:
-    """The end of the backward pass: what is in the bucket is copied, reduced and copied to the rank's part."""
+    """Compute the bytes at the end of the backward pass: the bucket is copied, reduced, and copied to partitions."""
     e, local = layout.dtype_bytes, states.local_elements
     filled = min(layout.bucket_elements, local)
     of_one_group = max(sum(g.numel for g in states.groups if g.is_expert is kind) for kind in (True, False))
@@ -187,14 +189,14 @@ def _reduce(states: ModelStates, layout: Layout) -> tuple[str, dict[str, float]]
 
 
 def _update(states: ModelStates, layout: Layout) -> tuple[str, dict[str, float]]:
-    """The optimizer: one group's gradients after the other's are made one fp32 tensor."""
+    """Compute the bytes of the optimizer's update, which flattens the gradients of one group at a time to fp32."""
     e, size = layout.dtype_bytes, layout.gradient_bytes
     largest = max(group.partition for group in states.groups)
     narrow = size < _FP32
     if layout.zero_stage == 3 or not (layout.accumulation > 1 and e < _FP32):
         flat = (size + (_FP32 if narrow else 0)) * largest
     else:
-        flat = 0  # they are one fp32 tensor already
+        flat = 0  # they are already one fp32 tensor
     norm = _NORM_BYTES * max(min(group.largest, group.partition) for group in states.groups)
     held = {"gradients": float(size * states.partition_elements)}
     if layout.zero_stage == 3:

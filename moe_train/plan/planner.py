@@ -1,4 +1,4 @@
-"""A plan: everything that is said of a configuration on a cluster."""
+"""Plan of a configuration on a cluster: memory, traffic, time of a step and MFU."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ from moe_train.plan.step import Step, Traffic, plan_step, step_traffic
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked beside the configuration.
+    """Settings of a plan, beside the configuration.
 
     Attributes:
-        cluster: Where to run.
-        imbalance: Coefficient of variation of the experts' shares.
-        seed: Of the draws.
-        shares_LE: Measured shares of every MoE layer in place of draws.
-        decoding: Whose keys and values are kept beside training.
+        cluster: Cluster to plan for.
+        imbalance: Coefficient of variation of the experts' shares of the assignments.
+        seed: Seed of the draws.
+        shares_LE: Measured shares of the experts in every MoE layer, used instead of draws; None: draws.
+        decoding: Sequences whose keys and values are kept beside training; None: no KV cache.
         margin: Share of the memory to leave free.
     """
 
@@ -36,26 +36,26 @@ class Question:
 
     @property
     def capacity(self) -> float:
-        """Bytes of a rank's memory that may be used."""
+        """Bytes of memory that a rank may use."""
         return self.cluster.machine.memory_bytes * (1 - self.margin)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer.
+    """Memory, traffic and time of a configuration on a cluster.
 
     Attributes:
-        config: With every size a number.
-        layout: How it is spread.
-        shape: The model.
-        loads: Rows of a rank's experts.
-        memory: Of the rank with most.
-        traffic: Of a rank in a step.
-        step: Its time.
-        mfu: Model FLOPs utilisation: operations that the model needs over those at the peak.
-        capacity: Bytes of a rank's memory that may be used.
-        not_planned: Settings of DeepSpeed that were given and make no difference to the plan.
-        warnings: What the plan cannot know, in words.
+        config: Configuration with every size a number.
+        layout: Layout of the run.
+        shape: Sizes of the model.
+        loads: Rows at the experts of a rank.
+        memory: Peak memory of the rank that needs most.
+        traffic: Bytes that a rank sends per step.
+        step: Time of a step.
+        mfu: Model FLOPs utilisation: operations that the model needs, divided by operations at the peak rate.
+        capacity: Bytes of memory that a rank may use.
+        not_planned: Settings of DeepSpeed that were given but do not change the plan.
+        warnings: Messages about what the plan cannot know.
     """
 
     config: Config
@@ -72,18 +72,18 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is enough."""
+        """Whether the peak memory is within the capacity."""
         return self.memory.total <= self.capacity
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks."""
+        """Tokens per second of all ranks."""
         batch = self.config.train.global_batch_size
         assert batch is not None
         return batch * self.layout.sequence_length / self.step.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the plan as plain values for JSON."""
         count, total = self.shape.parameters, self.traffic.total
         return {
             "parameters": {"total": count.total, "active": count.active},
@@ -113,7 +113,7 @@ class Plan:
         }
 
     def layout_fields(self) -> dict[str, Any]:
-        """What was chosen, by the names of the configuration."""
+        """Return the layout by names of configuration fields."""
         layout = self.layout
         return {
             "world_size": layout.world_size,
@@ -129,15 +129,15 @@ class Plan:
 
 
 def make_plan(config: Config, vocab_size: int, question: Question) -> Plan:
-    """Plan a configuration.
+    """Plan memory, traffic and time of a configuration.
 
     Args:
-        config: As loaded.
+        config: Configuration as loaded.
         vocab_size: Rows of the embedding.
-        question: What is asked.
+        question: Settings of the plan.
 
     Raises:
-        UsageError: If sizes do not divide, or something is asked that cannot be.
+        UsageError: If sizes do not divide, or a setting of the plan is impossible.
     """
     config, layout = resolve(config, question.cluster)
     shape = model_shape(config.model, vocab_size, layout.sequence_length)

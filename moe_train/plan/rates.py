@@ -1,8 +1,9 @@
-"""How long products and elementwise work take on a machine.
+"""Speed of a machine: seconds of matrix products, elementwise work and operations.
 
-Measured products are interpolated in the logarithms of rows and width, a product [m, k] x [k, n] counting as m rows of
-width sqrt(k n). A data sheet tells only a peak: then a product takes as long as the slower of its operations, at a
-share of the peak that falls with each dimension d as d / (d + 128), and of reading and writing its matrices.
+Measured products are interpolated in the logarithms of rows and width. A product [m, k] x [k, n] counts as m rows of
+width sqrt(k n). A data sheet gives only a peak. Then a product takes the longer of two times: its arithmetic, and the
+reads and writes of its matrices. The arithmetic reaches a share of the peak with a factor d / (d + 128) for each
+dimension d.
 """
 
 import bisect
@@ -12,19 +13,19 @@ from dataclasses import dataclass
 from moe_train.config.machine import Arithmetic, Machine, Product
 from moe_train.plan.layout import DTYPE_BYTES
 
-PEAK_SHARE = 0.75  # of the data sheet's, that large products reach
-STREAM_SHARE = 0.6  # of the rate of one long sum, that elementwise work between a model's products reaches
-_LONG_SECONDS = 5e-3  # a product that takes as long is not over within a slice of a core's time
-_HALF_RATE_SIZE = 128  # a dimension at which a tile of a GPU's kernel is half used
+PEAK_SHARE = 0.75  # share of the data sheet's peak that large products reach
+STREAM_SHARE = 0.6  # share of the rate of one long sum that elementwise work between the products of a model reaches
+_LONG_SECONDS = 5e-3  # a product of this duration does not end within one time slice of a core
+_HALF_RATE_SIZE = 128  # a dimension at which a tile of a GPU kernel is half used
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The speed of one rank.
+    """Speed of one rank.
 
     Attributes:
-        machine: As measured, or of a data sheet.
-        precision: Of the model.
+        machine: Machine with measured rates, or with the rates of a data sheet.
+        precision: Precision of the model.
     """
 
     machine: Machine
@@ -32,13 +33,16 @@ class Rates:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether ranks are processes on cores, which collective operations take too."""
+        """Whether ranks are processes on CPU cores, which collective operations use too."""
         return self.machine.device == "cpu"
 
     @property
     def sustained(self) -> float:
-        """Operations a second that no product exceeds for long. Where ranks share cores, a product of a millisecond may
-        be timed within one slice of a core's time, as if the core were the rank's own."""
+        """Operations per second that no product exceeds for long.
+
+        Where ranks share cores, a measured product of a millisecond may fit into one time slice of a core. It then
+        looks as fast as on a core of its own.
+        """
         measured = self.machine.products.get(self.precision, ())
         if not self.is_cpu or not measured:
             return math.inf
@@ -48,14 +52,21 @@ class Rates:
 
     @property
     def sharing(self) -> float:
-        """How much longer work takes than when timed in a slice of a core's time: 1 where every rank has a core."""
+        """Factor by which work takes longer than within one time slice of a core; 1 where every rank has a core."""
         measured = self.machine.products.get(self.precision, ())
         if not self.is_cpu or not measured:
             return 1.0
         return max(1.0, max(product.flops_per_second for product in measured) / self.sustained)
 
     def product(self, m: float, k: float, n: float, precision: Arithmetic | None = None) -> float:
-        """Seconds of [m, k] x [k, n]."""
+        """Compute the seconds of the product [m, k] x [k, n].
+
+        Args:
+            m: Rows of the first matrix.
+            k: Columns of the first matrix.
+            n: Columns of the second matrix.
+            precision: Precision of the product; None, or a precision without known rate: precision of the model.
+        """
         if min(m, k, n) <= 0:
             return 0.0
         used = precision or self.precision
@@ -64,18 +75,18 @@ class Rates:
         flops, measured = 2.0 * m * k * n, self.machine.products.get(used, ())
         moved = DTYPE_BYTES[used] * (m * k + k * n + m * n)
         if measured:
-            # A measured product is repeated with the same matrices; a model's come from memory.
+            # The measurement repeats a product with the same matrices; the matrices of a model come from memory.
             rate = min(_interpolate(measured, m, math.sqrt(k * n)), self.sustained)
             return flops / rate + self.moving(moved)
         return max(flops / self._reached((m, k, n), used), self.moving(moved))
 
     def fused(self, flops: float, sizes: tuple[float, float, float], elements: float) -> float:
-        """Seconds of products in one kernel, which keeps what is between them.
+        """Compute the seconds of several products in one kernel, which does not write intermediate results to memory.
 
         Args:
-            flops: Of all products.
-            sizes: Dimensions of one of them.
-            elements: Of the matrices that are read and written.
+            flops: Operations of all products.
+            sizes: Dimensions m, k, n of one product.
+            elements: Elements of the matrices that are read and written.
         """
         m, k, n = sizes
         measured = self.machine.products.get(self.precision, ())
@@ -83,31 +94,31 @@ class Rates:
         return max(flops / rate, self.moving(DTYPE_BYTES[self.precision] * elements))
 
     def _reached(self, sizes: tuple[float, float, float], precision: Arithmetic) -> float:
-        """Operations a second of a product of these dimensions on a device of a data sheet."""
+        """Compute the operations per second of a product of these dimensions, from the peak of a data sheet."""
         share = PEAK_SHARE
         for size in sizes:
             share *= size / (size + _HALF_RATE_SIZE)
         return share * self.machine.flops_per_second[precision]
 
     def gradients(self, m: float, k: float, n: float, precision: Arithmetic | None = None) -> float:
-        """Seconds of both gradients of [m, k] x [k, n]."""
+        """Compute the seconds of both gradients of the product [m, k] x [k, n]; arguments as in `product`."""
         return self.product(m, n, k, precision) + self.product(k, m, n, precision)
 
     def moving(self, num_bytes: float) -> float:
-        """Seconds of reading and writing so many bytes."""
+        """Compute the seconds of reading and writing this number of bytes."""
         return num_bytes / self.machine.memory_bytes_per_second
 
     def elementwise(self, num_bytes: float) -> float:
-        """Seconds of reading and writing so many bytes in a model's activations: in short or strided pieces."""
+        """Compute the seconds of elementwise work on this number of bytes, in short or strided reads and writes."""
         return self.moving(num_bytes) / STREAM_SHARE
 
     def operations(self, number: float) -> float:
-        """Fixed seconds of so many operations."""
+        """Compute the fixed seconds of this number of operations."""
         return number * self.machine.operation_seconds * self.sharing
 
 
 def _interpolate(products: tuple[Product, ...], rows: float, width: float) -> float:
-    """Operations a second; outside of what was measured, as at its edge."""
+    """Interpolate the operations per second; outside the measured range, take the value at its edge."""
     widths = sorted({product.width for product in products})
     below, above, part = _place(widths, width)
     found = []
@@ -119,7 +130,7 @@ def _interpolate(products: tuple[Product, ...], rows: float, width: float) -> fl
 
 
 def _place(sizes: list[int], size: float) -> tuple[int, int, float]:
-    """The neighbours of a size among sorted ones, and how far it is from the lower to the upper, in logarithms."""
+    """Find the neighbours of a size among sorted sizes, and its position between them (0 to 1) in logarithms."""
     place = bisect.bisect_left(sizes, size)
     if place == 0:
         return sizes[0], sizes[0], 0.0

@@ -1,4 +1,4 @@
-"""A plan as people read it: a bar of memory by part, traffic, the step's terms and a verdict."""
+"""Printed form of a plan: a bar of memory by part, the traffic, the terms of a step, and a verdict."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ _GIB, _WIDTH, _LEAST_SHARE = 2**30, 40, 1e-3
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Print a plan."""
+    """Print a plan to a console."""
     count, layout = plan.shape.parameters, plan.layout
     ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
     console.print(f"parameters  {count.total:,} total, {count.active:,} active a token")
@@ -44,7 +44,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and where not, by how much and what takes most."""
+    """Say whether a plan fits; if not, by how much it is over, and which part is largest."""
     held, room = plan.memory.total / _GIB, plan.capacity / _GIB
     if plan.fits:
         return f"fits: {held:.1f} of {room:.1f} GiB a rank"
@@ -56,7 +56,13 @@ def verdict(plan: Plan) -> str:
 
 
 def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> None:
-    """Print the fastest layouts that fit."""
+    """Print the fastest layouts that fit.
+
+    Args:
+        best: Layouts to print, the fastest first.
+        tried: Number of layouts that were planned.
+        console: Console to print to.
+    """
     columns = ("EP", "ZeRO", "batch", "recomputes", "dispatch", "GiB", "step", "p99", "largest term")
     title = f"the fastest of {tried:,} layouts"
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -1,4 +1,4 @@
-"""The loads of experts as a run had them, from its metrics.jsonl."""
+"""Expert loads that a run measured, from its metrics.jsonl."""
 
 from pathlib import Path
 
@@ -8,17 +8,20 @@ from moe_train.config.errors import UsageError
 from moe_train.train.telemetry.load_report import expert_load
 from moe_train.train.telemetry.records import read_records
 
-_STEPS = 1000  # the last ones of the run
+_STEPS = 1000  # last steps of the run to average over
 
 
 def read_shares(run_dir: Path) -> np.ndarray:
-    """Shares of the assignments that experts had over the last steps of a run. [L, E].
+    """Read the experts' shares of the assignments over the last steps of a run.
 
     Args:
-        run_dir: The run's folder.
+        run_dir: Folder of the run.
+
+    Returns:
+        [L, E] for L MoE layers and E experts.
 
     Raises:
-        UsageError: If it has no records of experts.
+        UsageError: If the run has no records of experts.
     """
     path = run_dir / "metrics.jsonl"
     report = expert_load(read_records(path), _STEPS) if path.is_file() else None

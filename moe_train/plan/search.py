@@ -1,8 +1,8 @@
-"""The layout of a configuration that is fastest among those that fit: every candidate is planned by arithmetic.
+"""Search for the fastest layout of a configuration that fits; every candidate is planned by arithmetic.
 
-Changed are expert_parallel_size, zero_stage, micro_batch_size, recompute_activations, dispatch and chunks; the global
-batch stays, so that every candidate takes the same steps. Memory is planned first: what does not fit is not timed, and
-recomputation is tried only where it is needed.
+The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute_activations, dispatch and chunks. The
+global batch stays the same, so that every candidate takes the same steps. Memory is planned first: a layout that does
+not fit is not timed, and recomputation is tried only where it is needed.
 """
 
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from moe_train.plan.shapes import ModelShape, model_shape
 from moe_train.plan.step import Step, plan_step
 
 _CHUNKS = (1, 2, 4)
-_LARGEST_MICRO_BATCH, _MOST_MICRO_BATCHES = 64, 16  # that are tried
+_LARGEST_MICRO_BATCH, _MOST_MICRO_BATCHES = 64, 16  # bounds of the micro-batches that are tried
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with what it takes.
+    """Layout with its memory and time.
 
     Attributes:
-        layout: The sizes.
-        memory: Of the rank with most.
-        step: Its time.
+        layout: Sizes of the run.
+        memory: Peak memory of the rank that needs most.
+        step: Time of a step.
     """
 
     layout: Layout
@@ -38,12 +38,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         best: Candidates that fit, the fastest first.
-        tried: How many were planned.
-        smallest: The one that takes least memory, whether or not it fits.
+        tried: Number of layouts that were planned.
+        smallest: Memory of the layout that needs least, whether or not it fits.
     """
 
     best: tuple[Candidate, ...]
@@ -55,9 +55,9 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
     """Find the fastest layouts that fit.
 
     Args:
-        config: As loaded.
+        config: Configuration as loaded.
         vocab_size: Rows of the embedding.
-        question: What is asked; its margin of memory stays free.
+        question: Settings of the plan; its margin of memory stays free.
 
     Raises:
         UsageError: If the global batch cannot be divided among the ranks.
@@ -96,7 +96,7 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
 
 
 def _open(config: Config) -> Config:
-    """The configuration without what is searched: its own sizes need not suit the cluster."""
+    """Reset the fields that are searched, because their values in the configuration may not suit the cluster."""
     parallel = {"expert_parallel_size": 1, "dispatch": "flat", "ranks_per_node": "auto", "chunks": 1}
     train = {} if config.train.global_batch_size is None else {"micro_batch_size": 1}
     return config.model_copy(
@@ -108,11 +108,11 @@ def _open(config: Config) -> Config:
 
 
 def apply_layout(config: Config, layout: Layout) -> Config:
-    """The configuration with a candidate's sizes; what depends on its precision stays as it was given.
+    """Put the sizes of a layout into a configuration; the precision stays as given.
 
     Args:
-        config: As loaded.
-        layout: The candidate's.
+        config: Configuration as loaded.
+        layout: Layout of a candidate.
     """
     batch = layout.micro_batch * layout.accumulation * layout.world_size
     parallel = {
@@ -137,10 +137,10 @@ def apply_layout(config: Config, layout: Layout) -> Config:
 
 
 def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout]:
-    """Expert-parallel sizes, ZeRO stages and micro-batches."""
+    """Yield the layout with every expert-parallel size, ZeRO stage and micro-batch to try."""
     experts, world = shape.config.moe.num_experts, base.world_size
     sizes = [size for size in range(1, min(experts, world) + 1) if experts % size == 0 and world % size == 0]
-    share = base.micro_batch * base.accumulation  # sequences of a rank in a step
+    share = base.micro_batch * base.accumulation  # sequences per rank and step
     divisors = [size for size in range(1, min(share, _LARGEST_MICRO_BATCH) + 1) if share % size == 0]
     micros = divisors[:_MOST_MICRO_BATCHES]
     if base.micro_batch not in micros:
@@ -152,7 +152,7 @@ def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout
 
 
 def _ways(layout: Layout, shape: ModelShape) -> Iterator[Layout]:
-    """Dispatches and numbers of chunks."""
+    """Yield the layout with every dispatch and number of chunks to try."""
     if layout.ep_size == 1:
         yield replace(layout, dispatch="flat", chunks=1, payload="model", ranks_per_node=None)
         return

@@ -1,4 +1,4 @@
-"""A model's sizes by layer, counted from its logical tensors on the meta device.
+"""Sizes of a model by layer, counted from its logical tensors on the meta device.
 
 Legend: D hidden_size, H query heads, G key/value heads, d head size, F inner width, E experts, K top_k, V vocabulary.
 """
@@ -15,13 +15,13 @@ from moe_train.model.parameters import LogicalTensor, logical_tensors
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One block.
+    """Sizes of one block.
 
     Attributes:
         is_moe: Whether it has experts.
-        owns_key_value: Whether it forms keys and values.
-        dense: Elements of its tensors without the experts.
-        experts: Elements of its experts, of all ranks.
+        owns_key_value: Whether it computes keys and values of its own.
+        dense: Elements of its tensors, without the experts.
+        experts: Elements of its experts on all ranks.
     """
 
     is_moe: bool
@@ -32,15 +32,15 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model.
+    """Sizes of a model.
 
     Attributes:
-        config: Its section.
-        vocab_size: V.
-        layers: Its blocks.
-        outside: Elements outside of blocks: embedding, final norm, head.
-        tensors: Every tensor.
-        flops_per_token: Operations of training that the model needs for a token.
+        config: Model section of the configuration.
+        vocab_size: V, rows of the embedding.
+        layers: Sizes of every block.
+        outside: Elements outside the blocks: embedding, final norm, head.
+        tensors: All logical tensors.
+        flops_per_token: Operations per token that training needs.
     """
 
     config: ModelConfig
@@ -52,7 +52,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> ParameterCount:
-        """As `count_parameters`."""
+        """Number of parameters, total, active and of experts, as `count_parameters` counts them."""
         experts = self.experts
         moe = self.config.moe
         active = self.dense + experts // moe.num_experts * moe.top_k
@@ -60,7 +60,7 @@ class ModelShape:
 
     @property
     def dense(self) -> int:
-        """Elements of all tensors but the experts'."""
+        """Elements of all tensors except the experts."""
         return self.outside + sum(layer.dense for layer in self.layers)
 
     @property
@@ -70,17 +70,17 @@ class ModelShape:
 
     @property
     def num_moe_layers(self) -> int:
-        """Blocks with experts."""
+        """Number of blocks with experts."""
         return sum(layer.is_moe for layer in self.layers)
 
 
 def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> ModelShape:
-    """The sizes of a model.
+    """Count the sizes of a model.
 
     Args:
-        config: The model section.
-        vocab_size: V.
-        sequence_length: Tokens of a sequence.
+        config: Model section of the configuration.
+        vocab_size: V, rows of the embedding.
+        sequence_length: Tokens per sequence.
     """
     tensors = logical_tensors(build_model(config, vocab_size)).values()
     dense, experts, outside = [0] * config.num_layers, [0] * config.num_layers, 0
@@ -101,5 +101,11 @@ def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> M
 
 
 def share_reached(num_experts: int, behind: int, top_k: int) -> float:
-    """The share of tokens that draw at least one of `behind` experts, of K drawn evenly out of E."""
+    """Compute the share of tokens that choose at least one of `behind` experts, if each draws K of E evenly.
+
+    Args:
+        num_experts: E, number of experts.
+        behind: Number of experts of the rank or node in question.
+        top_k: K, experts per token.
+    """
     return 1 - math.comb(num_experts - behind, top_k) / math.comb(num_experts, top_k)

@@ -1,8 +1,9 @@
-"""Model states of one rank under DeepSpeed ZeRO as the trainer sets it up (deepspeed 0.19.8).
+"""Model states of one rank under DeepSpeed ZeRO, as the trainer sets it up (deepspeed 0.19.8).
 
-Stages 1 and 2: every rank has all dense weights and its experts' weights in flat groups, and the fp32 master weights
-and two moments of one part of each: of n ranks for the dense tensors, of the expert-data-parallel ranks for experts.
-Stage 3: every tensor is cut for itself, its working weights too; tensors of up to 100,000 elements stay whole.
+Stages 1 and 2: every rank has all dense weights and the weights of its experts, in flat groups. Of each group it has
+fp32 master weights and two moments for one part. Dense groups are divided among all ranks, expert groups among the
+expert-data-parallel ranks.
+Stage 3: every tensor is divided separately, its working weights too. Tensors of up to 100,000 elements are not divided.
 """
 
 import math
@@ -13,21 +14,21 @@ from moe_train.plan.layout import Layout
 from moe_train.plan.shapes import ModelShape
 
 _MASTER_BYTES, _MOMENT_BYTES = 4, 8
-_ALIGNMENT = 2  # elements of a partition, for NCCL
-_LARGEST_EXPERT_GROUP = 178_956_971  # elements; larger groups of experts are divided
+_ALIGNMENT = 2  # elements; partitions are multiples of it, for NCCL
+_LARGEST_EXPERT_GROUP = 178_956_971  # elements; a larger group of experts is split
 _PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold
 _REUSE_ELEMENTS = 1_000_000_000  # stage3_max_reuse_distance
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that the optimizer takes as one.
+    """Group of tensors that the optimizer updates as one.
 
     Attributes:
         numel: Elements on this rank before ZeRO.
         partition: Elements that this rank updates.
-        ranks: That share it.
-        is_expert: Whether they are experts.
+        ranks: Number of ranks that share the group.
+        is_expert: Whether the tensors are experts.
         largest: Elements of its largest tensor on this rank before ZeRO.
     """
 
@@ -40,14 +41,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Cut:
-    """Tensors that stage 3 cuts among the same ranks.
+    """Tensors that stage 3 divides among the same ranks.
 
     Attributes:
-        is_expert: Whether they are experts.
-        passing: Elements of those that are gathered in every pass.
-        num_passing: How many those are.
-        staying: Elements of those that stay whole, and are gathered after the update.
-        num_staying: How many those are.
+        is_expert: Whether the tensors are experts.
+        passing: Elements of the tensors that are gathered in every pass.
+        num_passing: Number of these tensors.
+        staying: Elements of the tensors that are not divided, and are gathered after the update.
+        num_staying: Number of these tensors.
     """
 
     is_expert: bool
@@ -59,14 +60,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes that one rank keeps from step to step.
+    """Model states that one rank keeps from step to step.
 
     Attributes:
-        weights: Working weights.
-        optimizer_states: fp32 master weights and Adam's two moments.
-        groups: What the optimizer updates, one after the other.
-        gathered: Stage 3: working weights of other ranks that are here while a pass goes through the blocks.
-        cuts: Stage 3: what is gathered, of dense tensors and of experts.
+        weights: Bytes of the working weights.
+        optimizer_states: Bytes of the fp32 master weights and Adam's two moments.
+        groups: Groups that the optimizer updates, one after the other.
+        gathered: Stage 3: bytes of the weights of other ranks that are present while a pass goes through the blocks.
+        cuts: Stage 3: tensors that are gathered, dense tensors and experts.
     """
 
     weights: int
@@ -87,11 +88,11 @@ class ModelStates:
 
 
 def model_states(shape: ModelShape, layout: Layout) -> ModelStates:
-    """The states of one rank.
+    """Compute the model states of one rank.
 
     Args:
-        shape: The model.
-        layout: Of the run.
+        shape: Sizes of the model.
+        layout: Layout of the run.
     """
     dense = [tensor for tensor in shape.tensors if not tensor.is_expert]
     experts = [tensor for tensor in shape.tensors if tensor.is_expert]
@@ -106,7 +107,7 @@ def model_states(shape: ModelShape, layout: Layout) -> ModelStates:
         return ModelStates(weights, optimizer_states, groups, 0)
     cuts = tuple(_cut(tensors, kind, layout) for tensors, kind in ((dense, False), (experts, True)) if tensors)
     persistent, others = sum(cut.staying for cut in cuts), sum(cut.passing for cut in cuts)
-    # A weight stays from its forward to its backward pass where no more than so many others are used in between.
+    # A weight stays from its forward to its backward pass, unless more than _REUSE_ELEMENTS others are used in between.
     block = max((layer.dense + layer.experts // layout.ep_size for layer in shape.layers), default=0)
     live = min(others, _REUSE_ELEMENTS // 2 + block)
     weights = (updated + persistent) * layout.dtype_bytes

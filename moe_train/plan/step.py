@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step by term, and how they vary with the experts' loads."""
+"""Time of one optimizer step by term, and its variation with the loads of the experts."""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -40,38 +40,38 @@ TERMS = (
     "waiting",
 )
 _OWN_WORK = ("attention", "dense_feed_forward", "router", "experts", "head_and_loss", "recomputation", "operations")
-_CPU_VARIATION = 0.1  # of a rank's time between two all-to-alls, where the system's own work takes turns with ranks
-_COPIES_OF_A_GRADIENT = 8  # reads and writes of an element on its way through ZeRO's bucket
-_OPERATIONS_OF_A_TENSOR = 25  # of ZeRO for each tensor and reduction
-_OPERATIONS_OF_A_GATHER = 60  # of ZeRO-3 for each module with weights, pass and micro-batch
-_ADAM_BYTES = 28 + 8 + 16  # of an element: parameter, gradient, moments; clipping; the norm in fp64
+_CPU_VARIATION = 0.1  # of a rank's time between two all-to-alls, because other work of the system shares the cores
+_COPIES_OF_A_GRADIENT = 8  # reads and writes per element on its way through ZeRO's bucket
+_OPERATIONS_OF_A_TENSOR = 25  # operations of ZeRO per tensor and reduction
+_OPERATIONS_OF_A_GATHER = 60  # operations of ZeRO-3 per module with weights, pass and micro-batch
+_ADAM_BYTES = 28 + 8 + 16  # bytes per element: parameter, gradient and moments; clipping; the norm in fp64
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in one step.
+    """Bytes that a rank sends per step.
 
     Attributes:
-        parts: By what they are.
+        parts: Bytes by part, such as all_to_all_forward or gradient_reduction.
     """
 
     parts: dict[str, Sent]
 
     @property
     def total(self) -> Sent:
-        """Of all parts."""
+        """Bytes of all parts."""
         return sum(self.parts.values(), Sent())
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step.
+    """Time of one optimizer step.
 
     Attributes:
-        terms: Seconds by the names of TERMS, in the mean; what is hidden behind other work is not in them.
-        p50: Seconds of half of the steps, or less.
-        p99: Of 99 of 100.
-        hidden: Seconds of all-to-alls behind other work.
+        terms: Mean seconds by name of TERMS, without the time that is hidden behind other work.
+        p50: Median seconds per step.
+        p99: 99th percentile of the seconds per step.
+        hidden: Seconds of all-to-alls that are hidden behind other work.
     """
 
     terms: dict[str, float]
@@ -81,23 +81,23 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """In the mean."""
+        """Mean seconds per step."""
         return sum(self.terms.values())
 
     @property
     def largest_term(self) -> str:
-        """The term that takes most."""
+        """Name of the term that takes most time."""
         return max(self.terms, key=lambda name: self.terms[name])
 
 
 def step_traffic(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelStates) -> Traffic:
-    """Bytes of a step.
+    """Compute the bytes that a rank sends per step.
 
     Args:
-        shape: The model.
-        layout: Of the run.
-        loads: Rows of a rank's experts.
-        states: Of the rank.
+        shape: Sizes of the model.
+        layout: Layout of the run.
+        loads: Rows at the experts of a rank.
+        states: Model states of the rank.
     """
     layer, number = layer_traffic(shape, layout, loads), shape.num_moe_layers * layout.accumulation
     again = 2 if layout.recomputes else 1
@@ -114,10 +114,14 @@ def step_traffic(shape: ModelShape, layout: Layout, loads: RowLoads, states: Mod
 
 
 def plan_step(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelStates, rates: Rates) -> Step:
-    """The time of a step; arguments as `step_traffic`'s.
+    """Compute the time of a step.
 
     Args:
-        rates: Of the machine.
+        shape: Sizes of the model.
+        layout: Layout of the run.
+        loads: Rows at the experts of a rank.
+        states: Model states of the rank.
+        rates: Speed of the machine.
     """
     times: dict[str, float] = dict.fromkeys(TERMS, 0.0)
     works: dict[LayerShape, BlockWork] = {}
@@ -153,7 +157,7 @@ def plan_step(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelS
     fixed = _zero_operations(shape, layout, rates)
     if rates.is_cpu:
         times |= {name: times[name] + seconds for name, seconds in fixed.items()}
-    else:  # a GPU works while the host launches what comes next; a CPU is both
+    else:  # a GPU computes while the host launches the next operations; a CPU does both in turn
         launching = times["operations"] + sum(fixed.values())
         times["operations"] = max(0.0, launching - _both(device) * layout.accumulation)
     if rates.is_cpu:
@@ -167,7 +171,7 @@ def plan_step(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelS
 
 
 def _slowest_of(ranks: int) -> float:
-    """How many standard deviations the slowest of some ranks is over the mean (Blom 1958)."""
+    """Compute how many standard deviations the slowest of the ranks is above the mean (Blom 1958)."""
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
 
@@ -176,7 +180,7 @@ def _both(work: Pass) -> float:
 
 
 def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rates) -> tuple[float, float]:
-    """Seconds of a layer's all-to-alls that other work does not hide, and those that it does, in one micro-batch."""
+    """Compute the seconds of a layer's all-to-alls in one micro-batch: not hidden by other work, and hidden."""
     group = layout.expert_parallel
     passes = [(traffic.forward, traffic.forward_operations, work.experts.forward, work.feed_forward.forward)]
     if layout.recomputes:
@@ -185,18 +189,19 @@ def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rat
     shown = behind = 0.0
     for sent, operations, experts, shared in passes:
         fixed = 0.0
-        if operations[0] and rates.machine.intra_node is not None:  # one rank a node sends nothing inside of it
+        if operations[0] and rates.machine.intra_node is not None:  # one rank per node sends nothing inside it
             fixed += operations[0] * rates.machine.intra_node.all_to_all.latency_seconds
         if operations[1]:
             fixed += operations[1] * latency(rates.machine, "all_to_all", group)
         inside, across = send_seconds(rates.machine, "all_to_all", sent)
-        # A hop inside of the node follows the one across, and is waited for at once: only the one across is hidden.
+        # The hop inside the node follows the hop across nodes, and is waited for at once. So only the hop across nodes
+        # can be hidden.
         two_hops = layout.ranks_per_node is not None
         moving, leaving = (inside + across, across) if two_hops else (max(inside, across), max(inside, across))
         can_hide = 0.0
         if not rates.is_cpu or sent.inter_node > 0:
-            others = 1 - 1 / layout.chunks  # the first chunk's way there and the last one's way back are seen
-            # Shared experts hide a chunk's way there.
+            others = 1 - 1 / layout.chunks  # the first chunk to the experts and the last chunk back are not hidden
+            # Shared experts hide one chunk on its way to the experts.
             can_hide = min(others * leaving, others * experts) + min(leaving / layout.chunks / 2, shared)
         shown += fixed + moving - can_hide
         behind += can_hide
@@ -206,7 +211,7 @@ def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rat
 def _add_reductions(
     times: dict[str, float], shape: ModelShape, layout: Layout, states: ModelStates, rates: Rates
 ) -> None:
-    """What comes once a step or, of stages 2 and 3, once a pass."""
+    """Add the terms that occur once per step or, for stages 2 and 3, once per pass."""
     machine, size = rates.machine, layout.gradient_bytes
     local, own = states.local_elements, states.partition_elements
     passes = 1 if layout.zero_stage == 1 else layout.accumulation
@@ -227,7 +232,7 @@ def _add_reductions(
 
 
 def _zero_operations(shape: ModelShape, layout: Layout, rates: Rates) -> dict[str, float]:
-    """The host's seconds of ZeRO in a step, by the term that they belong to."""
+    """Compute the host's seconds in ZeRO per step, by term."""
     passes = 1 if layout.zero_stage == 1 else layout.accumulation
     fixed = {"gradient_reduction": rates.operations(_OPERATIONS_OF_A_TENSOR * len(shape.tensors)) * passes}
     if layout.zero_stage == 3:
@@ -238,10 +243,10 @@ def _zero_operations(shape: ModelShape, layout: Layout, rates: Rates) -> dict[st
 
 
 def _overloads(loads: RowLoads, shape: ModelShape) -> np.ndarray:
-    """The mean over layers of the slowest rank's rows over the mean, of each sampled step."""
+    """Compute for each sampled step the slowest rank's rows divided by the mean, averaged over layers."""
     if loads.overload_NL.shape[1] == 0:
         return np.ones(len(loads.overload_NL))
     mean_N = loads.overload_NL.mean(1)
-    # Layers that were not sampled for themselves are further draws: the mean over more of them varies less.
+    # Layers that were not sampled count as further draws: a mean over more layers varies less.
     part = (loads.overload_NL.shape[1] / max(shape.num_moe_layers, 1)) ** 0.5
     return mean_N.mean() + (mean_N - mean_N.mean()) * min(1.0, part)

@@ -1,10 +1,10 @@
-"""Bytes that one rank sends to other ranks in one optimizer step, inside of its node and across nodes, by part.
+"""Traffic of one rank: bytes sent to other ranks per optimizer step, inside its node and across nodes, by part.
 
-All-to-alls are those of moe_train/model/moe: rows there and back in both passes, gates and places with them, counts
-before them. What is expected is over even routing, and exact for `flat` in the mean. Collective operations of n ranks
-are taken as rings: (n - 1)/n B for an all-gather or reduce-scatter of B bytes, twice that for an all-reduce; of the m
-ranks that a group has on a node each passes 1/m of it across nodes.
-Legend: T tokens of a rank, K top_k, E experts, x of them behind a rank of the group, P ranks, C chunks.
+All-to-alls are as in moe_train/model/moe: rows to the experts and back in both passes, with gates and places, and
+counts before them. The numbers are expectations under even routing; for `flat` they are exact in the mean. Collective
+operations of n ranks count as rings: (n - 1)/n B for an all-gather or reduce-scatter of B bytes, and twice that for an
+all-reduce. If a group has m ranks on a node, each of them sends 1/m of this across nodes.
+Legend: T tokens per rank, K top_k, E experts, x experts on a rank of the group, P ranks, C chunks.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ _COUNT_BYTES, _GATE_BYTES, _PLACE_BYTES, _SUM_BYTES = 8, 4, 4, 4
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes to other ranks.
+    """Bytes sent to other ranks.
 
     Attributes:
-        intra_node: Of the same node.
-        inter_node: Of other nodes.
+        intra_node: Bytes to ranks of the same node.
+        inter_node: Bytes to ranks of other nodes.
     """
 
     intra_node: float = 0.0
@@ -39,19 +39,19 @@ class Sent:
 
     @property
     def total(self) -> float:
-        """Of both."""
+        """Bytes to all other ranks."""
         return self.intra_node + self.inter_node
 
 
 @dataclass(frozen=True)
 class LayerTraffic:
-    """All-to-alls of one MoE layer and micro-batch.
+    """Traffic of the all-to-alls of one MoE layer and micro-batch.
 
     Attributes:
         forward: Bytes of a forward pass.
         backward: Bytes of a backward pass.
-        forward_operations: All-to-alls of a forward pass, inside and across nodes.
-        backward_operations: Likewise.
+        forward_operations: Number of all-to-alls of a forward pass, inside a node and across nodes.
+        backward_operations: Number of all-to-alls of a backward pass, inside a node and across nodes.
     """
 
     forward: Sent
@@ -65,10 +65,10 @@ class Reduction:
     """Collective operations of one kind in a step.
 
     Attributes:
-        kind: all_reduce or all_gather; a reduce-scatter counts as an all-gather.
-        ranks: Of the group.
-        num_bytes: Of the tensors, over all of the operations.
-        operations: How many.
+        kind: Kind of the operations, all_reduce or all_gather; a reduce-scatter counts as an all-gather.
+        ranks: Ranks of the group.
+        num_bytes: Bytes of the tensors, summed over all operations.
+        operations: Number of operations.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class Reduction:
 
     @property
     def sent(self) -> Sent:
-        """Bytes to other ranks."""
+        """Bytes that a rank sends to other ranks."""
         size = self.ranks.size
         if size <= 1:
             return Sent()
@@ -88,7 +88,7 @@ class Reduction:
         return Sent(total * (1 - 1 / self.ranks.on_node), total / self.ranks.on_node)
 
     def seconds(self, machine: Machine) -> float:
-        """On a machine: both kinds of links at once, or the slower one."""
+        """Compute the seconds on a machine; both kinds of links work at once, and the slower one counts."""
         if self.ranks.size <= 1:
             return 0.0
         moving = max(send_seconds(machine, self.kind, self.sent))
@@ -96,31 +96,40 @@ class Reduction:
 
 
 def send_seconds(machine: Machine, kind: str, sent: Sent) -> tuple[float, float]:
-    """Seconds of bytes without latencies, inside and across nodes: one operation of both takes the longer of them."""
+    """Compute the seconds of sending bytes, without latency.
+
+    Args:
+        machine: Machine with the link rates.
+        kind: Kind of the operation, a field of `Network`.
+        sent: Bytes to other ranks.
+
+    Returns:
+        Seconds inside a node and across nodes. An operation over both takes the longer of them.
+    """
     inside = sent.intra_node / link_of(machine.intra_node, kind).bytes_per_second if sent.intra_node > 0 else 0.0
     across = sent.inter_node / link_of(machine.inter_node, kind).bytes_per_second if sent.inter_node > 0 else 0.0
     return inside, across
 
 
 def latency(machine: Machine, kind: str, ranks: Ranks) -> float:
-    """Seconds of one operation without bytes."""
+    """Return the latency of one operation in a group of ranks, in seconds."""
     return link_of(machine.inter_node if ranks.across > 0 else machine.intra_node, kind).latency_seconds
 
 
 def link_of(network: Network | None, kind: str) -> Link:
-    """Of an operation; a plan is made only of a machine that knows its networks (layout.Cluster)."""
+    """Return the link rates of an operation; `layout.Cluster` has checked that the machine has the network."""
     assert network is not None
     found: Link = getattr(network, kind)
     return found
 
 
 def layer_traffic(shape: ModelShape, layout: Layout, loads: RowLoads) -> LayerTraffic:
-    """All-to-alls of one MoE layer and micro-batch.
+    """Compute the traffic of the all-to-alls of one MoE layer and micro-batch.
 
     Args:
-        shape: The model.
-        layout: Of the run.
-        loads: Rows of a rank's experts.
+        shape: Sizes of the model.
+        layout: Layout of the run.
+        loads: Rows at the experts of a rank.
     """
     moe, ranks = shape.config.moe, layout.ep_size
     if ranks == 1:
@@ -137,7 +146,7 @@ def layer_traffic(shape: ModelShape, layout: Layout, loads: RowLoads) -> LayerTr
     def to_others(num_bytes: float) -> Sent:
         return Sent(num_bytes * (group.on_node - 1), num_bytes * group.across)
 
-    # Rows there, gates there, rows back; counts once for all chunks.
+    # Rows and gates to the experts, and rows back; counts once for all chunks.
     passed, is_across = to_others(2 * each * row + gates), group.across > 0
     operations, place = 3 * layout.chunks, 1 if is_across else 0
     forward, backward = [0, 0], [0, 0]
@@ -164,10 +173,14 @@ def _two_level(shape: ModelShape, layout: Layout, assignments: float, row: int) 
 
 
 def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
-    """What ZeRO does with gradients in a step: of dense tensors over all ranks, of experts over those with the same.
+    """List ZeRO's reductions of gradients per step: dense tensors over all ranks, experts over ranks with the same.
 
-    Stages 1 and 2 sum whole buckets on all ranks, stage 1 once a step and stage 2 after every pass; stage 3 gives each
-    rank its part after every pass.
+    Stages 1 and 2 all-reduce complete buckets: stage 1 once per step, stage 2 after every pass. Stage 3 reduces to each
+    rank its part, after every pass.
+
+    Args:
+        states: Model states of the rank.
+        layout: Layout of the run.
     """
     e, found = layout.dtype_bytes, []
     times = 1 if layout.zero_stage == 1 else layout.accumulation
@@ -181,8 +194,15 @@ def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
 
 
 def weight_gathers(states: ModelStates, layout: Layout) -> list[Reduction]:
-    """How working weights get to all ranks: after the update; under stage 3 only those that stay, the others in every
-    pass, again in the backward pass where they did not stay from the forward pass. Each tensor is gathered by itself.
+    """List the gathers of working weights per step.
+
+    Under stages 1 and 2, all weights are gathered after the update. Under stage 3, only the tensors that are not
+    divided are gathered then. The other tensors are gathered in every pass; the backward pass gathers again the weights
+    that did not stay from the forward pass. Each tensor is gathered separately.
+
+    Args:
+        states: Model states of the rank.
+        layout: Layout of the run.
     """
     ranks_of = {False: layout.world, True: layout.expert_data_parallel}
     found, e = [], layout.dtype_bytes
@@ -202,7 +222,13 @@ def weight_gathers(states: ModelStates, layout: Layout) -> list[Reduction]:
 
 
 def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> list[Reduction]:
-    """Sums of few numbers over all ranks: the balance terms of each pass, the gradients' norms and overflow."""
+    """List the sums of few numbers over all ranks: balance terms of each pass, gradient norms and overflow flags.
+
+    Args:
+        shape: Sizes of the model.
+        states: Model states of the rank.
+        layout: Layout of the run.
+    """
     moe, found = shape.config.moe, []
     terms = (moe.importance_cv2_coef > 0) + (moe.load_cv2_coef > 0) if moe.balance_scope == "global" else 0
     terms += moe.switch_aux_coef > 0 and moe.switch_scope == "global"

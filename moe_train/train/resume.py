@@ -11,6 +11,7 @@ from moe_train.config.base import field_values
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.root import Config
+from moe_train.model.build import mixer_of
 
 # What may differ from the checkpoint's configuration without being worth a word.
 _UNREMARKABLE = ("train.run_dir", "checkpoint.resume", "train.log_every", "parallel.threads_per_rank", "data.cache_dir")
@@ -49,21 +50,19 @@ def _meaning(manifest: Manifest) -> dict[str, Any]:
     program: the shapes of the tensors are compared in any case."""
     try:
         return _shape_fields(ModelConfig.model_validate(manifest.config.get("model")))
-    except ValidationError:
+    except (ValidationError, UsageError):
         return {}
 
 
 def _shape_fields(model: ModelConfig) -> dict[str, Any]:
-    """Fields of the model that a checkpoint's must equal, each with what it comes to where it is left out."""
-    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads")
-    kinds = ("mixer", "qk_norm", "norm", "norm_position", "tie_embeddings")
-    fields: dict[str, Any] = {f"model.{name}": getattr(model, name) for name in (*sizes, *kinds)}
-    fields |= {
-        "model.num_kv_heads": model.attention_kv_heads,
-        "model.head_dim": model.attention_head_dim,
-        "model.kv_layers": model.kv_owner_layers,
-        "model.moe_layers": model.moe_layer_indices,
-    }
+    """Fields of the model that a checkpoint's must equal, each with the value that it has where it is left out."""
+    names = ("vocab_size", "hidden_size", "num_layers", "norm", "norm_position", "tie_embeddings")
+    fields: dict[str, Any] = {f"model.{name}": getattr(model, name) for name in names}
+    fields["model.mixers"] = model.layer_mixers
+    for layer in (model.layer_mixers.index(name) for name in dict.fromkeys(model.layer_mixers)):
+        kind, spec = mixer_of(model, layer)
+        fields |= kind.shapes(model, spec.section)
+    fields["model.moe_layers"] = model.moe_layer_indices
     if len(model.moe_layer_indices) < model.num_layers:
         fields["model.intermediate_size"] = model.intermediate_size
     if model.moe_layer_indices:

@@ -66,9 +66,10 @@ def test_one_process_needs_no_group():
 
 
 def describe_groups(rank, world_size, ep_size):
-    groups = create_mesh(ep_size, timeout_seconds=60)
-    sums = [all_reduce_sum(torch.tensor([2.0**rank]), g).item() for g in (groups.ep_group, groups.edp_group)]
-    return groups.ep_ranks, groups.ep_rank, groups.ep_size, groups.edp_ranks, sums
+    mesh = create_mesh(ep_size, timeout_seconds=60)
+    sums = [all_reduce_sum(torch.tensor([2.0**rank]), g).item() for g in (mesh.expert.group, mesh.expert_data.group)]
+    assert (mesh.data.rank, mesh.data.ranks) == (rank, tuple(range(world_size)))
+    return mesh.expert.ranks, mesh.expert.rank, mesh.expert.size, mesh.expert_data.ranks, sums
 
 
 @pytest.mark.parametrize("ep_size", [1, 2, 4])

@@ -90,18 +90,18 @@ def test_after_an_error_the_note_stays_until_the_next_phase() -> None:
     assert flight_recorder.collective is None
 
 
-def test_each_moe_layer_has_a_probe_that_knows_its_layer() -> None:
+def test_each_moe_layer_has_an_observer_that_knows_its_layer() -> None:
     config = small_config()
     flight_recorder = FlightRecorder()
-    model = build_model(config, 64, placement=ExpertPlacement(flight_recorder=flight_recorder))
+    model = build_model(config, 64, placement=ExpertPlacement(0, 1, ("ep",), flight_recorder=flight_recorder))
     layers = {
-        layer: block.feed_forward.dispatcher.observer
+        layer: block.feed_forward.dispatcher.spec.observer
         for layer, block in enumerate(model.blocks)
         if layer in config.moe_layer_indices
     }
     assert (
         layers == {layer: CommObserver(None, flight_recorder, layer) for layer in config.moe_layer_indices} and layers
     )
-    silent = build_model(config, 64)
-    probes = [silent.blocks[layer].feed_forward.dispatcher.observer for layer in layers]
-    assert all(observer.meter is None and observer.flight_recorder is None for observer in probes)
+    silent = build_model(config, 64, placement=ExpertPlacement(0, 1, ("ep",)))
+    observers = [silent.blocks[layer].feed_forward.dispatcher.spec.observer for layer in layers]
+    assert all(observer.meter is None and observer.flight_recorder is None for observer in observers)

@@ -149,7 +149,7 @@ def test_eight_layers_in_ragged_chunks(owners, kv_heads, packed):
             parts.append(model(tokens, cache).logits_BSV)
         place += length
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)  # fp64: the order of sums differs
-    assert cache.owner_layers == config.kv_owner_layers and len(cache.owner_layers) == owners
+    assert cache.layers_with_state == config.kv_owner_layers and len(cache.layers_with_state) == owners
 
 
 @kinds

@@ -100,8 +100,8 @@ def test_a_model_without_experts():
 
 def measure(rank, world_size, ep_size):
     torch.set_num_threads(1)
-    groups = create_mesh(ep_size, 60)
-    placement = ExpertPlacement(groups.ep_rank, ep_size, groups.path)
+    mesh = create_mesh(ep_size, 60)
+    placement = ExpertPlacement(mesh.expert.rank, ep_size, mesh.dispatch_groups)
     model = small_model(small_config(moe_every=1), placement=placement)
     # Five batches, one of them cut short: on two and on four ranks some have none at the end.
     return evaluate(model, [domain(LENGTH * 8 + 3), domain(9, 1, "few")], EvaluationPlan(2), CPU, world_group())

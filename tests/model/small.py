@@ -8,8 +8,10 @@ from torch import Tensor
 
 from moe_train.config.model import ModelConfig
 from moe_train.model.build import ExpertPlacement, build_model
+from moe_train.model.mixers.base import MixerContext
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.model.parameters import materialize
+from moe_train.model.token_index import TokenIndex
 from moe_train.model.transformer import Tokens, Transformer
 
 VOCAB = 23
@@ -50,6 +52,12 @@ def small_model(
 
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def context_of(keys_BS: Tensor, layer: int = 0) -> MixerContext:
+    """The surroundings of a layer that needs the tokens' random keys alone."""
+    positions = torch.arange(keys_BS.shape[1])[None]
+    return MixerContext(layer, TokenIndex(positions, positions, None, keys_BS))
 
 
 def tokens_of(ids: Tensor, **changes: Any) -> Tokens:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
 
 from moe_train.model.block import Block
+from moe_train.model.feed_forward import FeedForward
 from moe_train.model.layers import make_norm
 from moe_train.model.mixers.base import Mixer, MixerContext
+from moe_train.model.token_index import TokenIndex
 from moe_train.ops.norms import layer_norm, rms_norm
 
 HIDDEN = 6
@@ -20,16 +21,16 @@ class Scaled(Mixer):
         self.factor = factor
 
     def forward(self, x_BSD, context):
-        return self.factor * x_BSD**2
+        return self.factor * x_BSD**2, context.shared
 
 
-class ScaledLayer(nn.Module):
+class ScaledLayer(FeedForward):
     def __init__(self, factor):
         super().__init__()
         self.factor = factor
 
-    def forward(self, x):
-        return self.factor * x**2
+    def forward(self, x_BSD, context):
+        return self.factor * x_BSD**2, None
 
 
 def make(position, kind="rmsnorm", mixer=0.0, feed_forward=0.0):
@@ -42,7 +43,8 @@ def make(position, kind="rmsnorm", mixer=0.0, feed_forward=0.0):
 
 def run(block, x):
     positions = torch.arange(x.shape[1])[None]
-    return block(x, MixerContext(0, positions, None, positions))
+    shared = {"below": torch.ones(1)}
+    return block(x, MixerContext(0, TokenIndex(positions, positions, None, positions), shared))
 
 
 def norm(block, which, kind, x):
@@ -74,7 +76,7 @@ def test_order_of_norm_and_update(kind):
     torch.testing.assert_close(run(block, X).x_BSD, expected, rtol=0, atol=1e-13)
 
 
-def test_a_dense_block_has_no_stats_and_hands_nothing_on():
+def test_a_dense_block_has_no_sums_and_hands_on_what_it_was_given():
     output = run(make("pre"), X)
-    assert output.stats is None
-    assert output.key_value is None
+    assert output.sums is None
+    assert output.shared == {"below": torch.ones(1)}

@@ -5,9 +5,12 @@ import torch
 
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.layers import LayerNorm, RMSNorm, SwiGLU
-from moe_train.model.moe.capacity import CapacityLimit
+from moe_train.model.moe.capacity import NO_LIMIT, CapacityLimit
 from moe_train.model.moe.layer import MoELayer
-from moe_train.model.moe.routers import InputJitter, NoisyTopKRouter, SigmoidTopKRouter, SoftmaxTopKRouter
+from moe_train.model.moe.routers.base import InputJitter
+from moe_train.model.moe.routers.noisy_topk import NoisyTopKRouter
+from moe_train.model.moe.routers.sigmoid_topk import SigmoidTopKRouter
+from moe_train.model.moe.routers.softmax_topk import SoftmaxTopKRouter
 from tests.model.small import VOCAB, small_config
 
 
@@ -110,7 +113,7 @@ def test_switch_is_one_expert_with_its_plain_probability():
     layer = build_model(small_config(moe=moe), VOCAB).blocks[1].feed_forward
     assert type(layer.router) is SoftmaxTopKRouter
     assert (layer.router.top_k, layer.router.renormalize) == (1, False)
-    assert layer.capacity is None and layer.shared is None and layer.router.options.jitter is None
+    assert layer.capacity is NO_LIMIT and layer.shared is None and layer.router.options.jitter is None
 
 
 def test_a_models_dtype_and_device_are_left_alone():

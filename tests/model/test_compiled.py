@@ -6,7 +6,8 @@ from torch._dynamo.utils import counters
 
 from moe_train.config.errors import UsageError
 from moe_train.model.compiled import check_compiler, compile_dense_parts
-from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled
+from moe_train.model.moe.balance.base import Scheduled
+from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2
 from moe_train.model.transformer import TrainingObjective
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 

@@ -8,8 +8,10 @@ import torch
 from moe_train.distributed.collectives import world_group
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement
-from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled, cv_squared
+from moe_train.model.moe.balance.base import Scheduled
+from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2, cv_squared
 from moe_train.model.parameters import ExpertParameter
+from moe_train.model.token_index import TokenIndex
 from moe_train.model.transformer import TrainingObjective
 from moe_train.ops.cross_entropy import IGNORED_TARGET
 from tests.model.small import VOCAB, random_ids, small_config, small_model, tokens_of
@@ -133,16 +135,12 @@ class Repeat:
         def double(tensor):
             return None if tensor is None else tensor.repeat_interleave(2, dim=1)
 
-        context = replace(
-            context,
-            positions_BS=double(context.positions_BS),
-            documents_BS=double(context.documents_BS),
-            token_keys_BS=double(context.token_keys_BS),
-        )
-        return double(x_BSD), context
+        own = context.tokens
+        tokens = TokenIndex(*map(double, (own.positions_BS, own.offsets_BS, own.documents_BS, own.keys_BS)))
+        return double(x_BSD), replace(context, tokens=tokens)
 
     def contract(self, x_BSD, context):
-        assert context.positions_BS.shape[1] == x_BSD.shape[1]
+        assert context.tokens.positions_BS.shape[1] == x_BSD.shape[1]
         return x_BSD[:, 1::2]
 
 
@@ -164,9 +162,8 @@ def test_stream_hook_expands_below_and_contracts_above_the_blocks(packed, recomp
     torch.testing.assert_close(output.logits_BSV, expected.logits_BSV[:, 1::2], rtol=0, atol=1e-12)  # fp64
     assert torch.equal(output.sums.counts, expected.sums.counts)
     assert output.sums.counts.sum(1).tolist() == [2 * BATCH * LENGTH * 2] * 2  # every copy is routed
-    # With documents keys are masked by position: both copies see both copies, which changes no average. Without, they
-    # are masked by their place: the first copy does not see the second.
-    assert torch.allclose(output.logits_BSV, plain) == packed
+    # Keys are masked by position: both copies see both copies, which changes no average.
+    torch.testing.assert_close(output.logits_BSV, plain, rtol=0, atol=1e-12)
     output.logits_BSV.sum().backward()
     assert model.blocks[0].mixer.key.weight.grad.abs().max() > 1e-8
 
@@ -175,8 +172,8 @@ def run_share(rank, world_size, ep_size, recompute):
     """Losses and gradients of this rank's part of the batch, with experts spread over ep_size ranks."""
     placement = None
     if world_size > 1:
-        groups = create_mesh(ep_size, timeout_seconds=60)
-        placement = ExpertPlacement(groups.ep_rank, ep_size, groups.path)
+        mesh = create_mesh(ep_size, timeout_seconds=60)
+        placement = ExpertPlacement(mesh.expert.rank, ep_size, mesh.dispatch_groups)
     model = small_model(small_config(kv_layers=2, moe_every=2), placement=placement, recompute=recompute)
     share = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
     ids, targets = random_ids(BATCH, LENGTH)[share], random_ids(BATCH, LENGTH, seed=1)[share]

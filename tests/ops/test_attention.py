@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_train.ops.attention import attend, causal_mask
+from moe_train.ops.attention import attend, visible_keys
 
 
 def slow_attend(q, k, v, visible):
@@ -43,7 +43,7 @@ def test_mask_with_documents_and_more_keys_than_queries():
     key_positions = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 7, 9]])
     documents = torch.tensor([[1, 1], [0, 5]])
     key_documents = torch.tensor([[0, 0, 1, 1, 1], [0, 5, 5, 0, 0]])
-    mask = causal_mask(positions, key_positions, documents, key_documents)
+    mask = visible_keys(positions, key_positions, documents, key_documents)
     assert mask.dtype == torch.bool
     assert mask[:, 0].int().tolist() == [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]]]
     q, k, v = draw(2, 4, 2, 3), draw(2, 2, 5, 3), draw(2, 2, 5, 3) * 2
@@ -52,9 +52,9 @@ def test_mask_with_documents_and_more_keys_than_queries():
 
 
 def test_mask_without_documents_is_causal():
-    mask = causal_mask(torch.tensor([[2, 5]]), torch.tensor([[0, 2, 3, 5, 6]]), None, None)
+    mask = visible_keys(torch.tensor([[2, 5]]), torch.tensor([[0, 2, 3, 5, 6]]), None, None)
     assert mask.int().tolist() == [[[[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]]]
-    one_sided = causal_mask(torch.tensor([[2]]), torch.tensor([[0, 2]]), torch.tensor([[4]]), None)
+    one_sided = visible_keys(torch.tensor([[2]]), torch.tensor([[0, 2]]), torch.tensor([[4]]), None)
     assert one_sided.int().tolist() == [[[[1, 1]]]]
 
 

@@ -1,4 +1,4 @@
-"""How two checkpoints differ, whatever layouts wrote them, in bounded memory."""
+"""Difference of two checkpoints, whatever layouts wrote them, computed in bounded memory."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,14 +17,14 @@ from moe_train.config.base import field_values
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Of the values of one name in both checkpoints.
+    """Difference between the values of one name in both checkpoints.
 
     Attributes:
-        name: Of the logical tensor or buffer.
+        name: Name of the logical tensor or buffer.
         kind: weight, exp_avg, exp_avg_sq or buffer.
-        differing: Elements that are not the same bit for bit.
-        max_difference: Largest absolute difference; infinite where one is not finite.
-        relative_l2: Norm of the difference over the larger of both norms; infinite where one is not finite.
+        differing: Number of elements that are not the same bit for bit.
+        max_difference: Largest absolute difference; infinite if a value is not finite.
+        relative_l2: Norm of the difference, divided by the larger of both norms; infinite if a value is not finite.
     """
 
     name: str
@@ -34,22 +34,26 @@ class TensorDifference:
     relative_l2: float
 
     def is_within(self, tolerance: float | None) -> bool:
-        """Whether they are equal, or no further apart than a relative L2; None: bit for bit."""
+        """Return whether the values are equal, or within a tolerance.
+
+        Args:
+            tolerance: Largest relative L2 that counts as equal; None: bit for bit.
+        """
         return self.differing == 0 or (tolerance is not None and self.relative_l2 <= tolerance)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what is not finite is None."""
+        """Return plain values for JSON; infinite values become None."""
         return {name: None if value == math.inf else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class FieldDifference:
-    """A field that differs.
+    """Field that differs between two checkpoints.
 
     Attributes:
-        name: Dotted.
-        a: Value in the first; None where it is absent.
-        b: And in the second.
+        name: Dotted name of the field.
+        a: Value in the first checkpoint; None if it is absent.
+        b: Value in the second checkpoint; None if it is absent.
     """
 
     name: str
@@ -59,17 +63,17 @@ class FieldDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two checkpoints differ.
+    """Difference between two checkpoints.
 
     Attributes:
-        a: The first.
-        b: The second.
-        fields: What the manifests say differently: step, layout, tokenizer.
-        config: Fields of the configuration.
-        only_in_a: Tensors and buffers that the second lacks.
-        only_in_b: And the first.
-        other_shape: Shapes of tensors and lengths of buffers that differ.
-        tensors: Tensors and buffers of both, the worst first.
+        a: Folder of the first checkpoint.
+        b: Folder of the second checkpoint.
+        fields: Differing fields of the manifests: step, layout, tokenizer and others.
+        config: Differing fields of the configuration.
+        only_in_a: Tensors and buffers that only the first has.
+        only_in_b: Tensors and buffers that only the second has.
+        other_shape: Differing shapes of tensors and lengths of buffers.
+        tensors: Tensors and buffers of both, the largest difference first.
         tolerance: Relative L2 that counts as equal; None: bit for bit.
     """
 
@@ -85,23 +89,23 @@ class Difference:
 
     @property
     def is_equal(self) -> bool:
-        """Whether weights, moments and buffers are; the rest may differ."""
+        """Whether weights, moments and buffers are equal; everything else may differ."""
         if self.only_in_a or self.only_in_b or self.other_shape:
             return False
         return all(tensor.is_within(self.tolerance) for tensor in self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         tensors = [tensor.as_dict() for tensor in self.tensors]
         return {"equal": self.is_equal} | asdict(self) | {"tensors": tensors}
 
 
 def compare_checkpoints(a: Manifest, b: Manifest, tolerance: float | None = None) -> Difference:
-    """Compare two checkpoints, reading every tensor of both in parts.
+    """Compare two checkpoints; every tensor of both is read in parts.
 
     Args:
-        a: The first.
-        b: The second, of any layout.
+        a: Manifest of the first checkpoint.
+        b: Manifest of the second checkpoint, of any layout.
         tolerance: Relative L2 that counts as equal; None: bit for bit.
 
     Raises:
@@ -127,7 +131,7 @@ def compare_checkpoints(a: Manifest, b: Manifest, tolerance: float | None = None
 
 
 def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> tuple[FieldDifference, ...]:
-    """Fields of nested plain values that differ, by their dotted names."""
+    """List the fields of nested plain values that differ, by their dotted names."""
     ours, theirs = dict(field_values(a)), dict(field_values(b))
     names = sorted(ours.keys() | theirs.keys())
     found = [FieldDifference(name, ours.get(name), theirs.get(name)) for name in names]
@@ -163,7 +167,7 @@ def _compare(name: str, kind: str, chunks: Iterable[tuple[Tensor, Tensor]]) -> T
     differing, largest, apart, square_a, square_b = 0, 0.0, 0.0, 0.0, 0.0
     for a, b in chunks:
         bits = torch.int64 if a.dtype == torch.float64 else torch.int32
-        unequal = a.view(bits) != b.view(bits)  # NaN is equal to itself, 0 and -0 are not
+        unequal = a.view(bits) != b.view(bits)  # bit for bit: NaN is equal to itself, 0 and -0 are not equal
         square_a += _finite_square(a)
         square_b += _finite_square(b)
         if number := int(unequal.sum()):

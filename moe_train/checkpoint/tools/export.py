@@ -1,4 +1,4 @@
-"""Weights alone, as whole tensors in shards, with the index that Hugging Face's tools read."""
+"""Export of weights alone: complete tensors in shards, with the index that Hugging Face's tools read."""
 
 import json
 import math
@@ -19,19 +19,19 @@ from moe_train.checkpoint.tools.inspection import CHUNK
 from moe_train.config.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's tools write
+MAX_SHARD_BYTES = 5_000_000_000  # the size that Hugging Face's tools write
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        folder: Where.
-        tensors: Number of tensors, buffers included.
-        bytes: Of the tensors.
-        shards: Number of files they are in.
+        folder: Folder of the export.
+        tensors: Number of tensors, with buffers.
+        bytes: Size of the tensors.
+        shards: Number of shard files.
     """
 
     folder: str
@@ -40,13 +40,13 @@ class Exported:
     shards: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor to write: of the model, or a buffer, which is fp32 whatever the weights are."""
+    """Tensor to write: one of the model's, or a buffer. A buffer is fp32, whatever dtype the weights have."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,19 +65,19 @@ def export_weights(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Advance | None = None,
 ) -> Exported:
-    """Write a checkpoint's weights and buffers, and the model's configuration. Memory: one shard.
+    """Write a checkpoint's weights and buffers, and the model's configuration. It needs the memory of one shard.
 
     Args:
-        manifest: Of the checkpoint, every byte of which is read and verified first.
-        folder: The new folder.
-        dtype: Of the weights: fp32, bf16 or fp16; buffers are fp32.
-        max_shard_bytes: Most bytes of tensors in a shard; a larger tensor has a shard of its own.
-        advance: Told of every block that verifying reads.
+        manifest: Manifest of the checkpoint; every byte of the checkpoint is read and verified first.
+        folder: Folder to create.
+        dtype: Dtype of the weights: fp32, bf16 or fp16; buffers are fp32.
+        max_shard_bytes: Largest number of tensor bytes in a shard; a larger tensor gets a shard of its own.
+        advance: Called with the number of bytes after each block that verification reads.
 
     Raises:
-        UsageError: If the folder is there, or a weight does not fit the dtype.
+        UsageError: If the folder exists, or a weight does not fit the dtype.
         DamagedCheckpoint: If the checkpoint is damaged.
-        OSError: If it cannot be written.
+        OSError: If the folder cannot be written.
     """
     part = folder.with_name(f"{folder.name}.part")
     for path, why in ((folder, "exists"), (part, "exists, of an export under way or killed")):
@@ -91,7 +91,7 @@ def export_weights(
     try:
         exported = _write(manifest, part, shards)
         part.rename(folder)
-    except BaseException:  # also an interrupt: nothing half written stays
+    except BaseException:  # also an interrupt: no partly written export may stay
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync_folder(folder.parent)
@@ -136,11 +136,11 @@ def _write(manifest: Manifest, part: Path, shards: list[list[_Item]]) -> tuple[i
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    sync_folder(path)  # a file as well
+    sync_folder(path)  # this flushes a file as well
 
 
 def _read(manifest: Manifest, reader: RangeReader, item: _Item) -> Tensor:
-    """A whole tensor, filled part by part, so that it is never there a second time in fp32."""
+    """Read a complete tensor in parts, so that it never exists a second time in fp32."""
     if item.is_buffer:
         return torch.tensor(manifest.buffers[item.name], dtype=torch.float64).to(item.dtype)
     whole = torch.empty(math.prod(item.shape), dtype=item.dtype)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: its tensors by name, and the statistics of one of them, in bounded memory."""
+"""Inspection of a checkpoint: its tensors by name, and the statistics of one of them, in bounded memory."""
 
 import math
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from moe_train.checkpoint.ranges import RangeReader
 from moe_train.checkpoint.sharded_state import STATE_KINDS
 from moe_train.config.errors import UsageError
 
-CHUNK = 1 << 22  # elements read at once
+CHUNK = 1 << 22  # elements per read
 
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """A logical tensor.
+    """Size of one logical tensor.
 
     Attributes:
-        name: Its name in the model.
-        shape: Its global shape.
-        elements: Their number.
-        share: Of all elements.
+        name: Name in the model.
+        shape: Global shape.
+        elements: Number of elements.
+        share: Share of the elements of all tensors, 0 to 1.
     """
 
     name: str
@@ -35,23 +35,23 @@ class TensorSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint says of itself, for people.
+    """Contents of a checkpoint, for display.
 
     Attributes:
-        folder: The checkpoint.
-        step: Optimizer steps done.
-        consumed_sequences: Sequences trained on or passed over.
-        optimizer_step: Updates Adam has made.
-        loss_scale: fp16's loss scale; 1 otherwise.
-        skipped_steps: Steps that step control skipped for bad numbers.
-        format_version: Of the format.
+        folder: Folder of the checkpoint.
+        step: Number of completed optimizer steps.
+        consumed_sequences: Number of sequences trained on or passed over.
+        optimizer_step: Number of Adam's updates.
+        loss_scale: Loss scale of fp16; 1 in another precision.
+        skipped_steps: Number of steps that step control skipped for bad numbers.
+        format_version: Version of the checkpoint format.
         layout: world_size, expert_parallel_size and zero_stage that wrote it; empty in old checkpoints.
         tokenizer: Fingerprint of the tokenizer.
         files: Number of tensor files.
-        num_bytes: Of the tensors: fp32 weights and two moments.
+        num_bytes: Bytes of the tensors: fp32 weights and two moments.
         buffers: Number of values of every buffer.
         tensors: Every logical tensor, by name.
-        parameters: Elements of them all.
+        parameters: Number of elements of all tensors.
     """
 
     folder: str
@@ -70,23 +70,23 @@ class Inspection:
     parameters: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the finite elements of a tensor; the numbers are None where it has none.
+    """Statistics of the finite elements of a tensor; the numbers are None if it has no finite element.
 
     Attributes:
         kind: weight, exp_avg or exp_avg_sq.
-        elements: All of them.
-        non_finite: Those that are NaN or infinite.
-        min: The least.
-        max: The largest.
-        mean: Their mean.
-        std: Their standard deviation, over their number.
-        norm: Root of the sum of their squares.
+        elements: Number of all elements.
+        non_finite: Number of elements that are NaN or infinite.
+        min: Smallest value.
+        max: Largest value.
+        mean: Mean.
+        std: Standard deviation, with division by the number of values.
+        norm: L2 norm: square root of the sum of squares.
     """
 
     kind: str
@@ -99,12 +99,12 @@ class Statistics:
     norm: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def inspect_manifest(manifest: Manifest) -> Inspection:
-    """What a manifest says."""
+    """Summarise a manifest for display."""
     elements = {name: math.prod(shape) for name, shape in manifest.shapes.items()}
     total = sum(elements.values())
     return Inspection(
@@ -129,10 +129,13 @@ def inspect_manifest(manifest: Manifest) -> Inspection:
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """Hold the files' sizes against the manifest: quick, and what keeps a cut file from being read.
+    """Compare the files' sizes with the manifest. This is quick, and prevents reading a file that was cut.
+
+    Args:
+        manifest: Manifest of the checkpoint.
 
     Raises:
-        DamagedCheckpoint: If a file is missing, is no regular file, or has another size.
+        DamagedCheckpoint: If a file is missing, is not a regular file, or has another size.
     """
     for file, entry in manifest.files.items():
         path = manifest.folder / file
@@ -145,14 +148,28 @@ def check_sizes(manifest: Manifest) -> None:
 
 
 def read_chunks(reader: RangeReader, manifest: Manifest, name: str, kind: str) -> Iterator[Tensor]:
-    """A flattened tensor in parts of at most CHUNK elements, fp32."""
+    """Yield a flattened tensor in parts of at most CHUNK elements, fp32.
+
+    Args:
+        reader: Reader of the checkpoint.
+        manifest: Manifest of the checkpoint.
+        name: Name of the logical tensor.
+        kind: One of STATE_KINDS.
+    """
     numel = math.prod(manifest.shapes[name])
     for start in range(0, numel, CHUNK):
         yield reader.read(name, kind, start, min(start + CHUNK, numel))
 
 
 def tensor_statistics(manifest: Manifest, name: str) -> list[Statistics]:
-    """Statistics of a tensor's weight and moments.
+    """Compute the statistics of a tensor's weight and moments.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        name: Name of the logical tensor.
+
+    Returns:
+        Statistics for each of STATE_KINDS.
 
     Raises:
         UsageError: If there is no such tensor, or a file cannot be read.
@@ -169,13 +186,13 @@ def _statistics(kind: str, chunks: Iterator[Tensor]) -> Statistics:
     least, largest = math.inf, -math.inf
     for chunk in chunks:
         elements += chunk.numel()
-        finite = chunk[chunk.isfinite()].double()  # fp32 has squares that fp32 does not hold
+        finite = chunk[chunk.isfinite()].double()  # squares of large fp32 values do not fit in fp32
         if not (more := finite.numel()):
             continue
         low, high = torch.aminmax(finite)
         least, largest = min(least, float(low)), max(largest, float(high))
         square += float(finite.square().sum())
-        # The means and squared deviations of two parts give those of both (Chan, Golub and LeVeque 1979).
+        # Means and squared deviations of two parts combine into those of the union (Chan, Golub and LeVeque 1979).
         part = float(finite.mean())
         apart, both = part - mean, count + more
         deviation += float((finite - part).square().sum()) + apart**2 * count * more / both

@@ -1,4 +1,4 @@
-"""Removing checkpoints on request, never the newest one that is whole."""
+"""Pruning of checkpoints on request. It never removes the newest valid checkpoint."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,23 +18,23 @@ from moe_train.checkpoint.inventory import file_statuses, folder_bytes, stat_of
 from moe_train.checkpoint.resume_point import latest_valid
 from moe_train.checkpoint.verification import read_verified
 
-SAVING_SECONDS = 600  # a leftover that was written to since may be of a save under way
+SAVING_SECONDS = 600  # a leftover with a write during this time may belong to a save under way
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What was removed, or would be.
+    """Result of a pruning, or of a dry run.
 
     Attributes:
-        removed: Names of the checkpoints.
-        kept: Names of those that stay.
-        leftovers: Names of what killed saves and removals had left.
-        spared: Names of leftovers that stay because they may be of a save under way.
-        restored: Names of old copies that got their name back, because the new one never came.
-        damaged: What is wrong with those newer than the newest whole checkpoint, by name.
-        latest_valid: Name of the newest checkpoint that is whole; None: none is, and none was removed; also None
-            where nothing was to be removed, and no file was read.
-        freed_bytes: Of everything removed.
+        removed: Names of the removed checkpoints.
+        kept: Names of the checkpoints that stay.
+        leftovers: Names of the removed leftovers of killed saves and removals.
+        spared: Names of the leftovers that stay, because they may belong to a save under way.
+        restored: Names of old copies that got their name back, because their replacement was never completed.
+        damaged: What is wrong with each checkpoint newer than the newest valid one, by name.
+        latest_valid: Name of the newest valid checkpoint. None: no checkpoint is valid, and none was removed. It is
+            also None if no checkpoint was to be removed, because then no file is read.
+        freed_bytes: Size of everything removed.
     """
 
     removed: list[str]
@@ -47,27 +47,27 @@ class Pruning:
     latest_valid: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def prune(
     checkpoints: Path, retention: Retention, is_dry: bool, advance: Advance | None = None, now: float | None = None
 ) -> Pruning:
-    """Remove what retention does not keep, and leftovers.
+    """Remove the checkpoints that the retention rule does not keep, and leftovers.
 
-    The newest checkpoints are verified until one is whole, which is kept even if it is not among those to keep. If none
-    is, none is removed.
+    The newest checkpoints are verified until one is valid. That one is kept, even if the retention rule does not keep
+    it. If no checkpoint is valid, none is removed.
 
     Args:
-        checkpoints: The run's folder for them.
-        retention: What to keep.
-        is_dry: True: nothing is removed.
-        advance: Told of every block that verifying reads.
-        now: Seconds since the epoch; None: it is now.
+        checkpoints: Folder of the run's checkpoints.
+        retention: Rule for which checkpoints are kept.
+        is_dry: Whether to remove nothing.
+        advance: Called with the number of bytes after each block that verification reads.
+        now: Current time in seconds since the epoch; None: the system's clock.
 
     Raises:
-        OSError: If one cannot be removed.
+        OSError: If a checkpoint cannot be removed.
     """
     remove, damaged, whole = superfluous(checkpoints, retention), {}, None
     if remove:
@@ -84,9 +84,9 @@ def prune(
     kept = [folder.name for folder in list_checkpoints(checkpoints) if folder not in remove]
     if not is_dry:
         for folder in remove:
-            if folder.exists():  # else the run itself has removed it
+            if folder.exists():  # otherwise the run itself has removed it
                 remove_checkpoint(folder)
-        # Only what was looked at: a run may begin a save at any time.
+        # Only the leftovers found above: a run may begin a save at any time.
         begun = [folder for folder in list_leftovers(checkpoints) if folder not in (*gone, *restored)]
         remove_leftovers(checkpoints, begun)
         freed -= sum(folder_bytes(folder) for folder in list_leftovers(checkpoints) if folder not in spared)
@@ -105,9 +105,9 @@ def prune(
 
 def _is_fresh(folder: Path, now: float) -> bool:
     if folder.suffix == ".removed":
-        return False  # nobody wants it, whoever removes it
+        return False  # no process needs it, whichever one removes it
     own = stat_of(folder)
     statuses = [*([own] if own is not None else []), *file_statuses(folder)]
     if folder.suffix == ".old" and own is not None and now - own.st_ctime < SAVING_SECONDS:
-        return True  # a save under way has just renamed it, which leaves the times of its writing
+        return True  # a save under way has just renamed it; a rename leaves the times of its files unchanged
     return any(now - status.st_mtime < SAVING_SECONDS for status in statuses)

@@ -1,4 +1,4 @@
-"""What `moe-train checkpoint` shows people."""
+"""Tables that `moe-train checkpoint` prints in a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from moe_train.checkpoint.tools.difference import Difference, FieldDifference, T
 from moe_train.checkpoint.tools.inspection import Inspection, Statistics
 from moe_train.checkpoint.verification import Verification
 
-_MOST_ROWS = 30  # of tensors that differ
+_MOST_ROWS = 30  # rows of tensors that differ
 
 
 def plain(value: object) -> Text:
-    """A value as it stands: no markup, and no control characters, which a hostile checkpoint may have in a name."""
+    """Show a value without markup and control characters: a hostile checkpoint may have them in a name."""
     return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)))
 
 
 def as_bytes(number: float) -> str:
-    """A number of bytes: "1.2 GB"."""
+    """Format a number of bytes: "1.2 GB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
             break
@@ -29,13 +29,13 @@ def as_bytes(number: float) -> str:
 
 
 def describe_layout(layout: Mapping[str, int]) -> str:
-    """Of a manifest: "4 ranks, EP 2, ZeRO 1"."""
+    """Describe the layout of a manifest: "4 ranks, EP 2, ZeRO 1"."""
     known = (("world_size", "{} ranks"), ("expert_parallel_size", "EP {}"), ("zero_stage", "ZeRO {}"))
     return ", ".join(text.format(layout[name]) for name, text in known if name in layout) or "-"
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str] = (), rows: Sequence[Sequence[object]] = ()) -> Table:
-    """Columns left-aligned and wrapped, then right-aligned ones."""
+    """Make a table with left-aligned, wrapped columns, then right-aligned ones."""
     table = Table(title=plain(title), title_justify="left")
     for name in left:
         table.add_column(name, overflow="fold")
@@ -47,7 +47,7 @@ def _table(title: str, left: Sequence[str], right: Sequence[str] = (), rows: Seq
 
 
 def entries_table(folder: str, entries: Sequence[Entry]) -> Table:
-    """For `list`."""
+    """Make the table of `moe-train checkpoint list`."""
     rows = []
     for entry in entries:
         state = entry.kind if entry.kind != "checkpoint" else "manifest readable"
@@ -62,13 +62,13 @@ def entries_table(folder: str, entries: Sequence[Entry]) -> Table:
 
 
 def verification_table(found: Verification) -> Table:
-    """For `verify`."""
+    """Make the table of `moe-train checkpoint verify`."""
     rows = [(verdict.path.rpartition("/")[2], verdict.problem or "whole") for verdict in found.verdicts]
     return _table(found.folder, ("file", "verdict"), rows=rows)
 
 
 def inspection_tables(found: Inspection) -> list[Table]:
-    """For `inspect`."""
+    """Make the tables of `moe-train checkpoint inspect`."""
     facts = [
         ("step", f"{found.step:,}"),
         ("sequences", f"{found.consumed_sequences:,}"),
@@ -93,7 +93,7 @@ def inspection_tables(found: Inspection) -> list[Table]:
 
 
 def statistics_table(name: str, found: Sequence[Statistics]) -> Table:
-    """For `inspect --tensor`."""
+    """Make the table of `moe-train checkpoint inspect --tensor`."""
     rows = [
         (one.kind, *(_number(value) for value in (one.min, one.max, one.mean, one.std, one.norm)), one.non_finite)
         for one in found
@@ -102,7 +102,7 @@ def statistics_table(name: str, found: Sequence[Statistics]) -> Table:
 
 
 def difference_tables(found: Difference) -> list[Table]:
-    """For `diff`: only what differs."""
+    """Make the tables of `moe-train checkpoint diff`, with differences only."""
     tables = [
         _fields_table("manifest", found.fields),
         _fields_table("configuration", found.config),

@@ -5,14 +5,17 @@ rotation. Norms of queries and keys: of a head, Qwen3 (arXiv 2505.09388); of the
 Legend: B batch, S sequence, C keys, D hidden_size, H query heads, G key/value heads, d head size.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from moe_train.model.decode_state import CacheSpec, KeyValue, KeyValueState
+from moe_train.config.model import ModelConfig
+from moe_train.model.decode_state import CacheSpec
 from moe_train.model.layers import Linear, RMSNorm
-from moe_train.model.mixers.base import Mixer, MixerContext
-from moe_train.ops.attention import attend, causal_mask
+from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
+from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_bytes
+from moe_train.model.mixers.visibility import attention_mask
+from moe_train.ops.attention import attend
 from moe_train.ops.rotary import apply_rotary
 
 
@@ -43,46 +46,44 @@ class AttentionMixer(Mixer):
         self.query_norm = self._make_norm(num_heads, norm_epsilon)
         self.key_norm = self._make_norm(num_kv_heads, norm_epsilon) if owns_key_value else None
 
-    def new_state(self, room: CacheSpec) -> KeyValueState | None:
+    def new_state(self, spec: CacheSpec) -> KeyValueState | None:
         if self.key is None:
             return None
-        return KeyValueState(room, self.num_kv_heads, self.head_dim, self.window)
+        return KeyValueState(spec, self.num_kv_heads, self.head_dim, self.window)
 
-    def publish(self, x_BSD: Tensor, context: MixerContext) -> KeyValue | None:
-        if self.key is None or self.value is None:
-            return context.key_value
-        k_BGSd = self._split_heads(self.key(x_BSD), self.num_kv_heads, self.key_norm)
-        v_BGSd = self._split_heads(self.value(x_BSD), self.num_kv_heads)
-        k_BGSd = apply_rotary(k_BGSd, *context.rotary_angles(self.head_dim, self.rope_theta))
-        new = KeyValue(k_BGSd, v_BGSd, context.positions_BS, context.documents_BS)
-        return new if context.state is None else context.state.append(new)
-
-    def forward(self, x_BSD: Tensor, context: MixerContext) -> Tensor:
-        held = context.key_value
-        assert held is not None, "the first layer owns keys and values"
+    def forward(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, Shared]:
+        shared = context.shared
+        if self.key is not None:
+            shared = without_key_value(shared) | self._key_value(x_BSD, context).as_shared()
+        held = KeyValue.from_shared(shared)
         q_BHSd = self._split_heads(self.query(x_BSD), self.num_heads, self.query_norm)
         q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta))
-        mask_B1SC = self._mask(q_BHSd.shape[2], held, context)
+        mask_B1SC = attention_mask(context.tokens, held, self.window)
         # A cache may be narrower than the model: its keys are many, so the queries are cast and not they.
         mixed_BHSd = attend(q_BHSd.to(held.k_BGCd.dtype), held.k_BGCd, held.v_BGCd, mask_B1SC).to(x_BSD.dtype)
         batch, _, length, _ = mixed_BHSd.shape
-        return self.output(mixed_BHSd.transpose(1, 2).reshape(batch, length, -1))  # (B, H, S, d) -> (B, S, H*d)
+        mixed_BSM = mixed_BHSd.transpose(1, 2).reshape(batch, length, -1)  # (B, H, S, d) -> (B, S, H*d)
+        return self.output(mixed_BSM), shared
 
-    def _mask(self, num_queries: int, held: KeyValue, context: MixerContext) -> Tensor | None:
-        num_keys = held.k_BGCd.shape[2]
-        has_all_in_sight = context.documents_BS is None and (self.window is None or num_keys <= self.window)
-        if has_all_in_sight and num_queries in (1, num_keys):
-            return None  # plain causal, or the newest token, which sees all: SDPA's fast paths
-        return causal_mask(
-            context.positions_BS, held.positions_BC, context.documents_BS, held.documents_BC, self.window
-        )
+    def _key_value(self, x_BSD: Tensor, context: MixerContext) -> KeyValue:
+        """This layer's keys and values, those of the tokens before included."""
+        assert self.key is not None and self.value is not None
+        k_BGSd = self._split_heads(self.key(x_BSD), self.num_kv_heads, self.key_norm)
+        v_BGSd = self._split_heads(self.value(x_BSD), self.num_kv_heads)
+        k_BGSd = apply_rotary(k_BGSd, *context.rotary_angles(self.head_dim, self.rope_theta))
+        tokens = context.tokens
+        if context.state is not None:
+            new = KeyValue(k_BGSd, v_BGSd, tokens.positions_BS, tokens.documents_BS)
+            return context.state.append(new, tokens.first_position)
+        positions_BS = None if tokens.first_position is not None else tokens.positions_BS
+        return KeyValue(k_BGSd, v_BGSd, positions_BS, tokens.documents_BS)
 
     def _make_norm(self, num_heads: int, epsilon: float) -> RMSNorm | None:
         widths = {"head": self.head_dim, "projection": num_heads * self.head_dim}
         return RMSNorm(widths[self.qk_norm], epsilon) if self.qk_norm != "none" else None
 
     def _split_heads(self, x_BSM: Tensor, num_heads: int, norm: RMSNorm | None = None) -> Tensor:
-        """A projection by head, normed where there is a norm. (B, S, H*d) -> (B, H, S, d)."""
+        """Split a projection into heads, normalised where there is a norm. (B, S, H*d) -> (B, H, S, d)."""
         batch, length, _ = x_BSM.shape
         if norm is not None and self.qk_norm == "projection":
             x_BSM = norm(x_BSM)
@@ -90,3 +91,64 @@ class AttentionMixer(Mixer):
         if norm is not None and self.qk_norm == "head":
             x_BSHd = norm(x_BSHd)
         return x_BSHd.transpose(1, 2)
+
+
+def without_key_value(shared: Shared) -> Shared:
+    """What is handed up but keys and values, which an owner layer replaces by its own."""
+    return {name: tensor for name, tensor in shared.items() if name not in KEY_VALUE_NAMES}
+
+
+KEY_VALUE_NAMES = ("keys", "values", "key_positions", "key_documents")
+
+
+def _build(spec: MixerSpec) -> AttentionMixer:
+    model = spec.model
+    return AttentionMixer(
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.attention_kv_heads,
+        head_dim=model.attention_head_dim,
+        rope_theta=model.rope_theta,
+        owns_key_value=spec.layer in model.kv_owner_layers,
+        init_std=model.init_std,
+        output_std=spec.output_std,
+        window=model.sliding_window,
+        qk_norm=model.qk_norm,
+        norm_epsilon=model.norm_epsilon,
+    )
+
+
+def _state_numbers(spec: MixerSpec, length: int) -> int:
+    model = spec.model
+    return kv_cache_bytes(
+        batch_size=1,
+        length=length,
+        num_owner_layers=int(spec.layer in model.kv_owner_layers),
+        num_kv_heads=model.attention_kv_heads,
+        head_dim=model.attention_head_dim,
+        bytes_per_element=1,
+        window=model.sliding_window,
+    )
+
+
+def _flops(spec: MixerSpec, length: int) -> float:
+    """Two products, of queries with keys and of scores with values, over the keys that a query sees in the mean."""
+    model = spec.model
+    window = min(model.sliding_window or length, length)
+    # The first `window` tokens see 1, 2, ... keys, the others `window`.
+    keys = (window * (window + 1) / 2 + (length - window) * window) / length
+    return 4 * model.num_heads * model.attention_head_dim * keys
+
+
+def _shapes(model: ModelConfig, section: Any) -> dict[str, Any]:
+    del section
+    return {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.attention_kv_heads,
+        "model.head_dim": model.attention_head_dim,
+        "model.kv_layers": model.kv_owner_layers,
+        "model.qk_norm": model.qk_norm,
+    }
+
+
+ATTENTION = MixerKind(_build, _state_numbers, _flops, shapes=_shapes)

@@ -1,69 +1,109 @@
-"""The interface of everything that mixes tokens along the sequence.
+"""The interface of sequence mixers: whatever mixes tokens along the sequence.
 
 Legend: B batch, S sequence, D hidden_size.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
-from typing import Self
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
-from moe_train.model.decode_state import CacheSpec, DecodeState, KeyValue
+from moe_train.config.base import Section
+from moe_train.config.model import ModelConfig
+from moe_train.model.decode_state import CacheSpec, DecodeState
+from moe_train.model.token_index import TokenIndex
 from moe_train.ops.rotary import rotary_angles
+
+Shared = dict[str, Tensor]
+"""Tensors that layers hand up to those above, by name: MLKV's keys and values, RWKV-7's first values."""
 
 
 @dataclass(frozen=True)
 class MixerContext:
-    """What a block's mixer and MoE layer may know of their surroundings.
+    """What a block's mixer and feed-forward layer know of their surroundings.
 
     Attributes:
         layer: Index of the block, from 0.
-        positions_BS: int64 positions in the sequence; B may be 1 where all rows have the same.
-        documents_BS: int64 ids of the packed documents, or None: no isolation.
-        token_keys_BS: int64 random key of every token, the same on any layout (step, sequence and position hashed).
-        key_value: Keys and values of the nearest owner layer at or below this one, or None below the first.
-        state: This layer's state when decoding, else None.
-        formed: What layers have formed of the positions so far in this forward pass, by head size and theta.
+        tokens: Which token each row is.
+        shared: What the layers below have handed up; empty below the first.
+        state: This mixer's (or feed-forward layer's) state while decoding; None: there is none.
+        formed: What layers have formed of the positions so far in this forward pass.
     """
 
     layer: int
-    positions_BS: Tensor
-    documents_BS: Tensor | None
-    token_keys_BS: Tensor
-    key_value: KeyValue | None = None
-    state: DecodeState | None = None
-    formed: dict[tuple[int, float], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False)
+    tokens: TokenIndex
+    shared: Shared = field(default_factory=dict)
+    state: Any = None
+    formed: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def rotary_angles(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """As `ops.rotary.rotary_angles` of these positions: formed once for all layers that turn alike."""
+        """`ops.rotary.rotary_angles` of these positions, formed once for all layers that rotate alike."""
         known = self.formed.get((head_dim, theta))
-        if known is None or known[0] is not self.positions_BS:  # a hook may have put others in their place
-            known = (self.positions_BS, *rotary_angles(self.positions_BS, head_dim, theta))
+        if known is None or known[0] is not self.tokens.positions_BS:  # a hook may have put others in their place
+            known = (self.tokens.positions_BS, *rotary_angles(self.tokens.positions_BS, head_dim, theta))
             self.formed[head_dim, theta] = known
         return known[1], known[2]
 
-    def with_key_value(self, key_value: KeyValue | None) -> Self:
-        """A copy that carries newly published keys and values."""
-        return replace(self, key_value=key_value)
-
 
 class Mixer(nn.Module, ABC):
-    """Mixes along the sequence: causal, and in decoding equal to the full forward for any split of the sequence."""
-
-    def publish(self, x_BSD: Tensor, context: MixerContext) -> KeyValue | None:
-        """Keys and values for this layer and those above, or None: those of an owner below are handed on.
-
-        The block hands them on as explicit tensors, so that activation recomputation and ZeRO's hooks see them.
-        """
-        del x_BSD
-        return context.key_value
-
-    def new_state(self, room: CacheSpec) -> DecodeState | None:
-        """An empty state for decoding, or None where this layer keeps nothing of its own."""
-        del room
-        return None
+    """Mixes along the sequence. It is causal, and streams: any split of a sequence gives the same outputs."""
 
     @abstractmethod
-    def forward(self, x_BSD: Tensor, context: MixerContext) -> Tensor:
-        """The mixed sequence, [B, S, D]; `context.key_value` holds what `publish` returned."""
+    def forward(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, Shared]:
+        """Mix S new tokens, starting from the state if there is one.
+
+        Args:
+            x_BSD: Normalised hidden states.
+            context: Surroundings.
+
+        Returns:
+            The mixed sequence [B, S, D], and what the layers above are to see: context.shared, with this layer's own.
+            It goes up as explicit tensors, so that activation recomputation and ZeRO's hooks see it.
+        """
+
+    def new_state(self, spec: CacheSpec) -> DecodeState | None:
+        """An empty state for decoding; None: this layer remembers nothing of its own."""
+        del spec
+        return None
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """What a mixer is built from.
+
+    Attributes:
+        model: The model section.
+        section: The mixer's own section; None: it has none.
+        layer: Index of the block, from 0.
+        output_std: Standard deviation of initial weights that write to the residual stream.
+    """
+
+    model: ModelConfig
+    section: Any
+    layer: int
+    output_std: float
+
+
+@dataclass(frozen=True)
+class MixerKind:
+    """A kind of mixer, described by itself: model, planner, FLOP counter, resume and configuration ask it.
+
+    Attributes:
+        build: Makes the mixer of a layer.
+        state_numbers: Numbers that a sequence's decode state has in a layer, by its spec and the tokens so far.
+        flops: Operations of a token's forward pass in a layer beside its matrices of parameters, by its spec and the
+            sequence length.
+        section: Settings of its own, written under model.NAME; None: it has none.
+        check: Refuses settings that cannot work: raises UsageError naming fields and values.
+        shapes: Settings that give a checkpoint's weights their meaning, by field name: it cannot be resumed with
+            others.
+    """
+
+    build: Callable[[MixerSpec], Mixer]
+    state_numbers: Callable[[MixerSpec, int], int]
+    flops: Callable[[MixerSpec, int], float]
+    section: type[Section] | None = None
+    check: Callable[[ModelConfig, Any], None] = lambda model, section: None
+    shapes: Callable[[ModelConfig, Any], dict[str, Any]] = lambda model, section: {}

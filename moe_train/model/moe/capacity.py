@@ -52,3 +52,6 @@ class CapacityLimit:
         dropped_E = torch.zeros_like(routing.sums.counts)
         dropped_E.scatter_add_(0, routing.experts_TK.reshape(-1), (~kept_TK).reshape(-1).to(torch.int64))
         return replace(routing, kept_TK=kept_TK, sums=replace(routing.sums, dropped=dropped_E))
+
+
+NO_LIMIT = CapacityLimit()

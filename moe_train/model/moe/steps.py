@@ -82,15 +82,21 @@ class Routing:
     sums: RoutingSums
     kept_TK: Tensor | None = None
 
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.logits_TE.shape[1]
+
 
 @dataclass(frozen=True)
 class Assignments:
-    """Which experts of this rank compute which of the rows that are here.
+    """Which experts take which of the rows that are here: all experts before dispatch, this rank's behind it.
 
     Attributes:
-        row_map: The row of every assignment, in expert order.
+        row_map: The row of every assignment, in the order of experts. Behind those that counts_e counts may stand
+            others, which are not executed.
         gates_R: fp32 or wider, the factor of every assignment's output.
-        counts_e: int64, assignments an expert of this rank.
+        counts_e: int64, executed assignments per expert.
     """
 
     row_map: RowMap
@@ -99,5 +105,12 @@ class Assignments:
 
     @property
     def num_assignments(self) -> int:
-        """R."""
+        """R, those that are not executed included."""
         return self.row_map.source_R.shape[0]
+
+    def first(self, count: int) -> "Assignments":
+        """The first assignments alone: those that are executed, where their number is given."""
+        if count == self.num_assignments:
+            return self
+        row_map = RowMap.of(self.row_map.source_R[:count], self.row_map.num_sources)
+        return Assignments(row_map, self.gates_R[:count], self.counts_e)

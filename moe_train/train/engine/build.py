@@ -12,7 +12,7 @@ from moe_train.distributed.traffic import TrafficMeter
 from moe_train.host.precision import torch_dtype
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.compiled import compile_dense_parts
-from moe_train.model.moe.balance import make_balance_terms, make_bias_rule
+from moe_train.model.moe.balance.build import make_balance_terms, make_bias_rule
 from moe_train.model.parameters import materialize
 from moe_train.model.transformer import TrainingObjective
 from moe_train.train.engine.engine import TrainEngine
@@ -40,15 +40,15 @@ def make_engine(
     assert isinstance(size, int) and model.vocab_size is not None and config.train.precision != "auto"
     parallel = config.parallel
     assert isinstance(parallel.chunks, int)
-    groups = create_mesh(size, parallel.timeout_seconds, parallel.node_size)
+    mesh = create_mesh(size, parallel.timeout_seconds, parallel.node_size)
     transformer = build_model(
         model,
         model.vocab_size,
         seed=config.train.seed,
         placement=ExpertPlacement(
-            groups.ep_rank,
+            mesh.expert.rank,
             size,
-            groups.path,
+            mesh.dispatch_groups,
             parallel.dispatch,
             parallel.chunks,
             parallel.payload,
@@ -62,4 +62,4 @@ def make_engine(
     if config.train.compile:
         compile_dense_parts(transformer)
     objective = TrainingObjective(transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe))
-    return TrainEngine(objective, groups, config.optim, settings, flight_recorder)
+    return TrainEngine(objective, mesh, config.optim, settings, flight_recorder)

@@ -60,7 +60,7 @@ class TrainEngine:
     def __init__(
         self,
         objective: TrainingObjective,
-        expert_groups: ParallelMesh,
+        mesh: ParallelMesh,
         optim: OptimConfig,
         settings: dict[str, Any],
         flight_recorder: FlightRecorder | None = None,
@@ -69,7 +69,7 @@ class TrainEngine:
 
         Args:
             objective: Materialised, holding this rank's experts.
-            expert_groups: The groups the experts are spread over.
+            mesh: Groups that the experts are spread over.
             optim: Optimizer settings.
             settings: DeepSpeed's configuration.
             flight_recorder: Told which part of a step is under way; None: nobody asks.
@@ -81,8 +81,8 @@ class TrainEngine:
         self._model, self._objective = objective.model, objective
         self._stage: int = settings["zero_optimization"]["stage"]
         self._is_fp16: bool = settings["fp16"]["enabled"]
-        _join_process_group(expert_groups)
-        _mark_experts(objective.model, expert_groups)
+        _join_process_group(mesh)
+        _mark_experts(objective.model, mesh)
         self._engine = _ExpertEngine(
             args=None,
             model=TupleObjective(objective),
@@ -308,28 +308,28 @@ def _noted(notes: list[Tensor], found: Any, norm_of: Callable[[Any], Tensor]) ->
     return found
 
 
-def _join_process_group(expert_groups: ParallelMesh) -> None:
+def _join_process_group(mesh: ParallelMesh) -> None:
     # Without this DeepSpeed builds an optional operator for CPU: a compiler and a minute that nothing here needs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    name = _group_name(expert_groups)
-    groups._EXPERT_PARALLEL_GROUP[name] = expert_groups.ep_group
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = expert_groups.ep_ranks
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_groups.edp_group
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = expert_groups.edp_ranks
+    name = _group_name(mesh)
+    groups._EXPERT_PARALLEL_GROUP[name] = mesh.expert.group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = mesh.expert.ranks
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.expert_data.group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = mesh.expert_data.ranks
 
 
-def _mark_experts(model: Transformer, expert_groups: ParallelMesh) -> None:
+def _mark_experts(model: Transformer, mesh: ParallelMesh) -> None:
     for parameter in model.parameters():
         if isinstance(parameter, ExpertParameter):
             parameter.allreduce = False
-            parameter.group_name = _group_name(expert_groups)
+            parameter.group_name = _group_name(mesh)
             parameter.ds_zero_placement_family = "autoep_expert"  # what ZeRO-3 asks for
             parameter.ds_zero_partition_group_name = parameter.group_name
 
 
-def _group_name(expert_groups: ParallelMesh) -> str:
-    return f"ep_size_{expert_groups.ep_size}"
+def _group_name(mesh: ParallelMesh) -> str:
+    return f"ep_size_{mesh.expert.size}"
 
 
 def _make_adamw(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW:

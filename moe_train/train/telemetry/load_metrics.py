@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_train.model.moe.balance import cv_squared
+from moe_train.model.moe.balance.cv_squared import cv_squared
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.train.telemetry.metrics_window import GlobalWindow
 from moe_train.train.telemetry.records import EXPERT_FIGURES, Record, by_layer

@@ -4,7 +4,7 @@ queries and keys."""
 import pytest
 import torch
 
-from moe_train.model.decode_state import KeyValueState
+from moe_train.model.mixers.key_value import KeyValueState
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 LENGTH = 11
@@ -69,8 +69,8 @@ def test_cache_has_the_owners_entries_and_no_other(changes):
     config = small_config(**changes)
     model = small_model(config).eval()
     cache = model.new_cache(3, LENGTH)
-    assert cache.owner_layers == config.kv_owner_layers
-    assert all(isinstance(cache.state(layer), KeyValueState) for layer in cache.owner_layers)
+    assert cache.layers_with_state == config.kv_owner_layers
+    assert all(isinstance(cache.layer(layer).mixer, KeyValueState) for layer in cache.layers_with_state)
     batch, owners = 3, len(config.kv_owner_layers)
     kept = min(LENGTH, config.sliding_window or LENGTH)
     expected = 2 * batch * kept * owners * config.attention_kv_heads * config.attention_head_dim * 8

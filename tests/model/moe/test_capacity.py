@@ -7,12 +7,14 @@ import torch
 
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.layers import SwiGLU
-from moe_train.model.moe.capacity import CapacityLimit
-from moe_train.model.moe.dispatch import DISPATCHERS, Path
+from moe_train.model.moe.capacity import NO_LIMIT, CapacityLimit
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
-from moe_train.model.moe.routers import SigmoidTopKRouter, SoftmaxTopKRouter
+from moe_train.model.moe.routers.sigmoid_topk import SigmoidTopKRouter
+from moe_train.model.moe.routers.softmax_topk import SoftmaxTopKRouter
 from moe_train.ops.keyed_random import combine, make_key
+from tests.model.moe.dispatchers import make_dispatcher
+from tests.model.small import context_of
 from tests.ops.test_capacity import slowly_kept
 
 HIDDEN, INNER, EXPERTS, TOP_K = 6, 5, 4, 2
@@ -24,7 +26,7 @@ def draw(*shape, seed, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def make_layer(capacity, rank=0, size=1, path: Path = (), kind="softmax", shared=False, dispatch="flat"):
+def make_layer(capacity, rank=0, size=1, groups=(), kind="softmax", shared=False, dispatch="flat"):
     """A layer whose weights are the same on every rank that holds them; expert 0 is everybody's favourite."""
     if kind == "softmax":
         router = SoftmaxTopKRouter(HIDDEN, EXPERTS, TOP_K, True, init_std=1.0)
@@ -46,7 +48,7 @@ def make_layer(capacity, rank=0, size=1, path: Path = (), kind="softmax", shared
             draw(4 * INNER, HIDDEN, seed=8),
             draw(HIDDEN, 2 * INNER, seed=9),
         )
-    return MoELayer(router, DISPATCHERS[dispatch](num_chunks=2), experts, EXPERTS, path, capacity, dense)
+    return MoELayer(router, make_dispatcher(dispatch, groups, 2), experts, capacity or NO_LIMIT, dense)
 
 
 def inputs():
@@ -76,10 +78,10 @@ def expected_output(layer, x, keys, capacity, scopes, policy):
 def outcome(layer, x, keys, upstream):
     """Output, sums and gradients by name."""
     x = x.clone().requires_grad_()
-    y, stats = layer(x, keys)
+    y, sums = layer(x, context_of(keys))
     names = [name for name, _ in layer.named_parameters()]
     grads = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
-    return y.detach(), stats.sums, dict(zip(["x", *names], grads, strict=True))
+    return y.detach(), sums, dict(zip(["x", *names], grads, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -122,7 +124,7 @@ def test_evaluation_has_a_factor_of_its_own():
     limits = {(None, 0.5): (0, 1), (0.5, None): (1, 0), (0.5, 0.25): (1, 1)}
     for (factor, eval_factor), (in_training, in_evaluation) in limits.items():
         layer = make_layer(CapacityLimit(factor, eval_factor))
-        dropped = [int(layer.train(mode)(x, keys)[1].sums.dropped.sum()) for mode in (True, False)]
+        dropped = [int(layer.train(mode)(x, context_of(keys))[1].dropped.sum()) for mode in (True, False)]
         assert [number > 0 for number in dropped] == [bool(in_training), bool(in_evaluation)]
     assert dropped[1] > dropped[0]
 
@@ -131,15 +133,15 @@ def test_a_token_alone_is_never_dropped():
     """So that decoding one token at a time needs no exception."""
     layer = make_layer(CapacityLimit(0.01, 0.01))
     x, keys, _ = inputs()
-    _, stats = layer(x[:, :1], keys[:, :1])
-    assert stats.sums.dropped.sum() == 0
+    _, sums = layer(x[:, :1], context_of(keys[:, :1]))
+    assert sums.dropped.sum() == 0
 
 
 def test_shared_experts_are_added():
     x, keys, _ = inputs()
     plain, shared = make_layer(None), make_layer(None, shared=True)
-    expected = plain(x, keys)[0] + shared.shared(x)
-    torch.testing.assert_close(shared(x, keys)[0], expected, rtol=1e-12, atol=1e-12)  # fp64
+    expected = plain(x, context_of(keys))[0] + shared.shared(x)
+    torch.testing.assert_close(shared(x, context_of(keys))[0], expected, rtol=1e-12, atol=1e-12)  # fp64
     # Two experts of width INNER are one of twice the width.
     halves = [SwiGLU(HIDDEN, INNER, 0.02, 0.02).double() for _ in range(2)]
     gate, up = shared.shared.gate_up.weight.data.chunk(2)
@@ -151,8 +153,8 @@ def test_shared_experts_are_added():
 
 
 def on_rank(rank, world_size, limit, ep_size, kind, dispatch):
-    groups = create_mesh(ep_size, 60, node_size=2 if dispatch == "two_level" else None)
-    layer = make_layer(limit, groups.ep_rank, ep_size, groups.path, kind, True, dispatch)
+    mesh = create_mesh(ep_size, 60, node_size=2 if dispatch == "two_level" else None)
+    layer = make_layer(limit, mesh.expert.rank, ep_size, mesh.dispatch_groups, kind, True, dispatch)
     x, keys, upstream = (t.chunk(world_size)[rank] for t in inputs())
     y, sums, grads = outcome(layer, x, keys, upstream)
     return y, sums, grads
@@ -185,7 +187,7 @@ def test_the_limit_of_a_micro_batch_counts_all_its_tokens():
     x, keys, _ = inputs()
     whole = make_layer(CapacityLimit(1.0, None, per_sequence=False))
     by_sequence = make_layer(replace(whole.capacity, per_sequence=True))
-    dropped = [int(layer(x, keys)[1].sums.dropped.sum()) for layer in (whole, by_sequence)]
+    dropped = [int(layer(x, context_of(keys))[1].dropped.sum()) for layer in (whole, by_sequence)]
     assert 0 < dropped[0] < dropped[1]  # unevenness between sequences is no reason to drop
 
 
@@ -193,7 +195,7 @@ def test_evaluation_counts_every_sequence_for_itself():
     """A batch may be filled up with padding, which must not take the room of what is evaluated."""
     x, keys, _ = inputs()
     layer = make_layer(CapacityLimit(1.0, 1.0, per_sequence=False)).eval()
-    whole, _ = layer(x, keys)
-    part, _ = layer(x[:3], keys[:3])
+    whole, _ = layer(x, context_of(keys))
+    part, _ = layer(x[:3], context_of(keys[:3]))
     torch.testing.assert_close(part, whole[:3], rtol=0, atol=1e-12)  # fp64
-    assert layer(x, keys)[1].sums.dropped.sum() > 0
+    assert layer(x, context_of(keys))[1].dropped.sum() > 0

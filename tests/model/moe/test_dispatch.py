@@ -1,13 +1,16 @@
 """Dispatch and combine: every assignment reaches its expert exactly once, and comes back to its token."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from moe_train.distributed.mesh import create_mesh
-from moe_train.model.moe.dispatch import DISPATCHERS, Dispatcher, Path
+from moe_train.distributed.all_to_all import Splits
+from moe_train.model.moe.dispatch.base import Dispatcher
 from moe_train.model.moe.steps import Routing
 from moe_train.ops.payload import Payload
 from moe_train.ops.row_map import gather_rows, scatter_add_rows
+from tests.model.moe.dispatchers import groups_of, make_dispatcher
 from tests.model.small import sums_with
 
 EXPERTS, TOP_K = 8, 2
@@ -27,32 +30,35 @@ def tags(rank: int) -> torch.Tensor:
     return torch.tensor([[100.0 * rank + t, 1.0] for t in range(TOKENS[rank])], dtype=torch.float64).view(-1, 2)
 
 
-def through(dispatcher: Dispatcher, x: torch.Tensor, routing: Routing, rank: int, path: Path):
+def through(dispatcher: Dispatcher, x: torch.Tensor, routing: Routing, rank: int):
     """Every chunk's rows at this rank's experts, and all tokens' outputs of "experts" that multiply by number + 1."""
     chunks, outputs = [], []
-    for plan in dispatcher.plan(x, routing, EXPERTS, path):
-        dispatched = dispatcher.arrive(dispatcher.send(plan))
+    for chunk in dispatcher.plan(x, routing):
+        dispatched = dispatcher.start(chunk).wait()
         assignments = dispatched.assignments
         local = len(assignments.counts_e)
         numbers = torch.arange(rank * local, (rank + 1) * local).repeat_interleave(assignments.counts_e)
         rows = gather_rows(dispatched.rows_ND, assignments.row_map)
         factors = assignments.gates_R * (numbers + 1)
         summed = scatter_add_rows(rows * factors[:, None], assignments.row_map)
-        outputs.append(dispatcher.finish(dispatcher.combine(summed, dispatched)))
+        outputs.append(dispatcher.start_combine(summed, dispatched).wait())
         chunks.append((dispatched, rows))
     return chunks, torch.cat(outputs)
 
 
-def path_of(world_size: int, dispatch: str) -> Path:
-    if world_size == 1:
-        return ()
-    return create_mesh(world_size, 60, node_size=2 if dispatch == "two_level" else None).path
+def stages(dispatched: Any) -> list[Splits]:
+    """How many rows went where, in each stage."""
+    sent = dispatched.sent
+    if sent is None:
+        return []
+    return [each.splits for each in (sent if isinstance(sent, tuple) else (sent,))]
 
 
 def send_and_return(rank, world_size):
     routing, x = routing_of(rank), tags(rank)
-    [(dispatched, rows)], back = through(DISPATCHERS["flat"](), x, routing, rank, path_of(world_size, "flat"))
-    splits = [(leg.rows.send, leg.rows.receive) for leg in dispatched.legs]
+    dispatcher = make_dispatcher("flat", groups_of(world_size, "flat"))
+    [(dispatched, rows)], back = through(dispatcher, x, routing, rank)
+    splits = [(stage.send, stage.receive) for stage in stages(dispatched)]
     return rows, dispatched.assignments.counts_e, splits, back
 
 
@@ -93,16 +99,17 @@ def routing_with_some_left_out(rank: int, top_k: int) -> Routing:
 
 
 def send_with_some_left_out(rank, world_size, dispatch, num_chunks, top_k):
-    """What was sent to whom in every hop, what arrived, and what came back; with assignments that are not executed."""
+    """What was sent to whom in every stage, what arrived and what came back; some assignments are not executed."""
     routing = routing_with_some_left_out(rank, top_k)
-    dispatcher = DISPATCHERS[dispatch](num_chunks)
-    chunks, back = through(dispatcher, tags(rank), routing, rank, path_of(world_size, dispatch))
-    hops = len(chunks[0][0].legs)
+    dispatcher = make_dispatcher(dispatch, groups_of(world_size, dispatch), num_chunks)
+    chunks, back = through(dispatcher, tags(rank), routing, rank)
+    count = len(stages(chunks[0][0]))
     sent = [
-        [sum(one.legs[hop].rows.send[p] for one, _ in chunks) for p in range(world_size // hops)] for hop in range(hops)
+        [sum(stages(one)[stage].send[p] for one, _ in chunks) for p in range(world_size // count)]
+        for stage in range(count)
     ]
     arrived = sum(len(one.rows_ND) for one, _ in chunks)
-    assert arrived == sum(sum(one.legs[-1].rows.receive) for one, _ in chunks)
+    assert arrived == sum(sum(stages(one)[-1].receive) for one, _ in chunks)
     kept = routing.kept_TK
     expected = tags(rank) * (routing.gates_TK * (routing.experts_TK + 1) * kept).sum(1, keepdim=True)
     return sent, back, expected
@@ -146,7 +153,8 @@ def send_rounded(rank, world_size, payload):
     found = []
     for name in (payload, "model"):
         rows, routing = x.clone().requires_grad_(), routing_of(rank)
-        _, back = through(DISPATCHERS["unique"](2, Payload(name)), rows, routing, rank, path_of(world_size, "unique"))
+        dispatcher = make_dispatcher("unique", groups_of(world_size, "unique"), 2, payload=Payload(name))
+        _, back = through(dispatcher, rows, routing, rank)
         back.backward(x.cos())
         found.append((back.detach(), rows.grad))
     return found

@@ -6,7 +6,11 @@ import torch
 from moe_train.distributed.collectives import world_group
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement, build_model
-from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled
+from moe_train.model.moe.balance.base import Scheduled
+from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2
+from moe_train.model.moe.dispatch.flat import FlatDispatcher
+from moe_train.model.moe.dispatch.two_level import TwoLevelDispatcher
+from moe_train.model.moe.dispatch.unique import UniqueDispatcher
 from moe_train.model.transformer import TrainingObjective
 from moe_train.ops.payload import Payload
 from tests.model.small import random_ids, small_config, small_model, tokens_of
@@ -17,8 +21,8 @@ WAYS = (("flat", 1, False), ("two_level", 3, True), ("unique", 5, True), ("two_l
 
 def gradients(rank: int, dispatch: str, num_chunks: int, recompute: bool) -> list[torch.Tensor]:
     """Of two micro-batches; then an evaluation without gradients, in which all ranks have to meet too."""
-    groups = create_mesh(4, 60, node_size=2 if dispatch == "two_level" else None)
-    placement = ExpertPlacement(groups.ep_rank, 4, groups.path, dispatch, num_chunks)
+    mesh = create_mesh(4, 60, node_size=2 if dispatch == "two_level" else None)
+    placement = ExpertPlacement(mesh.expert.rank, 4, mesh.dispatch_groups, dispatch, num_chunks)
     model = small_model(CONFIG, placement=placement, recompute=recompute).train()
     terms = (Scheduled(ImportanceCV2(0.3)), Scheduled(LoadCV2(0.2)))
     objective = TrainingObjective(model, terms, world_group())
@@ -44,10 +48,18 @@ def test_every_way_gives_the_same_gradients(pool4):
                 torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11 * float(theirs.abs().max() + 1))
 
 
-@pytest.mark.parametrize("dispatch", ["flat", "unique", "two_level"])
-def test_what_is_configured_reaches_the_dispatcher(dispatch):
-    placement = ExpertPlacement(dispatch=dispatch, num_chunks=3, payload="fp8")
+@pytest.mark.parametrize(
+    ("dispatch", "groups", "kind"),
+    [
+        ("flat", ("ep",), FlatDispatcher),
+        ("unique", ("ep",), UniqueDispatcher),
+        ("two_level", ("across", "within"), TwoLevelDispatcher),
+        ("two_level", ("ep",), UniqueDispatcher),  # the ranks that share the experts are one node's
+    ],
+)
+def test_what_is_configured_reaches_the_dispatcher(dispatch, groups, kind):
+    placement = ExpertPlacement(0, 1, groups, dispatch, num_chunks=3, payload="fp8")
     for block in build_model(CONFIG, 64, placement=placement).blocks:
         dispatcher = block.feed_forward.dispatcher
-        assert (dispatcher.num_chunks, dispatcher.payload) == (3, Payload("fp8"))
-        assert dispatcher.is_unique == (dispatch != "flat")
+        assert type(dispatcher) is kind and dispatcher.spec.groups == groups
+        assert (dispatcher.spec.num_chunks, dispatcher.spec.payload) == (3, Payload("fp8"))

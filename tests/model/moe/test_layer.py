@@ -1,6 +1,7 @@
 """The MoE layer on 1, 2 and 4 ranks against the slow dense definition in fp64, gradients included."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from torch import Tensor
 
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.layers import SwiGLU
-from moe_train.model.moe.dispatch import DISPATCHERS, Path
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
-from moe_train.model.moe.routers import NoisyTopKRouter, SoftmaxTopKRouter
+from moe_train.model.moe.routers.noisy_topk import NoisyTopKRouter
+from moe_train.model.moe.routers.softmax_topk import SoftmaxTopKRouter
 from moe_train.ops.keyed_random import combine, make_key
+from tests.model.moe.dispatchers import make_dispatcher
 from tests.model.slow_moe import SlowMoE
+from tests.model.small import context_of
 
 HIDDEN, INNER, EXPERTS = 8, 12, 8  # whole 16 bytes in fp32, so that fp32 takes F.grouped_mm
 LAYER_KEY = 77
@@ -63,7 +66,7 @@ def global_tokens(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return x, draw(*x.shape, seed=6), combine(make_key("t"), torch.arange(len(x)))
 
 
-def make_layer(case: Case, ep_rank: int, ep_size: int, path: Path) -> MoELayer:
+def make_layer(case: Case, ep_rank: int, ep_size: int, groups: tuple[Any, ...]) -> MoELayer:
     local = EXPERTS // ep_size
     here = slice(ep_rank * local, (ep_rank + 1) * local)
     weights = global_weights(case)
@@ -77,25 +80,25 @@ def make_layer(case: Case, ep_rank: int, ep_size: int, path: Path) -> MoELayer:
     experts = GroupedExperts(HIDDEN, INNER, EXPERTS, local, here.start, 0.02, 0.02)
     experts.gate_up.data = weights["gate_up"][here].to(case.dtype)
     experts.down.data = weights["down"][here].to(case.dtype)
-    return MoELayer(router, DISPATCHERS[case.dispatch](case.num_chunks), experts, EXPERTS, path)
+    return MoELayer(router, make_dispatcher(case.dispatch, groups, case.num_chunks), experts)
 
 
 def run_layer(rank: int, world_size: int, case: Case, ep_size: int) -> dict[str, Tensor]:
     """Output, sums and gradients of one rank's tokens, the experts being spread over groups of ep_size ranks."""
-    path, ep_rank = (), 0
+    groups, ep_rank = (), 0
     if world_size > 1:
-        groups = create_mesh(ep_size, 60, node_size=NODE_SIZE if case.dispatch == "two_level" else None)
-        path, ep_rank = groups.path, groups.ep_rank
-        assert len(path) == (0 if ep_size == 1 else 2 if case.dispatch == "two_level" else 1)
-    layer = make_layer(case, ep_rank, ep_size, path)
+        mesh = create_mesh(ep_size, 60, node_size=NODE_SIZE if case.dispatch == "two_level" else None)
+        groups, ep_rank = mesh.dispatch_groups, mesh.expert.rank
+        assert len(groups) == (0 if ep_size == 1 else 2 if case.dispatch == "two_level" else 1)
+    layer = make_layer(case, ep_rank, ep_size, groups)
     x, upstream, keys = (t.split(case.tokens)[rank] for t in global_tokens(case))
     x = x.to(case.dtype)[None].requires_grad_()  # one sequence
-    y, stats = layer(x, keys[None])
+    y, sums = layer(x, context_of(keys[None]))
     parameters = dict(layer.named_parameters())
     grads = torch.autograd.grad(y, [x, *parameters.values()], upstream.to(case.dtype)[None])
     names = {"router.gate.weight": "gate", "router.noise.weight": "noise"}
     names |= {"experts.gate_up": "gate_up", "experts.down": "down"}
-    result = {"y": y.detach()[0], "x": grads[0][0], "counts": stats.sums.counts}
+    result = {"y": y.detach()[0], "x": grads[0][0], "counts": sums.counts}
     return result | {names[name]: grad for name, grad in zip(parameters, grads[1:], strict=True)}
 
 
@@ -209,30 +212,30 @@ def test_identical_experts_are_the_dense_layer(top_k):
     dense.gate_up.weight.data = layer.experts.gate_up.data[0].T.contiguous()
     dense.down.weight.data = layer.experts.down.data[0].T.contiguous()
     x, _, keys = global_tokens(Case())
-    y, _ = layer(x[None], keys[None])
+    y, _ = layer(x[None], context_of(keys[None]))
     torch.testing.assert_close(y[0], dense(x), rtol=0, atol=1e-12)  # fp64; gates add up to one within rounding
 
 
 def test_relabelling_experts_changes_no_output():
     layer = make_layer(Case(noisy=True), 0, 1, ()).eval()
     x, _, keys = global_tokens(Case())
-    y, stats = layer(x[None], keys[None])
+    y, sums = layer(x[None], context_of(keys[None]))
     order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
     for parameter in layer.parameters():
         parameter.data = parameter.data[order]
-    relabelled, relabelled_stats = layer(x[None], keys[None])
+    relabelled, relabelled_sums = layer(x[None], context_of(keys[None]))
     torch.testing.assert_close(relabelled, y, rtol=0, atol=1e-12)  # fp64
-    assert torch.equal(relabelled_stats.sums.counts, stats.sums.counts[order])
-    torch.testing.assert_close(relabelled_stats.sums.importance, stats.sums.importance[order], rtol=0, atol=1e-12)
+    assert torch.equal(relabelled_sums.counts, sums.counts[order])
+    torch.testing.assert_close(relabelled_sums.importance, sums.importance[order], rtol=0, atol=1e-12)
 
 
 def test_a_tokens_output_does_not_depend_on_the_other_tokens():
     """Dropless: no capacity to compete for."""
     layer = make_layer(Case(noisy=True), 0, 1, ())
     x, _, keys = global_tokens(Case())
-    whole, _ = layer(x[None], keys[None])
-    batched, _ = layer(x[:8].view(4, 2, HIDDEN), keys[:8].view(4, 2))
-    alone, _ = layer(x[None, 3:4], keys[None, 3:4])
+    whole, _ = layer(x[None], context_of(keys[None]))
+    batched, _ = layer(x[:8].view(4, 2, HIDDEN), context_of(keys[:8].view(4, 2)))
+    alone, _ = layer(x[None, 3:4], context_of(keys[None, 3:4]))
     assert batched.shape == (4, 2, HIDDEN)
     torch.testing.assert_close(batched.view(8, HIDDEN), whole[0, :8], rtol=0, atol=1e-12)  # fp64
     torch.testing.assert_close(alone[0, 0], whole[0, 3], rtol=0, atol=1e-12)

@@ -8,7 +8,7 @@ from moe_train.distributed.flight_recorder import CollectiveRecord, FlightRecord
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.parameters import materialize
-from tests.model.small import small_config
+from tests.model.small import context_of, small_config
 
 VOCAB = 64
 NUM_CHUNKS = 3
@@ -45,17 +45,19 @@ def watch(module: torch.nn.Module, name: str, sky: Sky) -> None:
 
 
 def compute(rank, world_size, num_chunks):
-    groups, sky = create_mesh(world_size, 60), Sky()
+    mesh, sky = create_mesh(world_size, 60), Sky()
     moe = {"num_experts": 4, "top_k": 2, "num_shared_experts": 1}
     config = small_config(num_layers=1, moe_every=1, moe=moe)
-    placement = ExpertPlacement(groups.ep_rank, world_size, groups.path, num_chunks=num_chunks, flight_recorder=sky)
+    placement = ExpertPlacement(
+        mesh.expert.rank, world_size, mesh.dispatch_groups, num_chunks=num_chunks, flight_recorder=sky
+    )
     model = build_model(config, VOCAB, placement=placement)
     materialize(model, seed=0, dtype=torch.float64, device=torch.device("cpu"))
     layer = model.blocks[0].feed_forward
     watch(layer.experts, "experts", sky)
     watch(layer.shared, "shared", sky)
     x = torch.randn(2, 6, config.hidden_size, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x, torch.arange(12).view(2, 6))
+    y, _ = layer(x, context_of(torch.arange(12).view(2, 6)))
     y.sum().backward()
     assert sky.in_flight == 0
     return sky.seen

@@ -5,7 +5,7 @@ import torch
 
 from moe_train.config.load import validate_config
 from moe_train.config.root import check_world
-from moe_train.distributed.mesh import ParallelMesh
+from moe_train.distributed.mesh import MeshGroup, ParallelMesh
 from moe_train.model.build import ExpertPlacement
 from moe_train.train.engine import build
 
@@ -19,7 +19,9 @@ def test_how_tokens_travel(monkeypatch):
 
     def create_mesh(ep_size, timeout_seconds, node_size):
         asked.append((ep_size, node_size))
-        return ParallelMesh("ep", (0, 1, 2, 3), 1, "edp", (1,), across="across", within="within")
+        expert, alone = MeshGroup("ep", (0, 1, 2, 3), 1), MeshGroup("edp", (1,), 0)
+        nodes = (MeshGroup(name, (0, 1), 1) for name in ("across", "within"))
+        return ParallelMesh(expert, expert, alone, *nodes)
 
     def build_model(model, vocab_size, *, placement: ExpertPlacement, **_):
         raise Built(placement)

@@ -17,7 +17,7 @@ from moe_train.distributed.collectives import world_group
 from moe_train.distributed.mesh import create_mesh
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.model.build import ExpertPlacement
-from moe_train.model.moe.balance import make_balance_terms, make_bias_rule
+from moe_train.model.moe.balance.build import make_balance_terms, make_bias_rule
 from moe_train.model.transformer import TrainingObjective
 from moe_train.ops import routed_mlp
 from moe_train.train.batches import BatchPlan
@@ -107,8 +107,8 @@ def waits_of_a_step(rank: int, world_size: int, is_recorded: bool, moe: dict[str
     meter = TrafficMeter(CPU) if is_recorded else None
     placement = ExpertPlacement(meter=meter)
     if world_size > 1:
-        groups = create_mesh(world_size, timeout_seconds=60)
-        placement = ExpertPlacement(groups.ep_rank, world_size, groups.path, meter=meter)
+        mesh = create_mesh(world_size, timeout_seconds=60)
+        placement = ExpertPlacement(mesh.expert.rank, world_size, mesh.dispatch_groups, meter=meter)
     config = small_config(moe_every=1, moe=moe)
     model = small_model(config, placement=placement, dtype=torch.float32, measures=is_recorded)
     terms, rule = make_balance_terms(config.moe), make_bias_rule(config.moe)

@@ -1,11 +1,14 @@
 """What a way to balance experts is: a loss on the routing sums, or a rule that moves the routers' bias after a step."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from moe_train.config.base import Section
+from moe_train.config.moe import MoEConfig
 from moe_train.distributed.collectives import Group
 from moe_train.model.moe.steps import RoutingSums
 
@@ -57,3 +60,24 @@ class Scheduled(Generic[Rule]):
             return self.points[min(after, len(self.points) - 1)][1]
         (start, low), (end, high) = self.points[after - 1], self.points[after]
         return low + (high - low) * (step - start) / (end - start)
+
+
+@dataclass(frozen=True)
+class BalanceKind:
+    """A way to balance, described by itself: a loss term, or a rule that moves the selection bias.
+
+    Attributes:
+        weight: What weighs it, 0: it is off; from the MoE section and the kind's own section.
+        field: Name of the weight in the configuration, under which its schedule stands.
+        term: Makes the loss term; None: it is a rule.
+        rule: Makes the rule; None: it is a loss term.
+        sums: Names of the optional routing sums that it needs (`routers.base.OPTIONAL_SUMS`).
+        section: Settings of its own, written under model.moe.balance.NAME; None: its settings are fields of model.moe.
+    """
+
+    weight: Callable[[MoEConfig, Any], float]
+    field: str
+    term: Callable[[MoEConfig, Any], BalanceTerm] | None = None
+    rule: Callable[[MoEConfig, Any], BiasRule] | None = None
+    sums: Callable[[MoEConfig, Any], frozenset[str]] = lambda moe, section: frozenset()
+    section: type[Section] | None = None

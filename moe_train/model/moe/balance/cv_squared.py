@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_train.distributed.collectives import Group, all_reduce_sum
+from moe_train.model.moe.balance.base import BalanceKind
 from moe_train.model.moe.steps import RoutingSums
 
 
@@ -66,3 +67,15 @@ class LoadCV2:
     def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
         """As `ImportanceCV2.loss`."""
         return self.coef * cv_squared(all_reduce_sum(sums.load, group if self.is_global else None)).sum()
+
+
+IMPORTANCE_CV2 = BalanceKind(
+    weight=lambda moe, section: moe.importance_cv2_coef,
+    field="importance_cv2_coef",
+    term=lambda moe, section: ImportanceCV2(moe.importance_cv2_coef, is_global=moe.balance_scope == "global"),
+)
+LOAD_CV2 = BalanceKind(
+    weight=lambda moe, section: moe.load_cv2_coef,
+    field="load_cv2_coef",
+    term=lambda moe, section: LoadCV2(moe.load_cv2_coef, is_global=moe.balance_scope == "global"),
+)

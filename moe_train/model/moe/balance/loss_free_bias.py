@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_train.model.moe.balance.base import BalanceKind
+
 
 @dataclass(frozen=True)
 class LossFreeBias:
@@ -32,3 +34,10 @@ class LossFreeBias:
         # E c against the sum: the same comparison as c against the mean, in whole numbers.
         below_LE = (counts_LE.sum(-1, keepdim=True) - counts_LE.shape[-1] * counts_LE).sign()
         return bias_LE + self.rate * factor * below_LE.to(bias_LE.dtype)
+
+
+LOSS_FREE_BIAS = BalanceKind(
+    weight=lambda moe, section: moe.bias_update_rate,
+    field="bias_update_rate",
+    rule=lambda moe, section: LossFreeBias(moe.bias_update_rate),
+)

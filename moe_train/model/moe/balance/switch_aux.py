@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_train.distributed.collectives import Group, all_reduce_sum
+from moe_train.model.moe.balance.base import BalanceKind
 from moe_train.model.moe.steps import RoutingSums
 
 
@@ -52,3 +53,11 @@ class SwitchAux:
         # The distribution adds up to one for every token, so that the sum over experts is the number of tokens.
         mean_LE = probability_LE / probability_LE.detach().sum(-1, keepdim=True).clamp(min=1)
         return self.coef * counts_LE.shape[-1] * (share_LE * mean_LE).sum()
+
+
+SWITCH_AUX = BalanceKind(
+    weight=lambda moe, section: moe.switch_aux_coef,
+    field="switch_aux_coef",
+    term=lambda moe, section: SwitchAux(moe.switch_aux_coef, moe.switch_scope),
+    sums=lambda moe, section: frozenset({"sequence_balance" if moe.switch_scope == "sequence" else "probability"}),
+)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_train.distributed.collectives import Group
+from moe_train.model.moe.balance.base import BalanceKind
 from moe_train.model.moe.steps import RoutingSums
 
 
@@ -26,3 +27,11 @@ class ZLoss:
         """
         del group
         return self.coef * (sums.squared_logsumexp / sums.tokens.clamp(min=1)).sum()
+
+
+Z_LOSS = BalanceKind(
+    weight=lambda moe, section: moe.z_loss_coef,
+    field="z_loss_coef",
+    term=lambda moe, section: ZLoss(moe.z_loss_coef),
+    sums=lambda moe, section: frozenset({"squared_logsumexp"}),
+)

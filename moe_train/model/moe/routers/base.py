@@ -4,11 +4,16 @@ Legend: T tokens, D hidden_size, E experts, K top_k, N sequences, S tokens of on
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_train.config.base import Section
+from moe_train.config.model import ModelConfig
+from moe_train.config.moe import MoEConfig
 from moe_train.model.moe.steps import Routing, RoutingSums
 from moe_train.model.parameters import Constant, InitialValue
 from moe_train.ops.keyed_random import combine, make_key, uniform
@@ -113,6 +118,42 @@ class Router(nn.Module, ABC):
     def with_bias(self, scores_TE: Tensor) -> Tensor:
         """Scores as the choice sees them: with the selection bias, where there is one."""
         return scores_TE if self.selection_bias is None else scores_TE + self.selection_bias
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """What a router is built from.
+
+    Attributes:
+        model: The model section.
+        section: The router's own section; None: it has none.
+        layer: Index of the block, from 0.
+        seed: Seed of the run: every random draw is keyed by it.
+        options: Options that all routers have.
+    """
+
+    model: ModelConfig
+    section: Any
+    layer: int
+    seed: int
+    options: RouterOptions
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """A kind of router, described by itself.
+
+    Attributes:
+        build: Makes the router of a layer.
+        has_smooth_load: Whether its load has a gradient (`Choice.load_E`), which the CV^2 loss of the load needs.
+        section: Settings of its own, written under model.moe.NAME; None: its settings are fields of model.moe.
+        check: Refuses settings that cannot work: raises UsageError naming fields and values.
+    """
+
+    build: Callable[[RouterSpec], Router]
+    has_smooth_load: bool = False
+    section: type[Section] | None = None
+    check: Callable[[MoEConfig, Any], None] = lambda moe, section: None
 
 
 def choose_groups(scores_TG: Tensor, token_keys_T: Tensor, top_k_groups: int) -> Tensor:

@@ -11,8 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.model.layers import WideLinear
-from moe_train.model.moe.routers.base import PLAIN, Choice, Router, RouterOptions, choose_experts, expert_keys, gates_of
-from moe_train.ops.keyed_random import normal
+from moe_train.model.moe.routers.base import (
+    PLAIN,
+    Choice,
+    Router,
+    RouterKind,
+    RouterOptions,
+    RouterSpec,
+    choose_experts,
+    expert_keys,
+    gates_of,
+)
+from moe_train.ops.keyed_random import make_key, normal
 
 
 class NoisyTopKRouter(Router):
@@ -72,3 +82,12 @@ def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, sigma_TE: Tensor, t
     is_in_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, best.indices[:, :top_k], True)
     boundary_TE = torch.where(is_in_TE, boundary_in_T1, boundary_out_T1)
     return 0.5 * torch.erfc((boundary_TE - clean_TE) / (sigma_TE * math.sqrt(2.0)))
+
+
+def _build(spec: RouterSpec) -> NoisyTopKRouter:
+    moe, key = spec.model.moe, make_key(spec.seed, "router_noise", spec.layer)
+    sizes = spec.model.hidden_size, moe.num_experts, moe.top_k
+    return NoisyTopKRouter(*sizes, moe.noise_epsilon, moe.gates_sum_to_one, layer_key=key, options=spec.options)
+
+
+NOISY_TOPK = RouterKind(_build, has_smooth_load=True)

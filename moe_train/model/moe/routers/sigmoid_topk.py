@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from moe_train.model.layers import WideLinear
-from moe_train.model.moe.routers.base import PLAIN, Choice, Router, RouterOptions, choose_experts, choose_groups
+from moe_train.model.moe.routers.base import (
+    PLAIN,
+    Choice,
+    Router,
+    RouterKind,
+    RouterOptions,
+    RouterSpec,
+    choose_experts,
+    choose_groups,
+)
 
 _TINY = 1e-20  # where every score underflows to zero
 
@@ -65,3 +74,21 @@ def outside_best_groups(scores_TE: Tensor, token_keys_T: Tensor, num_groups: int
     best_Tg = choose_groups(score_TG, token_keys_T, top_k_groups)
     outside_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter(1, best_Tg, False)
     return outside_TG.repeat_interleave(scores_TE.shape[1] // num_groups, dim=1)
+
+
+def _build(spec: RouterSpec) -> SigmoidTopKRouter:
+    moe = spec.model.moe
+    return SigmoidTopKRouter(
+        spec.model.hidden_size,
+        moe.num_experts,
+        moe.top_k,
+        moe.gates_sum_to_one,
+        spec.model.init_std,
+        moe.num_groups,
+        moe.top_k_groups or 1,
+        moe.routed_scaling_factor,
+        spec.options,
+    )
+
+
+SIGMOID_TOPK = RouterKind(_build)

@@ -8,7 +8,16 @@ Legend: T tokens, D hidden_size, E experts, K top_k.
 from torch import Tensor
 
 from moe_train.model.layers import WideLinear
-from moe_train.model.moe.routers.base import PLAIN, Choice, Router, RouterOptions, choose_experts, gates_of
+from moe_train.model.moe.routers.base import (
+    PLAIN,
+    Choice,
+    Router,
+    RouterKind,
+    RouterOptions,
+    RouterSpec,
+    choose_experts,
+    gates_of,
+)
 
 
 class SoftmaxTopKRouter(Router):
@@ -34,3 +43,12 @@ class SoftmaxTopKRouter(Router):
         scores_TE = logits_TE if self.selection_bias is None else self.with_bias(probability_TE)
         experts_TK = choose_experts(scores_TE, token_keys_T, self.top_k)
         return Choice(logits_TE, probability_TE, experts_TK, gates_of(logits_TE, experts_TK, self.renormalize))
+
+
+def _build(spec: RouterSpec) -> SoftmaxTopKRouter:
+    moe = spec.model.moe
+    sizes = spec.model.hidden_size, moe.num_experts, moe.top_k
+    return SoftmaxTopKRouter(*sizes, moe.gates_sum_to_one, spec.model.init_std, spec.options)
+
+
+SOFTMAX_TOPK = RouterKind(_build)

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from moe_train.config.moe import MoEConfig
 from moe_train.distributed.collectives import world_group
-from moe_train.model.moe.balance import ImportanceCV2, LoadCV2, Scheduled, cv_squared, make_balance_terms
+from moe_train.model.moe.balance.base import Scheduled
+from moe_train.model.moe.balance.build import make_balance_terms
+from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2, cv_squared
 from moe_train.model.moe.routers.noisy_topk import NoisyTopKRouter
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key

@@ -8,8 +8,10 @@ import torch
 from moe_train.distributed.collectives import world_group
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement
-from moe_train.model.moe.balance import LossFreeBias, Scheduled
-from moe_train.model.moe.routers import RouterOptions, SigmoidTopKRouter
+from moe_train.model.moe.balance.base import Scheduled
+from moe_train.model.moe.balance.loss_free_bias import LossFreeBias
+from moe_train.model.moe.routers.base import RouterOptions
+from moe_train.model.moe.routers.sigmoid_topk import SigmoidTopKRouter
 from moe_train.model.transformer import TrainingObjective
 from moe_train.ops.keyed_random import combine, make_key
 from moe_train.train.telemetry.load_metrics import max_violation
@@ -52,8 +54,8 @@ def bias_after_a_step(rank, world_size, recompute, num_micro_steps):
     """The biases after a step in which this rank had its part of the batch, in some micro-steps."""
     placement = None
     if world_size > 1:
-        groups = create_mesh(world_size, timeout_seconds=60)
-        placement = ExpertPlacement(groups.ep_rank, world_size, groups.path)
+        mesh = create_mesh(world_size, timeout_seconds=60)
+        placement = ExpertPlacement(mesh.expert.rank, world_size, mesh.dispatch_groups)
     model = small_model(small_config(moe_every=2, moe=MOE), placement=placement, recompute=recompute)
     rule = Scheduled(LossFreeBias(0.125), ((0, 1.0), (2, 3.0)))
     objective = TrainingObjective(model, (), world_group(), rule)

@@ -5,21 +5,19 @@ import math
 import pytest
 import torch
 
-from moe_train.model.moe.routers import (
-    InputJitter,
-    NoisyTopKRouter,
-    RouterOptions,
-    SigmoidTopKRouter,
-    SoftmaxTopKRouter,
-)
 from moe_train.model.moe.routers.base import (
     OPTIONAL_SUMS,
     Choice,
+    InputJitter,
+    RouterOptions,
     choose_experts,
     expert_keys,
     gates_of,
     sum_over_tokens,
 )
+from moe_train.model.moe.routers.noisy_topk import NoisyTopKRouter
+from moe_train.model.moe.routers.sigmoid_topk import SigmoidTopKRouter
+from moe_train.model.moe.routers.softmax_topk import SoftmaxTopKRouter
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key
 

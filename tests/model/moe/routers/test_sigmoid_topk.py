@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_train.model.moe.routers import RouterOptions, SigmoidTopKRouter
-from moe_train.model.moe.routers.sigmoid_topk import outside_best_groups
+from moe_train.model.moe.routers.base import RouterOptions
+from moe_train.model.moe.routers.sigmoid_topk import SigmoidTopKRouter, outside_best_groups
 from moe_train.ops.keyed_random import combine, make_key
 
 HIDDEN, EXPERTS, TOKENS = 5, 12, 50

@@ -1,0 +1,41 @@
+"""The ways to balance that a configuration asks for."""
+
+from typing import Any
+
+from moe_train.config.moe import MoEConfig
+from moe_train.config.parts import read_section
+from moe_train.config.registry import REGISTRY, load_part
+from moe_train.model.moe.balance.base import BalanceKind, BalanceTerm, BiasRule, Scheduled
+
+
+def make_balance_terms(moe: MoEConfig) -> list[Scheduled[BalanceTerm]]:
+    """The loss terms whose weight is not zero."""
+    return [
+        Scheduled(kind.term(moe, section), moe.coef_schedules.get(kind.field, ()))
+        for kind, section in balance_kinds(moe)
+        if kind.term is not None
+    ]
+
+
+def make_bias_rule(moe: MoEConfig) -> Scheduled[BiasRule] | None:
+    """The rule whose weight is not zero; None: there is none."""
+    for kind, section in balance_kinds(moe):
+        if kind.rule is not None:
+            return Scheduled(kind.rule(moe, section), moe.coef_schedules.get(kind.field, ()))
+    return None
+
+
+def needed_sums(moe: MoEConfig) -> frozenset[str]:
+    """Optional routing sums that the loss terms need."""
+    return frozenset(name for kind, section in balance_kinds(moe) for name in kind.sums(moe, section))
+
+
+def balance_kinds(moe: MoEConfig) -> list[tuple[BalanceKind, Any]]:
+    """Kinds whose weight is not zero, each with its own section."""
+    found = []
+    for name in (*REGISTRY["balance"], *(name for name in moe.balance if name not in REGISTRY["balance"])):
+        kind: BalanceKind = load_part("balance", name)
+        section = read_section(kind.section, moe.balance.get(name), f"model.moe.balance.{name}")
+        if kind.weight(moe, section) > 0:
+            found.append((kind, section))
+    return found

@@ -1,0 +1,161 @@
+"""How many rows and assignments go where, exchanged before the first row moves, for all chunks and stages at once.
+
+A rank tells, for each stage of a token's way, what the next rank will have to expect of it and, where the way goes on,
+what that rank will have to send on. So all sizes of all stages are known after one small all-to-all per stage, and are
+read on the host at once.
+Legend: C chunks, P ranks of a stage's group, E experts, x experts behind each rank of the group, t tokens of a chunk, W
+ranks at the ends of all ways, n columns: rows for this stage, rows for each rank of the next stage, assignments of the
+x experts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_train.distributed.all_to_all import PendingCounts, Splits, start_counts
+from moe_train.distributed.collectives import Group
+from moe_train.distributed.observer import CommObserver
+from moe_train.ops.host_copy import HostCopy
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """What goes where in one stage of a chunk's way.
+
+    Attributes:
+        rows: Rows for and from each rank.
+        assignments: Assignments for and from each rank.
+        rows_from_P: int64, rows from each rank: rows.receive, on the device.
+        received_Px: int64, assignments from each rank for each expert behind this one.
+    """
+
+    rows: Splits
+    assignments: Splits
+    rows_from_P: Tensor
+    received_Px: Tensor
+
+
+@dataclass(frozen=True)
+class CountTable:
+    """What one side has for the ranks of a stage.
+
+    Attributes:
+        counts_CPn: int64.
+        num_next: Ranks of the next stage, which have a column each; 0: this is the last stage.
+    """
+
+    counts_CPn: Tensor
+    num_next: int
+
+    @property
+    def rows_CP(self) -> Tensor:
+        """Rows in this stage."""
+        return self.counts_CPn[..., 0]
+
+    @property
+    def assignments_CPx(self) -> Tensor:
+        """Assignments of every expert."""
+        return self.counts_CPn[..., 1 + self.num_next :]
+
+    def sent_on(self) -> "CountTable":
+        """The table of the next stage, of a table that came from the ranks of this one."""
+        counts_Cn = self.counts_CPn.sum(1)
+        rows_CP1 = counts_Cn[:, 1 : 1 + self.num_next].unsqueeze(2)
+        assignments_CPx = counts_Cn[:, 1 + self.num_next :].view(len(counts_Cn), self.num_next, -1)
+        return CountTable(torch.cat((rows_CP1, assignments_CPx), 2), 0)
+
+
+def first_table(counts_E: Sequence[Tensor], is_sent_Wt: Sequence[Tensor], ranks: Sequence[int]) -> CountTable:
+    """What this rank has for the ranks of the first stage.
+
+    Args:
+        counts_E: int64, assignments per expert, of each chunk.
+        is_sent_Wt: bool, which ranks at the ends of all ways each token of a chunk goes to.
+        ranks: Ranks of each stage's group, one or two.
+    """
+    rows_CP = torch.stack([first_destinations(is_sent, ranks[0]).sum(1) for is_sent in is_sent_Wt])
+    columns_CPn = [rows_CP.unsqueeze(2), torch.stack(list(counts_E)).view(*rows_CP.shape, -1)]
+    if len(ranks) == 1:
+        return CountTable(torch.cat(columns_CPn, 2), 0)
+    rows_CW = torch.stack([first_destinations(is_sent, math.prod(ranks)).sum(1) for is_sent in is_sent_Wt])
+    columns_CPn.insert(1, rows_CW.view(*rows_CP.shape, -1))
+    return CountTable(torch.cat(columns_CPn, 2), ranks[1])
+
+
+def first_destinations(is_sent_Wt: Tensor, num_ranks: int) -> Tensor:
+    """Which ranks of the first stage each token goes to. bool [P, t]."""
+    num_ends, num_tokens = is_sent_Wt.shape
+    return is_sent_Wt.view(num_ranks, num_ends // num_ranks, num_tokens).any(1)
+
+
+@dataclass(frozen=True)
+class PendingTable:
+    """The table of a stage on its way to the ranks of its group."""
+
+    own: CountTable
+    counts: PendingCounts
+
+    def wait(self) -> CountTable:
+        """Wait for the table of what comes here."""
+        num_chunks = len(self.own.counts_CPn)
+        arrived = self.counts.wait()  # (P, C*n) -> (C, P, n)
+        return CountTable(arrived.view(len(arrived), num_chunks, -1).transpose(0, 1), self.own.num_next)
+
+
+def start_table(table: CountTable, group: Group, observer: CommObserver) -> PendingTable:
+    """Send a table to the ranks of its stage. Collective: all ranks of the group."""
+    counts_PCn = table.counts_CPn.transpose(0, 1)
+    return PendingTable(table, start_counts(counts_PCn.reshape(len(counts_PCn), -1), group, observer))
+
+
+@dataclass(frozen=True)
+class PendingSizes:
+    """The sizes of every chunk in every stage, on their way to the host.
+
+    Attributes:
+        came: What comes to this rank in every stage.
+        copy: The numbers of what is sent and what comes.
+    """
+
+    came: tuple[CountTable, ...]
+    copy: HostCopy
+
+    def read(self) -> list[tuple[StageSizes, ...]]:
+        """The sizes of every chunk in every stage.
+
+        Host synchronisation: with the count exchange. All-to-alls need their split sizes as numbers.
+        """
+        read = iter(self.copy.read())
+        by_stage = []
+        for came in self.came:
+            send, send_assignments, receive, receive_assignments = (next(read) for _ in range(4))
+            rows, assignments = _splits(send, receive), _splits(send_assignments, receive_assignments)
+            by_stage.append(map(StageSizes, rows, assignments, came.rows_CP, came.assignments_CPx))
+        return list(zip(*by_stage, strict=True))
+
+
+def exchange_sizes(pending: PendingTable, groups: Sequence[Group], observer: CommObserver) -> PendingSizes:
+    """Go on telling in all stages, and start to bring the sizes to the host.
+
+    Args:
+        pending: The first stage's table.
+        groups: Groups of the stages, one or two.
+        observer: Observer of the all-to-alls.
+
+    Collective: All ranks of the groups.
+    """
+    came = pending.wait()
+    stages = [(pending.own, came)]
+    if came.num_next:
+        pending = start_table(came.sent_on(), groups[1], observer)
+        stages.append((pending.own, pending.wait()))
+    numbers = [each for stage in stages for table in stage for each in (table.rows_CP, table.assignments_CPx.sum(2))]
+    return PendingSizes(tuple(came for _, came in stages), HostCopy(numbers))
+
+
+def _splits(send_CP: list[list[int]], receive_CP: list[list[int]]) -> list[Splits]:
+    """The splits of every chunk."""
+    return [Splits(tuple(send), tuple(receive)) for send, receive in zip(send_CP, receive_CP, strict=True)]

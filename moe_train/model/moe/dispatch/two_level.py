@@ -1,0 +1,77 @@
+"""Dispatch by one row for each node that a token has experts on, and from there one for each rank.
+
+The row goes to the rank of the other node that has its sender's place there, and is sent on within the node. The
+weighted sums are added up in the node before they leave it.
+Legend: M rows received, t tokens of a chunk, D hidden_size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_train.distributed.collectives import group_size
+from moe_train.model.moe.dispatch.base import Dispatched, Dispatcher, DispatcherKind, DispatchSpec
+from moe_train.model.moe.dispatch.unique import (
+    Chunk,
+    PendingStage,
+    PendingStageBack,
+    Stage,
+    UniqueDispatcher,
+    destinations,
+    plan_stages,
+)
+from moe_train.model.moe.steps import Routing
+
+
+@dataclass(frozen=True)
+class PendingDispatch:
+    """A chunk on its way across nodes."""
+
+    chunk: Chunk
+    across: PendingStage
+    within: Stage
+
+    def wait(self) -> Dispatched:
+        """Wait for the other nodes' rows, send them on within this node, and wait for those of this node's ranks.
+
+        Collective: All ranks of the node.
+        """
+        rows_MD, assignments = self.across.wait()
+        is_sent_PM = destinations(assignments, group_size(self.within.group))
+        pending = self.within.start(rows_MD, assignments, self.chunk.sizes[1], is_sent_PM)
+        rows_ND, assignments = pending.wait()
+        return Dispatched(rows_ND, assignments, (self.across.sent, pending.sent))
+
+
+@dataclass(frozen=True)
+class TwoLevelDispatcher:
+    """`unique` twice: across nodes, then within the node."""
+
+    spec: DispatchSpec
+
+    def plan(self, x_TD: Tensor, routing: Routing) -> list[Chunk]:
+        return plan_stages(x_TD, routing, self.spec)
+
+    def start(self, chunk: Chunk) -> PendingDispatch:
+        pending = self._across.start(chunk.x_tD, chunk.assignments, chunk.sizes[0], chunk.is_sent_Pt)
+        return PendingDispatch(chunk, pending, self._within)
+
+    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> PendingStageBack:
+        across, within = dispatched.sent
+        return self._across.start_back(self._within.start_back(rows_ND, within).wait(), across)
+
+    @property
+    def _across(self) -> Stage:
+        return Stage(self.spec.groups[0], self.spec)
+
+    @property
+    def _within(self) -> Stage:
+        return Stage(self.spec.groups[1], self.spec)
+
+
+def _build(spec: DispatchSpec) -> Dispatcher:
+    """Where the ranks that share the experts are one node's, there is one stage."""
+    return TwoLevelDispatcher(spec) if len(spec.groups) > 1 else UniqueDispatcher(spec)
+
+
+TWO_LEVEL = DispatcherKind(_build, leaves_nodes_once=True)

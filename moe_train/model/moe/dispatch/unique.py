@@ -1,0 +1,236 @@
+"""Dispatch by one row for each rank that a token has experts on, however many; back comes their weighted sum.
+
+Which expert takes which row, and with which gate, travels beside the rows: 8 bytes per assignment. Of P ranks that
+share E experts a token that draws K of them evenly reaches P (1 - C(E - E/P, K) / C(E, K)).
+Legend: T tokens of this rank, t of a chunk, N rows here, S assignments of theirs, X experts that can be reached from
+here, P ranks of the group, x = X/P experts behind each of them, Q rows sent, M rows received, R assignments received,
+D hidden_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_train.distributed.all_to_all import PendingRows, Splits, start_rows
+from moe_train.distributed.collectives import Group, group_size
+from moe_train.model.moe.dispatch.base import (
+    Dispatched,
+    DispatcherKind,
+    DispatchSpec,
+    ExpertOrder,
+    chunk_sizes,
+    split_routing,
+)
+from moe_train.model.moe.dispatch.token_counts import (
+    StageSizes,
+    exchange_sizes,
+    first_destinations,
+    first_table,
+    start_table,
+)
+from moe_train.model.moe.steps import Assignments, Routing
+from moe_train.ops.row_map import RowMap, gather_rows, scatter_add_rows
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """What the way back of a stage needs.
+
+    Attributes:
+        row_map: The row of every row that was sent.
+        splits: How many went where.
+    """
+
+    row_map: RowMap
+    splits: Splits
+
+
+@dataclass(frozen=True)
+class PendingStage:
+    """Rows and assignments on their way through a stage.
+
+    Attributes:
+        rows: The rows.
+        gates: [S, 2]: the gate of each assignment, and the number of its row among those from its rank.
+        sent: What the way back needs.
+        sizes: What goes where.
+    """
+
+    rows: PendingRows
+    gates: PendingRows
+    sent: SentRows
+    sizes: StageSizes
+
+    def wait(self) -> tuple[Tensor, Assignments]:
+        """Wait for what the other ranks sent.
+
+        Returns:
+            Rows [M, D] in the order of the ranks that sent them, and their assignments in the order of experts.
+        """
+        order_R = _order_by_expert(self.sizes.received_Px, sum(self.sizes.assignments.receive))
+        rows_MD, gates = self.rows.wait(), self.gates.wait()
+        starts_P = self.sizes.rows_from_P.cumsum(0) - self.sizes.rows_from_P
+        starts_R = starts_P.repeat_interleave(self.sizes.received_Px.sum(1), output_size=order_R.shape[0])
+        source_R = (gates[:, 1].detach().to(torch.int64) + starts_R).gather(0, order_R)
+        row_map = RowMap.of(source_R, rows_MD.shape[0])
+        return rows_MD, Assignments(row_map, gates[:, 0].gather(0, order_R), self.sizes.received_Px.sum(0))
+
+
+@dataclass(frozen=True)
+class PendingStageBack:
+    """Outputs on their way back through a stage."""
+
+    rows: PendingRows
+    sent: SentRows
+
+    def wait(self) -> Tensor:
+        """Wait for the outputs, and add up those of each row, in at least fp32. [N, D]."""
+        return scatter_add_rows(self.rows.wait(), self.sent.row_map)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All-to-alls of one group, in which a row goes once to each rank that it has assignments for.
+
+    Attributes:
+        group: Its ranks; rank i leads to experts i*x .. (i+1)*x - 1.
+        spec: Payload and observer.
+    """
+
+    group: Group
+    spec: DispatchSpec
+
+    def start(self, rows_ND: Tensor, assignments: Assignments, sizes: StageSizes, is_sent_PN: Tensor) -> PendingStage:
+        """Send rows and assignments.
+
+        Args:
+            rows_ND: Rows of this rank.
+            assignments: Their assignments; behind those that are executed may stand others.
+            sizes: What goes where.
+            is_sent_PN: From `destinations`.
+
+        Collective: All ranks of the group.
+        """
+        executed = assignments.first(sum(sizes.assignments.send))
+        row_map, observer = RowMap.of_table(is_sent_PN, sum(sizes.rows.send)), self.spec.observer
+        rows = start_rows(gather_rows(rows_ND, row_map), sizes.rows, self.group, observer, self.spec.payload)
+        # One all-to-all for both: fp32 holds whole numbers up to 2**24, and a rank has fewer tokens.
+        places_S = _places_in_blocks(is_sent_PN, executed)
+        gates = torch.stack((executed.gates_R, places_S.to(executed.gates_R.dtype)), 1)
+        return PendingStage(
+            rows, start_rows(gates, sizes.assignments, self.group, observer), SentRows(row_map, sizes.rows), sizes
+        )
+
+    def start_back(self, rows_MD: Tensor, sent: SentRows) -> PendingStageBack:
+        """Send the outputs of the rows that came, in their order. Collective: all ranks of the group."""
+        rows = start_rows(rows_MD, sent.splits.back, self.group, self.spec.observer, self.spec.payload)
+        return PendingStageBack(rows, sent)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of this rank, and where they go.
+
+    Attributes:
+        x_tD: The token rows.
+        assignments: Their assignments, in the order of all experts.
+        sizes: What goes where, in every stage.
+        is_sent_Pt: bool, which ranks of the first stage each token goes to.
+    """
+
+    x_tD: Tensor
+    assignments: Assignments
+    sizes: tuple[StageSizes, ...]
+    is_sent_Pt: Tensor
+
+
+def plan_stages(x_TD: Tensor, routing: Routing, spec: DispatchSpec) -> list[Chunk]:
+    """Exchange the sizes of all chunks in all stages.
+
+    Args:
+        x_TD: Token rows of this rank.
+        routing: The router's decision.
+        spec: Groups of the stages, chunks and observer.
+
+    Collective: All ranks of the groups.
+    """
+    ranks = [group_size(group) for group in spec.groups]
+    orders = [ExpertOrder.of(part) for part in split_routing(routing, spec.num_chunks)]
+    assignments = [order.assignments() for order in orders]
+    is_sent = [destinations(each, math.prod(ranks)) for each in assignments]
+    table = first_table([order.counts_E for order in orders], is_sent, ranks)
+    pending = exchange_sizes(start_table(table, spec.groups[0], spec.observer), spec.groups, spec.observer)
+    first = [first_destinations(each, ranks[0]) for each in is_sent]  # while the sizes are brought to the host
+    rows = x_TD.split(chunk_sizes(x_TD.shape[0], spec.num_chunks))
+    return [Chunk(*chunk) for chunk in zip(rows, assignments, pending.read(), first, strict=True)]
+
+
+@dataclass(frozen=True)
+class PendingDispatch:
+    """A chunk on its way to the experts."""
+
+    stage: PendingStage
+
+    def wait(self) -> Dispatched:
+        rows_MD, assignments = self.stage.wait()
+        return Dispatched(rows_MD, assignments, self.stage.sent)
+
+
+@dataclass(frozen=True)
+class UniqueDispatcher:
+    """Sends a token's row once to each rank that it has experts on, and their weighted sum back."""
+
+    spec: DispatchSpec
+
+    def plan(self, x_TD: Tensor, routing: Routing) -> list[Chunk]:
+        return plan_stages(x_TD, routing, self.spec)
+
+    def start(self, chunk: Chunk) -> PendingDispatch:
+        return PendingDispatch(self._stage.start(chunk.x_tD, chunk.assignments, chunk.sizes[0], chunk.is_sent_Pt))
+
+    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> PendingStageBack:
+        return self._stage.start_back(rows_ND, dispatched.sent)
+
+    @property
+    def _stage(self) -> Stage:
+        return Stage(self.spec.groups[0], self.spec)
+
+
+def destinations(assignments: Assignments, num_ranks: int) -> Tensor:
+    """Which ranks each row has assignments for. bool [P, N].
+
+    Args:
+        assignments: Ordered by expert; those behind the ones that are counted are for nobody.
+        num_ranks: P, each of which leads to as many experts.
+    """
+    num_rows, source_S = assignments.row_map.num_sources, assignments.row_map.source_R
+    rank_S = _ranks(assignments, num_ranks)
+    is_sent = torch.zeros((num_ranks + 1) * num_rows, dtype=torch.bool, device=rank_S.device)
+    is_sent.index_fill_(0, rank_S * num_rows + source_S, True)
+    return is_sent.view(num_ranks + 1, num_rows)[:num_ranks]
+
+
+def _ranks(assignments: Assignments, num_ranks: int) -> Tensor:
+    """The rank that leads to each assignment's expert; num_ranks for those that are for nobody. int64 [S]."""
+    ends_P = assignments.counts_e.view(num_ranks, -1).sum(1).cumsum(0)  # (X) -> (P)
+    places_S = torch.arange(assignments.num_assignments, device=ends_P.device)
+    return torch.searchsorted(ends_P, places_S, right=True)
+
+
+def _places_in_blocks(is_sent_PN: Tensor, assignments: Assignments) -> Tensor:
+    """Which of the rows that go to its rank each assignment is of, counted from 0 for every rank. int64 [S]."""
+    place_PN = is_sent_PN.cumsum(1) - 1
+    return place_PN[_ranks(assignments, len(is_sent_PN)), assignments.row_map.source_R]
+
+
+def _order_by_expert(received_Px: Tensor, num_assignments: int) -> Tensor:
+    """Order that groups assignments by expert when they arrived by source rank, then by expert. int64 [R]."""
+    experts_Px = torch.arange(received_Px.shape[1], device=received_Px.device).expand_as(received_Px)
+    # output_size spares repeat_interleave a host synchronisation.
+    expert_R = experts_Px.reshape(-1).repeat_interleave(received_Px.reshape(-1), output_size=num_assignments)
+    return torch.argsort(expert_R, stable=True)
+
+
+UNIQUE = DispatcherKind(UniqueDispatcher)

@@ -1,0 +1,26 @@
+"""The router of a layer."""
+
+from moe_train.config.model import ModelConfig
+from moe_train.config.parts import read_section
+from moe_train.config.registry import load_part
+from moe_train.model.moe.balance.build import make_bias_rule, needed_sums
+from moe_train.model.moe.routers.base import InputJitter, Router, RouterKind, RouterOptions, RouterSpec
+from moe_train.ops.keyed_random import make_key
+
+
+def build_router(config: ModelConfig, layer: int, seed: int, measures: bool) -> Router:
+    """Make the router of a layer.
+
+    Args:
+        config: The model section.
+        layer: Index of the block.
+        seed: Seed of the run.
+        measures: Whether sums that only telemetry needs are formed.
+    """
+    moe = config.moe
+    kind: RouterKind = load_part("routers", moe.router)
+    section = read_section(kind.section, moe.part_settings.get(moe.router), f"model.moe.{moe.router}")
+    sums = needed_sums(moe) | ({"entropy", "squared_logsumexp"} if measures else set())
+    jitter = InputJitter(moe.input_jitter, make_key(seed, "router_jitter", layer)) if moe.input_jitter else None
+    options = RouterOptions(jitter, make_bias_rule(moe) is not None, sums)
+    return kind.build(RouterSpec(config, section, layer, seed, options))

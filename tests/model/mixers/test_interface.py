@@ -1,0 +1,190 @@
+"""The mixer interface: what arrives at a mixer, and the checks of every mixer on attention and on one from outside."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_train.config.registry import _outside, load_part
+from moe_train.model.build import mixer_of
+from moe_train.model.decode_state import CacheSpec, RecurrentState, StateGroup
+from moe_train.model.mixers import base
+from moe_train.model.mixers.base import Mixer, MixerContext
+from moe_train.model.token_index import TokenIndex, document_offsets
+from moe_train.model.transformer import Tokens
+from tests import parts
+from tests.model.mixers import checks
+from tests.model.small import random_ids, small_config, small_model, tokens_of
+
+LENGTH = 11
+PATTERNS = {
+    "decay": {"mixer": "decay"},
+    "decay and attention": {"mixers": ["decay", "attention"]},
+    "attention and decay, MLKV": {"mixers": ["attention", "decay", "attention", "attention"], "kv_layers": 2},
+    "attention": {"num_kv_heads": 2, "kv_layers": 2},
+    "attention, window": {"num_kv_heads": 1, "sliding_window": 4},
+}
+patterns = pytest.mark.parametrize("changes", PATTERNS.values(), ids=PATTERNS)
+
+
+@pytest.fixture(autouse=True)
+def parts_from_outside(monkeypatch):
+    """The parts of tests/parts are found as those of an installed package are."""
+    monkeypatch.setattr(sys, "path", [str(parts.FOLDER), *sys.path])
+    _outside.cache_clear()
+    yield
+    _outside.cache_clear()
+    load_part.cache_clear()
+
+
+@patterns
+@pytest.mark.parametrize(
+    "check",
+    [checks.check_causality, checks.check_streaming, checks.check_going_back, checks.check_recomputation],
+)
+def test_common_checks(check, changes):
+    check(changes, LENGTH)
+
+
+@patterns
+def test_packed_documents_are_as_alone(changes):
+    tolerance = checks.CLOSE if changes == {"mixer": "decay"} else checks.DIRECT
+    checks.check_packing(changes, LENGTH, tolerance)
+
+
+@pytest.mark.parametrize("changes", [{"mixer": "decay"}, {"num_kv_heads": 2}])
+def test_gradients_are_those_of_finite_differences(changes):
+    checks.check_gradients(changes, 7)
+
+
+class Watching(Mixer):
+    """Notes what it sees, and hands up a tensor under its layer's number."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x_BSD, context):
+        self.seen.append(context)
+        return torch.zeros_like(x_BSD), context.shared | {f"of layer {context.layer}": x_BSD.sum(-1)}
+
+
+def watched(recompute=False):
+    model = small_model(small_config(num_layers=4, moe_every=2), recompute=recompute)
+    for block in model.blocks:
+        block.mixer = Watching()
+    return model
+
+
+def test_every_part_of_the_context_arrives():
+    model, ids = watched(), random_ids(2, LENGTH)
+    documents = torch.arange(LENGTH).div(4, rounding_mode="floor").expand(2, LENGTH)
+    model(tokens_of(ids, documents_BS=documents, step=3))
+    contexts = [block.mixer.seen[0] for block in model.blocks]
+    assert [context.layer for context in contexts] == [0, 1, 2, 3]
+    for layer, context in enumerate(contexts):
+        tokens = context.tokens
+        assert tokens.positions_BS.tolist() == [list(range(LENGTH))] and tokens.first_position == 0
+        assert torch.equal(tokens.documents_BS, documents)
+        assert tokens.offsets_BS.tolist() == [[0, 1, 2, 3] * 2 + [0, 1, 2]] * 2
+        assert tokens.keys_BS.shape == ids.shape and tokens.copies_BS is None
+        assert context.state is None
+        assert list(context.shared) == [f"of layer {below}" for below in range(layer)]
+    assert contexts[3].shared["of layer 0"] is contexts[1].shared["of layer 0"]  # handed on as it is
+
+
+def test_recomputation_knows_no_name():
+    model, ids = watched(recompute=True), random_ids(2, LENGTH)
+    model(tokens_of(ids)).logits_BSV.sum().backward()
+    assert all(len(block.mixer.seen) == 2 for block in model.blocks)
+    for first, second in (block.mixer.seen for block in model.blocks):
+        assert list(first.shared) == list(second.shared)
+        assert all(torch.equal(first.shared[name], second.shared[name]) for name in first.shared)
+
+
+def test_positions_decide_what_is_seen_and_not_the_place_in_the_row():
+    """Without documents too: tokens in another order, or twice, are seen by their positions."""
+    model, ids = small_model(small_config(kv_layers=2)).eval(), random_ids(1, LENGTH)
+    order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(tokens_of(ids)).logits_BSV
+        for shuffled in (order, torch.arange(LENGTH).flip(0)):
+            found = model(tokens_of(ids[:, shuffled], positions_BS=shuffled[None])).logits_BSV
+            torch.testing.assert_close(found, plain[:, shuffled], rtol=0, atol=1e-12)
+        twice = torch.arange(LENGTH).repeat_interleave(2)
+        found = model(tokens_of(ids[:, twice], positions_BS=twice[None])).logits_BSV
+    torch.testing.assert_close(found, plain[:, twice], rtol=0, atol=1e-12)
+
+
+def test_token_keys_are_of_step_sequence_and_position():
+    def keys(sequences, step, positions=None, first_position=0):
+        model = watched()
+        ids = random_ids(len(sequences), 4)
+        tokens = tokens_of(ids, step=step, positions_BS=positions, first_position=first_position)
+        model(replace(tokens, sequences_B=torch.tensor(sequences)))
+        return model.blocks[2].mixer.seen[0].tokens.keys_BS
+
+    first = keys([7, 9], 0)
+    assert len(torch.cat([first, keys([7, 9], 1), keys([8, 10], 0)]).unique()) == 6 * 4
+    assert torch.equal(keys([9], 0), first[1:])  # whichever place in which batch
+    for moved in (keys([7, 9], 0, torch.tensor([[2, 3, 4, 5]])), keys([7, 9], 0, first_position=2)):
+        assert torch.equal(moved[:, :2], first[:, 2:])
+
+
+def test_offsets_begin_anew_with_every_document():
+    documents = torch.tensor([[7, 7, 7, 2, 2, 9], [0, 0, 1, 1, 0, 0], [5, 5, 5, 5, 5, 5]])
+    expected = [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]]
+    assert document_offsets(documents).tolist() == expected
+
+
+def test_angles_are_formed_once_for_all_layers_and_anew_for_other_positions(monkeypatch):
+    calls = []
+    original = base.rotary_angles
+    monkeypatch.setattr(base, "rotary_angles", lambda *args: calls.append(args) or original(*args))
+    model = small_model(small_config(kv_layers=2))
+    model(tokens_of(random_ids(2, LENGTH)))
+    assert len(calls) == 1
+    zeros = torch.zeros(1, 2, dtype=torch.int64)
+    first = MixerContext(0, TokenIndex(torch.tensor([[0, 1]]), zeros, None, zeros))
+    cos, _ = first.rotary_angles(4, 100.0)
+    assert first.rotary_angles(4, 100.0)[0] is cos
+    assert first.rotary_angles(8, 100.0)[0].shape[-1] == 4
+    moved = replace(first, tokens=replace(first.tokens, positions_BS=torch.tensor([[5, 6]])))
+    torch.testing.assert_close(
+        moved.rotary_angles(4, 100.0)[0], original(moved.tokens.positions_BS, 4, 100.0)[0], rtol=0, atol=0
+    )
+    assert not torch.equal(moved.rotary_angles(4, 100.0)[0], cos)
+
+
+def test_recurrent_states_count_their_bytes_and_a_group_those_of_its_own():
+    def advance(tensors, new, valid_BS):
+        return {"total": tensors["total"] + new["x"].sum(1)}, None
+
+    def state(size):
+        return RecurrentState({"total": torch.zeros(2, size)}, advance)
+
+    group = StateGroup(near=state(3), far=state(5))
+    assert group.nbytes == 2 * (3 + 5) * 4
+    mark = group.snapshot()
+    group["near"].append({"x": torch.ones(2, 4, 3)})
+    assert group["near"].tensors["total"].tolist() == [[4.0] * 3] * 2
+    group.restore(mark)
+    assert group["near"].tensors["total"].abs().max() == 0
+
+
+@patterns
+def test_state_bytes_are_those_that_the_kinds_say(changes):
+    config = small_config(**changes)
+    model = small_model(config)
+    for length in (LENGTH, 3 * LENGTH):
+        found = (mixer_of(config, layer) for layer in range(config.num_layers))
+        numbers = sum(kind.state_numbers(spec, length) for kind, spec in found)
+        assert model.new_cache(2, length).nbytes == 2 * numbers * 8  # fp64
+
+
+def test_a_mixer_that_remembers_nothing_has_no_state():
+    assert Watching().new_state(CacheSpec(1, 2, torch.float32, torch.device("cpu"))) is None
+    ids = random_ids(1, 4)
+    with torch.no_grad():
+        watched().eval()(Tokens(ids, torch.tensor([0])), watched().new_cache(1, 4))
