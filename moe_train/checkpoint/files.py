@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest, cannot_read, regular_size
-from moe_train.checkpoint.sharded_state import STATE_KINDS
 
 _BLOCK = 1 << 24  # bytes per read, hash or write
 _ALIGNMENT = 8  # bytes, of the tensors' start behind the header
@@ -131,7 +130,7 @@ def check_files(
     for name, found in manifest.pieces.items():
         for piece in found:
             if piece.file in pieces:
-                pieces[piece.file] |= {f"{kind}/{name}": [piece.numel] for kind in STATE_KINDS}
+                pieces[piece.file] |= {f"{kind}/{name}": [piece.numel] for kind in manifest.state_kinds}
     for file, expected in pieces.items():
         try:
             _verify_file(manifest, file, expected, advance)

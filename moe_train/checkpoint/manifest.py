@@ -19,6 +19,7 @@ FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 # Version 1 had no buffers. Versions 1 and 2 had blake2b digests, and no manifest digest, sizes, layout, step control.
 _READABLE_VERSIONS = (1, 2, 3)
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # of a checkpoint that names none
 _FILE = re.compile(r"rank_[0-9]{5,}\.safetensors")
 # Errors that say nothing about the data on the disk. A checkpoint must not be quarantined for them.
 _PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
@@ -93,7 +94,7 @@ class Manifest:
         format_version: Version of the checkpoint format.
         step: Number of completed optimizer steps.
         consumed_sequences: Place in the data: number of sequences trained on or passed over.
-        optimizer_step: Number of Adam's updates.
+        optimizer_step: Number of the optimizer's updates.
         loss_scale: Loss scale of fp16; 1 in another precision.
         tokenizer: Fingerprint of the tokenizer.
         shapes: Global shape of every logical tensor.
@@ -103,6 +104,7 @@ class Manifest:
         step_control: State of step control.
         layout: world_size, expert_parallel_size and zero_stage that wrote it; empty in old checkpoints.
         config: Resolved configuration of the run.
+        moments: Names of the optimizer's state tensors.
     """
 
     folder: Path
@@ -119,11 +121,17 @@ class Manifest:
     step_control: StepControlState = field(default_factory=StepControlState)
     layout: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    moments: tuple[str, ...] = ADAM_MOMENTS
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """Kinds of fp32 values that every tensor has: its weight and the optimizer's moments."""
+        return ("weight", *self.moments)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors: fp32 weights and two moments."""
-        return 12 * sum(math.prod(shape) for shape in self.shapes.values())
+        """Bytes of the tensors: fp32 weights and moments."""
+        return 4 * len(self.state_kinds) * sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def encode_manifest(values: Mapping[str, Any]) -> str:
@@ -247,6 +255,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Manifest:
         ),
         layout={str(name): _whole(path, f"layout.{name}", value) for name, value in layout.items()},
         config=config,
+        moments=_read_moments(path, raw.get("moments", ADAM_MOMENTS)),
     )
 
 
@@ -300,6 +309,13 @@ def _check_cover(path: Path, name: str, numel: int, pieces: list[Piece]) -> None
         end += piece.numel
     if end != numel:
         raise DamagedCheckpoint(f"{path}: tensor {name} has {end} of {numel} elements")
+
+
+def _read_moments(path: Path, names: Any) -> tuple[str, ...]:
+    are_names = isinstance(names, list | tuple) and all(isinstance(n, str) and n.isidentifier() for n in names)
+    if not are_names or "weight" in names or len(set(names)) != len(names):
+        raise DamagedCheckpoint(f"{path}: moments ({reprlib.repr(names)}) are not names of optimizer states")
+    return tuple(names)
 
 
 def _read_buffers(path: Path, raw: Any) -> dict[str, list[float]]:

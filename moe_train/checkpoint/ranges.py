@@ -7,14 +7,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest
+from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest, cannot_read
 
 
 class RangeReader:
     """Reader of ranges of logical tensors; it opens each file once."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
+        self.manifest = manifest
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> "RangeReader":
@@ -28,7 +28,7 @@ class RangeReader:
 
         Args:
             name: Name of the logical tensor.
-            kind: One of STATE_KINDS.
+            kind: One of manifest.state_kinds.
             start: First element of the range in the flattened tensor.
             end: Element behind the last one of the range; an empty range gives an empty tensor.
 
@@ -38,7 +38,7 @@ class RangeReader:
         Raises:
             DamagedCheckpoint: If a file is missing, or does not hold what the manifest says.
         """
-        pieces = self._manifest.pieces[name]
+        pieces = self.manifest.pieces[name]
         first = max(0, bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
         parts = []
         for piece in pieces[first:]:
@@ -52,13 +52,13 @@ class RangeReader:
         return found
 
     def _read_piece(self, file: str, entry: str, low: int, high: int) -> Tensor:
-        path = self._manifest.folder / file
+        path = self.manifest.folder / file
         try:
             if file not in self._open:
                 self._open[file] = safe_open(path, framework="pt")
             found: Tensor = self._open[file].get_slice(entry)[low:high]
         except (OSError, RuntimeError, SafetensorError) as error:  # torch maps the file and raises RuntimeErrors
-            raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
+            raise cannot_read(path, error) from error
         if found.dtype != torch.float32 or found.shape != (high - low,):
             raise DamagedCheckpoint(f"{path} does not hold the ranges that the manifest names: {entry}")
         return found

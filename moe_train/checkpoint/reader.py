@@ -32,11 +32,14 @@ def load_checkpoint(state: ShardedState, manifest: Manifest, group: Group | None
         run_on_all_ranks(
             lambda: state.read_state(lambda fragment, kind: _read_fragment(reader, fragment, kind)), group=group
         )
+    is_same_optimizer = set(state.moments) <= set(manifest.moments)
     was_fp16 = manifest.config.get("train", {}).get("precision") == "fp16"
-    state.adopt_state(manifest.optimizer_step, manifest.loss_scale if was_fp16 else None)
+    state.adopt_state(manifest.optimizer_step if is_same_optimizer else 0, manifest.loss_scale if was_fp16 else None)
     for name, values in manifest.buffers.items():
         buffers[name].copy_(torch.tensor(values, dtype=torch.float64))
 
 
 def _read_fragment(reader: RangeReader, fragment: Fragment, kind: str) -> Tensor:
+    if kind not in reader.manifest.state_kinds:  # a moment of another optimizer than the checkpoint's starts at zero
+        return torch.zeros(fragment.numel)
     return reader.read(fragment.tensor.name, kind, fragment.start, fragment.start + fragment.numel)

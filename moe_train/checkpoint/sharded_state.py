@@ -9,8 +9,6 @@ from torch import Tensor
 
 from moe_train.model.parameters import LogicalTensor
 
-STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 master weight and Adam's moments
-
 
 @dataclass(frozen=True)
 class Fragment:
@@ -20,7 +18,7 @@ class Fragment:
         tensor: The logical tensor.
         start: First element of the range in the flattened global tensor.
         numel: Number of elements of the range.
-        states: Values by the names of STATE_KINDS, fp32, 1-D.
+        states: fp32 master weight under "weight", and the optimizer's moments by name; 1-D.
     """
 
     tensor: LogicalTensor
@@ -35,6 +33,10 @@ class ShardedState(Protocol):
     @property
     def logical_tensors(self) -> Sequence[LogicalTensor]:
         """Every tensor of the model as all ranks together see it."""
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the optimizer's state tensors, which are fp32 and as long as the weights."""
 
     @property
     def optimizer_step(self) -> int:
@@ -54,7 +56,7 @@ class ShardedState(Protocol):
         """Replace this rank's fragments. `adopt_state` must follow.
 
         Args:
-            read: Called with a fragment and one of STATE_KINDS; returns the values, fp32, 1-D.
+            read: Called with a fragment and a key of its states; returns the values, fp32, 1-D.
         """
 
     def adopt_state(self, optimizer_step: int, loss_scale: float | None) -> None:

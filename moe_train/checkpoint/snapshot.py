@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.checkpoint.sharded_state import STATE_KINDS, ShardedState
+from moe_train.checkpoint.sharded_state import ShardedState
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Snapshot:
         optimizer_step: Number of Adam's updates.
         loss_scale: Loss scale of fp16; 1 in another precision.
         buffers: Values of the model's buffers, the same on every rank.
+        moments: Names of the optimizer's state tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -27,6 +28,7 @@ class Snapshot:
     optimizer_step: int
     loss_scale: float
     buffers: dict[str, list[float]]
+    moments: tuple[str, ...]
 
 
 class HostMemory:
@@ -41,15 +43,15 @@ class HostMemory:
         Args:
             state: Training state to copy.
         """
-        fragments = list(state.fragments())
-        needed = len(STATE_KINDS) * sum(fragment.numel for fragment in fragments)
+        fragments, kinds = list(state.fragments()), ("weight", *state.moments)
+        needed = len(kinds) * sum(fragment.numel for fragment in fragments)
         if self._memory is None or self._memory.numel() < needed:
             # With pinned memory, copies from a CUDA device run without the host.
-            is_pinned = bool(fragments) and fragments[0].states[STATE_KINDS[0]].is_cuda
+            is_pinned = bool(fragments) and fragments[0].states["weight"].is_cuda
             self._memory = torch.empty(needed, dtype=torch.float32, pin_memory=is_pinned)
         tensors: dict[str, Tensor] = {}
         place = 0
-        for kind in STATE_KINDS:
+        for kind in kinds:
             for fragment in fragments:
                 copy = self._memory[place : place + fragment.numel]
                 copy.copy_(fragment.states[kind], non_blocking=True)
@@ -65,4 +67,5 @@ class HostMemory:
             optimizer_step=state.optimizer_step,
             loss_scale=state.loss_scale,
             buffers=buffers,
+            moments=state.moments,
         )

@@ -126,6 +126,7 @@ class CheckpointWriter:
             "optimizer_step": snapshot.optimizer_step,
             "loss_scale": snapshot.loss_scale,
             "buffers": snapshot.buffers,
+            "moments": list(snapshot.moments),
             "tensors": {name: list(shape) for _, _, shapes in everyone for name, shape in shapes.items()},
             "files": {file: entry for file, entry, _ in everyone if entry["ranges"]},
         }

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_train.config.base import field_values
+from moe_train.config.base import field_values, merge
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
-from moe_train.config.root import Config, check_world
+from moe_train.config.parts import load_kinds
+from moe_train.config.resolve import resolve_sizes
+from moe_train.config.root import Config
 from moe_train.distributed.addresses import choose_interface
 from moe_train.distributed.bootstrap import (
     choose_device,
@@ -44,8 +46,8 @@ class _Setting:
     """Settings of one rank. A failure is not raised here; it is first compared with the other ranks.
 
     Attributes:
-        config: Configuration, checked against the world; None: no options of the configuration were given, or a
-            failure.
+        config: Configuration; None: no options of the configuration were given, or a failure.
+        fields: Its fields by dotted name, with the sizes that the world gives.
         device: Device of this rank; the CPU after a failure.
         precisions: Precisions in which products are measured.
         failure: Message of a failure; "" without one.
@@ -53,6 +55,7 @@ class _Setting:
     """
 
     config: Config | None
+    fields: dict[str, str]
     device: "torch.device"
     precisions: "tuple[Precision, ...]"
     failure: str
@@ -88,11 +91,10 @@ def run(arguments: Sequence[str]) -> int:
 
     config = setting.config
     threads = set_threads(config.parallel.threads_per_rank if config else "auto", world)
-    fields = {} if config is None else {n: str(v) for n, v in field_values(config.model_dump(mode="json"))}
     # Options that must be equal on all ranks, because they decide how ranks communicate. A folder is not among them: it
     # may have another name on each host.
     alike = {"sizes": options.sizes or "", "quick": str(options.quick), "timeout": f"{options.timeout:g}"}
-    facts = collect_facts(world, setting.device, threads, fields, setting.failure, alike, environment())
+    facts = collect_facts(world, setting.device, threads, setting.fields, setting.failure, alike, environment())
     export_world(world, setting.device)
     request = Request(
         world=world,
@@ -150,20 +152,23 @@ def _read_sizes(text: str) -> tuple[int, ...]:
 
 
 def _read_setting(rest: list[str], options: argparse.Namespace, world: World) -> _Setting:
-    from moe_train.host.precision import resolve_precision
+    from moe_train.host.precision import describe_device, resolve_precision
 
-    config, unwritable = None, _check_output(options.output) if world.rank == 0 else ""
+    config, fields, unwritable = None, {}, _check_output(options.output) if world.rank == 0 else ""
     cpu = choose_device("cpu", world, {})
     try:
         if rest:
             config = load_config(rest, program="moe-train doctor", defaults={"train": {"run_dir": _NO_RUN_DIR}})
-            config = check_world(config, world.world_size, world.local_world_size)
         device = choose_device(config.parallel.device if config else "auto", world)
         choose_interface(config.parallel.network_interface if config else None, environment())
         precision = resolve_precision(config.train.precision if config else "auto", device)
+        if config is not None:
+            sizes = resolve_sizes(config, world, describe_device(device), load_kinds(config))
+            fields = dict(field_values(merge(config.model_dump(mode="json"), sizes.updates())))
     except UsageError as error:
-        return _Setting(None, cpu, ("fp32",), str(error), unwritable)
-    return _Setting(config, device, tuple(dict.fromkeys(("fp32", precision))), "", unwritable)
+        return _Setting(None, {}, cpu, ("fp32",), str(error), unwritable)
+    texts = {name: str(value) for name, value in fields.items()}
+    return _Setting(config, texts, device, tuple(dict.fromkeys(("fp32", precision))), "", unwritable)
 
 
 def _check_output(output: str | None) -> str:

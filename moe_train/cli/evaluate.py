@@ -14,13 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_train.cli.trained import (
-    Trained,
     add_trained_options,
     check_positive,
     data_fields,
-    load_model,
     names_other_data,
-    open_trained,
+    open_from_options,
 )
 from moe_train.config.errors import UsageError
 from moe_train.data import Domain, open_domains
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moe_train.infer.evaluate import Evaluation
+    from moe_train.infer.trained import Trained
 
 _BATCH_SIZE = 8
 
@@ -49,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     options, data_options = _parser().parse_known_args(list(arguments))
     check_positive(options, "max_sequences", "sequence_length", "batch_size")
-    trained = open_trained(options, "moe-train evaluate", _changes(options), data_options)
+    trained = open_from_options(options, "moe-train evaluate", _changes(options), data_options)
     config, world = trained.config, trained.world
     domains = open_domains(
         config.data,
@@ -63,10 +62,11 @@ def run(arguments: Sequence[str]) -> int:
     if (options.sequence_length or 0) > trained_on and world.rank == 0:
         text = f"--sequence-length ({options.sequence_length}) is beyond train.sequence_length ({trained_on})"
         print(f"warning: {text}, which the model was trained on", file=sys.stderr)
-    model = load_model(trained)
     from moe_train.distributed.collectives import world_group
     from moe_train.infer.evaluate import EvaluationPlan, chosen_sequences, evaluate, joined
+    from moe_train.infer.trained import load_model
 
+    model = load_model(trained)
     mark = trained.tokenizer.end_of_document if config.model.isolate_documents else None
     plan = EvaluationPlan(options.batch_size, options.max_sequences, mark)
     total = sum(len(chosen_sequences(domain.text.num_sequences, plan.max_sequences)) for domain in domains)
@@ -136,7 +136,7 @@ def _progress(total: int, is_shown: bool) -> "Iterator[Callable[[int], object]]"
 
 def _show(
     options: argparse.Namespace,
-    trained: Trained,
+    trained: "Trained",
     domains: Sequence[Domain],
     results: "Sequence[Evaluation]",
     seconds: float,

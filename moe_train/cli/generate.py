@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_train.cli.trained import Trained, add_trained_options, check_positive, load_model, open_trained
+from moe_train.cli.trained import add_trained_options, check_positive, open_from_options
 from moe_train.config.errors import UsageError
 from moe_train.data import Tokenizer
 
 if TYPE_CHECKING:
     from moe_train.infer.decode import DecodePlan
+    from moe_train.infer.trained import Trained
 
 # With a capacity, padding and prefill chunks would change which tokens an expert has room for.
 DROPLESS: dict[str, Any] = {
@@ -62,13 +63,14 @@ def run(arguments: Sequence[str]) -> int:
     model_changes: dict[str, Any] = {"moe": DROPLESS}
     if options.sliding_window is not None:
         model_changes["sliding_window"] = options.sliding_window
-    trained = open_trained(options, "moe-train generate", {"model": model_changes})
+    trained = open_from_options(options, "moe-train generate", {"model": model_changes})
     ids = [_encode(prompt, trained.tokenizer) for prompt in prompts]
     plan = _plan(options, trained, prompts, ids)
-    model = load_model(trained)
     from moe_train.distributed.collectives import world_group
     from moe_train.infer.generate import generate
+    from moe_train.infer.trained import load_model
 
+    model = load_model(trained)
     is_alone = trained.world.world_size == 1
     streams = is_alone and len(prompts) == 1 and not options.json
     if streams and prompts[0].text is not None:
@@ -248,7 +250,7 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
 
 
 def _plan(
-    options: argparse.Namespace, trained: Trained, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]
+    options: argparse.Namespace, trained: "Trained", prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]
 ) -> "DecodePlan":
     from moe_train.host.precision import torch_dtype
     from moe_train.infer.decode import DecodePlan

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from moe_train import __version__
-from moe_train.config.errors import EXIT_USAGE, UsageError
+from moe_train.config.errors import EXIT_USAGE, RunFailed, UsageError
 from moe_train.distributed.bootstrap import is_first_rank, leave_process_group
 
 SUBCOMMANDS = {
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
-    """Run a command, and turn a UsageError into one message and exit code 2.
+    """Run a command, and turn an error that carries an exit code into one message and that code.
 
     If several ranks raise the same error, only the first rank prints it. The other ranks wait a little, because
     launchers end every rank as soon as one has ended.
@@ -83,6 +83,9 @@ def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], p
         else:
             time.sleep(_FIRST_RANK_SPEAKS_SECONDS)
         code = EXIT_USAGE
+    except RunFailed as error:
+        print(error, file=sys.stderr, flush=True)
+        code = error.exit_code  # and out, without waiting for ranks that wait for this one
     leave_process_group(code)
     return code
 

@@ -36,13 +36,9 @@ TRAINING_MODULES = (
     "torch",
     "moe_train.cli.main",
     "moe_train.cli.train",
-    "moe_train.cli.assembly",
-    "moe_train.infer.generate",
-    "moe_train.model.count",
-    "moe_train.train.engine.build",
-    "moe_train.train.loop",
-    "moe_train.train.resume",
-    "moe_train.train.summary",
+    "moe_train.infer.closing_sample",
+    "moe_train.train.training",
+    "moe_train.train.telemetry.sinks.tensorboard",
     "setuptools",  # DeepSpeed imports it when it makes an engine
     "deepspeed.runtime.zero.muon.original_muon",  # the same; it also compiles a function: half of all import time
 )

@@ -15,6 +15,14 @@ class UsageError(ValueError):
     exit_code = EXIT_USAGE
 
 
+class RunFailed(RuntimeError):
+    """A run that failed on this rank; the message names the rank, the reason and the log."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class TrainingDiverged(RuntimeError):
     """Numbers went wrong for good; the message says which, and where the diagnosis is."""
 

@@ -1,14 +1,97 @@
-"""The settings of parts: validated by the part's own section, once the part has been imported."""
+"""The parts that a configuration names: their own settings, and their own checks.
 
-from typing import Any, TypeVar
+Importing a part imports torch, so that parts are loaded once the rest of the configuration is known to be right.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
 from moe_train.config.messages import describe_errors
+from moe_train.config.registry import load_part
+from moe_train.config.root import Config
 
 OwnSection = TypeVar("OwnSection", bound=Section)
+
+
+class Kind(Protocol):
+    """What the configuration asks of a mixer or router."""
+
+    @property
+    def section(self) -> type[Section] | None:
+        """Settings of its own."""
+
+    @property
+    def check(self) -> Callable[[Any, Any], None]:
+        """Refuses settings that cannot work."""
+
+
+class RouterLike(Kind, Protocol):
+    """What the configuration asks of a router beside that."""
+
+    @property
+    def has_smooth_load(self) -> bool:
+        """Whether its load has a gradient."""
+
+
+class DispatcherLike(Protocol):
+    """What the configuration asks of a dispatcher."""
+
+    @property
+    def leaves_nodes_once(self) -> bool:
+        """Whether rows pass nodes first."""
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The parts that a configuration names.
+
+    Attributes:
+        mixers: Kinds of mixers by name.
+        router: Kind of router.
+        dispatcher: Kind of dispatcher.
+    """
+
+    mixers: Mapping[str, Kind]
+    router: RouterLike
+    dispatcher: DispatcherLike
+
+    def check(self, config: Config) -> None:
+        """Let every part check its settings.
+
+        Args:
+            config: As loaded.
+
+        Raises:
+            UsageError: If a part refuses them.
+        """
+        model, moe = config.model, config.model.moe
+        for name, kind in self.mixers.items():
+            kind.check(model, read_section(kind.section, model.part_settings.get(name), f"model.{name}"))
+        section = read_section(self.router.section, moe.part_settings.get(moe.router), f"model.moe.{moe.router}")
+        self.router.check(moe, section)
+        if moe.load_cv2_coef > 0 and not self.router.has_smooth_load:
+            raise UsageError(
+                f"model.moe.load_cv2_coef ({moe.load_cv2_coef}) has no effect with router {moe.router!r}: its load has "
+                "no gradient; set load_cv2_coef to 0"
+            )
+
+
+def load_kinds(config: Config) -> Kinds:
+    """Import the parts that a configuration names.
+
+    Raises:
+        UsageError: If a part of another package cannot be imported.
+    """
+    return Kinds(
+        {name: load_part("mixers", name) for name in dict.fromkeys(config.model.layer_mixers)},
+        load_part("routers", config.model.moe.router),
+        load_part("dispatchers", config.parallel.dispatch),
+    )
 
 
 def read_section(section: type[OwnSection] | None, values: dict[str, Any] | None, field: str) -> OwnSection | None:

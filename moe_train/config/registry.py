@@ -39,6 +39,14 @@ REGISTRY: dict[Group, dict[str, str]] = {
         "z_loss": "moe_train.model.moe.balance.z_loss:Z_LOSS",
         "loss_free_bias": "moe_train.model.moe.balance.loss_free_bias:LOSS_FREE_BIAS",
     },
+    # optim.name: the optimizer. An OptimizerKind (train/engine/optimizers/base.py).
+    "optimizers": {
+        "adamw": "moe_train.train.engine.optimizers.adamw:ADAMW",
+    },
+    # telemetry.sinks: what gets a run's records beside metrics.jsonl. A SinkKind (train/telemetry/sinks/base.py).
+    "sinks": {
+        "tensorboard": "moe_train.train.telemetry.sinks.tensorboard:TENSORBOARD",
+    },
     # parallel.dispatch: how rows reach experts on other ranks. A DispatcherKind (model/moe/dispatch/base.py).
     "dispatchers": {
         "flat": "moe_train.model.moe.dispatch.flat:FLAT",

@@ -4,7 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from moe_train.config.base import Section
+from moe_train.config.base import Section, SectionWithParts
+from moe_train.config.registry import check_part
 
 ALARM_FIELDS = ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps")  # of telemetry
 
@@ -17,7 +18,7 @@ class ParallelConfig(Section):
     with dispatch two_level takes whole nodes."""
     zero_stage: int = Field(1, ge=1, le=3)
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
-    dispatch: Literal["flat", "unique", "two_level"] = "flat"
+    dispatch: str = "flat"
     """How tokens travel to experts on other ranks. flat: one row an assignment. unique: one row for each rank that a
     token has experts on, which is fewer bytes the more experts a token has. two_level: one row for each node, and from
     there one for each rank; where the ranks that share the experts are one node's, as unique."""
@@ -42,18 +43,10 @@ class ParallelConfig(Section):
     """Seconds without a sign of life after which a rank counts as lost: the others name it and end with exit code 70.
     Signs are given by a thread of their own, also while a rank computes."""
 
-    @property
-    def node_size(self) -> int | None:
-        """Ranks of a node where tokens travel across nodes first; None: they don't. Once the world is known."""
-        if self.dispatch != "two_level":
-            return None
-        size, per_node = self.expert_parallel_size, self.ranks_per_node
-        assert isinstance(size, int) and isinstance(per_node, int)
-        return per_node if size > per_node else None
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.differs("ranks_per_node") and self.dispatch != "two_level":
+        check_part("dispatchers", self.dispatch, "dispatch")
+        if self.differs("ranks_per_node") and self.dispatch in ("flat", "unique"):
             raise ValueError(
                 f"ranks_per_node ({self.ranks_per_node}) has no effect with dispatch {self.dispatch!r}: it is for "
                 "two_level"
@@ -61,9 +54,14 @@ class ParallelConfig(Section):
         return self
 
 
-class OptimConfig(Section):
-    """AdamW with decoupled weight decay, and its schedule."""
+class OptimConfig(SectionWithParts):
+    """The optimizer and the schedule of its learning rate."""
 
+    part_group = "optimizers"
+
+    name: str = "adamw"
+    """The optimizer: adamw, AdamW with decoupled weight decay; or one of another package by its name, with its own
+    settings under that name beside this field."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     min_learning_rate_ratio: float = Field(0.1, ge=0.0, le=1.0)
@@ -87,6 +85,10 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_part("optimizers", self.name, "name")
+        for name, values in self.part_settings.items():
+            if name != self.name:
+                raise ValueError(f"{name} ({values}) has no effect: name is {self.name!r}")
         if self.differs("decay_fraction") and self.schedule != "wsd":
             raise ValueError(
                 f"decay_fraction ({self.decay_fraction}) has no effect with schedule {self.schedule!r}: it is for wsd"
@@ -182,14 +184,19 @@ class CheckpointConfig(Section):
         return self
 
 
-class TelemetryConfig(Section):
+class TelemetryConfig(SectionWithParts):
     """What is written to TensorBoard and metrics.jsonl, and what is warned of."""
+
+    part_group = "sinks"
 
     every: PositiveInt = 10
     """Steps between written records. Tokens an expert and what follows from them are over all steps since the last; for
     a step that is neither written, shown nor saved nothing is reduced and nothing waited for."""
+    sinks: tuple[str, ...] = ("tensorboard",)
+    """What gets the records beside metrics.jsonl: tensorboard, and those of other packages by their names, with their
+    own settings under that name beside this field."""
     tensorboard: bool = True
-    """True: the records are written for TensorBoard too."""
+    """False: TensorBoard gets no records, whatever sinks says."""
     experts: bool = True
     """True: the load, balance and traffic of experts are in the records; False: no sum is formed for them that no loss
     needs, none is added up, and nothing is timed."""
@@ -204,8 +211,18 @@ class TelemetryConfig(Section):
     alarm_after_steps: PositiveInt = 100
     """Steps that MaxVio or the entropy must be out of bounds for before the warning."""
 
+    @property
+    def active_sinks(self) -> tuple[str, ...]:
+        """The sinks that are opened."""
+        return tuple(name for name in dict.fromkeys(self.sinks) if name != "tensorboard" or self.tensorboard)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name in self.sinks:
+            check_part("sinks", name, "sinks")
+        for name, values in self.part_settings.items():
+            if name not in self.sinks:
+                raise ValueError(f"{name} ({values}) has no effect: it is not among sinks ({list(self.sinks)})")
         for name in ALARM_FIELDS:
             if not self.experts and self.differs(name):
                 raise ValueError(f"{name} ({getattr(self, name)}) has no effect with experts (False)")

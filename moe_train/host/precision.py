@@ -1,28 +1,25 @@
-"""Precision of training: which one a device supports, and its dtype."""
+"""Precision of a device: which arithmetic it has, and the dtypes."""
 
 from typing import TYPE_CHECKING, Literal
 
-from moe_train.config.errors import UsageError
+from moe_train.config.resolve import Device, Precision, choose_precision
 
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["bf16", "fp16", "fp32"]
+
+def describe_device(device: "torch.device") -> Device:
+    """Describe a device as far as a configuration depends on it."""
+    return Device(device.type, _has_bf16(device))
 
 
-def resolve_precision(setting: Literal["auto", "bf16", "fp16", "fp32"], device: "torch.device") -> Precision:
-    """Choose the precision of training.
-
-    Args:
-        setting: train.precision; auto: bf16 if the device multiplies matrices in bf16, otherwise fp32.
-        device: Device of this rank; all ranks are assumed to have the same kind of device.
+def resolve_precision(setting: Precision | Literal["auto"], device: "torch.device") -> Precision:
+    """Choose the precision of a device; auto: bf16 if it multiplies matrices in bf16, otherwise fp32.
 
     Raises:
         UsageError: If the device cannot train in the precision.
     """
-    if setting == "fp16" and device.type == "cpu":
-        raise UsageError("train.precision (fp16) needs parallel.device cuda: on a CPU it is bf16 or fp32")
-    return setting if setting != "auto" else ("bf16" if _has_bf16(device) else "fp32")
+    return choose_precision(setting, describe_device(device))
 
 
 def _has_bf16(device: "torch.device") -> bool:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from moe_train.checkpoint.files import Advance, check_files, sync_folder, write_durably, write_tensor_file
 from moe_train.checkpoint.folders import begin_checkpoint, complete_checkpoint, step_folder
-from moe_train.checkpoint.manifest import FORMAT_VERSION, Manifest
+from moe_train.checkpoint.manifest import ADAM_MOMENTS, FORMAT_VERSION, Manifest
 from moe_train.checkpoint.matching import check_same_model
 from moe_train.checkpoint.ranges import RangeReader
-from moe_train.checkpoint.sharded_state import STATE_KINDS
 from moe_train.checkpoint.tools.inspection import read_chunks
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml, validate_config
@@ -307,7 +306,7 @@ class _TensorFiles:
         place = 0
         for name, (_, numel) in self._ranges.items():
             kept = (self._weights[place : place + numel], self._zeros[:numel], self._zeros[:numel])
-            tensors |= {f"{kind}/{name}": tensor for kind, tensor in zip(STATE_KINDS, kept, strict=True)}
+            tensors |= {f"{kind}/{name}": tensor for kind, tensor in zip(("weight", *ADAM_MOMENTS), kept, strict=True)}
             place += numel
         path = self._folder / f"rank_{len(self._files):05d}.safetensors"
         written = write_tensor_file(path, tensors)

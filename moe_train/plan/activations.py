@@ -8,6 +8,8 @@ R rows at the experts of a rank, K top_k, E experts, V vocabulary, C chunks; e b
 
 from dataclasses import dataclass
 
+from moe_train.config.registry import load_part
+from moe_train.model.cost import RouterCost
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.shapes import LayerShape, ModelShape
@@ -15,7 +17,6 @@ from moe_train.plan.shapes import LayerShape, ModelShape
 _WIDE = 4  # bytes of fp32
 _INDEX = 8  # bytes of int64
 _INDICES_OF_AN_ASSIGNMENT = 6  # orders, places and sources of rows that are kept for the backward pass
-_ROUTER_TENSORS = {"noisy_topk": 9, "softmax_topk": 4, "sigmoid_topk": 4, "switch": 4}  # kept fp32 [T, E] tensors
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # bytes per chunk of the cross-entropy
 _CHUNK_TENSORS = 2  # tensors of this size at once
 _BLOCK_ROWS, _BLOCKS = 384, 6  # block of rows that an expert computes at once on a CPU: least rows, most blocks
@@ -79,23 +80,19 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
         device: Device type, cpu or cuda.
     """
     config, e, tokens = shape.config, layout.dtype_bytes, layout.tokens
-    queries = config.num_heads * config.attention_head_dim
-    keys = config.attention_kv_heads * config.attention_head_dim
+    mixer = layer.mixer
     norm = _norm_bytes(e, device) * tokens * config.hidden_size
-    # Kept are the normed input, queries, keys, values, the attention output, its copy in token order, and logsumexp.
-    attention = norm + e * tokens * (config.hidden_size + 3 * queries + 2 * keys) + _WIDE * tokens * config.num_heads
-    if config.qk_norm != "none":
-        attention += _norm_bytes(e, device) * tokens * (queries + (keys if layer.owns_key_value else 0))
-    work = _WIDE * tokens * (3 * config.hidden_size + 3 * queries)
-    published = 2 * keys if layer.owns_key_value else 0
-    held = e * tokens * (config.hidden_size + published)
+    kept = norm + e * tokens * mixer.kept + _WIDE * tokens * mixer.kept_fp32
+    kept += _norm_bytes(e, device) * tokens * mixer.normed
+    work = _WIDE * tokens * (3 * config.hidden_size + mixer.work)
+    held = e * tokens * (config.hidden_size + mixer.handed_up)
     elements = layer.dense + layer.experts // layout.ep_size
     if not layer.is_moe:
         inner = config.intermediate_size
-        saved = attention + norm + e * tokens * (config.hidden_size + 3 * inner)
+        saved = kept + norm + e * tokens * (config.hidden_size + 3 * inner)
         return BlockMemory(saved, held, max(work, e * tokens * 5 * inner), 0.0, elements)
     own, extra, buffers = _moe_memory(shape, layout, loads, device)
-    return BlockMemory(attention + norm + own, held, max(work, extra), buffers, elements)
+    return BlockMemory(kept + norm + own, held, max(work, extra), buffers, elements)
 
 
 def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str) -> tuple[float, float, float]:
@@ -105,10 +102,10 @@ def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str)
     hidden, inner, moe = config.hidden_size, config.expert_intermediate_size, config.moe
     assignments = tokens * moe.top_k
     saved = float(e * tokens * hidden)  # the normed input, which the experts use directly where they are on one rank
-    wide_inputs = 2 if moe.router == "noisy_topk" else 1
+    router: RouterCost = load_part("routers", moe.router).cost
     if e < _WIDE or moe.input_jitter:
-        saved += wide_inputs * _WIDE * tokens * hidden  # the input of the router in fp32
-    saved += _ROUTER_TENSORS[moe.router] * _WIDE * tokens * moe.num_experts
+        saved += router.products * _WIDE * tokens * hidden  # the input of the router in fp32
+    saved += router.kept * _WIDE * tokens * moe.num_experts
     saved += _INDICES_OF_AN_ASSIGNMENT * _INDEX * assignments + e * 2 * inner * kept  # and the first product
     buffers = 0.0
     if layout.ep_size > 1:

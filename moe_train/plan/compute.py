@@ -8,6 +8,8 @@ rank, K top_k, R rows at the experts of a rank, V vocabulary; e bytes per elemen
 
 from dataclasses import dataclass
 
+from moe_train.config.registry import load_part
+from moe_train.model.cost import MixerCost, RouterCost
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.rates import Rates
@@ -15,8 +17,7 @@ from moe_train.plan.shapes import LayerShape, ModelShape
 
 _WIDE = 4
 _ATTENTION_BACKWARD = 2.5  # times the forward pass: five products instead of two
-# Passes over [T, E] of 8 bytes, forward and backward, for logits, hashed draws, choice of experts and sums.
-_ROUTER_PASSES = {"noisy_topk": (120, 40), "softmax_topk": (50, 20), "sigmoid_topk": (50, 20), "switch": (50, 20)}
+_ROUTER_BYTES = 8  # of an element that a router reads and writes
 # Operations, forward and backward: of a block, in addition of an MoE layer, of an expert on a CPU, of dispatch, and of
 # a chunk.
 _BLOCK, _MOE, _EXPERT, _DISPATCH, _CHUNK = (75, 130), (110, 90), (9, 13), (90, 40), (40, 30)
@@ -25,7 +26,6 @@ _LOSS_PASSES = (6, 3)  # passes over [T, V] in fp32 that do not fit a cache, for
 _CPU_KEY_BLOCK = 512  # keys per block of torch's attention on CPU
 _SOFTMAX_PASSES = 4  # passes over the scores in fp32
 _NORM = {"cpu": (28, 50), "cuda": (8, 16)}  # bytes per element in fp32, forward and backward
-_ROTARY = (36, 40)
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class BlockWork:
     """Time of one block in one micro-batch, by term.
 
     Attributes:
-        attention: Time of norms, projections and attention.
+        mixer: Time of norms, projections and attention, or whatever mixes the sequence.
         feed_forward: Time of the dense feed-forward layer or the shared experts.
         router: Time of the router of an MoE layer, and of the local work of dispatch.
         experts: Time of the experts of an MoE layer, for the mean rows of a rank.
         operations: Fixed time of all operations.
     """
 
-    attention: Pass
+    mixer: Pass
     feed_forward: Pass
     router: Pass
     experts: Pass
@@ -83,16 +83,16 @@ def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowL
     hidden = config.hidden_size
     norms = _elementwise(rates, tokens * hidden, _norm(rates, e))
     residual = _elementwise(rates, tokens * hidden, (3 * e, 3 * e))
-    attention = _attention(shape, layer, layout, rates) + norms + residual
+    mixer = _mixer(layer.mixer, layout, rates) + norms + residual
     operations = _operations(rates, _BLOCK)
     if not layer.is_moe:
         feed_forward = _swiglu(rates, tokens, hidden, config.intermediate_size, e) + norms + residual
-        return BlockWork(attention, feed_forward, NOTHING, NOTHING, operations)
+        return BlockWork(mixer, feed_forward, NOTHING, NOTHING, operations)
     moe, inner = config.moe, config.expert_intermediate_size
-    maps = 2 if moe.router == "noisy_topk" else 1
-    router = _linear(rates, tokens, hidden, moe.num_experts, "fp32") * maps + norms + residual
-    router += _elementwise(rates, tokens * hidden * maps, (e + _WIDE, e + _WIDE) if e < _WIDE else (0, 0))
-    router += _elementwise(rates, tokens * moe.num_experts * 8, _ROUTER_PASSES[moe.router])
+    cost: RouterCost = load_part("routers", moe.router).cost
+    router = _linear(rates, tokens, hidden, moe.num_experts, "fp32") * cost.products + norms + residual
+    router += _elementwise(rates, tokens * hidden * cost.products, (e + _WIDE, e + _WIDE) if e < _WIDE else (0, 0))
+    router += _elementwise(rates, tokens * moe.num_experts * _ROUTER_BYTES, (cost.forward, cost.backward))
     operations += _operations(rates, _MOE)
     if layout.ep_size > 1:
         # Rows are gathered before sending, and summed after their return; the backward pass does both too.
@@ -113,7 +113,7 @@ def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowL
     shared = NOTHING
     if moe.num_shared_experts:
         shared = _swiglu(rates, tokens, hidden, moe.num_shared_experts * inner, e)
-    return BlockWork(attention, shared, router, experts, operations)
+    return BlockWork(mixer, shared, router, experts, operations)
 
 
 def head_work(shape: ModelShape, layout: Layout, rates: Rates) -> Pass:
@@ -139,20 +139,20 @@ def around_operations(rates: Rates) -> Pass:
     return _operations(rates, _AROUND)
 
 
-def _attention(shape: ModelShape, layer: LayerShape, layout: Layout, rates: Rates) -> Pass:
-    config, tokens, length = shape.config, layout.tokens, layout.sequence_length
-    size = config.attention_head_dim
-    queries, keys = config.num_heads * size, config.attention_kv_heads * size
-    work = _linear(rates, tokens, config.hidden_size, queries) + _linear(rates, tokens, queries, config.hidden_size)
-    turned = queries + (keys if layer.owns_key_value else 0)
-    if layer.owns_key_value:
-        work += _linear(rates, tokens, config.hidden_size, keys) * 2
-    e = layout.dtype_bytes
+def _mixer(cost: MixerCost, layout: Layout, rates: Rates) -> Pass:
+    tokens, length, e = layout.tokens, layout.sequence_length, layout.dtype_bytes
+    work = NOTHING
+    for product in cost.products:
+        work += _linear(rates, tokens, product.width_in, product.width_out) * product.count
     casts = 2 * (e + _WIDE) if e < _WIDE else 0
-    work += _elementwise(rates, tokens * turned, (_ROTARY[0] + casts, _ROTARY[1] + casts))
-    if config.qk_norm != "none":
-        work += _elementwise(rates, tokens * turned, _norm(rates, e))
-    scores = layout.micro_batch * config.num_heads * _scores(length, config.sliding_window or length, size, rates)
+    for each in cost.elementwise:
+        work += _elementwise(rates, tokens * each.numbers, (each.forward + casts, each.backward + casts))
+    if cost.normed:
+        work += _elementwise(rates, tokens * cost.normed, _norm(rates, e))
+    if cost.attention is None:
+        return work
+    window = cost.attention.window or length
+    scores = layout.micro_batch * cost.attention.num_heads * _scores(length, window, cost.attention.head_dim, rates)
     return work + Pass(scores, _ATTENTION_BACKWARD * scores)
 
 

@@ -5,7 +5,15 @@ from typing import Any
 
 from moe_train.config.errors import UsageError
 from moe_train.config.machine import Arithmetic, Machine
-from moe_train.config.root import Config, check_payload, check_world
+from moe_train.config.moe import MoEConfig
+from moe_train.config.parts import load_kinds
+from moe_train.config.registry import load_part
+from moe_train.config.resolve import Device, ResolvedConfig, resolve
+from moe_train.config.resolve import Ranks as NumberOfRanks
+from moe_train.config.root import Config
+from moe_train.model.cost import DispatchSizes, Hop
+from moe_train.model.moe.dispatch.base import DispatcherKind
+from moe_train.train.engine.optimizers.base import OptimizerKind
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _BUCKET_ELEMENTS = 500_000_000  # zero_optimization.reduce_bucket_size of deepspeed 0.19.8
@@ -98,7 +106,8 @@ class Layout:
         dispatch: Name of the dispatcher.
         chunks: Number of chunks in which tokens travel.
         payload: Number format in which rows travel.
-        ranks_per_node: Ranks with cheap links between them, for dispatch two_level; None: it makes no difference.
+        optimizer: Name of the optimizer.
+        ranks_per_node: Ranks of a node, where rows pass nodes first; None: they don't.
         bucket_elements: Elements of ZeRO's gradient bucket.
     """
 
@@ -114,6 +123,7 @@ class Layout:
     dispatch: str
     chunks: int
     payload: str
+    optimizer: str
     ranks_per_node: int | None
     bucket_elements: int = _BUCKET_ELEMENTS
 
@@ -131,6 +141,12 @@ class Layout:
     def gradient_bytes(self) -> int:
         """Bytes per element of the gradients that are kept: fp32 where several passes are accumulated."""
         return 4 if self.accumulation > 1 else self.dtype_bytes
+
+    @property
+    def num_moments(self) -> int:
+        """State tensors of the optimizer."""
+        kind: OptimizerKind = load_part("optimizers", self.optimizer)
+        return len(kind.moments)
 
     @property
     def edp_size(self) -> int:
@@ -164,56 +180,65 @@ def _mean_on_node(size: int, node_size: int, world_size: int) -> float:
     return total / world_size
 
 
-def resolve(config: Config, cluster: Cluster) -> tuple[Config, Layout]:
-    """Replace every "auto" size of a configuration by a number, and compute the layout.
+def plan_layout(config: Config, cluster: Cluster, vocab_size: int) -> tuple[ResolvedConfig, Layout]:
+    """Resolve a configuration for a cluster, and compute the layout.
 
     Args:
         config: Configuration as loaded.
         cluster: Cluster to plan for. Precision auto becomes bf16 where its device has a rate for bf16, else fp32.
+        vocab_size: Rows of the embedding.
 
     Returns:
-        The configuration with numbers, and the layout.
+        The resolved configuration, and the layout.
 
     Raises:
         UsageError: If sizes do not divide, the configuration names another device, or the plan does not support a
             setting of DeepSpeed.
     """
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if "bf16" in cluster.machine.flops_per_second else "fp32"
-    if precision not in cluster.machine.flops_per_second:
-        known = ", ".join(cluster.machine.flops_per_second)
-        raise UsageError(
-            f"train.precision ({precision}): nothing is known of it for {cluster.machine.name}, only {known}"
-        )
-    if config.parallel.device not in ("auto", cluster.machine.device):
+    machine = cluster.machine
+    if config.parallel.device not in ("auto", machine.device):
         raise UsageError(
             f"parallel.device ({config.parallel.device}) contradicts the machine that is planned for: "
-            f"{cluster.machine.name} is {cluster.machine.device}"
+            f"{machine.name} is {machine.device}"
         )
-    check_payload(config.parallel, precision)
-    config = check_world(config, cluster.world_size, cluster.gpus_per_node)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-    parallel, train = config.parallel, config.train
-    assert isinstance(parallel.expert_parallel_size, int) and isinstance(parallel.chunks, int)
-    assert isinstance(train.micro_batch_size, int) and train.global_batch_size is not None
-    layout = Layout(
+    given = config.train.precision
+    if given != "auto" and given not in machine.flops_per_second:
+        known = ", ".join(machine.flops_per_second)
+        raise UsageError(f"train.precision ({given}): nothing is known of it for {machine.name}, only {known}")
+    ranks = NumberOfRanks(cluster.world_size, cluster.gpus_per_node)
+    device = Device(machine.device, has_bf16="bf16" in machine.flops_per_second)
+    resolved = resolve(config, ranks, device, vocab_size, load_kinds(config))
+    parallel, train = resolved.parallel, resolved.train
+    return resolved, Layout(
         world_size=cluster.world_size,
         node_size=cluster.gpus_per_node,
         ep_size=parallel.expert_parallel_size,
         zero_stage=parallel.zero_stage,
         micro_batch=train.micro_batch_size,
-        accumulation=train.global_batch_size // (train.micro_batch_size * cluster.world_size),
+        accumulation=resolved.accumulation,
         sequence_length=train.sequence_length,
-        precision=precision,
+        precision=train.precision,
         recomputes=train.recompute_activations,
         dispatch=parallel.dispatch,
         chunks=parallel.chunks if parallel.expert_parallel_size > 1 else 1,
         payload=parallel.payload,
+        optimizer=resolved.optim.name,
         ranks_per_node=parallel.node_size,
-        bucket_elements=_bucket_elements(config),
+        bucket_elements=_bucket_elements(resolved),
     )
-    return config, layout
+
+
+def dispatch_hops(moe: MoEConfig, layout: Layout, assignments: float) -> tuple[Hop, ...]:
+    """What the dispatch of a layout sends in one MoE layer and micro-batch.
+
+    Args:
+        moe: MoE section of the configuration.
+        layout: Layout of the run, in which several ranks share the experts.
+        assignments: Executed assignments per rank.
+    """
+    sizes = DispatchSizes(layout.tokens, assignments, moe.top_k, moe.num_experts, layout.ep_size, layout.ranks_per_node)
+    kind: DispatcherKind = load_part("dispatchers", layout.dispatch)
+    return kind.hops(sizes)
 
 
 def _bucket_elements(config: Config) -> int:

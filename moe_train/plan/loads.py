@@ -13,8 +13,8 @@ import numpy as np
 
 from moe_train.config.errors import UsageError
 from moe_train.config.moe import MoEConfig
-from moe_train.plan.layout import Layout
-from moe_train.plan.shapes import ModelShape, share_reached
+from moe_train.plan.layout import Layout, dispatch_hops
+from moe_train.plan.shapes import ModelShape
 
 _STEPS = 256  # sampled steps
 _DRAWS = 8  # sampled micro-batches per step and layer
@@ -86,9 +86,9 @@ def row_loads(
     if layout.ep_size > 1:
         overload_NL, most, busiest = _overloads(draws, kept_NLE, kept, moe, layout)
     one_way = mean_rows
-    if layout.dispatch != "flat" and layout.ep_size > 1:
-        behind = moe.num_experts // layout.ep_size
-        one_way = layout.tokens * layout.ep_size * share_reached(moe.num_experts, behind, moe.top_k)
+    if layout.ep_size > 1:
+        last = dispatch_hops(shape.config.moe, layout, mean_rows)[-1]
+        one_way = last.rows * last.num_ranks
     rows, arriving = ((most * mean, busiest * mean) for mean in (mean_rows, one_way))
     return RowLoads(kept, mean_rows, *rows, one_way, *arriving, overload_NL)
 

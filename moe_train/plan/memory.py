@@ -8,7 +8,7 @@ and the update of the optimizer.
 
 from dataclasses import dataclass
 
-from moe_train.model.mixers.key_value import kv_cache_bytes
+from moe_train.model.build import mixer_of
 from moe_train.plan.activations import BlockMemory, HeadMemory, block_memory, head_memory
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
@@ -96,16 +96,9 @@ def plan_memory(
 
 
 def _kv_cache(shape: ModelShape, layout: Layout, decoding: Decoding) -> int:
-    config = shape.config
-    return kv_cache_bytes(
-        batch_size=decoding.batch_size,
-        length=decoding.length,
-        num_owner_layers=len(config.kv_owner_layers),
-        num_kv_heads=config.attention_kv_heads,
-        head_dim=config.attention_head_dim,
-        bytes_per_element=layout.dtype_bytes,
-        window=config.sliding_window,
-    )
+    mixers = (mixer_of(shape.config, layer) for layer in range(shape.config.num_layers))
+    of_a_sequence = sum(kind.state_bytes(spec, decoding.length, layout.dtype_bytes) for kind, spec in mixers)
+    return decoding.batch_size * of_a_sequence
 
 
 def _passes(

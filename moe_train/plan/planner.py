@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.config.root import Config
-from moe_train.plan.layout import Cluster, Layout, resolve, settings_not_planned
+from moe_train.plan.layout import Cluster, Layout, plan_layout, settings_not_planned
 from moe_train.plan.loads import RowLoads, row_loads
 from moe_train.plan.memory import Decoding, Memory, plan_memory
 from moe_train.plan.rates import Rates
@@ -45,7 +46,7 @@ class Plan:
     """Memory, traffic and time of a configuration on a cluster.
 
     Attributes:
-        config: Configuration with every size a number.
+        config: The resolved configuration.
         layout: Layout of the run.
         shape: Sizes of the model.
         loads: Rows at the experts of a rank.
@@ -58,7 +59,7 @@ class Plan:
         warnings: Messages about what the plan cannot know.
     """
 
-    config: Config
+    config: ResolvedConfig
     layout: Layout
     shape: ModelShape
     loads: RowLoads
@@ -78,9 +79,7 @@ class Plan:
     @property
     def tokens_per_second(self) -> float:
         """Tokens per second of all ranks."""
-        batch = self.config.train.global_batch_size
-        assert batch is not None
-        return batch * self.layout.sequence_length / self.step.seconds
+        return self.config.train.global_batch_size * self.layout.sequence_length / self.step.seconds
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain values for JSON."""
@@ -139,16 +138,14 @@ def make_plan(config: Config, vocab_size: int, question: Question) -> Plan:
     Raises:
         UsageError: If sizes do not divide, or a setting of the plan is impossible.
     """
-    config, layout = resolve(config, question.cluster)
-    shape = model_shape(config.model, vocab_size, layout.sequence_length)
+    resolved, layout = plan_layout(config, question.cluster, vocab_size)
+    shape = model_shape(resolved.model, resolved.model.vocab_size, layout.sequence_length)
     loads = row_loads(shape, layout, question.imbalance, question.seed, question.shares_LE)
     machine = question.cluster.machine
     memory = plan_memory(shape, layout, loads, machine.device, question.decoding)
     step = plan_step(shape, layout, loads, memory.states, Rates(machine, layout.precision))
     traffic = step_traffic(shape, layout, loads, memory.states)
-    batch = config.train.global_batch_size
-    assert batch is not None
-    flops = shape.flops_per_token * batch * layout.sequence_length
+    flops = shape.flops_per_token * resolved.train.global_batch_size * layout.sequence_length
     mfu = flops / (step.seconds * layout.world_size * machine.flops_per_second[layout.precision])
-    ignored, warnings = settings_not_planned(config), question.cluster.warnings
-    return Plan(config, layout, shape, loads, memory, traffic, step, mfu, question.capacity, ignored, warnings)
+    ignored, warnings = settings_not_planned(resolved), question.cluster.warnings
+    return Plan(resolved, layout, shape, loads, memory, traffic, step, mfu, question.capacity, ignored, warnings)

@@ -8,8 +8,10 @@ not fit is not timed, and recomputation is tried only where it is needed.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from moe_train.config.registry import load_part, part_names
 from moe_train.config.root import Config
-from moe_train.plan.layout import Layout, resolve
+from moe_train.model.moe.dispatch.base import DispatcherKind
+from moe_train.plan.layout import Layout, plan_layout
 from moe_train.plan.loads import RowLoads, row_loads
 from moe_train.plan.memory import Memory, plan_memory
 from moe_train.plan.planner import Question
@@ -62,8 +64,8 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
     Raises:
         UsageError: If the global batch cannot be divided among the ranks.
     """
-    config, base = resolve(_open(config), question.cluster)
-    shape = model_shape(config.model, vocab_size, base.sequence_length)
+    resolved, base = plan_layout(_open(config), question.cluster, vocab_size)
+    shape = model_shape(resolved.model, resolved.model.vocab_size, base.sequence_length)
     machine, rates = question.cluster.machine, Rates(question.cluster.machine, base.precision)
     loads: dict[tuple[int, int, str], RowLoads] = {}
     found: list[Candidate] = []
@@ -156,12 +158,15 @@ def _ways(layout: Layout, shape: ModelShape) -> Iterator[Layout]:
     if layout.ep_size == 1:
         yield replace(layout, dispatch="flat", chunks=1, payload="model", ranks_per_node=None)
         return
+    node = layout.node_size
     for chunks in _CHUNKS:
         if chunks > layout.tokens:
             continue
-        yield replace(layout, dispatch="flat", chunks=chunks, ranks_per_node=None)
-        if shape.config.moe.top_k > 1:
-            yield replace(layout, dispatch="unique", chunks=chunks, ranks_per_node=None)
-        node = layout.node_size
-        if shape.config.moe.top_k > 1 and 1 < node < layout.ep_size and layout.ep_size % node == 0:
-            yield replace(layout, dispatch="two_level", chunks=chunks, ranks_per_node=node)
+        for name in part_names("dispatchers"):
+            kind: DispatcherKind = load_part("dispatchers", name)
+            if kind.merges_rows and shape.config.moe.top_k == 1:
+                continue
+            if not kind.leaves_nodes_once:
+                yield replace(layout, dispatch=name, chunks=chunks, ranks_per_node=None)
+            elif 1 < node < layout.ep_size and layout.ep_size % node == 0:
+                yield replace(layout, dispatch=name, chunks=chunks, ranks_per_node=node)

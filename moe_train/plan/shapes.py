@@ -3,11 +3,11 @@
 Legend: D hidden_size, H query heads, G key/value heads, d head size, F inner width, E experts, K top_k, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 from moe_train.config.model import ModelConfig
-from moe_train.model.build import build_model
+from moe_train.model.build import build_model, mixer_of
+from moe_train.model.cost import MixerCost
 from moe_train.model.count import ParameterCount
 from moe_train.model.flops import training_flops_per_token
 from moe_train.model.parameters import LogicalTensor, logical_tensors
@@ -19,13 +19,13 @@ class LayerShape:
 
     Attributes:
         is_moe: Whether it has experts.
-        owns_key_value: Whether it computes keys and values of its own.
+        mixer: Cost of its mixer.
         dense: Elements of its tensors, without the experts.
         experts: Elements of its experts on all ranks.
     """
 
     is_moe: bool
-    owns_key_value: bool
+    mixer: MixerCost
     dense: int
     experts: int
 
@@ -92,20 +92,10 @@ def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> M
             experts[int(parts[1])] += tensor.global_numel
         else:
             dense[int(parts[1])] += tensor.global_numel
-    moe, owners = set(config.moe_layer_indices), set(config.kv_owner_layers)
+    moe = set(config.moe_layer_indices)
+    mixers = [kind.cost(spec) for kind, spec in (mixer_of(config, layer) for layer in range(config.num_layers))]
     layers = tuple(
-        LayerShape(layer in moe, layer in owners, dense[layer], experts[layer]) for layer in range(config.num_layers)
+        LayerShape(layer in moe, mixers[layer], dense[layer], experts[layer]) for layer in range(config.num_layers)
     )
     flops = training_flops_per_token(config, vocab_size, sequence_length)
     return ModelShape(config, vocab_size, layers, outside, tuple(tensors), flops)
-
-
-def share_reached(num_experts: int, behind: int, top_k: int) -> float:
-    """Compute the share of tokens that choose at least one of `behind` experts, if each draws K of E evenly.
-
-    Args:
-        num_experts: E, number of experts.
-        behind: Number of experts of the rank or node in question.
-        top_k: K, experts per token.
-    """
-    return 1 - math.comb(num_experts - behind, top_k) / math.comb(num_experts, top_k)

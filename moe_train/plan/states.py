@@ -1,8 +1,8 @@
 """Model states of one rank under DeepSpeed ZeRO, as the trainer sets it up (deepspeed 0.19.8).
 
 Stages 1 and 2: every rank has all dense weights and the weights of its experts, in flat groups. Of each group it has
-fp32 master weights and two moments for one part. Dense groups are divided among all ranks, expert groups among the
-expert-data-parallel ranks.
+fp32 master weights and the optimizer's moments for one part. Dense groups are divided among all ranks, expert groups
+among the expert-data-parallel ranks.
 Stage 3: every tensor is divided separately, its working weights too. Tensors of up to 100,000 elements are not divided.
 """
 
@@ -13,7 +13,7 @@ from moe_train.model.parameters import LogicalTensor
 from moe_train.plan.layout import Layout
 from moe_train.plan.shapes import ModelShape
 
-_MASTER_BYTES, _MOMENT_BYTES = 4, 8
+_FP32_BYTES = 4
 _ALIGNMENT = 2  # elements; partitions are multiples of it, for NCCL
 _LARGEST_EXPERT_GROUP = 178_956_971  # elements; a larger group of experts is split
 _PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold
@@ -64,7 +64,7 @@ class ModelStates:
 
     Attributes:
         weights: Bytes of the working weights.
-        optimizer_states: Bytes of the fp32 master weights and Adam's two moments.
+        optimizer_states: Bytes of the fp32 master weights and of the optimizer's moments.
         groups: Groups that the optimizer updates, one after the other.
         gathered: Stage 3: bytes of the weights of other ranks that are present while a pass goes through the blocks.
         cuts: Stage 3: tensors that are gathered, dense tensors and experts.
@@ -101,7 +101,7 @@ def model_states(shape: ModelShape, layout: Layout) -> ModelStates:
     listed = [(matrices, False), (vectors, False), *((part, True) for part in _divided(experts, layout))]
     groups = tuple(_group(tensors, is_expert, layout) for tensors, is_expert in listed if tensors)
     updated = sum(group.partition for group in groups)
-    optimizer_states = (_MASTER_BYTES + _MOMENT_BYTES) * updated
+    optimizer_states = _FP32_BYTES * (1 + layout.num_moments) * updated
     if layout.zero_stage < 3:
         weights = sum(group.partition * group.ranks for group in groups) * layout.dtype_bytes
         return ModelStates(weights, optimizer_states, groups, 0)

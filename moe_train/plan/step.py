@@ -44,7 +44,8 @@ _CPU_VARIATION = 0.1  # of a rank's time between two all-to-alls, because other 
 _COPIES_OF_A_GRADIENT = 8  # reads and writes per element on its way through ZeRO's bucket
 _OPERATIONS_OF_A_TENSOR = 25  # operations of ZeRO per tensor and reduction
 _OPERATIONS_OF_A_GATHER = 60  # operations of ZeRO-3 per module with weights, pass and micro-batch
-_ADAM_BYTES = 28 + 8 + 16  # bytes per element: parameter, gradient and moments; clipping; the norm in fp64
+# Bytes per element of the optimizer's update: parameter and gradient; clipping; the norm in fp64. And of a moment.
+_UPDATE_BYTES, _MOMENT_BYTES = 12 + 8 + 16, 8
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,9 @@ def plan_step(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelS
     times["head_and_loss"] = device.forward + device.backward
     for layer in shape.layers:
         work = works[layer]
-        whole = work.attention + work.feed_forward + work.router + work.experts
+        whole = work.mixer + work.feed_forward + work.router + work.experts
         device, host = device + whole, host + work.operations
-        times["attention"] += _both(work.attention)
+        times["attention"] += _both(work.mixer)
         times["dense_feed_forward"] += _both(work.feed_forward)
         times["router"] += _both(work.router)
         times["experts"] += _both(work.experts)
@@ -228,7 +229,8 @@ def _add_reductions(
     times["weight_gathering"] = seconds(weight_gathers(states, layout))
     times["weight_gathering"] += rates.moving(2 * states.gathered) * layout.accumulation
     times["small_reductions"] = seconds(small_reductions(shape, states, layout))
-    times["optimizer"] = rates.moving((_ADAM_BYTES + 3 * size + 4 + layout.dtype_bytes) * own)
+    updated = _UPDATE_BYTES + _MOMENT_BYTES * layout.num_moments
+    times["optimizer"] = rates.moving((updated + 3 * size + 4 + layout.dtype_bytes) * own)
 
 
 def _zero_operations(shape: ModelShape, layout: Layout, rates: Rates) -> dict[str, float]:

@@ -10,13 +10,14 @@ Legend: T tokens per rank, K top_k, E experts, x experts on a rank of the group,
 from dataclasses import dataclass
 
 from moe_train.config.machine import Link, Machine, Network
+from moe_train.model.moe.balance.build import balance_kinds
 from moe_train.plan.activations import payload_bytes
-from moe_train.plan.layout import Layout, Ranks
+from moe_train.plan.layout import Layout, Ranks, dispatch_hops
 from moe_train.plan.loads import RowLoads
-from moe_train.plan.shapes import ModelShape, share_reached
+from moe_train.plan.shapes import ModelShape
 from moe_train.plan.states import ModelStates
 
-_COUNT_BYTES, _GATE_BYTES, _PLACE_BYTES, _SUM_BYTES = 8, 4, 4, 4
+_COUNT_BYTES, _SUM_BYTES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -131,45 +132,26 @@ def layer_traffic(shape: ModelShape, layout: Layout, loads: RowLoads) -> LayerTr
         layout: Layout of the run.
         loads: Rows at the experts of a rank.
     """
-    moe, ranks = shape.config.moe, layout.ep_size
-    if ranks == 1:
+    if layout.ep_size == 1:
         return LayerTraffic(Sent(), Sent(), (0, 0), (0, 0))
-    rows, row = layout.tokens * moe.top_k * loads.kept, payload_bytes(layout, shape.config.hidden_size)
-    if layout.ranks_per_node is not None:
-        return _two_level(shape, layout, rows, row)
-    group, behind = layout.expert_parallel, moe.num_experts // ranks
-    is_flat = layout.dispatch == "flat"
-    each = rows / ranks if is_flat else layout.tokens * share_reached(moe.num_experts, behind, moe.top_k)
-    gates = rows / ranks * (_GATE_BYTES if is_flat else _GATE_BYTES + _PLACE_BYTES)
-    counts = layout.chunks * (1 + behind) * _COUNT_BYTES
-
-    def to_others(num_bytes: float) -> Sent:
-        return Sent(num_bytes * (group.on_node - 1), num_bytes * group.across)
-
-    # Rows and gates to the experts, and rows back; counts once for all chunks.
-    passed, is_across = to_others(2 * each * row + gates), group.across > 0
-    operations, place = 3 * layout.chunks, 1 if is_across else 0
-    forward, backward = [0, 0], [0, 0]
-    forward[place], backward[place] = operations + 1, operations
-    return LayerTraffic(passed + to_others(counts), passed, (forward[0], forward[1]), (backward[0], backward[1]))
-
-
-def _two_level(shape: ModelShape, layout: Layout, assignments: float, row: int) -> LayerTraffic:
-    moe, inside = shape.config.moe, layout.ranks_per_node
-    assert inside is not None
-    nodes, experts, chunks = layout.ep_size // inside, moe.num_experts, layout.chunks
-    behind, gate = experts // layout.ep_size, _GATE_BYTES + _PLACE_BYTES
-    across_rows = layout.tokens * share_reached(experts, experts // nodes, moe.top_k)  # to each node
-    within_rows = layout.tokens * nodes * share_reached(experts, behind, moe.top_k)  # to each rank of the node
-    across = (nodes - 1) * (2 * across_rows * row + assignments / nodes * gate)
-    within = (inside - 1) * (2 * within_rows * row + assignments / inside * gate)
-    counts = Sent(
-        (inside - 1) * chunks * (1 + behind) * _COUNT_BYTES,
-        (nodes - 1) * chunks * (1 + inside + experts // nodes) * _COUNT_BYTES,
-    )
-    passed = Sent(within, across)
-    operations = 3 * chunks
-    return LayerTraffic(passed + counts, passed, (operations + 1, operations + 1), (operations, operations))
+    moe, group, chunks = shape.config.moe, layout.expert_parallel, layout.chunks
+    hops = dispatch_hops(moe, layout, layout.tokens * moe.top_k * loads.kept)
+    row = payload_bytes(layout, shape.config.hidden_size)
+    passed = counts = Sent()
+    operations, is_across = [0, 0], group.across > 0  # inside a node, and across nodes
+    for number, hop in enumerate(hops):
+        if len(hops) == 1:
+            inside, across = group.on_node - 1, group.across
+        else:  # across nodes first, then inside
+            is_across = number == 0
+            inside, across = (0, hop.num_ranks - 1) if is_across else (hop.num_ranks - 1, 0)
+        # Rows and what goes with them to the experts, and rows back; counts once for all chunks.
+        num_bytes, num_counts = 2 * hop.rows * row + hop.routing_bytes, chunks * hop.counts * _COUNT_BYTES
+        passed += Sent(num_bytes * inside, num_bytes * across)
+        counts += Sent(num_counts * inside, num_counts * across)
+        operations[is_across] += 3 * chunks
+    forward = tuple(each + (each > 0) for each in operations)
+    return LayerTraffic(passed + counts, passed, (forward[0], forward[1]), (operations[0], operations[1]))
 
 
 def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
@@ -230,8 +212,7 @@ def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> 
         layout: Layout of the run.
     """
     moe, found = shape.config.moe, []
-    terms = (moe.importance_cv2_coef > 0) + (moe.load_cv2_coef > 0) if moe.balance_scope == "global" else 0
-    terms += moe.switch_aux_coef > 0 and moe.switch_scope == "global"
+    terms = sum(kind.reduces(moe, section) for kind, section in balance_kinds(moe))
     if shape.num_moe_layers and terms:
         times = 2 * terms * layout.accumulation  # forward and backward pass
         size = _SUM_BYTES * shape.num_moe_layers * moe.num_experts

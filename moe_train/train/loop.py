@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moe_train.checkpoint.folders import step_folder
-from moe_train.config.root import Config
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.data import PreparedData
 from moe_train.distributed.flight_recorder import FlightRecorder
 from moe_train.liveness.watchdog import Watchdog
@@ -31,7 +31,7 @@ class Run:
     """Everything the loop works with.
 
     Attributes:
-        config: Checked against the world.
+        config: The resolved configuration.
         folder: The run's folder.
         data: Training and held-out sequences.
         engine: The model and its optimizer.
@@ -47,7 +47,7 @@ class Run:
         tracer: Traces some steps.
     """
 
-    config: Config
+    config: ResolvedConfig
     folder: RunFolder
     data: PreparedData
     engine: TrainEngine

@@ -10,7 +10,7 @@ from moe_train.checkpoint.manifest import Manifest, read_manifest
 from moe_train.config.base import field_values
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
-from moe_train.config.root import Config
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.model.build import mixer_of
 
 # What may differ from the checkpoint's configuration without being worth a word.
@@ -18,7 +18,7 @@ _UNREMARKABLE = ("train.run_dir", "checkpoint.resume", "train.log_every", "paral
 _MOST_SEQUENCES = 1 << 31  # of a step: a checkpoint that says more is not believed
 
 
-def check_resumable(manifest: Manifest, config: Config, tokenizer: str) -> None:
+def check_resumable(manifest: Manifest, config: ResolvedConfig, tokenizer: str) -> None:
     """Refuse to go on with what would give the numbers in the checkpoint another meaning.
 
     Args:
@@ -89,7 +89,7 @@ def saved_global_batch_size(setting: str, checkpoints: Path) -> int | None:
     return None
 
 
-def changed_fields(manifest: Manifest, config: Config) -> list[str]:
+def changed_fields(manifest: Manifest, config: ResolvedConfig) -> list[str]:
     """What differs from the checkpoint's configuration: "train.seed: 0 -> 1"."""
     before, now = dict(field_values(manifest.config)), dict(field_values(config.model_dump(mode="json")))
     changed = [name for name in now if name not in _UNREMARKABLE and before.get(name) != now[name]]

@@ -1,8 +1,10 @@
 """A run's folder: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -86,7 +88,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
-    """Send everything that libraries print, from Python or not, to a log file.
+    """Send everything that libraries print, from Python or not, to a log file, until the process ends.
 
     Args:
         log: Appended to.
@@ -106,3 +108,24 @@ def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
     logging.captureWarnings(True)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
     return kept[0], kept[1]
+
+
+@contextlib.contextmanager
+def redirected_output(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
+    """Send what libraries print from Python to a log file while the block runs.
+
+    It works on the streams of Python alone, not on file descriptors: a notebook's have none.
+
+    Args:
+        log: Appended to.
+
+    Yields:
+        The standard output and error as they were.
+    """
+    output, errors = sys.stdout, sys.stderr
+    stream = log.open("a", encoding="utf-8", buffering=1)  # stays open: loggers that are made meanwhile keep it
+    sys.stdout = sys.stderr = stream
+    try:
+        yield output, errors
+    finally:
+        sys.stdout, sys.stderr = output, errors

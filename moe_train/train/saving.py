@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from moe_train.checkpoint.writer import CheckpointWriter, SaveOutcome
-from moe_train.config.root import Config
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.collectives import all_reduce_sum, world_group
 from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole
@@ -23,7 +23,7 @@ class Saver:
 
     def __init__(
         self,
-        config: Config,
+        config: ResolvedConfig,
         engine: TrainEngine,
         writer: CheckpointWriter,
         step_control: StepControl,
@@ -34,7 +34,7 @@ class Saver:
         """Prepare.
 
         Args:
-            config: Every size resolved.
+            config: The resolved configuration.
             engine: Whose state is saved.
             writer: Writes it.
             step_control: What it remembers is saved too.

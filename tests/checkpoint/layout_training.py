@@ -12,7 +12,6 @@ from moe_train.checkpoint.reader import load_checkpoint
 from moe_train.checkpoint.resume_point import latest_valid_of_run
 from moe_train.checkpoint.writer import CheckpointWriter
 from moe_train.config.load import load_config
-from moe_train.config.root import check_world
 from moe_train.data import TrainEntry, TrainingSequences
 from moe_train.distributed.bootstrap import discover_world, init_process_group, leave_process_group
 from moe_train.distributed.collectives import all_reduce_sum, barrier, world_group
@@ -20,8 +19,8 @@ from moe_train.distributed.mesh import create_background_group
 from moe_train.train.batches import BatchPlan, micro_batches
 from moe_train.train.engine.build import make_engine
 from moe_train.train.engine.engine import TrainEngine
-from moe_train.train.engine.settings import deepspeed_config
 from moe_train.train.progress import Progress
+from tests.resolved import resolve_for
 
 _DEVICE = torch.device("cpu")
 _NUM_TOKENS = 1 << 12  # of the training data
@@ -42,10 +41,9 @@ class LayoutTraining:
         """
         self.world = discover_world()
         config = load_config([*options, "--train.run_dir=unused"], program="layouts")
-        self._config = check_world(config, self.world.world_size, self.world.local_world_size)
+        self._config = resolve_for(config, self.world.world_size, self.world.local_world_size, vocab_size)
         train, (rank, size) = self._config.train, (self.world.rank, self.world.world_size)
         init_process_group(self.world, _DEVICE, 100)
-        assert train.micro_batch_size != "auto" and train.global_batch_size is not None
         self._plan = BatchPlan(train.micro_batch_size, train.global_batch_size, rank, size)
         tokens = np.random.default_rng(0).integers(vocab_size, size=_NUM_TOKENS)
         self._data = TrainingSequences((TrainEntry(tokens),), train.sequence_length, seed=0)
@@ -67,7 +65,7 @@ class LayoutTraining:
         """
         size, parallel = self.world.world_size, self._config.parallel.model_copy(update={"zero_stage": zero_stage})
         config = self._config.model_copy(update={"parallel": parallel})
-        engine = make_engine(config, deepspeed_config(config, size, config.train.precision), _DEVICE)
+        engine = make_engine(config, _DEVICE)
         progress = Progress()
         losses: list[float] = []
         if load is not None:

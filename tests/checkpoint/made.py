@@ -11,8 +11,7 @@ from torch import Tensor
 
 from moe_train.checkpoint.files import write_tensor_file
 from moe_train.checkpoint.folders import begin_checkpoint, complete_checkpoint
-from moe_train.checkpoint.manifest import FORMAT_VERSION
-from moe_train.checkpoint.sharded_state import STATE_KINDS
+from moe_train.checkpoint.manifest import ADAM_MOMENTS, FORMAT_VERSION
 
 SHAPES = {"embedding.weight": (5, 3), "experts.gate_up": (2, 3, 2), "norm.weight": (3,), "nothing": (0,)}
 BUFFERS = {"router.bias": [0.5, -0.25]}
@@ -23,13 +22,14 @@ CONFIG = {
 }
 LAYOUT = {"world_size": 2, "expert_parallel_size": 1, "zero_stage": 1}
 
+KINDS = ("weight", *ADAM_MOMENTS)
 State = dict[str, Tensor]  # flat, by "kind/name"
 
 
 def made_state(seed: int = 0, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> State:
     """Whole tensors that are the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    names = [f"{kind}/{name}" for kind in STATE_KINDS for name in shapes]
+    names = [f"{kind}/{name}" for kind in KINDS for name in shapes]
     return {name: torch.randn(math.prod(shapes[name.partition("/")[2]]), generator=generator) for name in names}
 
 
@@ -93,7 +93,7 @@ def make_checkpoint(
             continue
         tensors = {
             f"{kind}/{name}": state[f"{kind}/{name}"][start : start + numel]
-            for kind in STATE_KINDS
+            for kind in KINDS
             for name, (start, numel) in ranges.items()
         }
         files[f"rank_{rank:05d}.safetensors"] = file_entry(part / f"rank_{rank:05d}.safetensors", tensors, ranges)

@@ -19,7 +19,7 @@ from tests.checkpoint.layouts import (
 )
 from tests.checkpoint.made import made_state, make_checkpoint
 
-PAIRS = covering_pairs()  # benchmarks/layout_matrix.py has all 324
+PAIRS = covering_pairs()  # `python -m benchmarks.layout_matrix` has all 324
 # What is saved is fp32 in every precision.
 NARROW = Layout(1, 1, 2, "bf16")
 PRECISION_PAIRS = [(NARROW, Layout(2, 2, 3)), (Layout(2, 1, 1), Layout(1, 1, 3, "bf16"))]

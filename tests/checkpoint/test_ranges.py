@@ -8,8 +8,7 @@ import torch
 
 from moe_train.checkpoint.manifest import DamagedCheckpoint, read_manifest
 from moe_train.checkpoint.ranges import RangeReader
-from moe_train.checkpoint.sharded_state import STATE_KINDS
-from tests.checkpoint.made import SHAPES, made_state, make_checkpoint
+from tests.checkpoint.made import KINDS, SHAPES, made_state, make_checkpoint
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
@@ -18,7 +17,7 @@ def test_every_range_of_every_tensor(tmp_path: Path, world_size: int) -> None:
     manifest = read_manifest(make_checkpoint(tmp_path, world_size=world_size))
     with RangeReader(manifest) as reader:
         for name, shape in SHAPES.items():
-            for kind in STATE_KINDS:
+            for kind in KINDS:
                 for start in range(math.prod(shape) + 1):
                     for end in range(start, math.prod(shape) + 1):
                         found = reader.read(name, kind, start, end)

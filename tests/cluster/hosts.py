@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.namespaces import (
+from benchmarks.runner.namespaces import (
     END_SECONDS,
     answer_of,
     command_path,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.slow_link import Node, SlowLinkUnavailable, slow_link
+from benchmarks.runner.slow_link import Node, SlowLinkUnavailable, slow_link
 from tests.train.runs import CPU, ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config, validate_config
-from moe_train.config.root import check_world
+from tests.resolved import resolve_for
 
 
 def make(**sections):
@@ -91,13 +91,13 @@ def test_sections_at_the_limit_are_right():
 )
 def test_auto_takes_the_largest_size_that_stays_in_a_node(experts, world, local, size):
     config = make(model={"moe": {"num_experts": experts}})
-    assert check_world(config, world, local).parallel.expert_parallel_size == size
+    assert resolve_for(config, world, local).parallel.expert_parallel_size == size
 
 
 @given(experts=st.integers(2, 64), nodes=st.integers(1, 4), local=st.integers(1, 8))
 def test_auto_always_divides(experts, nodes, local):
     config = make(model={"moe": {"num_experts": experts, "load_cv2_coef": 0.0}})
-    size = check_world(config, nodes * local, local).parallel.expert_parallel_size
+    size = resolve_for(config, nodes * local, local).parallel.expert_parallel_size
     assert experts % size == 0
     assert local % size == 0
     assert not [s for s in range(size + 1, local + 1) if experts % s == 0 and local % s == 0]
@@ -110,10 +110,10 @@ def test_auto_always_divides(experts, nodes, local):
 def test_two_levels_are_there_where_experts_are_shared_by_several_nodes(size, world, local, given, node_size):
     parallel = {"expert_parallel_size": size, "dispatch": "two_level", "ranks_per_node": given}
     config = make(parallel=parallel)
-    resolved = check_world(config, world, local)
+    resolved = resolve_for(config, world, local)
     assert resolved.parallel.node_size == node_size
-    assert validate_config(resolved.model_dump()) == resolved
-    assert check_world(make(parallel={"expert_parallel_size": size}), world, local).parallel.node_size is None
+    assert resolve_for(validate_config(resolved.model_dump()), world, local) == resolved
+    assert resolve_for(make(parallel={"expert_parallel_size": size}), world, local).parallel.node_size is None
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_two_levels_are_there_where_experts_are_shared_by_several_nodes(size, wo
 def test_auto_takes_whole_nodes_for_two_levels(experts, world, local, given, size):
     parallel = {"dispatch": "two_level", "ranks_per_node": given}
     config = make(parallel=parallel, model={"moe": {"num_experts": experts}})
-    assert check_world(config, world, local).parallel.expert_parallel_size == size
+    assert resolve_for(config, world, local).parallel.expert_parallel_size == size
 
 
 def test_nodes_must_divide_the_ranks_that_share_experts():
     config = make(model={"moe": {"num_experts": 12}}, parallel={"expert_parallel_size": 6, "dispatch": "two_level"})
     with pytest.raises(UsageError, match=r"expert_parallel_size \(6\) must be a multiple .*ranks_per_node \(4\)"):
-        check_world(config, 12, 4)
+        resolve_for(config, 12, 4)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_chunks_where_rows_travel_and_are_many(size, experts, tokens, given, chu
     train = {"sequence_length": tokens // 8, "micro_batch_size": 8}
     model = {"moe": {"num_experts": experts, "top_k": 2}}
     config = make(parallel={"expert_parallel_size": size, "chunks": given}, train=train, model=model)
-    assert check_world(config, 4, 4).parallel.chunks == chunks
+    assert resolve_for(config, 4, 4).parallel.chunks == chunks
 
 
 def test_auto_is_one_without_moe_layers():
-    assert check_world(make(model={"moe_every": 0}), 8, 8).parallel.expert_parallel_size == 1
+    assert resolve_for(make(model={"moe_every": 0}), 8, 8).parallel.expert_parallel_size == 1
 
 
 @pytest.mark.parametrize(("name", "value"), [("experts", False), ("dead_after_steps", 7), ("entropy_alarm", 0.5)])
@@ -170,31 +170,31 @@ def test_an_alarm_that_cannot_sound_is_refused():
 def test_expert_parallel_size_must_divide_the_world():
     config = make(parallel={"expert_parallel_size": 4})
     with pytest.raises(UsageError, match=r"world size \(6\).*expert_parallel_size \(4\)"):
-        check_world(config, 6, 6)
-    assert check_world(config, 8, 2).parallel.expert_parallel_size == 4  # over nodes, where it was asked for
+        resolve_for(config, 6, 6)
+    assert resolve_for(config, 8, 2).parallel.expert_parallel_size == 4  # over nodes, where it was asked for
 
 
 def test_global_batch_must_divide():
     config = make(train={"micro_batch_size": 2, "global_batch_size": 12})
     with pytest.raises(UsageError, match=r"global_batch_size \(12\).*micro_batch_size.*\(2 x 4 = 8\)"):
-        check_world(config, 4, 4)
-    assert check_world(config, 3, 3).train.global_batch_size == 12
+        resolve_for(config, 4, 4)
+    assert resolve_for(config, 3, 3).train.global_batch_size == 12
     with pytest.raises(UsageError, match=r"global_batch_size \(12\)"):
-        check_world(config, 12, 12)
+        resolve_for(config, 12, 12)
 
 
 def test_global_batch_defaults_to_one_micro_batch_of_every_rank():
     config = make(train={"micro_batch_size": 3})
-    checked = check_world(config, 4, 4)
+    checked = resolve_for(config, 4, 4)
     assert checked.train.global_batch_size == 12
     assert config.train.global_batch_size is None  # the configuration itself is not changed
     assert checked.train.micro_batch_size == 3
-    assert checked.model == config.model
+    assert checked.optim == config.optim
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 8), (2, 8), (4, 4), (8, 2), (16, 1)])
 def test_the_quickstart_fits_any_number_of_devices(world_size: int, micro: int) -> None:
     config = load_config(["--config", "configs/quickstart.yaml"], program="x")
-    resolved = check_world(config, world_size, world_size)
+    resolved = resolve_for(config, world_size, world_size)
     assert resolved.train.micro_batch_size == micro
     assert resolved.train.global_batch_size == 16

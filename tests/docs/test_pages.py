@@ -25,6 +25,8 @@ def check_command(command: str) -> None:
         path = word.rpartition("=")[2]
         if re.match(r"(configs|launch|benchmarks|docs|requirements|docker)/", path):
             assert (ROOT / path).exists(), f"{path} is not in the repository"
+        if re.fullmatch(r"benchmarks\.\w+", word):
+            assert is_benchmark(word), f"there is no benchmark {word}"
         if word == LAUNCHED or (word in SCRIPTS and "--config" in words):
             return check_training(words[words.index("--config") :] if word in SCRIPTS else words[place + 1 :])
         if word == "moe-train":
@@ -32,6 +34,11 @@ def check_command(command: str) -> None:
         if word == "make":
             return check_make(words[place + 1 :])
     return None
+
+
+def is_benchmark(module: str) -> bool:
+    """Whether `python -m MODULE` starts something."""
+    return (ROOT / module.replace(".", "/") / "__main__.py").exists()
 
 
 def check_training(arguments: list[str]) -> None:
@@ -109,7 +116,7 @@ def test_commands_are_found():
         "make nothing",
         'make train ARGS="--train.stepz=3"',
         "make train COLOUR=red",
-        "python benchmarks/nowhere.py",
+        "python -m benchmarks.nowhere",
     ],
 )
 def test_a_wrong_command_is_found(command):
@@ -139,6 +146,7 @@ def test_paths_that_are_named_exist():
         for path in inside.findall(text):
             seen += 1
             missing += [f"{page}: {path}"] if not (ROOT / "moe_train" / path).exists() else []
+        missing += [f"{page}: {name}" for name in re.findall(r"\bbenchmarks\.\w+", text) if not is_benchmark(name)]
     assert seen > 20
     assert missing == []
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest
+from moe_train.checkpoint.manifest import ADAM_MOMENTS, DamagedCheckpoint, Manifest, read_manifest
 from moe_train.checkpoint.ranges import RangeReader
-from moe_train.checkpoint.sharded_state import STATE_KINDS
 from moe_train.checkpoint.tools import inspection
 from moe_train.checkpoint.verification import verify_checkpoint, verify_surroundings
 from moe_train.config.errors import UsageError
@@ -184,7 +183,7 @@ def test_the_run_folder_is_that_of_a_run_at_step_0(tmp_path: Path) -> None:
     assert manifest.tokenizer == source.tokenizer
     assert manifest.step_control.grad_norms == () and manifest.step_control.skipped_steps == 0
     assert manifest.layout == {"world_size": 1, "expert_parallel_size": 1, "zero_stage": 1}
-    for kind in STATE_KINDS[1:]:
+    for kind in ADAM_MOMENTS:
         assert all(not values.any() for values in weights_of(manifest, kind).values())
     config = validate_config(read_yaml(output / "config.yaml"))
     assert config.train.run_dir == str(output) and config.model.num_kv_heads == 2

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moe_train.config.load import load_config
 from moe_train.config.model import ModelConfig
-from moe_train.config.root import check_world
 from moe_train.model.build import build_model
 from moe_train.model.count import count_parameters
 from moe_train.model.parameters import logical_tensors
 from tests.model.small import random_ids, small_model, tokens_of
+from tests.resolved import resolve_for
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WITHOUT_EXTRA = "an optional extra: pip install -c requirements/constraints.txt '.[hf]'"
@@ -154,7 +154,7 @@ def test_sizes_divide_on_the_cluster_that_the_file_names(name: str) -> None:
     named = re.search(r"(?:(\d+) to )?(\d+) nodes of 8 GPUs", _header(name))
     assert named is not None
     for nodes in {int(number) for number in named.groups() if number is not None}:
-        resolved = check_world(config, nodes * 8, 8)
+        resolved = resolve_for(config, nodes * 8, 8)
         assert resolved.parallel.expert_parallel_size == config.parallel.expert_parallel_size
         assert resolved.train.micro_batch_size == config.train.micro_batch_size
 

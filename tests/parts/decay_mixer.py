@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
+from moe_train.model.cost import Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec, RecurrentState, Tensors
 from moe_train.model.layers import Linear
 from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
@@ -82,6 +83,18 @@ def _check(model: ModelConfig, section: DecayConfig) -> None:
     del model
 
 
+def _cost(spec: MixerSpec) -> MixerCost:
+    width = spec.model.hidden_size
+    return MixerCost(
+        products=(Product(width, width, count=2),),
+        kept=2 * width,
+        kept_fp32=width,
+        handed_up=width,
+        work=2 * width,
+        elementwise=(Elementwise(width, forward=12, backward=20),),
+    )
+
+
 def _shapes(model: ModelConfig, section: Any) -> dict[str, Any]:
     del model, section
     return {}  # hidden_size is the model's own
@@ -89,8 +102,9 @@ def _shapes(model: ModelConfig, section: Any) -> dict[str, Any]:
 
 KIND = MixerKind(
     build=_build,
-    state_numbers=lambda spec, length: spec.model.hidden_size,
+    state_bytes=lambda spec, length, element_bytes: max(4, element_bytes) * spec.model.hidden_size,
     flops=lambda spec, length: 2.0 * spec.model.hidden_size,
+    cost=_cost,
     section=DecayConfig,
     check=_check,
     shapes=_shapes,

@@ -8,16 +8,15 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.plan_check_rank import make_batches, peak_bytes, state_bytes
+from benchmarks.plan_check.memory import make_batches, peak_bytes, state_bytes
 from moe_train.config.load import load_config
-from moe_train.config.root import check_world
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.plan.devices import DEVICES
 from moe_train.plan.layout import Cluster
 from moe_train.plan.planner import Question, make_plan
-from moe_train.train.engine.settings import deepspeed_config
 from tests.plan.cases import SMALL, VOCAB, options
 from tests.ranks import RankPool
+from tests.resolved import resolve_for
 
 CPU = DEVICES["h100"].model_copy(update={"device": "cpu"})
 CASES = [
@@ -46,12 +45,10 @@ def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     from moe_train.train.engine.build import make_engine
 
-    config = check_world(load_config(given, program="test"), world_size, world_size)
-    precision, device = config.train.precision, torch.device("cpu")
-    assert precision != "auto"
+    config, device = resolve_for(load_config(given, program="test"), world_size), torch.device("cpu")
     meter, kinds = TrafficMeter(device), [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
-        engine = make_engine(config, deepspeed_config(config, world_size, precision), device, meter)
+        engine = make_engine(config, device, meter)
         for step in range(2):
             batches = make_batches(config, rank, world_size, step)
             meter.reset()
@@ -116,10 +113,8 @@ def count_zero_bytes(rank: int, world_size: int, given: list[str]) -> dict[str, 
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     from moe_train.train.engine.build import make_engine
 
-    config = check_world(load_config(given, program="test"), world_size, world_size)
-    precision, device = config.train.precision, torch.device("cpu")
-    assert precision != "auto"
-    engine = make_engine(config, deepspeed_config(config, world_size, precision), device, TrafficMeter(device))
+    config, device = resolve_for(load_config(given, program="test"), world_size), torch.device("cpu")
+    engine = make_engine(config, device, TrafficMeter(device))
     for step in range(3):  # stage 3 goes by its record of the first step, and gathers as it will from the third on
         with RingBytes() as counted:
             engine.train_step(make_batches(config, rank, world_size, step), 1e-4)

@@ -6,12 +6,12 @@ import pytest
 import yaml
 
 from moe_train.config.load import dump_yaml, validate_config
-from moe_train.config.root import check_world
 from moe_train.plan.devices import DEVICES
 from moe_train.plan.layout import Cluster
 from moe_train.plan.planner import Question, make_plan
 from moe_train.plan.search import apply_layout, search
 from tests.plan.cases import LARGE, SMALL, config_of
+from tests.resolved import resolve_for
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (4, 8), (2, 4)])
@@ -21,7 +21,7 @@ def test_the_best_is_fast_fits_and_loads(nodes: int, gpus: int) -> None:
     found = search(config, 32000, question)
     chosen = apply_layout(config, found.best[0].layout)
     loaded = validate_config(yaml.safe_load(dump_yaml(chosen)))
-    resolved = check_world(loaded, nodes * gpus, gpus)
+    resolved = resolve_for(loaded, nodes * gpus, gpus)
     assert resolved.train.global_batch_size == 256
     plan, asked = make_plan(loaded, 32000, question), make_plan(config, 32000, question)
     assert plan.fits and plan.step.seconds <= asked.step.seconds

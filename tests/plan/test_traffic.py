@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.expert_parallel_rows import Shape, count_rows, expected_rows
+from benchmarks.expert_parallel.rows import Shape, count_rows, expected_rows
 from moe_train.plan.layout import Ranks
 from moe_train.plan.traffic import Reduction, layer_traffic
 from tests.plan.cases import planned

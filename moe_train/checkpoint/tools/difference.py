@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.checkpoint.ranges import RangeReader
-from moe_train.checkpoint.sharded_state import STATE_KINDS
 from moe_train.checkpoint.tools.inspection import check_sizes, read_chunks
 from moe_train.config.base import field_values
 
@@ -140,7 +139,7 @@ def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> tuple[FieldDiffere
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
     names = ("format_version", "step", "consumed_sequences", "optimizer_step", "loss_scale", "tokenizer", "layout")
-    return {name: getattr(manifest, name) for name in names}
+    return {name: getattr(manifest, name) for name in (*names, "moments")}
 
 
 def _shapes(manifest: Manifest) -> dict[str, list[int]]:
@@ -151,7 +150,7 @@ def _shapes(manifest: Manifest) -> dict[str, list[int]]:
 def _compare_tensors(a: Manifest, b: Manifest, names: Iterable[str]) -> Iterator[TensorDifference]:
     with RangeReader(a) as ours, RangeReader(b) as theirs:
         for name in names:
-            for kind in STATE_KINDS if name in a.shapes else ():
+            for kind in a.state_kinds if name in a.shapes else ():
                 chunks = zip(read_chunks(ours, a, name, kind), read_chunks(theirs, b, name, kind), strict=True)
                 yield _compare(name, kind, chunks)
 

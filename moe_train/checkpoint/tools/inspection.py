@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest, regular_size
 from moe_train.checkpoint.ranges import RangeReader
-from moe_train.checkpoint.sharded_state import STATE_KINDS
 from moe_train.config.errors import UsageError
 
 CHUNK = 1 << 22  # elements per read
@@ -154,7 +153,7 @@ def read_chunks(reader: RangeReader, manifest: Manifest, name: str, kind: str) -
         reader: Reader of the checkpoint.
         manifest: Manifest of the checkpoint.
         name: Name of the logical tensor.
-        kind: One of STATE_KINDS.
+        kind: One of manifest.state_kinds.
     """
     numel = math.prod(manifest.shapes[name])
     for start in range(0, numel, CHUNK):
@@ -169,7 +168,7 @@ def tensor_statistics(manifest: Manifest, name: str) -> list[Statistics]:
         name: Name of the logical tensor.
 
     Returns:
-        Statistics for each of STATE_KINDS.
+        Statistics for each of manifest.state_kinds.
 
     Raises:
         UsageError: If there is no such tensor, or a file cannot be read.
@@ -178,7 +177,7 @@ def tensor_statistics(manifest: Manifest, name: str) -> list[Statistics]:
         raise UsageError(f"--tensor ({name!r}): {manifest.folder} has no such tensor; inspect lists them")
     check_sizes(manifest)
     with RangeReader(manifest) as reader:
-        return [_statistics(kind, read_chunks(reader, manifest, name, kind)) for kind in STATE_KINDS]
+        return [_statistics(kind, read_chunks(reader, manifest, name, kind)) for kind in manifest.state_kinds]
 
 
 def _statistics(kind: str, chunks: Iterator[Tensor]) -> Statistics:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from moe_train.config.model import ModelConfig
+from moe_train.model.cost import Attention, Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec
 from moe_train.model.layers import Linear, RMSNorm
 from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
@@ -17,6 +18,8 @@ from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_b
 from moe_train.model.mixers.visibility import attention_mask
 from moe_train.ops.attention import attend
 from moe_train.ops.rotary import apply_rotary
+
+_ROTARY_BYTES = 36, 40  # read and written for an element, forward and backward
 
 
 class AttentionMixer(Mixer):
@@ -118,7 +121,7 @@ def _build(spec: MixerSpec) -> AttentionMixer:
     )
 
 
-def _state_numbers(spec: MixerSpec, length: int) -> int:
+def _state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
     model = spec.model
     return kv_cache_bytes(
         batch_size=1,
@@ -126,7 +129,7 @@ def _state_numbers(spec: MixerSpec, length: int) -> int:
         num_owner_layers=int(spec.layer in model.kv_owner_layers),
         num_kv_heads=model.attention_kv_heads,
         head_dim=model.attention_head_dim,
-        bytes_per_element=1,
+        bytes_per_element=element_bytes,
         window=model.sliding_window,
     )
 
@@ -151,4 +154,25 @@ def _shapes(model: ModelConfig, section: Any) -> dict[str, Any]:
     }
 
 
-ATTENTION = MixerKind(_build, _state_numbers, _flops, shapes=_shapes)
+def _cost(spec: MixerSpec) -> MixerCost:
+    model = spec.model
+    queries, keys = model.num_heads * model.attention_head_dim, model.attention_kv_heads * model.attention_head_dim
+    products = [Product(model.hidden_size, queries), Product(queries, model.hidden_size)]
+    owns_key_value = spec.layer in model.kv_owner_layers
+    rotated = queries + (keys if owns_key_value else 0)
+    if owns_key_value:
+        products.append(Product(model.hidden_size, keys, count=2))
+    return MixerCost(
+        products=tuple(products),
+        # The input, queries, keys, values, the heads' outputs, and their copy in token order.
+        kept=model.hidden_size + 3 * queries + 2 * keys,
+        kept_fp32=model.num_heads,  # logsumexp
+        normed=rotated if model.qk_norm != "none" else 0,
+        handed_up=2 * keys if owns_key_value else 0,
+        work=3 * queries,
+        elementwise=(Elementwise(rotated, *_ROTARY_BYTES),),
+        attention=Attention(model.num_heads, model.attention_head_dim, model.sliding_window),
+    )
+
+
+ATTENTION = MixerKind(_build, _state_bytes, _flops, _cost, shapes=_shapes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_train.config.base import Section
 from moe_train.config.model import ModelConfig
+from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
 from moe_train.model.token_index import TokenIndex
 from moe_train.ops.rotary import rotary_angles
@@ -92,9 +93,11 @@ class MixerKind:
 
     Attributes:
         build: Makes the mixer of a layer.
-        state_numbers: Numbers that a sequence's decode state has in a layer, by its spec and the tokens so far.
+        state_bytes: Bytes of a sequence's decode state in a layer, by its spec, the tokens so far and the bytes of an
+            element of the model.
         flops: Operations of a token's forward pass in a layer beside its matrices of parameters, by its spec and the
             sequence length.
+        cost: What a layer takes beside that, by its spec, for the planner.
         section: Settings of its own, written under model.NAME; None: it has none.
         check: Refuses settings that cannot work: raises UsageError naming fields and values.
         shapes: Settings that give a checkpoint's weights their meaning, by field name: it cannot be resumed with
@@ -102,8 +105,9 @@ class MixerKind:
     """
 
     build: Callable[[MixerSpec], Mixer]
-    state_numbers: Callable[[MixerSpec, int], int]
+    state_bytes: Callable[[MixerSpec, int, int], int]
     flops: Callable[[MixerSpec, int], float]
+    cost: Callable[[MixerSpec], MixerCost]
     section: type[Section] | None = None
     check: Callable[[ModelConfig, Any], None] = lambda model, section: None
     shapes: Callable[[ModelConfig, Any], dict[str, Any]] = lambda model, section: {}

@@ -1,10 +1,8 @@
 """From a configuration to a model under DeepSpeed, in this rank's part."""
 
-from typing import Any
-
 import torch
 
-from moe_train.config.root import Config
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.collectives import world_group
 from moe_train.distributed.flight_recorder import FlightRecorder
 from moe_train.distributed.mesh import create_mesh
@@ -16,38 +14,37 @@ from moe_train.model.moe.balance.build import make_balance_terms, make_bias_rule
 from moe_train.model.parameters import materialize
 from moe_train.model.transformer import TrainingObjective
 from moe_train.train.engine.engine import TrainEngine
+from moe_train.train.engine.settings import deepspeed_settings
 
 
 def make_engine(
-    config: Config,
-    settings: dict[str, Any],
+    config: ResolvedConfig,
     device: torch.device,
     meter: TrafficMeter | None = None,
     flight_recorder: FlightRecorder | None = None,
 ) -> TrainEngine:
-    """The model of this rank under DeepSpeed.
+    """Build the model of this rank under DeepSpeed.
 
     Args:
-        config: Every size resolved.
-        settings: DeepSpeed's configuration.
-        device: Of this rank.
+        config: The resolved configuration.
+        device: The device of this rank.
         meter: Told what all-to-alls cost; None: nobody asks.
         flight_recorder: Told which part of a step and which all-to-all this process is in; None: nobody asks.
 
+    Raises:
+        UsageError: If an addition for DeepSpeed contradicts a field.
+
     Collective: All ranks.
     """
-    size, model = config.parallel.expert_parallel_size, config.model
-    assert isinstance(size, int) and model.vocab_size is not None and config.train.precision != "auto"
-    parallel = config.parallel
-    assert isinstance(parallel.chunks, int)
-    mesh = create_mesh(size, parallel.timeout_seconds, parallel.node_size)
+    model, parallel = config.model, config.parallel
+    mesh = create_mesh(parallel.expert_parallel_size, parallel.timeout_seconds, parallel.node_size)
     transformer = build_model(
         model,
         model.vocab_size,
         seed=config.train.seed,
         placement=ExpertPlacement(
             mesh.expert.rank,
-            size,
+            parallel.expert_parallel_size,
             mesh.dispatch_groups,
             parallel.dispatch,
             parallel.chunks,
@@ -62,4 +59,4 @@ def make_engine(
     if config.train.compile:
         compile_dense_parts(transformer)
     objective = TrainingObjective(transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe))
-    return TrainEngine(objective, mesh, config.optim, settings, flight_recorder)
+    return TrainEngine(objective, mesh, config.optim, deepspeed_settings(config), flight_recorder)

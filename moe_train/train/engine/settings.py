@@ -4,6 +4,7 @@ from typing import Any
 
 from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.config.root import Config
 
 # DeepSpeed's keys that fields of ours decide; ours are the only door to them.
@@ -26,13 +27,11 @@ _REFUSED_SECTIONS = {
 }
 
 
-def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[str, Any]:
+def deepspeed_settings(config: ResolvedConfig) -> dict[str, Any]:
     """What DeepSpeed is told.
 
     Args:
-        config: Checked against the world: global_batch_size is a number.
-        world_size: Ranks of the run.
-        precision: bf16, fp16 or fp32 (auto resolved).
+        config: The resolved configuration.
 
     Returns:
         DeepSpeed's configuration.
@@ -40,13 +39,11 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
     Raises:
         UsageError: If an addition contradicts a field.
     """
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    assert batch is not None and micro != "auto"
-    accumulation = batch // (micro * world_size)
+    precision = config.train.precision
     ours: dict[str, Any] = {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
@@ -54,7 +51,7 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if precision != "fp32" and accumulation > 1:
+    if precision != "fp32" and config.accumulation > 1:
         # Micro-batches are added up in fp32: bf16 has 8 bits, and the sum would lose the smaller gradients.
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     check_additions(config, ours)

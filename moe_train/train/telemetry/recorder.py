@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from moe_train.config.root import Config
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole, StepLine
@@ -76,7 +76,7 @@ class StepRecorder:
 
     def __init__(
         self,
-        config: Config,
+        config: ResolvedConfig,
         plan: BatchPlan,
         console: RunConsole,
         meter: TrafficMeter | None,
@@ -87,7 +87,7 @@ class StepRecorder:
         """Begin with nothing.
 
         Args:
-            config: Every size resolved.
+            config: The resolved configuration.
             plan: Sizes of a batch and this rank's place.
             console: What one sees.
             meter: What the model's all-to-alls cost; None where nobody asks for the experts.

@@ -179,8 +179,10 @@ def test_state_bytes_are_those_that_the_kinds_say(changes):
     model = small_model(config)
     for length in (LENGTH, 3 * LENGTH):
         found = (mixer_of(config, layer) for layer in range(config.num_layers))
-        numbers = sum(kind.state_numbers(spec, length) for kind, spec in found)
-        assert model.new_cache(2, length).nbytes == 2 * numbers * 8  # fp64
+        element = 8  # fp64
+        assert model.new_cache(2, length).nbytes == 2 * sum(
+            kind.state_bytes(spec, length, element) for kind, spec in found
+        )
 
 
 def test_a_mixer_that_remembers_nothing_has_no_state():

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moe_train.config.load import validate_config
-from moe_train.config.root import check_world
 from moe_train.distributed.mesh import MeshGroup, ParallelMesh
 from moe_train.model.build import ExpertPlacement
 from moe_train.train.engine import build
+from tests.resolved import resolve_for
 
 
 class Built(Exception):
@@ -30,8 +30,8 @@ def test_how_tokens_travel(monkeypatch):
     monkeypatch.setattr(build, "build_model", build_model)
     parallel = {"dispatch": "two_level", "expert_parallel_size": 4, "chunks": 3, "payload": "fp8"}
     sections = {"parallel": parallel, "train": {"run_dir": "r", "precision": "fp32"}, "model": {"vocab_size": 64}}
-    config = check_world(validate_config(sections), 4, 2)
+    config = resolve_for(validate_config(sections), 4, 2)
     with pytest.raises(Built) as built:
-        build.make_engine(config, {}, torch.device("cpu"))
+        build.make_engine(config, torch.device("cpu"))
     assert asked == [(4, 2)]
     assert built.value.args == (ExpertPlacement(1, 4, ("across", "within"), "two_level", 3, "fp8"),)

@@ -4,17 +4,23 @@ import pytest
 
 from moe_train.config.errors import UsageError
 from moe_train.config.load import validate_config
-from moe_train.config.root import check_world
-from moe_train.train.engine.settings import check_additions, deepspeed_config
+from moe_train.train.engine.settings import check_additions, deepspeed_settings
+from tests.resolved import resolve_for
 
 
-def make(world=1, additions=None, **sections):
-    sections["train"] = {"run_dir": "r", "micro_batch_size": 2, "global_batch_size": 8, **sections.get("train", {})}
-    return check_world(validate_config({**sections, "deepspeed": additions or {}}), world, world)
+def make(world=1, precision="fp32", additions=None, **sections):
+    sections["train"] = {
+        "run_dir": "r",
+        "precision": precision,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        **sections.get("train", {}),
+    }
+    return resolve_for(validate_config({**sections, "deepspeed": additions or {}}), world, device="cuda")
 
 
 def test_fields_become_deepspeeds_keys():
-    settings = deepspeed_config(make(2, parallel={"zero_stage": 2}, optim={"max_grad_norm": 0.5}), 2, "bf16")
+    settings = deepspeed_settings(make(2, "bf16", parallel={"zero_stage": 2}, optim={"max_grad_norm": 0.5}))
     assert settings["train_batch_size"] == 8
     assert settings["train_micro_batch_size_per_gpu"] == 2
     assert settings["gradient_accumulation_steps"] == 2
@@ -29,7 +35,7 @@ def test_fields_become_deepspeeds_keys():
     [("bf16", 2, "fp32"), ("fp16", 2, "fp32"), ("bf16", 4, None), ("fp32", 2, None)],
 )
 def test_micro_batches_add_up_in_fp32(precision, world, expected):
-    settings = deepspeed_config(make(world), world, precision)
+    settings = deepspeed_settings(make(world, precision))
     assert settings.get("data_types", {}).get("grad_accum_dtype") == expected
     assert settings["fp16"]["enabled"] == (precision == "fp16")
     assert settings["bf16"]["enabled"] == (precision == "bf16")
@@ -41,8 +47,8 @@ def test_additions_are_merged_in():
         "communication_data_type": "fp32",
         "fp16": {"initial_scale_power": 4},
     }
-    config = make(additions=additions)
-    settings = deepspeed_config(config, 1, "fp16")
+    config = make(precision="fp16", additions=additions)
+    settings = deepspeed_settings(config)
     assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 1000}
     assert settings["communication_data_type"] == "fp32"
     assert settings["fp16"] == {"enabled": True, "initial_scale_power": 4}
@@ -51,7 +57,7 @@ def test_additions_are_merged_in():
 
 def test_additions_that_agree_are_taken():
     additions = {"train_batch_size": 8, "zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}
-    assert deepspeed_config(make(additions=additions), 1, "fp32")["train_batch_size"] == 8
+    assert deepspeed_settings(make(additions=additions))["train_batch_size"] == 8
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_additions_that_agree_are_taken():
 )
 def test_additions_that_contradict_a_field(additions, words):
     with pytest.raises(UsageError) as error:
-        deepspeed_config(make(additions=additions), 1, "fp32")
+        deepspeed_settings(make(additions=additions))
     for word in words:
         assert word in str(error.value)
 

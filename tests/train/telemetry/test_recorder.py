@@ -188,7 +188,7 @@ def recorded(tmp_path: Path) -> tuple[StepRecorder, Path]:
         }
     )
     watch = LoadAlarms((1, 3), Bounds(dead_after_steps=4, max_violation=9, entropy=0.0, after_steps=9))
-    writer = MetricsWriter(tmp_path, 0, use_tensorboard=False, say=print)
+    writer = MetricsWriter(tmp_path, 0, {}, say=print)
     plan = BatchPlan(2, 4, 0, 1)
     return StepRecorder(config, plan, RunConsole(None), TrafficMeter(CPU), writer, watch), tmp_path
 

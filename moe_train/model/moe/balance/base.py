@@ -72,6 +72,7 @@ class BalanceKind:
         term: Makes the loss term; None: it is a rule.
         rule: Makes the rule; None: it is a loss term.
         sums: Names of the optional routing sums that it needs (`routers.base.OPTIONAL_SUMS`).
+        reduces: Whether it adds up sums over all ranks in every micro-batch.
         section: Settings of its own, written under model.moe.balance.NAME; None: its settings are fields of model.moe.
     """
 
@@ -80,4 +81,5 @@ class BalanceKind:
     term: Callable[[MoEConfig, Any], BalanceTerm] | None = None
     rule: Callable[[MoEConfig, Any], BiasRule] | None = None
     sums: Callable[[MoEConfig, Any], frozenset[str]] = lambda moe, section: frozenset()
+    reduces: Callable[[MoEConfig, Any], bool] = lambda moe, section: False
     section: type[Section] | None = None

@@ -73,9 +73,11 @@ IMPORTANCE_CV2 = BalanceKind(
     weight=lambda moe, section: moe.importance_cv2_coef,
     field="importance_cv2_coef",
     term=lambda moe, section: ImportanceCV2(moe.importance_cv2_coef, is_global=moe.balance_scope == "global"),
+    reduces=lambda moe, section: moe.balance_scope == "global",
 )
 LOAD_CV2 = BalanceKind(
     weight=lambda moe, section: moe.load_cv2_coef,
     field="load_cv2_coef",
     term=lambda moe, section: LoadCV2(moe.load_cv2_coef, is_global=moe.balance_scope == "global"),
+    reduces=lambda moe, section: moe.balance_scope == "global",
 )

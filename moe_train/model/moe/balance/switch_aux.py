@@ -60,4 +60,5 @@ SWITCH_AUX = BalanceKind(
     field="switch_aux_coef",
     term=lambda moe, section: SwitchAux(moe.switch_aux_coef, moe.switch_scope),
     sums=lambda moe, section: frozenset({"sequence_balance" if moe.switch_scope == "sequence" else "probability"}),
+    reduces=lambda moe, section: moe.switch_scope == "global",
 )

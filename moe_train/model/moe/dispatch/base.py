@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_train.distributed.collectives import Group
 from moe_train.distributed.observer import UNOBSERVED, CommObserver
+from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.steps import Assignments, Routing
 from moe_train.ops.payload import MODEL_PAYLOAD, Payload
 from moe_train.ops.permute import sort_assignments
@@ -106,10 +107,14 @@ class DispatcherKind:
 
     Attributes:
         build: Makes the dispatcher of a layer.
+        hops: What it sends, hop after hop, for the planner.
+        merges_rows: Whether a token's assignments on one rank share a row: pointless where a token has one expert.
         leaves_nodes_once: Whether it takes rows across nodes first and then within a node: with groups of both kinds.
     """
 
     build: Callable[[DispatchSpec], Dispatcher]
+    hops: Callable[[DispatchSizes], tuple[Hop, ...]]
+    merges_rows: bool = False
     leaves_nodes_once: bool = False
 
 

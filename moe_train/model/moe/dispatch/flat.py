@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_train.distributed.all_to_all import PendingRows, Splits, start_counts, start_rows
 from moe_train.distributed.collectives import group_size
+from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.dispatch.base import (
     Dispatched,
     DispatcherKind,
@@ -113,4 +114,9 @@ class FlatDispatcher:
         return PendingCombine(chunk, rows)
 
 
-FLAT = DispatcherKind(FlatDispatcher)
+def _hops(sizes: DispatchSizes) -> tuple[Hop, ...]:
+    rows = sizes.assignments / sizes.num_ranks
+    return (Hop(sizes.num_ranks, rows, rows * 4, 1 + sizes.num_experts // sizes.num_ranks),)  # gates are fp32
+
+
+FLAT = DispatcherKind(FlatDispatcher, _hops)

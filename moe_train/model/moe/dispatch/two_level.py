@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_train.distributed.collectives import group_size
+from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.dispatch.base import Dispatched, Dispatcher, DispatcherKind, DispatchSpec
 from moe_train.model.moe.dispatch.unique import (
+    ROUTING_BYTES,
     Chunk,
     PendingStage,
     PendingStageBack,
     Stage,
     UniqueDispatcher,
     destinations,
+    hops,
     plan_stages,
 )
 from moe_train.model.moe.steps import Routing
@@ -74,4 +77,17 @@ def _build(spec: DispatchSpec) -> Dispatcher:
     return TwoLevelDispatcher(spec) if len(spec.groups) > 1 else UniqueDispatcher(spec)
 
 
-TWO_LEVEL = DispatcherKind(_build, leaves_nodes_once=True)
+def _hops(sizes: DispatchSizes) -> tuple[Hop, ...]:
+    inside = sizes.node_size
+    if inside is None:
+        return hops(sizes)
+    nodes, behind = sizes.num_ranks // inside, sizes.num_experts // sizes.num_ranks
+    to_node = sizes.tokens * sizes.share_reached(sizes.num_experts // nodes)
+    to_rank = sizes.tokens * nodes * sizes.share_reached(behind)
+    return (
+        Hop(nodes, to_node, sizes.assignments / nodes * ROUTING_BYTES, 1 + inside + sizes.num_experts // nodes),
+        Hop(inside, to_rank, sizes.assignments / inside * ROUTING_BYTES, 1 + behind),
+    )
+
+
+TWO_LEVEL = DispatcherKind(_build, _hops, merges_rows=True, leaves_nodes_once=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_train.distributed.all_to_all import PendingRows, Splits, start_rows
 from moe_train.distributed.collectives import Group, group_size
+from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.dispatch.base import (
     Dispatched,
     DispatcherKind,
@@ -233,4 +234,14 @@ def _order_by_expert(received_Px: Tensor, num_assignments: int) -> Tensor:
     return torch.argsort(expert_R, stable=True)
 
 
-UNIQUE = DispatcherKind(UniqueDispatcher)
+ROUTING_BYTES = 8  # of an assignment: its gate, fp32, and its token's place, int32
+
+
+def hops(sizes: DispatchSizes) -> tuple[Hop, ...]:
+    """What is sent: one hop."""
+    behind = sizes.num_experts // sizes.num_ranks
+    rows = sizes.tokens * sizes.share_reached(behind)
+    return (Hop(sizes.num_ranks, rows, sizes.assignments / sizes.num_ranks * ROUTING_BYTES, 1 + behind),)
+
+
+UNIQUE = DispatcherKind(UniqueDispatcher, hops, merges_rows=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_train.config.base import Section
 from moe_train.config.model import ModelConfig
 from moe_train.config.moe import MoEConfig
+from moe_train.model.cost import RouterCost
 from moe_train.model.moe.steps import Routing, RoutingSums
 from moe_train.model.parameters import Constant, InitialValue
 from moe_train.ops.keyed_random import combine, make_key, uniform
@@ -145,12 +146,14 @@ class RouterKind:
 
     Attributes:
         build: Makes the router of a layer.
+        cost: What it costs, for the planner.
         has_smooth_load: Whether its load has a gradient (`Choice.load_E`), which the CV^2 loss of the load needs.
         section: Settings of its own, written under model.moe.NAME; None: its settings are fields of model.moe.
         check: Refuses settings that cannot work: raises UsageError naming fields and values.
     """
 
     build: Callable[[RouterSpec], Router]
+    cost: RouterCost
     has_smooth_load: bool = False
     section: type[Section] | None = None
     check: Callable[[MoEConfig, Any], None] = lambda moe, section: None

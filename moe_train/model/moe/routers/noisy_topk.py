@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.model.cost import RouterCost
 from moe_train.model.layers import WideLinear
 from moe_train.model.moe.routers.base import (
     PLAIN,
@@ -90,4 +91,4 @@ def _build(spec: RouterSpec) -> NoisyTopKRouter:
     return NoisyTopKRouter(*sizes, moe.noise_epsilon, moe.gates_sum_to_one, layer_key=key, options=spec.options)
 
 
-NOISY_TOPK = RouterKind(_build, has_smooth_load=True)
+NOISY_TOPK = RouterKind(_build, RouterCost(products=2, kept=9, forward=120, backward=40), has_smooth_load=True)

@@ -7,6 +7,7 @@ Legend: T tokens, D hidden_size, E experts, K top_k, G groups.
 import torch
 from torch import Tensor
 
+from moe_train.model.cost import RouterCost
 from moe_train.model.layers import WideLinear
 from moe_train.model.moe.routers.base import (
     PLAIN,
@@ -91,4 +92,4 @@ def _build(spec: RouterSpec) -> SigmoidTopKRouter:
     )
 
 
-SIGMOID_TOPK = RouterKind(_build)
+SIGMOID_TOPK = RouterKind(_build, RouterCost(products=1, kept=4, forward=50, backward=20))

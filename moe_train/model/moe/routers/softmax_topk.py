@@ -7,6 +7,7 @@ Legend: T tokens, D hidden_size, E experts, K top_k.
 
 from torch import Tensor
 
+from moe_train.model.cost import RouterCost
 from moe_train.model.layers import WideLinear
 from moe_train.model.moe.routers.base import (
     PLAIN,
@@ -51,4 +52,4 @@ def _build(spec: RouterSpec) -> SoftmaxTopKRouter:
     return SoftmaxTopKRouter(*sizes, moe.gates_sum_to_one, spec.model.init_std, spec.options)
 
 
-SOFTMAX_TOPK = RouterKind(_build)
+SOFTMAX_TOPK = RouterKind(_build, RouterCost(products=1, kept=4, forward=50, backward=20))

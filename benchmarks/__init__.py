@@ -1,0 +1,18 @@
+"""Benchmarks of moe_train: `python -m benchmarks.NAME --help`, from the root of the repository.
+
+balance          routing with and without balance losses (Shazeer et al. 2017, Table 6, scaled down)
+checkpoint       saving and loading beside plain copies of the same bytes
+expert_parallel  bytes and time of each dispatch over several ranks
+kills            a run that is killed again and again, against one that never is
+kv_cache         cache size and decoding speed when fewer layers and heads own keys and values
+layout_matrix    every layout's checkpoint loaded in every layout
+moe_layer        one MoE layer beside DeepSpeed's, Hugging Face's and a dense bound
+pictures         the README's pictures of TensorBoard
+plan_check       `moe-train plan` against real runs
+scaling          time over experts, tokens and layers
+telemetry        what recording expert load costs
+train            the whole trainer beside Hugging Face's Mixtral
+
+Each folder holds run.py (options, entry), rows.py (what is measured) and report.py (what is shown). A small benchmark
+is run.py alone. runner/ holds what they share, results/ what they wrote, NOTES.md what was learned.
+"""

@@ -1,0 +1,119 @@
+"""A rank of the plan_check benchmark: a few real steps under DeepSpeed, with every byte that torch allocates counted.
+
+    python -m benchmarks.plan_check.memory FOLDER STEPS [options of moe-train train]
+
+The engine, the model and the steps are the trainer's; tokens are random. torch.profiler reports every allocation of the
+CPU's allocator, so that the most bytes at one time are what torch.cuda.max_memory_allocated would be on a GPU. Each
+rank writes what it found to FOLDER/RANK.json.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._profiler import _EventType
+
+from benchmarks.runner.resolved import resolve_for
+from moe_train.config.load import load_config
+from moe_train.config.resolve import ResolvedConfig
+from moe_train.distributed.bootstrap import discover_world, init_process_group
+from moe_train.distributed.collectives import barrier
+from moe_train.distributed.traffic import TrafficMeter
+from moe_train.model.transformer import Tokens
+from moe_train.train.engine.build import make_engine
+from moe_train.train.engine.engine import TrainEngine
+
+_STEP = "plan_check/step"
+_LEARNING_RATE = 1e-4
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure; each rank writes RANK.json into the folder. Collective: all ranks.
+
+    Args:
+        arguments: Folder, number of steps, and options of `moe-train train`.
+    """
+    folder, num_steps = Path(arguments[0]), int(arguments[1])
+    world = discover_world()
+    config = load_config(arguments[2:], program="benchmarks.plan_check")
+    config = resolve_for(config, world)
+    device = torch.device("cpu")
+    torch.set_num_threads(1)
+    init_process_group(world, device, config.parallel.timeout_seconds)
+    meter = TrafficMeter(device)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
+        engine = make_engine(config, device, meter)
+        for step in range(num_steps):
+            batches = make_batches(config, world.rank, world.world_size, step)
+            meter.reset()
+            with meter.counting(), torch.profiler.record_function(_STEP):
+                engine.train_step(batches, _LEARNING_RATE)
+    found = {"states": state_bytes(engine), "peak": peak_bytes(profile), "all_to_all": meter.read().num_bytes}
+    (folder / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    barrier()
+    return 0
+
+
+def make_batches(config: ResolvedConfig, rank: int, world_size: int, step: int) -> list[tuple[Tokens, torch.Tensor]]:
+    """Draw random tokens of this rank for one step."""
+    micro, length = config.train.micro_batch_size, config.train.sequence_length
+    draws, found = torch.Generator().manual_seed(1000 * step + rank), []
+    for number in range(config.accumulation):
+        ids = torch.randint(0, config.model.vocab_size, (micro, length + 1), generator=draws)
+        sequences_B = torch.arange(micro) + micro * (rank + world_size * number)
+        found.append((Tokens(ids[:, :-1].contiguous(), sequences_B, step), ids[:, 1:].contiguous()))
+    return found
+
+
+def state_bytes(engine: TrainEngine) -> int:
+    """Bytes of the storages that hold working weights, fp32 master weights and moments of this rank."""
+    zero: Any = engine._zero
+    parameters = list(engine.model.parameters())
+    if hasattr(parameters[0], "ds_tensor"):  # ZeRO 3
+        weights = [parameter.ds_tensor for parameter in parameters] + [parameter.data for parameter in parameters]
+        masters = list(zero.fp32_partitioned_groups_flat)
+    else:
+        weights, masters = list(zero.bit16_groups_flat), list(zero.single_partition_of_fp32_groups)
+    states = [value for state in zero.optimizer.state.values() for value in state.values()]
+    tensors = [tensor for tensor in [*weights, *masters, *states] if torch.is_tensor(tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # many are views of one
+
+
+def peak_bytes(profile: Any) -> int:
+    """Most bytes at one time in any step but the first, in which the optimizer's states are made.
+
+    What gloo's threads free is not reported (torch 2.13): such a block is taken to be free when its address is given
+    out again.
+    """
+    results = profile.profiler.kineto_results
+    steps = sorted((event.start_ns(), event.end_ns()) for event in results.events() if event.name() == _STEP)[1:]
+    live: dict[int, int] = {}
+    held = most = 0
+    for when, address, size in sorted(_allocations(results.experimental_event_tree())):
+        if size > 0:
+            held += size - live.get(address, 0)
+            live[address] = size
+        else:
+            held -= live.pop(address, 0)
+        if any(begin <= when <= end for begin, end in steps):
+            most = max(most, held)
+    return most
+
+
+def _allocations(events: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """Allocations in a tree of events: when, address, bytes; negative bytes where it is freed."""
+    left = list(events)
+    while left:
+        event = left.pop()
+        left.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,262 @@
+"""Resolution of a configuration: every "auto" and None of a size becomes a number, once, for all who use it.
+
+Behind it a field is what its type says: training, evaluation, doctor, planner and parity read numbers.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pydantic import Field, PositiveInt
+
+from moe_train.config.errors import UsageError
+from moe_train.config.model import ModelConfig
+from moe_train.config.parts import Kinds
+from moe_train.config.root import Config
+from moe_train.config.run import ParallelConfig, TrainConfig
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+MOST_CHUNKS = 4  # parallel.chunks auto: of n chunks, 1/n of the traffic is not hidden
+# parallel.chunks auto: with fewer rows, of all experts or of one, a chunk's own work costs more than it hides.
+ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT = 16384, 256
+AUTO_MICRO_BATCH = 8  # sequences; most of what one rank takes at once under train.micro_batch_size auto
+
+
+class WorldSize(Protocol):
+    """Numbers of ranks."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+
+    @property
+    def local_world_size(self) -> int:
+        """Ranks of this node."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Numbers of ranks that are not started (yet).
+
+    Attributes:
+        world_size: Ranks of the run.
+        local_world_size: Ranks of a node.
+    """
+
+    world_size: int
+    local_world_size: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration depends on of a rank's device.
+
+    Attributes:
+        type: cpu or cuda.
+        has_bf16: Whether it multiplies matrices in bf16.
+    """
+
+    type: str
+    has_bf16: bool
+
+
+class ResolvedModel(ModelConfig):
+    """The model section with its vocabulary."""
+
+    vocab_size: PositiveInt
+    """Rows of the embedding."""
+
+
+class ResolvedParallel(ParallelConfig):
+    """The parallel section with its sizes."""
+
+    expert_parallel_size: PositiveInt
+    """Ranks that share the experts of a layer."""
+    chunks: PositiveInt
+    """Parts of a micro-batch's tokens."""
+    node_size: int | None = Field(exclude=True)
+    """Ranks of a node, where rows pass nodes first; None: they don't."""
+
+
+class ResolvedTrain(TrainConfig):
+    """The train section with its sizes."""
+
+    micro_batch_size: PositiveInt
+    """Sequences of one rank in one forward and backward pass."""
+    global_batch_size: PositiveInt
+    """Sequences of one optimizer step over all ranks."""
+    precision: Precision
+    """Arithmetic of the model."""
+
+
+class ResolvedConfig(Config):
+    """A configuration in which every size is a number."""
+
+    model: ResolvedModel
+    """The model."""
+    parallel: ResolvedParallel
+    """How the model is spread over ranks."""
+    train: ResolvedTrain
+    """The loop."""
+    world_size: int = Field(exclude=True)
+    """Ranks of the run."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one rank in one optimizer step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.world_size)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that depend on the world and the device; see the fields of `ResolvedConfig`."""
+
+    expert_parallel_size: int
+    ranks_per_node: int | Literal["auto"]
+    node_size: int | None
+    chunks: int
+    micro_batch_size: int
+    global_batch_size: int
+    precision: Precision
+
+    def updates(self) -> dict[str, dict[str, Any]]:
+        """The sizes by section, as the configuration has them."""
+        return {
+            "parallel": {
+                "expert_parallel_size": self.expert_parallel_size,
+                "ranks_per_node": self.ranks_per_node,
+                "chunks": self.chunks,
+            },
+            "train": {
+                "micro_batch_size": self.micro_batch_size,
+                "global_batch_size": self.global_batch_size,
+                "precision": self.precision,
+            },
+        }
+
+
+def resolve(config: Config, world: WorldSize, device: Device, vocab_size: int, kinds: Kinds) -> ResolvedConfig:
+    """Resolve a configuration.
+
+    Args:
+        config: As loaded.
+        world: Numbers of ranks.
+        device: What matters of a rank's device; all ranks' devices are alike.
+        vocab_size: Tokens of the tokenizer.
+        kinds: The parts that the configuration names, from `load_kinds`.
+
+    Raises:
+        UsageError: If sizes do not divide, or a part refuses its settings.
+    """
+    sizes = resolve_sizes(config, world, device, kinds)
+    given = config.model.vocab_size
+    if given is not None and given < vocab_size:
+        raise UsageError(f"model.vocab_size ({given}) is smaller than the tokenizer's vocabulary ({vocab_size})")
+    values = config.model_dump()
+    for section, fields in sizes.updates().items():
+        values[section] |= fields
+    values["parallel"]["node_size"] = sizes.node_size
+    values["model"]["vocab_size"] = given if given is not None else vocab_size
+    return ResolvedConfig.model_validate(values | {"world_size": world.world_size})
+
+
+def resolve_sizes(config: Config, world: WorldSize, device: Device, kinds: Kinds) -> Sizes:
+    """Resolve the sizes that need no tokenizer, and check all that can be checked by now.
+
+    Args:
+        config: As loaded.
+        world: Numbers of ranks.
+        device: What matters of a rank's device.
+        kinds: The parts that the configuration names.
+
+    Raises:
+        UsageError: If sizes do not divide, or a part refuses its settings.
+    """
+    kinds.check(config)
+    precision = choose_precision(config.train.precision, device)
+    if config.parallel.payload == "bf16" and precision != "fp32":
+        raise UsageError(
+            f"parallel.payload (bf16) has no effect with train.precision ({precision}), whose rows have 16 bits too"
+        )
+    size = config.parallel.expert_parallel_size
+    passes_nodes = kinds.dispatcher.leaves_nodes_once
+    if size == "auto":
+        size = _largest_expert_parallel_size(config, world, passes_nodes)
+    if world.world_size % size:
+        raise UsageError(f"world size ({world.world_size}) must be divisible by parallel.expert_parallel_size ({size})")
+    micro, batch = _batch_sizes(config, world.world_size)
+    per_node, node_size = config.parallel.ranks_per_node, None
+    if passes_nodes:
+        per_node = world.local_world_size if per_node == "auto" else per_node
+        if size > per_node:
+            node_size = per_node
+            if size % per_node:
+                raise UsageError(
+                    f"parallel.expert_parallel_size ({size}) must be a multiple of parallel.ranks_per_node "
+                    f"({per_node}) for parallel.dispatch {config.parallel.dispatch}"
+                )
+    elif per_node != "auto":
+        raise UsageError(
+            f"parallel: ranks_per_node ({per_node}) has no effect with dispatch {config.parallel.dispatch!r}: it is "
+            "for two_level"
+        )
+    chunks = config.parallel.chunks
+    if chunks == "auto":
+        chunks = _number_of_chunks(config, size, micro * config.train.sequence_length)
+    return Sizes(size, per_node, node_size, chunks, micro, batch, precision)
+
+
+def choose_precision(setting: Precision | Literal["auto"], device: Device) -> Precision:
+    """The precision of a setting of train.precision; auto: bf16 where the device has it, else fp32.
+
+    Raises:
+        UsageError: If the device cannot train in it.
+    """
+    if setting == "fp16" and device.type == "cpu":
+        raise UsageError("train.precision (fp16) needs parallel.device cuda: on a CPU it is bf16 or fp32")
+    return setting if setting != "auto" else ("bf16" if device.has_bf16 else "fp32")
+
+
+def _batch_sizes(config: Config, world_size: int) -> tuple[int, int]:
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    if batch is None:
+        assert micro != "auto", "the train section needs global_batch_size with it"
+        return micro, micro * world_size
+    if micro == "auto":
+        if batch % world_size:
+            raise UsageError(f"train.global_batch_size ({batch}) must be divisible by the ranks ({world_size})")
+        share = batch // world_size
+        return max(size for size in range(1, AUTO_MICRO_BATCH + 1) if share % size == 0), batch
+    if batch % (micro * world_size):
+        raise UsageError(
+            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size x ranks "
+            f"({micro} x {world_size} = {micro * world_size})"
+        )
+    return micro, batch
+
+
+def _number_of_chunks(config: Config, size: int, tokens: int) -> int:
+    """As many chunks as leave each enough to do, and no more than hide most of the traffic.
+
+    Args:
+        config: As loaded.
+        size: Ranks that share the experts.
+        tokens: Tokens of a micro-batch.
+    """
+    if size == 1:
+        return 1
+    rows = tokens * config.model.moe.top_k
+    least = max(ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT * config.model.moe.num_experts // size)
+    return max(1, min(MOST_CHUNKS, rows // least))
+
+
+def _largest_expert_parallel_size(config: Config, world: WorldSize, passes_nodes: bool) -> int:
+    if not config.model.moe_layer_indices:
+        return 1
+    experts = config.model.moe.num_experts
+    sizes = [size for size in range(1, world.world_size + 1) if experts % size == world.world_size % size == 0]
+    if passes_nodes:  # its purpose is to leave the node
+        per_node = config.parallel.ranks_per_node
+        node = world.local_world_size if per_node == "auto" else per_node
+        return max(size for size in sizes if size % node == 0 or node % size == 0)
+    return max(size for size in sizes if world.local_world_size % size == 0)

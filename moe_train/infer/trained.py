@@ -1,0 +1,184 @@
+"""A trained model to use: from a run's folder to the weights on this rank, in whatever layout it runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moe_train.checkpoint.files import verify_files
+from moe_train.checkpoint.inventory import find_checkpoint_folder
+from moe_train.checkpoint.manifest import Manifest, read_manifest
+from moe_train.config.base import merge
+from moe_train.config.errors import UsageError
+from moe_train.config.load import validate_config
+from moe_train.config.parts import load_kinds
+from moe_train.config.resolve import Precision, ResolvedConfig, resolve
+from moe_train.config.root import Config
+from moe_train.data import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer_file
+from moe_train.distributed.bootstrap import choose_device, export_world, init_process_group, set_threads
+from moe_train.distributed.consensus import run_on_all_ranks
+from moe_train.distributed.mesh import create_mesh
+from moe_train.distributed.world import World
+from moe_train.host.memory import keep_freed_memory
+from moe_train.host.precision import describe_device, resolve_precision, torch_dtype
+from moe_train.infer.loading import check_fits, load_weights
+from moe_train.model.build import ExpertPlacement, build_model
+from moe_train.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a trained model is to be used; how it was trained does not matter.
+
+    Attributes:
+        device: The device; auto: cuda where there is one.
+        precision: Precision of weights and activations; auto: that of training, fp32 where the device lacks it.
+        expert_parallel_size: Ranks that share the experts; None: as many as divide experts and ranks of a host.
+        threads: CPU threads of a rank; None: its share of the host's.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision | Literal["auto"] = "auto"
+    expert_parallel_size: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint and how this rank is to use it.
+
+    Attributes:
+        manifest: The checkpoint's manifest.
+        config: The configuration that made it, with the sizes of this use.
+        tokenizer: The tokenizer it was trained with.
+        world: The place of this rank.
+        device: The device of this rank.
+        dtype: The dtype of the weights.
+    """
+
+    manifest: Manifest
+    config: ResolvedConfig
+    tokenizer: Tokenizer
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+
+
+def open_trained(
+    run: str,
+    world: World,
+    use: Use,
+    changes: dict[str, Any] | None = None,
+    configure: Callable[[dict[str, Any], str], Config] | None = None,
+    option: str = "--run",
+) -> Trained:
+    """Find the checkpoint, its configuration and its tokenizer.
+
+    Args:
+        run: A run's folder, whose newest checkpoint is taken, or a checkpoint's.
+        world: The place of this rank.
+        use: How it is used.
+        changes: Fields of the configuration that this use sets.
+        configure: Makes the configuration from its values and their origin; None: they are validated as they are.
+        option: What the run is called in messages.
+
+    Raises:
+        UsageError: If there is no checkpoint, or its model or tokenizer is another than the configuration's.
+    """
+    manifest = read_manifest(find_checkpoint_folder(run, option))
+    device = choose_device(use.device, world)
+    export_world(world, device)
+    precision = _precision(use.precision, manifest, device)
+    values = merge(merge(manifest.config, _layout(use, precision)), changes or {})
+    if precision != "fp32" and values["parallel"].get("payload") == "bf16":
+        values["parallel"]["payload"] = "model"  # it rounds to what the rows are already
+    config = (configure or _validate)(values, str(manifest.folder))
+    tokenizer = _tokenizer_of(manifest, config, world)
+    resolved = resolve(config, world, describe_device(device), tokenizer.vocab_size, load_kinds(config))
+    set_threads(config.parallel.threads_per_rank, world)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return Trained(manifest, resolved, tokenizer, world, device, torch_dtype(precision))
+
+
+def load_model(trained: Trained) -> Transformer:
+    """Load the model, every byte of whose checkpoint is verified first.
+
+    Args:
+        trained: From `open_trained`.
+
+    Returns:
+        The model in evaluation mode, with the experts of this rank.
+
+    Raises:
+        UsageError: If the checkpoint has other tensors than the model.
+        DamagedCheckpoint: If a file is damaged.
+
+    Collective: All ranks.
+    """
+    config, world, manifest = trained.config, trained.world, trained.manifest
+    parallel, placement = config.parallel, ExpertPlacement()
+    if world.world_size > 1:
+        init_process_group(world, trained.device, parallel.timeout_seconds)
+        # In one hop and one chunk: a few tokens are a matter of latency. What travels is what it was in training.
+        size = parallel.expert_parallel_size
+        mesh = create_mesh(size, parallel.timeout_seconds)
+        placement = ExpertPlacement(
+            mesh.expert.rank, size, mesh.dispatch_groups, parallel.dispatch, payload=parallel.payload
+        )
+    model = build_model(config.model, config.model.vocab_size, seed=config.train.seed, placement=placement)
+    check_fits(model, manifest)
+    run_on_all_ranks(
+        lambda: verify_files(manifest, sorted(manifest.files)[world.rank :: world.world_size]),
+        lambda _: {"the checkpoint": f"{manifest.folder.name} of {manifest.step} steps"},
+    )
+    run_on_all_ranks(lambda: load_weights(model, manifest, dtype=trained.dtype, device=trained.device))
+    return model.eval()
+
+
+def _validate(values: dict[str, Any], origin: str) -> Config:
+    return validate_config(values, origin=origin)
+
+
+def _layout(use: Use, precision: Precision) -> dict[str, Any]:
+    """Fields of the configuration that say how it was trained, and not what: ranks and batch are those of now."""
+    return {
+        "parallel": {
+            "device": use.device,
+            "expert_parallel_size": "auto" if use.expert_parallel_size is None else use.expert_parallel_size,
+            "ranks_per_node": "auto",
+            "threads_per_rank": use.threads or "auto",
+        },
+        "train": {"micro_batch_size": 1, "global_batch_size": None, "precision": precision},
+    }
+
+
+def _precision(setting: Precision | Literal["auto"], manifest: Manifest, device: torch.device) -> Precision:
+    if setting == "fp16" and device.type == "cpu":
+        raise UsageError("--precision (fp16) needs --device cuda: on a CPU it is bf16 or fp32")
+    if setting != "auto":
+        return setting
+    trained = manifest.config.get("train", {}).get("precision")
+    if trained == "fp16" and device.type == "cuda":
+        return "fp16"
+    return "fp32" if trained == "fp32" else resolve_precision("auto", device)
+
+
+def _tokenizer_of(manifest: Manifest, config: Config, world: World) -> Tokenizer:
+    if manifest.tokenizer == ByteTokenizer().fingerprint:
+        return ByteTokenizer()
+    saved = Path(manifest.folder).resolve().parent.parent / "tokenizer.json"
+    mark = config.data.end_of_document
+    if saved.is_file():
+        tokenizer: Tokenizer = load_tokenizer_file(saved, mark, "tokenizer")
+        where = str(saved)
+    else:  # a run before tokenizers were saved with it
+        tokenizer, where = find_tokenizer(config.data, local_rank=world.local_rank), "data.tokenizer"
+    if tokenizer.fingerprint != manifest.tokenizer:
+        raise UsageError(
+            f"{where} is another tokenizer than {manifest.folder} was trained with: the same numbers would mean other "
+            "text; put the run's tokenizer.json back"
+        )
+    return tokenizer

@@ -1,0 +1,99 @@
+"""Experts under DeepSpeed: their process groups, their marks, the parameter groups of the optimizer, and an engine that
+believes in them.
+
+DeepSpeed believes in experts only where it finds its own layer classes. `ExpertEngine` tells it instead; the contract
+is that an expert parameter carries allreduce = False and the name of its group (deepspeed 0.19.8).
+"""
+
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+from deepspeed.utils import groups
+from torch import nn
+
+from moe_train.config.run import OptimConfig
+from moe_train.distributed.mesh import ParallelMesh
+from moe_train.model.parameters import ExpertParameter, OptimRule, optim_rules
+
+_USUAL_RULES = {OptimRule(weight_decay=True): "decay", OptimRule(weight_decay=False): "no_decay"}
+
+
+class ExpertEngine(DeepSpeedEngine):
+    """DeepSpeed's engine, told that the model has experts though none of its own layer classes is in it."""
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        # DeepSpeed casts buffers with the weights; a bias in bf16 could not take a step of a thousandth.
+        wide = dict(model.named_buffers())
+        super()._configure_distributed_model(model)
+        for name, buffer in wide.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer.to(self.device))
+        experts = [p for p in model.parameters() if isinstance(p, ExpertParameter)]
+        self.has_moe_layers = bool(experts)
+        self.num_experts = [p.num_experts for p in experts]
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """Refuse nothing: expert parameters carry their placement, see `mark_experts`."""
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
+        # bf16 with fp32 accumulation would get a class of its own at stage 1; one class serves every stage 1 and 2.
+        super()._do_optimizer_sanity_check(basic_optimizer)
+        return ZERO_OPTIMIZATION
+
+
+def join_process_groups(mesh: ParallelMesh) -> None:
+    """Let DeepSpeed use the process groups of the mesh. Collective: all ranks."""
+    # Without this DeepSpeed builds an optional operator for CPU: a compiler and a minute that nothing here needs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    name = _group_name(mesh)
+    groups._EXPERT_PARALLEL_GROUP[name] = mesh.expert.group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = mesh.expert.ranks
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.expert_data.group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = mesh.expert_data.ranks
+
+
+def mark_experts(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Mark expert parameters, so that DeepSpeed reduces and partitions them over the ranks that hold them."""
+    for parameter in model.parameters():
+        if isinstance(parameter, ExpertParameter):
+            parameter.allreduce = False
+            parameter.group_name = _group_name(mesh)
+            parameter.ds_zero_placement_family = "autoep_expert"  # what ZeRO-3 asks for
+            parameter.ds_zero_partition_group_name = parameter.group_name
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The parameters in groups of one rule each, experts apart.
+
+    Args:
+        model: Marked by `mark_experts`.
+        optim: Weight decay.
+
+    Returns:
+        Groups as torch's optimizers take them, with "lr_factor": the learning rate of a group is that of the schedule
+        times this.
+    """
+    rules = optim_rules(model)
+    by_rule: dict[OptimRule, list[nn.Parameter]] = {rule: [] for rule in _USUAL_RULES}
+    for name, parameter in model.named_parameters():
+        by_rule.setdefault(rules[name], []).append(parameter)
+    wanted = [
+        {
+            "name": _USUAL_RULES.get(rule, f"lr x {rule.lr_factor:g}, {'decay' if rule.weight_decay else 'no decay'}"),
+            "params": parameters,
+            "weight_decay": optim.weight_decay if rule.weight_decay else 0.0,
+            "lr_factor": rule.lr_factor,
+        }
+        for rule, parameters in by_rule.items()
+    ]
+    split = split_params_into_different_moe_groups_for_optimizer(wanted)
+    return [group for group in split if group["params"]]
+
+
+def _group_name(mesh: ParallelMesh) -> str:
+    return f"ep_size_{mesh.expert.size}"

@@ -1,0 +1,1 @@
+"""Optimizers: one file each. `config/registry.py` names them."""

@@ -1,0 +1,27 @@
+"""What the engine uses of DeepSpeed that DeepSpeed does not promise: looked at again with every new version of it.
+
+`tests/train/engine/test_private.py` holds this list against the code of this folder and the installed DeepSpeed.
+"""
+
+PRIVATE = {
+    # Overridden in groups.ExpertEngine:
+    "_configure_distributed_model": "decides that the model has experts; casts buffers, which is undone",
+    "_validate_zero3_moe_compatibility": "refuses expert layers of other classes under ZeRO-3",
+    "_do_optimizer_sanity_check": "chooses the optimizer class by precision and stage",
+    # Filled in groups.join_process_groups, by the name that expert parameters carry:
+    "_EXPERT_PARALLEL_GROUP": "process group of the ranks that share the experts",
+    "_EXPERT_PARALLEL_GROUP_RANKS": "its ranks",
+    "_EXPERT_DATA_PARALLEL_GROUP": "process group of the ranks that hold the same experts",
+    "_EXPERT_DATA_PARALLEL_GROUP_RANKS": "its ranks",
+    "__compatible_ops__": "which operators can be built; one that needs a minute is switched off",
+    # Read in fragments.MappedState, ZeRO 1 and 2:
+    "_hp_mapping": "where a parameter is in the flat fp32 partition; None: another rank has all of it",
+    "_index_in_param_group": "under which its gradient is kept",
+    # Read and called in fragments.PartitionedState, ZeRO 3:
+    "_get_fp32_opt_state_partition": "this rank's share of a weight or moment in fp32",
+    "_partition_all_parameters": "lets go of gathered parameters, as its step does",
+    "_reassign_or_swap_out_partitioned_parameters": "copies fp32 shares to the working weights",
+    # Replaced in norm.UpdateGate:
+    "_update_scale": "is called between the norm and the update",
+    "_get_norm_groups": "gives ZeRO 3's norms",
+}

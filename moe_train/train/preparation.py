@@ -1,0 +1,87 @@
+"""Preparation of a run on one rank, up to where ranks meet.
+
+What can be wrong is checked here, so that every rank finds the same error and none waits for another. The module must
+not import DeepSpeed, which looks for a device as soon as it is imported.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_train.config.parts import load_kinds
+from moe_train.config.resolve import ResolvedConfig, resolve, resolve_sizes
+from moe_train.config.root import Config
+from moe_train.data import PreparedData, check_data, prepare_data
+from moe_train.distributed.addresses import choose_interface
+from moe_train.distributed.bootstrap import choose_device, environment, export_world, set_threads
+from moe_train.distributed.world import World
+from moe_train.host.memory import keep_freed_memory
+from moe_train.host.precision import describe_device
+from moe_train.train.engine.settings import check_additions, deepspeed_settings
+from moe_train.train.resume import saved_global_batch_size
+from moe_train.train.run_folder import RunFolder, open_run_folder
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a rank knows before it meets the others.
+
+    Attributes:
+        config: The resolved configuration.
+        world: The place of this rank.
+        device: The device of this rank.
+        folder: The run's folder.
+        data: Training and held-out sequences, and their tokenizer.
+    """
+
+    config: ResolvedConfig
+    world: World
+    device: torch.device
+    folder: RunFolder
+    data: PreparedData
+
+
+def prepare_run(config: Config, world: World) -> PreparedRun:
+    """Check a configuration, choose the device, prepare the data and resolve every size.
+
+    Args:
+        config: As loaded.
+        world: The place of this rank.
+
+    Raises:
+        UsageError: If the run cannot work.
+    """
+    check_additions(config)
+    check_data(config.data)
+    config = _with_saved_batch(config)
+    folder = open_run_folder(config.train.run_dir)
+    device = choose_device(config.parallel.device, world)
+    choose_interface(config.parallel.network_interface, environment())
+    export_world(world, device)  # before DeepSpeed is imported
+    kinds, described = load_kinds(config), describe_device(device)
+    sizes = resolve_sizes(config, world, described, kinds)
+    set_threads(config.parallel.threads_per_rank, world)
+    if device.type == "cpu":
+        keep_freed_memory()
+    data = prepare_data(
+        config.data,
+        sequence_length=config.train.sequence_length,
+        seed=config.train.seed,
+        min_sequences=sizes.global_batch_size,
+        local_rank=world.local_rank,
+        show_progress=world.local_rank == 0,
+    )
+    resolved = resolve(config, world, described, data.tokenizer.vocab_size, kinds)
+    deepspeed_settings(resolved)  # refuses additions that contradict a field
+    return PreparedRun(resolved, world, device, folder, data)
+
+
+def _with_saved_batch(config: Config) -> Config:
+    """Take the global batch of the checkpoint where none is given, so that a run goes on with it on any ranks."""
+    checkpoints = Path(config.train.run_dir) / "checkpoints"
+    is_resumable = checkpoints.is_dir() or Path(config.checkpoint.resume).is_dir()
+    if config.train.global_batch_size is not None or not is_resumable:
+        return config
+    saved = saved_global_batch_size(config.checkpoint.resume, checkpoints)
+    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": saved})})

@@ -1,0 +1,143 @@
+"""TensorBoard: scalars, one chart with all experts of each layer, histograms and heat maps of expert load.
+
+Legend: L MoE layers, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import custom_scalars, hparams
+
+from moe_train.train.telemetry.heatmap import draw_load, encode_png
+from moe_train.train.telemetry.records import EXPERT_FIGURES, Record, expert_counts, layer_name
+from moe_train.train.telemetry.sinks.base import SinkKind, SinkSpec
+
+# The experts one by one, which TensorBoard shows in a chart a layer; metrics.jsonl has their counts as a list. The name
+# stands behind all others, so that the scalars begin with those of whole layers.
+_EXPERTS = "workload"
+_HPARAM_METRICS = ("train/loss", "val/bits_per_byte", "moe/max_violation")
+
+
+class TensorBoardSink:
+    """Event files in tensorboard/ of the run folder."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        self._folder = run_dir / "tensorboard"
+        self._closing: Summary | None = None
+        self._board = self._open(first_step)
+
+    def _open(self, first_step: int) -> SummaryWriter:
+        return SummaryWriter(str(self._folder), purge_step=first_step + 1 if first_step else None)
+
+    def describe(self, layers: Sequence[int], fields: Mapping[str, Any], config_text: str) -> None:
+        values = {n: value if isinstance(value, bool | int | float) else str(value) for n, value in fields.items()}
+        experiment, start, self._closing = hparams(values, dict.fromkeys(_HPARAM_METRICS, 0))
+        for summary in (experiment, start, custom_scalars(chart_layout(layers))):
+            self._add(summary)
+        self._board.add_text("config", f"```yaml\n{config_text}```")
+
+    def write(self, step: int, record: Record) -> None:
+        # One event with everything: a tenth of the time of one call a number.
+        self._add(record_summary(record), step)
+        for warning in record.get("moe/alarms", ()):
+            self._board.add_text("moe/alarms", warning, step)
+
+    def rewind(self, step: int) -> None:
+        self._board.close()
+        self._board = self._open(step)
+
+    def close(self) -> None:
+        if self._closing is not None:
+            self._add(self._closing)
+        self._board.close()
+
+    def _add(self, summary: Summary, step: int | None = None) -> None:
+        assert self._board.file_writer is not None, "open until `close`"
+        self._board.file_writer.add_summary(summary, step)
+
+
+def record_summary(record: Record) -> Summary:
+    """A record as TensorBoard keeps it.
+
+    Args:
+        record: Scalars by name; moe/counts/layer_NN: tokens of every expert.
+    """
+    values = [
+        Summary.Value(tag=name, simple_value=value) for name, value in record.items() if isinstance(value, int | float)
+    ]
+    counts = expert_counts(record)
+    for layer, row in counts.items():
+        mean = max(sum(row) / len(row), 1e-9)
+        values += [
+            Summary.Value(tag=f"{layer_name(_EXPERTS, layer)}/expert_{expert:03d}", simple_value=count / mean)
+            for expert, count in enumerate(row)
+        ]
+        values.append(Summary.Value(tag=layer_name("moe/load", layer), histo=_histogram(row)))
+    if counts:
+        picture = draw_load(np.array(list(counts.values())), list(counts))
+        shown = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encode_png(picture)
+        )
+        values.append(Summary.Value(tag="moe/load_heatmap", image=shown))
+    return Summary(value=values)
+
+
+def chart_layout(layers: Sequence[int]) -> Mapping[str, Any]:
+    """TensorBoard's custom-scalars layout: what to look at first, then all experts of a layer in one chart.
+
+    Args:
+        layers: Index of each MoE layer in the model.
+    """
+
+    def lines(*tags: str) -> list[Any]:
+        return ["Multiline", list(tags)]
+
+    training = {
+        "loss": lines("train/loss", "train/cross_entropy", "val/cross_entropy"),
+        "bits per byte": lines("val/bits_per_byte"),
+        "gradient norm": lines("train/grad_norm"),
+        "learning rate": lines("train/lr"),
+        "tokens per second": lines("perf/tokens_per_second"),
+        "model FLOPs utilisation": lines("perf/mfu"),
+    }
+    if not layers:
+        return {"Training": training}
+    experts = {
+        f"layer {layer:02d}: tokens of each expert over the mean": lines(f"{layer_name(_EXPERTS, layer)}/.*")
+        for layer in layers
+    }
+    balance = {
+        f"{name.removeprefix('moe/').replace('_', ' ')}, by layer": lines(f"{name}/layer_.*")
+        for name in (*EXPERT_FIGURES, "moe/dead_experts")
+    }
+    traffic = {
+        "milliseconds of a step in all-to-alls": lines("moe/all_to_all_ms"),
+        "share of a step in all-to-alls": lines("moe/all_to_all_fraction"),
+        "bytes of a step between ranks": lines("moe/all_to_all_bytes"),
+    }
+    return {"Experts": experts, "Balance": balance, "Training": training, "Traffic": traffic}
+
+
+def _histogram(counts: Sequence[int]) -> HistogramProto:
+    """The tokens of a layer by the number of their expert: a bucket an expert."""
+    places = range(len(counts))
+    return HistogramProto(
+        min=0.0,
+        max=float(len(counts)),
+        num=float(sum(counts)),
+        sum=float(sum(place * count for place, count in zip(places, counts))),
+        sum_squares=float(sum(place * place * count for place, count in zip(places, counts))),
+        bucket_limit=[float(place + 1) for place in places],
+        bucket=[float(count) for count in counts],
+    )
+
+
+def _open(spec: SinkSpec) -> TensorBoardSink:
+    return TensorBoardSink(spec.run_dir, spec.first_step)
+
+
+TENSORBOARD = SinkKind(_open, "TensorBoard")

@@ -1,0 +1,271 @@
+"""Training of a prepared run: ranks meet, the newest checkpoint is loaded, steps are taken, and the end is told.
+
+Read `train_prepared` first. Everything that a run is made of is put together in `_build`.
+"""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TextIO
+
+from moe_train.checkpoint.folders import Retention, remove_leftovers
+from moe_train.checkpoint.reader import load_checkpoint
+from moe_train.checkpoint.resume_point import ResumePoint, find_resume_point, quarantine_damaged
+from moe_train.checkpoint.writer import CheckpointWriter
+from moe_train.config.base import field_values
+from moe_train.config.errors import RunFailed, UsageError
+from moe_train.config.load import dump_yaml
+from moe_train.config.parts import read_section
+from moe_train.config.registry import load_part
+from moe_train.config.run import TelemetryConfig
+from moe_train.distributed.bootstrap import init_process_group
+from moe_train.distributed.collectives import Group, barrier
+from moe_train.distributed.consensus import run_on_all_ranks
+from moe_train.distributed.mesh import create_background_group
+from moe_train.distributed.traffic import TrafficMeter
+from moe_train.distributed.world import check_nodes
+from moe_train.host.peak import peak_flops
+from moe_train.host.versions import versions
+from moe_train.liveness.health import Health, connect
+from moe_train.liveness.signals import StopSignals
+from moe_train.model.compiled import check_compiler
+from moe_train.model.count import count_parameters
+from moe_train.model.flops import training_flops_per_token
+from moe_train.train.batches import BatchPlan
+from moe_train.train.console import RunConsole
+from moe_train.train.engine.build import make_engine
+from moe_train.train.engine.engine import TrainEngine
+from moe_train.train.loop import Run, TrainResult, train
+from moe_train.train.preparation import PreparedRun
+from moe_train.train.progress import Progress
+from moe_train.train.recovery import Recovery
+from moe_train.train.resume import changed_fields, check_resumable
+from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
+from moe_train.train.saving import Saver
+from moe_train.train.step_control import StepControl
+from moe_train.train.summary import make_summary, show_summary, write_summary
+from moe_train.train.telemetry.load_alarms import Bounds, LoadAlarms
+from moe_train.train.telemetry.recorder import FlopsReference, StepRecorder
+from moe_train.train.telemetry.records import read_records
+from moe_train.train.telemetry.sinks.base import Sink, SinkSpec
+from moe_train.train.telemetry.writer import MetricsWriter
+from moe_train.train.tracing import StepTracer
+
+Sampler = Callable[[Run], str | None]
+
+
+def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample: Sampler) -> TrainResult:
+    """Train to the end of the run, or until a signal asks to stop.
+
+    Args:
+        prepared: This rank's part, from `prepare_run`.
+        output: What rank 0 shows goes there.
+        errors: Reports of hanging steps and lost ranks go there.
+        sample: Draws the text that the closing summary shows.
+
+    Raises:
+        UsageError: If ranks differ in what must be the same, or the checkpoint does not fit the configuration.
+        RunFailed: For every other reason; it says which, and where the log is.
+
+    Collective: All ranks.
+    """
+    config, world = prepared.config, prepared.world
+    console = RunConsole(output if world.rank == 0 else None)
+    layout = f"{world.world_size} x {prepared.device.type} ({world.launcher}), {config.train.precision}"
+    layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
+    console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
+    init_process_group(world, prepared.device, config.parallel.timeout_seconds)
+    if config.train.compile:
+        run_on_all_ranks(lambda: check_compiler(prepared.device))
+    health = connect(
+        world.master_addr,
+        world.rank,
+        world.world_size,
+        step_timeout_seconds=config.train.step_timeout_seconds,
+        peer_timeout_seconds=config.parallel.peer_timeout_seconds,
+        streams=(sys.stderr, errors),
+    )
+    try:
+        result = _train_watched(prepared, health, console, errors, sample)
+    except UsageError as error:
+        health.peers.fail(str(error))  # mostly all find the same, but none must wait for one that has left
+        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            traceback.print_exc()  # to the log, before others are asked
+        reason, code = health.explain(error)
+        raise RunFailed(f"rank {world.rank}: {reason}; its log is {prepared.folder.log(world.rank)}", code) from error
+    health.leave()
+    return result
+
+
+def _train_watched(
+    prepared: PreparedRun, health: Health, console: RunConsole, errors: TextIO, sample: Sampler
+) -> TrainResult:
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print(f"rank {prepared.world.rank}: {text}", file=errors, flush=True)
+
+    with StopSignals(say) as signals:
+        group = create_background_group()
+        point = _agree(prepared, group)
+        run, first = _build(prepared, point, health, signals, console, group)
+        result = train(run, first)
+        if result.stopped is not None:
+            signals.ignore()
+    if result.stopped is not None:
+        console.say(f"stopped by {result.stopped}; saved in {result.checkpoint}: the same command goes on from there")
+    else:
+        _conclude(run, result, sample(run))
+    run.recorder.close()
+    barrier()  # no rank leaves while another still needs its experts or its store
+    return result
+
+
+def _agree(prepared: PreparedRun, group: Group | None) -> ResumePoint:
+    """Find the checkpoint to go on from. What each rank found out for itself must be the same on all ranks."""
+    config, world, folder = prepared.config, prepared.world, prepared.folder
+
+    def tidy() -> None:
+        check_nodes(config.parallel.node_size, world)
+        if world.rank == 0:
+            read_records(folder.metrics)  # a damaged one is said before the ranks begin
+            remove_leftovers(folder.checkpoints)
+
+    def describe(_: None) -> dict[str, str]:
+        return {
+            **versions(),
+            **{name: str(value) for name, value in field_values(config.model_dump(mode="json"))},
+            "the data": " ".join(folder.name for folder in prepared.data.cache_dirs),
+        }
+
+    run_on_all_ranks(tidy, describe)
+    point = find_resume_point(config.checkpoint.resume, folder.checkpoints, world.rank, world.world_size, group)
+    if point.manifest is not None:
+        check_resumable(point.manifest, config, prepared.data.tokenizer.fingerprint)
+    return point
+
+
+def _build(
+    prepared: PreparedRun,
+    point: ResumePoint,
+    health: Health,
+    signals: StopSignals,
+    console: RunConsole,
+    group: Group | None,
+) -> tuple[Run, Progress]:
+    """Put the run together, and find where it begins; `group` is for checkpoints. Collective: All ranks."""
+    config, world, folder, device = prepared.config, prepared.world, prepared.folder, prepared.device
+    layers = config.model.moe_layer_indices
+    meter = TrafficMeter(device) if config.telemetry.experts and layers else None
+    engine = make_engine(config, device, meter, health.flight_recorder)
+    first = _restore(prepared, point, engine, console, group)
+    records, alarms = _open_records(prepared, first.step, console) if world.rank == 0 else (None, None)
+    flops = training_flops_per_token(config.model, config.model.vocab_size, config.train.sequence_length)
+    # On all ranks at once: those of a CPU share its cores.
+    reference = FlopsReference(flops, peak_flops(device, config.train.precision))
+    plan = BatchPlan(config.train.micro_batch_size, config.train.global_batch_size, world.rank, world.world_size)
+    recorder = StepRecorder(config, plan, console, meter, records, alarms, reference)
+    retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+    writer = CheckpointWriter(folder.checkpoints, world.rank, group, retention)
+    step_control = StepControl(
+        max_norm_ratio=config.train.max_grad_norm_ratio,
+        max_skipped=config.train.max_skipped_steps,
+        rank=world.rank,
+        received=lambda: signals.received,
+        save_is_done=lambda: writer.is_done,
+        state=point.manifest.step_control if point.manifest is not None else None,
+    )
+    saver = Saver(config, engine, writer, step_control, plan, prepared.data.tokenizer.fingerprint, console)
+    return Run(
+        config=config,
+        folder=folder,
+        data=prepared.data,
+        engine=engine,
+        plan=plan,
+        device=device,
+        console=console,
+        recorder=recorder,
+        flight_recorder=health.flight_recorder,
+        step_control=step_control,
+        saver=saver,
+        recovery=Recovery(
+            engine, step_control, saver, recorder, console, plan, folder.checkpoints, layers, group, point.manifest
+        ),
+        watchdog=health.watchdog,
+        tracer=StepTracer(folder.profile(world.rank), config.train.profile_steps, device.type == "cuda", console.say),
+    ), first
+
+
+def _restore(
+    prepared: PreparedRun, point: ResumePoint, engine: TrainEngine, console: RunConsole, group: Group | None
+) -> Progress:
+    """Load the checkpoint, if there is one. Collective: All ranks."""
+    manifest, config = point.manifest, prepared.config
+    if manifest is None:
+        return Progress()
+    load_checkpoint(engine, manifest, group)
+    for line in quarantine_damaged(point, prepared.world.rank):
+        console.say(line)
+    left = config.train.steps - manifest.step
+    console.say(f"going on from {manifest.folder}: {manifest.step} steps done, {left} to do")
+    for change in changed_fields(manifest, config):
+        console.say(f"  changed since: {change}")
+    return Progress(manifest.step, manifest.consumed_sequences)
+
+
+def _open_records(
+    prepared: PreparedRun, first_step: int, console: RunConsole
+) -> tuple[MetricsWriter, LoadAlarms | None]:
+    config, folder, layers = prepared.config, prepared.folder, prepared.config.model.moe_layer_indices
+    save_config(folder, config)
+    save_tokenizer(folder, prepared.data.tokenizer)
+    writer = MetricsWriter(folder.root, first_step, open_sinks(config.telemetry, folder, first_step), console.say)
+    # What is compared between runs; where a run is kept, and what is the default everywhere, is not.
+    fields = {
+        name: value
+        for name, value in field_values(config.model_dump(mode="json"))
+        if name.startswith(("model.", "optim.", "parallel.", "train."))
+        and name != "train.run_dir"
+        and value is not None
+    }
+    writer.describe(layers if config.telemetry.experts else (), fields, dump_yaml(config))
+    if not (config.telemetry.experts and layers):
+        return writer, None
+    bounds = Bounds.of(config.telemetry, config.model.moe)
+    return writer, LoadAlarms(layers, bounds, read_records(folder.metrics))
+
+
+def open_sinks(telemetry: TelemetryConfig, folder: RunFolder, first_step: int) -> dict[str, Sink]:
+    """Open the sinks that a configuration names.
+
+    Args:
+        telemetry: The telemetry section.
+        folder: The run's folder.
+        first_step: Steps that are done.
+
+    Returns:
+        The sinks by their titles.
+
+    Raises:
+        UsageError: If a sink of another package cannot be imported.
+    """
+    sinks = {}
+    for name in telemetry.active_sinks:
+        kind = load_part("sinks", name)
+        section = read_section(kind.section, telemetry.part_settings.get(name), f"telemetry.{name}")
+        sinks[kind.title] = kind.open(SinkSpec(folder.root, first_step, section))
+    return sinks
+
+
+def _conclude(run: Run, result: TrainResult, sample: str | None) -> None:
+    """Write and show the closing summary on rank 0."""
+    if run.plan.rank == 0:
+        model = run.config.model
+        summary = make_summary(run, result, count_parameters(model, model.vocab_size), sample)
+        try:
+            write_summary(run.folder.summary, summary)
+        except OSError as error:  # all that was trained is saved
+            run.console.say(f"warning: {run.folder.summary} could not be written: {error}")
+        show_summary(run, summary)
