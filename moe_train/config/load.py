@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
 from moe_train.config.messages import describe_errors
+from moe_train.config.part_options import take_part_options
 from moe_train.config.root import Config
 
 
@@ -57,7 +58,8 @@ def load_config(
     parser.add_argument("--config", metavar="FILE", help="YAML file with the sections below; options override it")
     # DeepSpeed's launcher hands this to every script; the rank is read from the environment instead.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    overrides = _parse_overrides(parser, arguments)
+    arguments, of_parts = take_part_options(arguments)
+    overrides = merge(_parse_overrides(parser, arguments), of_parts)
     path = overrides.pop("config", None)
     overrides.pop("local_rank", None)
     values = merge(merge(defaults or {}, read_yaml(Path(path)) if path else {}), overrides)

@@ -15,6 +15,8 @@ from moe_train.config.messages import describe_errors
 from moe_train.config.registry import load_part
 from moe_train.config.root import Config
 
+OPTIONAL_FIELDS = ("beta1", "beta2", "epsilon")  # of optim, which not every optimizer has
+
 OwnSection = TypeVar("OwnSection", bound=Section)
 
 
@@ -38,6 +40,22 @@ class RouterLike(Kind, Protocol):
         """Whether its load has a gradient."""
 
 
+class HasSection(Protocol):
+    """What the configuration asks of a way to balance or a sink."""
+
+    @property
+    def section(self) -> type[Section] | None:
+        """Settings of its own."""
+
+
+class OptimizerLike(HasSection, Protocol):
+    """What the configuration asks of an optimizer."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Fields of optim that it reads, of those that not every optimizer does."""
+
+
 class DispatcherLike(Protocol):
     """What the configuration asks of a dispatcher."""
 
@@ -54,11 +72,17 @@ class Kinds:
         mixers: Kinds of mixers by name.
         router: Kind of router.
         dispatcher: Kind of dispatcher.
+        optimizer: Kind of optimizer.
+        balance: Kinds of ways to balance, of those with settings of their own, by name.
+        sinks: Kinds of sinks, of those with settings of their own, by name.
     """
 
     mixers: Mapping[str, Kind]
     router: RouterLike
     dispatcher: DispatcherLike
+    optimizer: OptimizerLike
+    balance: Mapping[str, HasSection]
+    sinks: Mapping[str, HasSection]
 
     def check(self, config: Config) -> None:
         """Let every part check its settings.
@@ -74,6 +98,15 @@ class Kinds:
             kind.check(model, read_section(kind.section, model.part_settings.get(name), f"model.{name}"))
         section = read_section(self.router.section, moe.part_settings.get(moe.router), f"model.moe.{moe.router}")
         self.router.check(moe, section)
+        for name, each in self.balance.items():
+            read_section(each.section, moe.balance[name], f"model.moe.balance.{name}")
+        for name, each in self.sinks.items():
+            read_section(each.section, config.telemetry.part_settings[name], f"telemetry.{name}")
+        optim = config.optim
+        read_section(self.optimizer.section, optim.part_settings.get(optim.name), f"optim.{optim.name}")
+        for field in OPTIONAL_FIELDS:
+            if optim.differs(field) and field not in self.optimizer.fields:
+                raise UsageError(f"optim.{field} ({getattr(optim, field)}) has no effect with name {optim.name!r}")
         if moe.load_cv2_coef > 0 and not self.router.has_smooth_load:
             raise UsageError(
                 f"model.moe.load_cv2_coef ({moe.load_cv2_coef}) has no effect with router {moe.router!r}: its load has "
@@ -91,6 +124,9 @@ def load_kinds(config: Config) -> Kinds:
         {name: load_part("mixers", name) for name in dict.fromkeys(config.model.layer_mixers)},
         load_part("routers", config.model.moe.router),
         load_part("dispatchers", config.parallel.dispatch),
+        load_part("optimizers", config.optim.name),
+        {name: load_part("balance", name) for name in config.model.moe.balance},
+        {name: load_part("sinks", name) for name in config.telemetry.part_settings},
     )
 
 

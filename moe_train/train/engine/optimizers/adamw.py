@@ -18,4 +18,4 @@ def _build(groups: list[dict[str, Any]], optim: OptimConfig, section: Any) -> to
     )
 
 
-ADAMW = OptimizerKind(_build, moments=("exp_avg", "exp_avg_sq"))
+ADAMW = OptimizerKind(_build, moments=("exp_avg", "exp_avg_sq"), fields=frozenset({"beta1", "beta2", "epsilon"}))

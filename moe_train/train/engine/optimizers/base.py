@@ -21,12 +21,14 @@ class OptimizerKind:
         moments: Names of its state tensors, fp32 and as long as the weights. They are what a checkpoint keeps beside
             the weights, and start at zero.
         counts_steps: Whether its state has the number of updates, "step", as for a bias correction.
+        fields: Fields of optim that it reads, of beta1, beta2 and epsilon; another value of the others is refused.
         section: Settings of its own, written under optim.NAME; None: its settings are fields of optim.
     """
 
     build: Callable[[list[dict[str, Any]], OptimConfig, Any], torch.optim.Optimizer]
     moments: tuple[str, ...]
     counts_steps: bool = True
+    fields: frozenset[str] = frozenset()
     section: type[Section] | None = None
 
     def new_state(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
