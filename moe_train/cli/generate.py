@@ -11,19 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from moe_train.cli.trained import add_trained_options, check_positive, open_from_options
 from moe_train.config.errors import UsageError
+from moe_train.config.moe import DROPLESS
 from moe_train.data import Tokenizer
 
 if TYPE_CHECKING:
     from moe_train.infer.decode import DecodePlan
     from moe_train.infer.trained import Trained
 
-# With a capacity, padding and prefill chunks would change which tokens an expert has room for.
-DROPLESS: dict[str, Any] = {
-    "capacity_factor": None,
-    "eval_capacity_factor": None,
-    "capacity_scope": "sequence",
-    "drop_policy": "probability",
-}
 _NEW_TOKENS = 128  # default number of new tokens, as far as there is room
 _TEMPERATURE = 0.7
 

@@ -13,6 +13,15 @@ BalanceWeight = Literal[
 CapacityFactor = Annotated[float, Field(gt=0.0)]
 SchedulePoints = tuple[tuple[int, float], ...]  # step, factor
 
+# Fields with which experts take all their tokens, for generation: with a capacity, padding and prefill chunks would
+# change which tokens an expert has room for.
+DROPLESS: dict[str, Any] = {
+    "capacity_factor": None,
+    "eval_capacity_factor": None,
+    "capacity_scope": "sequence",
+    "drop_policy": "probability",
+}
+
 
 class MoEConfig(SectionWithParts):
     """The Mixture-of-Experts layers: experts, router, capacity and balance terms."""

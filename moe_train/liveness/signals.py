@@ -38,7 +38,7 @@ class StopSignals:
         self._say, self._end, self._clock = say, end, clock
         self._first: tuple[signal.Signals, float] | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._write = -1
+        self._write = self._wakeup_before = -1
         self._is_leaving = False
 
     @property
@@ -58,12 +58,12 @@ class StopSignals:
         os.set_blocking(self._write, False)
         # The C handler writes to the pipe only if a Python handler is set too.
         self._before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)  # a notebook has one
         threading.Thread(target=self._read, args=(read,), name="stop signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._is_leaving else handler)
         os.close(self._write)  # ends the thread

@@ -112,9 +112,9 @@ def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
 
 @contextlib.contextmanager
 def redirected_output(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
-    """Send what libraries print from Python to a log file while the block runs.
+    """Send what libraries print to a log file while the block runs.
 
-    It works on the streams of Python alone, not on file descriptors: a notebook's have none.
+    It works where the streams of Python have no file descriptors, as in a notebook.
 
     Args:
         log: Appended to.
@@ -124,8 +124,27 @@ def redirected_output(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
     """
     output, errors = sys.stdout, sys.stderr
     stream = log.open("a", encoding="utf-8", buffering=1)  # stays open: loggers that are made meanwhile keep it
-    sys.stdout = sys.stderr = stream
+    with contextlib.ExitStack() as undo:
+        kept = [_redirect_descriptor(number, own, stream, undo) for number, own in ((1, output), (2, errors))]
+        sys.stdout = sys.stderr = stream
+        try:
+            yield kept[0], kept[1]
+        finally:
+            sys.stdout, sys.stderr = output, errors
+
+
+def _redirect_descriptor(number: int, own: TextIO, log: TextIO, undo: contextlib.ExitStack) -> TextIO:
+    """Send a file descriptor of the process to the log; a stream that still goes where `own` went."""
+    own.flush()
     try:
-        yield output, errors
-    finally:
-        sys.stdout, sys.stderr = output, errors
+        kept = os.dup(number)
+    except OSError:  # it is closed
+        return own
+    os.dup2(log.fileno(), number)
+    undo.callback(os.close, kept)
+    undo.callback(os.dup2, kept, number)
+    try:
+        is_descriptor = own.fileno() == number
+    except (OSError, AttributeError):  # a stream of a notebook
+        return own
+    return undo.enter_context(os.fdopen(os.dup(kept), "w", buffering=1, encoding="utf-8")) if is_descriptor else own

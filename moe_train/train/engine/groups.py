@@ -8,6 +8,7 @@ is that an expert parameter carries allreduce = False and the name of its group 
 from typing import Any
 
 import deepspeed
+import deepspeed.comm
 import deepspeed.ops
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -55,6 +56,12 @@ def join_process_groups(mesh: ParallelMesh) -> None:
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = mesh.expert.ranks
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.expert_data.group
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = mesh.expert_data.ranks
+
+
+def leave_process_groups() -> None:
+    """End all process groups, so that another run can begin in this process. Collective: all ranks."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def mark_experts(model: nn.Module, mesh: ParallelMesh) -> None:

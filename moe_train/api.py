@@ -1,0 +1,265 @@
+"""The Python interface: what `import moe_train` offers.
+
+    import moe_train
+
+    config = moe_train.load_config("configs/quickstart.yaml", train={"steps": 100, "run_dir": "runs/mine"})
+    result = moe_train.run_training(config)
+    run = moe_train.load_run("runs/mine")
+    print(run.generate("def main():")[0])
+
+Under a launcher every rank calls the same functions, in the same order.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe_train.config.base import merge
+from moe_train.config.errors import RunFailed, UsageError
+from moe_train.config.load import read_yaml, validate_config
+from moe_train.config.root import Config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from moe_train.data import PreparedData, Tokenizer
+    from moe_train.model.transformer import Transformer
+    from moe_train.train.loop import TrainResult
+
+__all__ = [
+    "Config",
+    "LoadedRun",
+    "RunFailed",
+    "UsageError",
+    "build_model",
+    "load_config",
+    "load_run",
+    "open_data",
+    "run_training",
+]
+
+_NO_RUN_DIR = "unused"
+
+
+def load_config(file: str | Path | None = None, **sections: Mapping[str, Any]) -> Config:
+    """Load and check a configuration.
+
+    Args:
+        file: YAML file; None: every field has its default.
+        sections: Fields above those of the file, a mapping a section: `train={"steps": 10}`.
+
+    Returns:
+        The configuration. It is frozen; `train.run_dir` is "unused" where neither names it.
+
+    Raises:
+        UsageError: With one message that names every wrong field and its value.
+    """
+    values = read_yaml(Path(file)) if file is not None else {}
+    defaults = {"train": {"run_dir": _NO_RUN_DIR}}
+    given = {name: dict(section) for name, section in sections.items()}
+    return validate_config(merge(merge(defaults, values), given), origin=str(file) if file is not None else None)
+
+
+def open_data(config: Config) -> "PreparedData":
+    """Prepare the data that a configuration names, or find it where it was prepared before.
+
+    Args:
+        config: From `load_config`.
+
+    Returns:
+        Training sequences (`train[i]` is sequence i of the run: tokens [S + 1]), held-out sequences and the tokenizer.
+
+    Raises:
+        UsageError: If a source cannot be read, or has too little text.
+    """
+    from moe_train.data import prepare_data
+    from moe_train.distributed.bootstrap import discover_world
+
+    world = discover_world()
+    return prepare_data(
+        config.data,
+        sequence_length=config.train.sequence_length,
+        seed=config.train.seed,
+        min_sequences=config.train.global_batch_size or 1,
+        local_rank=world.local_rank,
+        show_progress=False,
+    )
+
+
+def build_model(
+    config: Config, vocab_size: int | None = None, *, device: str = "cpu", dtype: "torch.dtype | None" = None
+) -> "Transformer":
+    """Build the model of a configuration with its initial weights, all experts in this process.
+
+    Args:
+        config: From `load_config`.
+        vocab_size: Tokens of the tokenizer; None: model.vocab_size.
+        device: The device of the weights.
+        dtype: The dtype of the weights; None: fp32.
+
+    Returns:
+        The model: `model(Tokens(...))` gives logits [B, S, V]; see `LoadedRun.logits` for the shorter way.
+
+    Raises:
+        UsageError: If the size of the vocabulary is unknown, or a part refuses its settings.
+    """
+    import torch
+
+    from moe_train.config.parts import load_kinds
+    from moe_train.model import build
+    from moe_train.model.parameters import materialize
+
+    size = vocab_size or config.model.vocab_size
+    if size is None:
+        raise UsageError("model.vocab_size (None): give vocab_size, such as open_data(config).tokenizer.vocab_size")
+    load_kinds(config).check(config)
+    model = build.build_model(config.model, size, seed=config.train.seed)
+    materialize(model, seed=config.train.seed, dtype=dtype or torch.float32, device=torch.device(device))
+    return model
+
+
+def run_training(config: Config) -> "TrainResult":
+    """Train, as `moe-train train` does: into train.run_dir, from its newest checkpoint if there is one.
+
+    What libraries print goes to logs/ of the run's folder meanwhile; progress goes to the standard output.
+
+    Args:
+        config: From `load_config`, with train.run_dir.
+
+    Returns:
+        How training ended: held-out loss, the last checkpoint, steps and seconds.
+
+    Raises:
+        UsageError: If the configuration, the data or the checkpoint is wrong.
+        RunFailed: If the run fails; its __cause__ is the error.
+
+    Collective: All ranks.
+    """
+    if config.train.run_dir == _NO_RUN_DIR:
+        raise UsageError('train.run_dir is missing: load_config(..., train={"run_dir": "runs/mine"})')
+    from moe_train.distributed.bootstrap import discover_world
+    from moe_train.train.preparation import prepare_run
+    from moe_train.train.run_folder import redirected_output
+
+    prepared = prepare_run(config, discover_world())
+    with redirected_output(prepared.folder.log(prepared.world.rank)) as (output, errors):
+        from moe_train.infer.closing_sample import sample_text  # imports DeepSpeed: after the device is chosen
+        from moe_train.train.engine.groups import leave_process_groups
+        from moe_train.train.training import train_prepared
+
+        try:
+            return train_prepared(prepared, output, errors, sample_text)
+        finally:
+            leave_process_groups()
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model, ready for use.
+
+    Attributes:
+        model: In evaluation mode, with the experts of this rank.
+        tokenizer: The tokenizer it was trained with.
+        config: The configuration it was trained with, with the sizes of this use.
+        step: Steps it was trained for.
+    """
+
+    model: "Transformer"
+    tokenizer: "Tokenizer"
+    config: Config
+    step: int
+
+    def logits(self, ids_BS: "Tensor | Sequence[Sequence[int]]") -> "Tensor":
+        """Logits of the next token at every place.
+
+        Args:
+            ids_BS: Token ids of sequences that are equally long; each begins a document.
+
+        Returns:
+            [B, S, V].
+
+        Collective: All ranks that share the experts.
+        """
+        import torch
+
+        from moe_train.model.transformer import Tokens
+
+        ids = torch.as_tensor(ids_BS, dtype=torch.int64, device=self.model.embedding.weight.device)
+        with torch.no_grad():
+            logits: Tensor = self.model(Tokens(ids, torch.arange(len(ids), device=ids.device), 0)).logits_BSV
+        return logits
+
+    def generate(
+        self,
+        *prompts: str,
+        max_new_tokens: int = 64,
+        temperature: float = 0.7,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Go on with texts.
+
+        Args:
+            prompts: Texts to go on with.
+            max_new_tokens: Most tokens of a continuation.
+            temperature: 0: the likeliest token each time.
+            top_k: Only the likeliest tokens, as many as this; None: all.
+            top_p: Only the likeliest tokens that have this probability together; None: all.
+            seed: The same seed gives the same text.
+
+        Returns:
+            The continuation of each prompt, without it.
+
+        Collective: All ranks that share the experts.
+        """
+        from moe_train.distributed.collectives import world_group
+        from moe_train.infer.decode import DecodePlan
+        from moe_train.infer.generate import generate
+        from moe_train.infer.sampling import Sampling
+
+        mark = self.tokenizer.end_of_document
+        plan = DecodePlan(
+            max_new_tokens=max_new_tokens,
+            vocab_size=self.tokenizer.vocab_size,
+            sampling=Sampling(temperature, top_k, top_p, seed),
+            end_of_document=mark if self.config.model.isolate_documents else None,
+        )
+        ids = [[mark, *self.tokenizer.encode_known(prompt)] for prompt in prompts]
+        found = generate(self.model, self.tokenizer, ids, plan, group=world_group())
+        return [completion.text for completion in found.completions]
+
+
+def load_run(
+    run: str | Path,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    expert_parallel_size: int | None = None,
+) -> LoadedRun:
+    """Load a trained model, whatever ranks it was trained on.
+
+    Args:
+        run: A run's folder, whose newest checkpoint is taken, or a checkpoint's.
+        device: The device; auto: cuda where there is one.
+        precision: Precision of weights and activations; auto: that of training, fp32 where the device lacks it.
+        expert_parallel_size: Ranks that share the experts; None: as many as divide experts and ranks of a host.
+
+    Returns:
+        The model and its tokenizer. Experts take all their tokens: a capacity is for training.
+
+    Raises:
+        UsageError: If there is no checkpoint, or its tokenizer is missing.
+        DamagedCheckpoint: If a file is damaged.
+
+    Collective: All ranks of a launcher.
+    """
+    from moe_train.config.moe import DROPLESS
+    from moe_train.distributed.bootstrap import discover_world
+    from moe_train.infer.trained import Use, load_model, open_trained
+
+    use = Use(device, precision, expert_parallel_size)
+    trained = open_trained(str(run), discover_world(), use, {"model": {"moe": DROPLESS}}, option="run")
+    return LoadedRun(load_model(trained), trained.tokenizer, trained.config, trained.manifest.step)
