@@ -18,7 +18,7 @@ FORMAT_3 = Path(__file__).parent / "written_before" / "format_3"
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        (1, ["--parallel.expert_parallel_size=1", "--parallel.zero_stage=1"]),
+        (1, ["--parallel.expert_parallel_size=1", "--parallel.zero_stage=1", "--train.micro_batch_size=4"]),
         (2, ["--parallel.expert_parallel_size=2", "--parallel.zero_stage=3"]),
     ],
 )
