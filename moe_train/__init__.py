@@ -6,8 +6,6 @@
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Config",
     "LoadedRun",
@@ -22,10 +20,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("moe_train.config.version").VERSION
     if name not in __all__:
         raise AttributeError(f"module 'moe_train' has no attribute {name!r}")
     return getattr(importlib.import_module("moe_train.api"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

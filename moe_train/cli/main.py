@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from moe_train import __version__
 from moe_train.config.errors import EXIT_USAGE, RunFailed, UsageError
+from moe_train.config.version import VERSION
 from moe_train.distributed.bootstrap import is_first_rank, leave_process_group
 
 SUBCOMMANDS = {
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else EXIT_USAGE
     if arguments[0] == "--version":
-        print(f"moe-train {__version__}")
+        print(f"moe-train {VERSION}")
         return 0
     name = arguments[0]
     if name not in SUBCOMMANDS:

@@ -5,9 +5,13 @@ import faulthandler
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moe_train.config.errors import EXIT_STOPPED, RunFailed, UsageError
 from moe_train.config.load import load_config
+
+if TYPE_CHECKING:
+    from moe_train.train.loop import TrainResult
 
 DESCRIPTION = "Train a Mixture-of-Experts language model. Dotted options override the fields of the YAML file."
 
@@ -29,6 +33,10 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
     Collective: All ranks.
     """
     config = load_config(arguments, program=program, description=DESCRIPTION)
+    if not _has_descriptors():  # a notebook called this
+        from moe_train.api import run_training
+
+        return _code_of(run_training(config))
     from moe_train.distributed.bootstrap import discover_world
     from moe_train.train.preparation import prepare_run
     from moe_train.train.run_folder import redirect_output
@@ -52,4 +60,16 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
         raise RunFailed(f"rank {prepared.world.rank} failed; its log is {log}", 1) from error
     with contextlib.suppress(OSError):  # a closed output ends no run
         output.flush()
+    return _code_of(result)
+
+
+def _has_descriptors() -> bool:
+    """Whether the output goes to file descriptors, which can be redirected for libraries not written in Python."""
+    try:
+        return all(stream.fileno() >= 0 for stream in (sys.stdout, sys.stderr))
+    except (OSError, AttributeError):  # a stream of a notebook, or none at all
+        return False
+
+
+def _code_of(result: "TrainResult") -> int:
     return EXIT_STOPPED if result.stopped is not None else 0

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import moe_train
 from moe_train.distributed.addresses import route_interface
 from moe_train.distributed.world import World
 from moe_train.host.cores import usable_cores
@@ -39,6 +38,8 @@ _OWN = (
 )
 _GIT_SECONDS = 5
 _BUSY_SECONDS = 0.25
+
+_PACKAGE = Path(__file__).resolve().parents[1]  # moe_train/
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def collect_facts(
         launcher=world.launcher,
         process=os.getpid(),
         versions=read_versions(device),
-        digest=package_digest(Path(moe_train.__file__).parent),
-        commit=_commit(Path(moe_train.__file__).parent),
+        digest=package_digest(_PACKAGE),
+        commit=_commit(_PACKAGE),
         fields=fields,
         failure=failure,
         options=options,

@@ -4,7 +4,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from moe_train import __version__
+from moe_train.config.version import VERSION
 
 PACKAGES = ("torch", "deepspeed")
 
@@ -15,7 +15,7 @@ def software(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     Args:
         packages: Names of distributions; a missing one has the version "not installed".
     """
-    found = {"moe_train": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
+    found = {"moe_train": VERSION, "python": ".".join(platform.python_version_tuple()[:2])}
     for name in packages:
         try:
             found[name] = version(name)

@@ -46,7 +46,7 @@ def report(task: dict[str, Any]) -> dict[str, Any]:
         "taken": None,
     }
     try:
-        found["versions"]["moe_train"] = importlib.import_module("moe_train").__version__
+        found["versions"]["moe_train"] = importlib.import_module("moe_train.config.version").VERSION
     except ImportError as error:
         found["missing"].append(f"the package moe_train ({error})")
     found["versions"]["python"] = ".".join(platform.python_version_tuple()[:2])

@@ -116,9 +116,9 @@ def test_missing_script(cluster: VirtualCluster) -> None:
 @pytest.fixture
 def other_version(cluster: VirtualCluster, tmp_path: Path) -> Iterator[str]:
     """host2 has another version of the package, until it is started again."""
-    package = ROOT / "moe_train" / "__init__.py"
-    (tmp_path / "__init__.py").write_text('__version__ = "0.0.9"\n')
-    assert cluster.hosts[1].run("mount", "--bind", tmp_path / "__init__.py", package, timeout=10).returncode == 0
+    version = ROOT / "moe_train" / "config" / "version.py"
+    (tmp_path / "version.py").write_text('VERSION = "0.0.9"\n')
+    assert cluster.hosts[1].run("mount", "--bind", tmp_path / "version.py", version, timeout=10).returncode == 0
     yield "0.0.9"
     cluster.hosts[1].power_off()
 
