@@ -183,9 +183,10 @@ def choose_device(
     count = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
     if setting == "cpu" or (setting == "auto" and count == 0):
         return torch.device("cpu")
-    restriction = next((environ[name] for name in VISIBLE_DEVICES if name in environ), None)
+    variable = next((name for name in VISIBLE_DEVICES if name in environ), None)
+    restriction = None if variable is None else environ[variable]
     if count == 0:
-        seen = "" if restriction is None else f" (CUDA_VISIBLE_DEVICES is {restriction!r})"
+        seen = "" if restriction is None else f" ({variable} is {restriction!r})"
         raise UsageError(f"parallel.device is cuda, but no CUDA device is visible to torch {torch.__version__}{seen}")
     own_device = count == 1 and restriction is not None and "," not in restriction
     if world.local_world_size > count and not own_device:

@@ -112,9 +112,8 @@ def describe_slow(kind: str, slow: Sequence[Slow[Any]], names: Mapping[Any, str]
             findings.append(Finding(kind, ends[0], f"{ends[0]}: {way} {rate}", remedy))
         else:
             where = f"{ends[0]} <-> {ends[1]}" if back else f"{ends[0]} -> {ends[1]}"
-            other = "" if back or len(names) > 2 else ", and slower than the other way"
             rate = rate if len(names) > 2 else f"{worst.factor:.1f}x slower than back ({_rate(worst.bytes_per_second)})"
-            findings.append(Finding(kind, where, f"{where}: this link is {rate}{other if back else ''}", remedy))
+            findings.append(Finding(kind, where, f"{where}: this link is {rate}", remedy))
     return findings
 
 

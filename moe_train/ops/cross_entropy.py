@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORED_TARGET = -100  # target of padding, which has loss 0 and no gradient
-_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_rows(x_NV: Tensor, wide: torch.dtype) -> int:
-    return max(1, _CHUNK_BYTES[x_NV.device.type] // (x_NV.shape[1] * wide.itemsize))
+    return max(1, CHUNK_BYTES[x_NV.device.type] // (x_NV.shape[1] * wide.itemsize))
 
 
 def token_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from moe_train.ops.kernels import kernels_for
 from moe_train.ops.row_map import RowMap
 from moe_train.ops.threads import run_side_by_side
 
-# Rows that an expert computes at once: their temporary tensors fit the cache, or are small beside what is kept.
-_MOST_ROWS, _LEAST_BLOCKS = 384, 6
+# An expert computes a block of rows at once, whose temporary tensors fit the cache or are small beside what is kept:
+# BLOCK_ROWS of them, or more where all rows would be more than NUM_BLOCKS blocks.
+BLOCK_ROWS, NUM_BLOCKS = 384, 6
 
 
 def routed_swiglu(
@@ -157,7 +158,7 @@ def _for_all_blocks(
     """
     rows = list(zip(*(tensor.split(list(counts)) for tensor in by_row), strict=True))
     elements = list(zip(*(tensor.unbind(0) for tensor in by_expert), strict=True))
-    most_rows = max(_MOST_ROWS, sum(counts) // _LEAST_BLOCKS)
+    most_rows = max(BLOCK_ROWS, sum(counts) // NUM_BLOCKS)
 
     def compute_expert(expert: int) -> None:
         blocks, parts = _blocks(counts[expert], most_rows), [rows[expert]]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from moe_train.config.registry import load_part
 from moe_train.model.cost import RouterCost
+from moe_train.ops.cross_entropy import CHUNK_BYTES
+from moe_train.ops.routed_mlp import BLOCK_ROWS, NUM_BLOCKS
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.shapes import LayerShape, ModelShape
@@ -17,9 +19,7 @@ from moe_train.plan.shapes import LayerShape, ModelShape
 _WIDE = 4  # bytes of fp32
 _INDEX = 8  # bytes of int64
 _INDICES_OF_AN_ASSIGNMENT = 6  # orders, places and sources of rows that are kept for the backward pass
-_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # bytes per chunk of the cross-entropy
-_CHUNK_TENSORS = 2  # tensors of this size at once
-_BLOCK_ROWS, _BLOCKS = 384, 6  # block of rows that an expert computes at once on a CPU: least rows, most blocks
+_CHUNK_TENSORS = 2  # tensors of a chunk of the cross-entropy at once
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str)
     rows = loads.busiest_rows
     # The gradient of the rows, then for a block of rows (on CUDA for all rows) the gradients of the activation and its
     # input, and the slope.
-    at_once = rows if device == "cuda" else min(rows, max(_BLOCK_ROWS, rows / _BLOCKS))
+    at_once = rows if device == "cuda" else min(rows, max(BLOCK_ROWS, rows / NUM_BLOCKS))
     work = e * hidden * (rows + 2 * tokens) + e * at_once * (4 * inner + 2 * hidden)
     return saved, work, buffers
 
@@ -135,7 +135,7 @@ def head_memory(shape: ModelShape, layout: Layout, device: str) -> HeadMemory:
     norm = _norm_bytes(e, device) if shape.config.norm_position == "pre" else 0
     logits = float(tokens * shape.vocab_size)
     slope = _WIDE if layout.precision == "fp16" else e
-    chunk = min(_CHUNK_TENSORS * _CHUNK_BYTES[device], _CHUNK_TENSORS * _WIDE * logits)
+    chunk = min(_CHUNK_TENSORS * CHUNK_BYTES[device], _CHUNK_TENSORS * _WIDE * logits)
     return HeadMemory(
         saved=tokens * hidden * (norm + e),
         logits=slope * logits,

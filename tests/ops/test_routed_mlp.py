@@ -148,8 +148,8 @@ def test_a_busy_expert_is_computed_in_blocks(monkeypatch, most_rows):
     counts = [7, 0, 13, 1]
     found = []
     for most in (most_rows, 100):
-        monkeypatch.setattr(routed_mlp, "_MOST_ROWS", most)
-        monkeypatch.setattr(routed_mlp, "_LEAST_BLOCKS", 100)
+        monkeypatch.setattr(routed_mlp, "BLOCK_ROWS", most)
+        monkeypatch.setattr(routed_mlp, "NUM_BLOCKS", 100)
         tensors, source = inputs(counts, torch.float64)
         output = call(tensors, source, counts)
         output.backward(output.detach().cos())
@@ -164,8 +164,8 @@ def test_sums_over_many_blocks_are_rounded_once(monkeypatch):
     counts = [4096]
     found = {}
     for most, dtype in ((4096, torch.float64), (4096, torch.bfloat16), (64, torch.bfloat16)):
-        monkeypatch.setattr(routed_mlp, "_MOST_ROWS", most)
-        monkeypatch.setattr(routed_mlp, "_LEAST_BLOCKS", 100)
+        monkeypatch.setattr(routed_mlp, "BLOCK_ROWS", most)
+        monkeypatch.setattr(routed_mlp, "NUM_BLOCKS", 100)
         tensors, source = inputs(counts, torch.bfloat16)
         tensors = [
             t.detach().to(torch.promote_types(t.dtype, dtype) if dtype == torch.float64 else t.dtype).requires_grad_()
