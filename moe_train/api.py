@@ -10,9 +10,10 @@
 Under a launcher every rank calls the same functions, in the same order.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_train.config.base import merge
@@ -48,28 +49,39 @@ def load_config(file: str | Path | None = None, **sections: Mapping[str, Any]) -
 
     Args:
         file: YAML file; None: every field has its default.
-        sections: Fields above those of the file, a mapping a section: `train={"steps": 10}`.
+        sections: Fields that override those of the file, one mapping per section: `train={"steps": 10}`.
 
     Returns:
-        The configuration. It is frozen; `train.run_dir` is "unused" where neither names it.
+        The frozen configuration; `train.run_dir` is "unused" if it is given nowhere.
 
     Raises:
-        UsageError: With one message that names every wrong field and its value.
+        UsageError: If fields are wrong; one message names every wrong field and its value.
     """
     values = read_yaml(Path(file)) if file is not None else {}
     defaults = {"train": {"run_dir": _NO_RUN_DIR}}
-    given = {name: dict(section) for name, section in sections.items()}
-    return validate_config(merge(merge(defaults, values), given), origin=str(file) if file is not None else None)
+    return validate_config(
+        merge(merge(defaults, values), _plain(sections)), origin=str(file) if file is not None else None
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Convert a value to what a YAML file gives: a mapping to a dict, a path to text."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def open_data(config: Config) -> "PreparedData":
-    """Prepare the data that a configuration names, or find it where it was prepared before.
+    """Prepare the data that a configuration names, or open it if it was prepared before.
 
     Args:
-        config: From `load_config`.
+        config: Configuration from `load_config`.
 
     Returns:
-        Training sequences (`train[i]` is sequence i of the run: tokens [S + 1]), held-out sequences and the tokenizer.
+        Training sequences (`train.batch(indices)` gives those of the run by number: tokens [B, S + 1]), held-out
+        sequences and the tokenizer.
 
     Raises:
         UsageError: If a source cannot be read, or has too little text.
@@ -94,13 +106,13 @@ def build_model(
     """Build the model of a configuration with its initial weights, all experts in this process.
 
     Args:
-        config: From `load_config`.
-        vocab_size: Tokens of the tokenizer; None: model.vocab_size.
-        device: The device of the weights.
-        dtype: The dtype of the weights; None: fp32.
+        config: Configuration from `load_config`.
+        vocab_size: Number of tokens of the tokenizer; None: model.vocab_size.
+        device: Device of the weights.
+        dtype: dtype of the weights; None: fp32.
 
     Returns:
-        The model: `model(Tokens(...))` gives logits [B, S, V]; see `LoadedRun.logits` for the shorter way.
+        The model: `model(Tokens(...))` gives logits [B, S, V]; `LoadedRun.logits` is a shorter way.
 
     Raises:
         UsageError: If the size of the vocabulary is unknown, or a part refuses its settings.
@@ -121,15 +133,15 @@ def build_model(
 
 
 def run_training(config: Config) -> "TrainResult":
-    """Train, as `moe-train train` does: into train.run_dir, from its newest checkpoint if there is one.
+    """Train as `moe-train train` does: in the folder train.run_dir, from its newest checkpoint if there is one.
 
-    What libraries print goes to logs/ of the run's folder meanwhile; progress goes to the standard output.
+    Meanwhile, the output of libraries goes to logs/ in the run's folder, and progress to the standard output.
 
     Args:
-        config: From `load_config`, with train.run_dir.
+        config: Configuration from `load_config`, with train.run_dir.
 
     Returns:
-        How training ended: held-out loss, the last checkpoint, steps and seconds.
+        The result of training: held-out loss, last checkpoint, steps and seconds.
 
     Raises:
         UsageError: If the configuration, the data or the checkpoint is wrong.
@@ -160,10 +172,10 @@ class LoadedRun:
     """A trained model, ready for use.
 
     Attributes:
-        model: In evaluation mode, with the experts of this rank.
-        tokenizer: The tokenizer it was trained with.
-        config: The configuration it was trained with, with the sizes of this use.
-        step: Steps it was trained for.
+        model: Model in evaluation mode, with the experts of this rank.
+        tokenizer: Tokenizer that the model was trained with.
+        config: Configuration that the model was trained with, with the sizes of this use.
+        step: Number of steps that the model was trained for.
     """
 
     model: "Transformer"
@@ -172,13 +184,13 @@ class LoadedRun:
     step: int
 
     def logits(self, ids_BS: "Tensor | Sequence[Sequence[int]]") -> "Tensor":
-        """Logits of the next token at every place.
+        """Compute the logits of the next token at every place.
 
         Args:
-            ids_BS: Token ids of sequences that are equally long; each begins a document.
+            ids_BS: Token ids of sequences of equal length; each begins a document.
 
         Returns:
-            [B, S, V].
+            Logits [B, S, V].
 
         Collective: All ranks that share the experts.
         """
@@ -200,18 +212,21 @@ class LoadedRun:
         top_p: float | None = None,
         seed: int = 0,
     ) -> list[str]:
-        """Go on with texts.
+        """Continue texts with the model.
 
         Args:
-            prompts: Texts to go on with.
+            prompts: Texts to continue.
             max_new_tokens: Most tokens of a continuation.
-            temperature: 0: the likeliest token each time.
-            top_k: Only the likeliest tokens, as many as this; None: all.
-            top_p: Only the likeliest tokens that have this probability together; None: all.
-            seed: The same seed gives the same text.
+            temperature: Sampling temperature; 0: the likeliest token each time.
+            top_k: Number of likeliest tokens to sample from; None: all.
+            top_p: Joint probability of the likeliest tokens to sample from; None: all tokens.
+            seed: Seed of the draws; the same seed gives the same text.
 
         Returns:
-            The continuation of each prompt, without it.
+            The continuation of each prompt, without the prompt.
+
+        Raises:
+            UsageError: If a number is out of range.
 
         Collective: All ranks that share the experts.
         """
@@ -220,6 +235,9 @@ class LoadedRun:
         from moe_train.infer.generate import generate
         from moe_train.infer.sampling import Sampling
 
+        _check_sampling(max_new_tokens, temperature, top_k, top_p)
+        if not prompts:
+            return []
         mark = self.tokenizer.end_of_document
         plan = DecodePlan(
             max_new_tokens=max_new_tokens,
@@ -239,12 +257,12 @@ def load_run(
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     expert_parallel_size: int | None = None,
 ) -> LoadedRun:
-    """Load a trained model, whatever ranks it was trained on.
+    """Load a trained model; the layout of its training does not matter.
 
     Args:
-        run: A run's folder, whose newest checkpoint is taken, or a checkpoint's.
-        device: The device; auto: cuda where there is one.
-        precision: Precision of weights and activations; auto: that of training, fp32 where the device lacks it.
+        run: Folder of a run, whose newest checkpoint is loaded, or folder of a checkpoint.
+        device: Device; auto: cuda if there is one.
+        precision: Precision of weights and activations; auto: that of training, or fp32 if the device lacks it.
         expert_parallel_size: Ranks that share the experts; None: as many as divide experts and ranks of a host.
 
     Returns:
@@ -263,3 +281,14 @@ def load_run(
     use = Use(device, precision, expert_parallel_size)
     trained = open_trained(str(run), discover_world(), use, {"model": {"moe": DROPLESS}}, option="run")
     return LoadedRun(load_model(trained), trained.tokenizer, trained.config, trained.manifest.step)
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    for name, value, is_right, words in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0.0 <= temperature < math.inf, "0 or more"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
+        ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "above 0 and at most 1"),
+    ):
+        if not is_right:
+            raise UsageError(f"{name} ({value}) must be {words}")

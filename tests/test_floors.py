@@ -5,6 +5,7 @@ a pure function of a path and a source text; the tests run it over the tree and 
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +156,16 @@ def name_violations(path: str) -> Iterator[tuple[int, str]]:
             yield 1, f"the name {part} does not say what the module is"
 
 
+def docstring_violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines that mean nothing without the line before them: "Of one rank.", "rank: Of this process.", "Likewise."."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        for line in (ast.get_docstring(node) or "").splitlines():
+            if re.search(r"(^|: )(Of|Likewise)\b", line):
+                yield getattr(node, "lineno", 1), f"docstring line {line.strip()!r} does not stand alone"
+
+
 def violations(path: str, source: str) -> list[str]:
     """What the file `path` (relative to the repository, with "/") breaks, as "path:line: message"."""
     tree = ast.parse(source, path)
@@ -163,6 +174,7 @@ def violations(path: str, source: str) -> list[str]:
         *import_violations(path, tree),
         *environment_violations(path, tree),
         *size_violations(source, tree),
+        *docstring_violations(tree),
     ]
     return list(dict.fromkeys(f"{path}:{line}: {message}" for line, message in found))
 
@@ -274,6 +286,9 @@ BROKEN = [
     ("moe_train/cli/main.py", "class A:\n  async def f(self):\n" + "    x = 1\n" * 70, "function f has 71 lines"),
     ("moe_train/interop/convert.py", "from moe_train import __version__", "which is on no floor"),
     ("moe_train/train/loop.py", "from moe_train.api import load_run", "not on a floor before its own"),
+    ("moe_train/model/block.py", '"""Of one rank."""', "docstring line 'Of one rank.' does not stand alone"),
+    ("launch/train.py", 'def f(rank):\n    """Go.\n\n    rank: Of this process.\n    """', "'rank: Of this process.'"),
+    ("moe_train/model/block.py", 'class A:\n    """Likewise in evaluation."""', "'Likewise in evaluation.'"),
     ("moe_train/model/utils.py", "", "the name utils"),
     ("moe_train/data/helpers/read.py", "", "the name helpers"),
     ("moe_train/train/checkpoint_manager.py", "", "the name checkpoint_manager"),
@@ -304,6 +319,7 @@ SOUND = [
     ("moe_train/cli/main.py", "from moe_train.infer import generate\nfrom moe_train.plan import memory"),
     ("launch/train.py", "import os\nfrom moe_train.cli.main import main\nos.environ.get('RANK')"),
     ("launch/train.py", "def f():\n" + "    x = 1\n" * 69),
+    ("launch/train.py", 'def f(rank):\n    """Go. Of all ranks.\n\n    rank: Rank of this process.\n    """'),
 ]
 
 

@@ -17,7 +17,7 @@ DESCRIPTION = "Train a Mixture-of-Experts language model. Dotted options overrid
 
 
 def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
-    """Train.
+    """Train a model on this rank, as the command line says.
 
     Args:
         arguments: Command line after the name of the command.
@@ -28,7 +28,7 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
 
     Raises:
         UsageError: If the configuration, the data or the checkpoint is wrong.
-        RunFailed: If the run fails; with its exit code.
+        RunFailed: If the run fails; it has the exit code.
 
     Collective: All ranks.
     """
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
 
     prepared = prepare_run(config, discover_world())
     log = prepared.folder.log(prepared.world.rank)
-    output, errors = redirect_output(log)  # for good: libraries speak to the very end
+    output, errors = redirect_output(log)  # until the process ends, because libraries print until then
     faulthandler.enable(errors)
     from moe_train.infer.closing_sample import sample_text  # imports DeepSpeed: after the device is chosen
     from moe_train.train.training import train_prepared
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
 
 
 def _has_descriptors() -> bool:
-    """Whether the output goes to file descriptors, which can be redirected for libraries not written in Python."""
+    """Return whether the output goes to file descriptors, which can be redirected for libraries not in Python."""
     try:
         return all(stream.fileno() >= 0 for stream in (sys.stdout, sys.stderr))
     except (OSError, AttributeError):  # a stream of a notebook, or none at all

@@ -24,10 +24,10 @@ def add_run_option(parser: argparse.ArgumentParser) -> None:
 
 
 def check_positive(options: argparse.Namespace, *names: str) -> None:
-    """Refuse what is below 1 of the options that are given.
+    """Refuse options that are given with a value below 1.
 
     Raises:
-        UsageError: Naming the option and its value.
+        UsageError: If a value is below 1; it names the option and the value.
     """
     for name in names:
         value = getattr(options, name)
@@ -65,7 +65,7 @@ def open_from_options(
         data_options: Dotted options of the data section.
 
     Raises:
-        UsageError: If there is none, or it is not of this model or tokenizer.
+        UsageError: If there is no checkpoint, or its model or tokenizer differs from the configuration's.
     """
     from moe_train.infer.trained import Use, open_trained
 
@@ -81,7 +81,7 @@ def open_from_options(
 
 
 def _with_other_data(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """Values of a configuration without what described the run's own data, where other data is named."""
+    """Drop the fields that describe the run's own data from a configuration's values, if other data is named."""
     if tokenizer := given & set(_TOKENIZER):
         raise UsageError(f"--data.{min(tokenizer)}: the tokenizer is the one that the model was trained with")
     if not names_other_data(given):
@@ -108,5 +108,5 @@ def data_fields(data_options: Sequence[str]) -> set[str]:
 
 
 def names_other_data(fields: set[str]) -> bool:
-    """Whether fields of data that are set name other data than the run's."""
+    """Return whether some fields of data name other data than the run's."""
     return bool(fields & set(_NAMING))

@@ -1,4 +1,4 @@
-"""The base of every configuration section: frozen, unknown keys refused, field docstrings shown by `--help`."""
+"""Base class of configuration sections: frozen, no unknown keys, and field docstrings that `--help` shows."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
@@ -22,15 +22,18 @@ class Section(BaseModel):
     )
 
     def differs(self, name: str) -> bool:
-        """Whether a field has another value than its default; a resolved configuration names every field, so that
-        "was given" cannot tell a user's wish from a default."""
+        """Return whether the value of a field differs from its default.
+
+        Whether the user gave the value would not help: a resolved configuration names every field.
+        """
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
 
 
 class SectionWithParts(Section):
-    """A section whose fields name parts of a registry. A part's own settings stand under the part's name beside them.
+    """A section whose fields name parts of a registry; a part's own settings are under its name, beside the fields.
 
-    They stay a raw mapping until the part, which knows their names, has been imported: see `parts.read_section`.
+    They stay a raw mapping until the part is imported, because only the part knows their names: see
+    `parts.read_section`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -38,7 +41,7 @@ class SectionWithParts(Section):
 
     @property
     def part_settings(self) -> dict[str, dict[str, Any]]:
-        """Settings of parts by the part's name."""
+        """Settings of parts, by the name of the part."""
         return self.model_extra or {}
 
     @model_validator(mode="after")
@@ -55,9 +58,9 @@ _WHOLE = ("coef_schedules",)
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings in one, nested ones merged; where both have a value, the one above counts.
+    """Merge two nested mappings; if both have a value, the one of `above` counts.
 
-    Schedules are one value as a whole: points of one file make no sense among those of another.
+    A schedule is one value: points of one file make no sense among the points of another.
     """
     merged = dict(below)
     for key, value in above.items():
@@ -69,7 +72,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def field_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a configuration's plain values by its dotted name; an empty mapping is a value."""
+    """Yield every field of a configuration's plain values with its dotted name; an empty mapping is a value."""
     for name, value in values.items():
         if isinstance(value, dict) and value:
             yield from field_values(value, f"{prefix}{name}.")

@@ -15,20 +15,21 @@ class SourceConfig(Section):
     """One source of documents."""
 
     source: SourceKind = "python_stdlib"
-    """python_stdlib: the running interpreter's standard library; text: a document a file; jsonl, parquet: a document
-    a row; huggingface: a data set by hub name or local folder."""
+    """python_stdlib: the standard library of the running Python; text: each file is one document; jsonl, parquet: each
+    row is one document; huggingface: a data set, by its hub name or local folder."""
     paths: tuple[str, ...] = ()
     """Files, folders or glob patterns of a text, jsonl or parquet source."""
     validation_paths: tuple[str, ...] = ()
-    """Files, folders or glob patterns to hold out; empty: a fixed split of the documents by a hash of their name."""
+    """Held-out files, folders or glob patterns; empty: a fixed part of the documents, chosen by a hash of their
+    names."""
     name: str | None = None
-    """Hub name or local folder of a huggingface source."""
+    """Hub name or local folder of a huggingface data set."""
     subset: str | None = None
-    """Configuration of a huggingface source."""
+    """Configuration (subset) of a huggingface data set."""
     split: str = "train"
-    """Split of a huggingface source to train on."""
+    """Split of a huggingface data set for training."""
     validation_split: str | None = None
-    """Split of a huggingface source to hold out; None: a fixed split of the documents."""
+    """Held-out split of a huggingface data set; None: a fixed part of the documents."""
     text_column: str = "text"
     """Column that holds the text, in a jsonl, parquet or huggingface source."""
 
@@ -60,27 +61,27 @@ class MixtureEntry(SourceConfig):
     """One source of a mixture."""
 
     weight: PositiveFloat = 1.0
-    """Share of the training sequences drawn from this source, relative to the other entries' weights."""
+    """Share of the training sequences from this source, relative to the weights of the other entries."""
 
 
 class DataConfig(SourceConfig):
     """Documents, tokens and their order."""
 
     mixture: tuple[MixtureEntry, ...] = ()
-    """Several sources with weights, in place of data.source (in YAML, or as JSON on the command line)."""
+    """Several sources with weights, instead of data.source (in YAML, or as JSON on the command line)."""
     tokenizer: str = "bytes"
     """bytes (256 values and an end-of-document mark), bpe (trained on the data), or the path of a `tokenizers` JSON
     file."""
     bpe_vocab_size: int = Field(4096, ge=257)
-    """Entries of the trained BPE, its end-of-document mark included; only for tokenizer bpe."""
+    """Vocabulary size of the trained BPE, including the end-of-document mark; only for tokenizer bpe."""
     end_of_document: str | None = None
-    """The token of a tokenizer file that marks the end of a document; None looks for the usual names."""
+    """Token of a tokenizer file that marks the end of a document; None: a token with one of the usual names."""
     validation_fraction: float = Field(0.02, ge=0.0, lt=1.0)
-    """Share of the documents held out where no validation files or split are named."""
+    """Share of the documents that is held out, if no validation files or split are given."""
     validation_max_bytes: PositiveInt = 4 * 2**20
-    """Bound of the held-out text, in bytes; documents that the split would hold out beyond it are trained on."""
+    """Most bytes of held-out text; the documents of the held-out part that exceed it are used for training."""
     cache_dir: str | None = None
-    """Folder of tokenized data; None takes $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train."""
+    """Folder for tokenized data; None: $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -101,7 +102,7 @@ class DataConfig(SourceConfig):
 
     @property
     def sources(self) -> tuple[MixtureEntry, ...]:
-        """The sources with their weights; one of weight 1 where no mixture is given."""
+        """Sources with their weights; without a mixture, one source of weight 1."""
         if self.mixture:
             return self.mixture
         fields = {name: getattr(self, name) for name in SourceConfig.model_fields}

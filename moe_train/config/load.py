@@ -1,4 +1,4 @@
-"""Loading: a YAML file, dotted command-line overrides above it, and errors said in one message."""
+"""Loading of a configuration: a YAML file, dotted command-line options that override it, all errors in one message."""
 
 import argparse
 import difflib
@@ -23,7 +23,7 @@ class _CommandLine(BaseSettings, Config):  # type: ignore[misc]  # both have a m
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError, with the nearest known option, in place of printing its usage."""
+    """An argument parser that raises UsageError with the nearest known option, instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].split()
@@ -40,19 +40,19 @@ class _Parser(argparse.ArgumentParser):
 def load_config(
     arguments: Sequence[str], *, program: str, description: str = "", defaults: dict[str, Any] | None = None
 ) -> Config:
-    """The configuration of `--config FILE` with the dotted overrides of the command line above it.
+    """Load the configuration of `--config FILE`, overridden by the dotted options of the command line.
 
     Args:
         arguments: The command line without the program's name; "--help" prints every field and exits.
         program: Name shown in the help text.
         description: What the program does, for the help text.
-        defaults: Values below those of the file, for fields that mean nothing to the program.
+        defaults: Values that the file and the options override, for fields that the program does not need.
 
     Returns:
         The checked configuration.
 
     Raises:
-        UsageError: With one message that names every bad field and its value.
+        UsageError: If fields are bad; one message names every bad field and its value.
     """
     parser = _Parser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the sections below; options override it")
@@ -82,7 +82,7 @@ def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) 
         raise UsageError(_describe_unreadable(str(error), arguments)) from error
     options = parser.parse_args(list(arguments))
     for name, given in vars(options).items():
-        # pydantic-settings 2.16 makes a list of whatever a list field is given, where None or a number is meant too.
+        # pydantic-settings 2.16 makes a list of every value of a list field, even of None or a number.
         if given == ["None"] or (name == "model.kv_layers" and len(given or ()) == 1 and given[0].strip().isdigit()):
             section, _, field = name.rpartition(".")
             values[section][field] = None if given == ["None"] else int(given[0])
@@ -91,7 +91,7 @@ def _parse_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) 
 
 
 def _last_only(arguments: Sequence[str], option: str) -> list[str]:
-    """The arguments without all but the last of an option: what is a number or a list is not added up to one list."""
+    """Drop all occurrences of an option but the last, because pydantic-settings would join their values in one list."""
     spans = []
     for place, argument in enumerate(arguments):
         if argument == option or argument.startswith(f"{option}="):
@@ -112,7 +112,7 @@ def _describe_unreadable(message: str, arguments: Sequence[str]) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
         UsageError: If the file cannot be read, is not YAML, or is not a mapping.
@@ -129,11 +129,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validate_config(values: dict[str, Any], *, origin: str | None = None) -> Config:
-    """Config from plain values; a bad one is a UsageError that names field and value.
+    """Make a checked configuration from plain values.
 
     Args:
         values: Sections by name.
-        origin: File the values come from, named in the message.
+        origin: File that the values come from, named in the message.
+
+    Raises:
+        UsageError: If a value is bad; it names the field and the value.
     """
     try:
         return Config.model_validate(values)
@@ -143,5 +146,5 @@ def validate_config(values: dict[str, Any], *, origin: str | None = None) -> Con
 
 
 def dump_yaml(config: Config) -> str:
-    """The resolved configuration as YAML text that loads again to an equal configuration."""
+    """Convert a configuration to YAML text, which loads to an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=False), sort_keys=False)

@@ -1,4 +1,4 @@
-"""What a machine can do, as `moe-train doctor` measures it and `moe-train plan` reads it."""
+"""Speed and memory of a machine, as `moe-train doctor` measures them and `moe-train plan` reads them."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,18 @@ Arithmetic = Literal["bf16", "fp16", "fp32"]
 
 
 class Link(Section):
-    """What one collective operation takes: latency_seconds + bytes / bytes_per_second."""
+    """Seconds of one collective operation: latency_seconds + bytes / bytes_per_second."""
 
     latency_seconds: float = Field(ge=0.0)
-    """Seconds of the operation without any bytes."""
+    """Seconds that the operation takes without any bytes."""
     bytes_per_second: PositiveFloat
-    """Bytes that one rank sends to others in a second while all ranks of the group do so; what a rank keeps for itself
-    is not counted. Of n ranks that share B bytes each, it sends (n - 1)/n B in an all-to-all and in an all-gather of n
-    parts of B/n, and twice as much in an all-reduce."""
+    """Bytes per second that one rank sends to others while all ranks of the group send; what a rank keeps for itself
+    does not count. With n ranks and B bytes per rank, a rank sends (n - 1)/n B in an all-to-all and in an all-gather of
+    n parts of B/n, and twice as much in an all-reduce."""
 
 
 class Network(Section):
-    """The collective operations among ranks."""
+    """Speed of the collective operations among ranks."""
 
     all_to_all: Link
     """Uneven all-to-all of rows."""
@@ -36,47 +36,47 @@ class Network(Section):
 
 
 class Product(Section):
-    """How fast a matrix product of one shape is, with all ranks of the node at work."""
+    """Speed of a matrix product of one shape, measured while all ranks of the node work."""
 
     rows: PositiveInt
     """Rows of the left matrix [rows, width]."""
     width: PositiveInt
     """Rows and columns of the right matrix [width, width]."""
     flops_per_second: PositiveFloat
-    """2 rows width^2 operations over the seconds that they take."""
+    """Operations per second: 2 rows width^2 over the seconds of the product."""
 
 
 class Machine(Section):
     """One kind of device, its node and its network, as one rank sees them while all ranks work."""
 
     name: str
-    """What it is, for people."""
+    """Name of the machine, for people."""
     device: Literal["cpu", "cuda"] = "cuda"
-    """cpu: ranks are processes on cores, which their collective operations take too, so that these hide behind no work
-    of the same node; cuda: a GPU a rank."""
+    """cpu: ranks are processes on cores; their collective operations need the same cores, so that no computation on the
+    node hides them; cuda: one GPU per rank."""
     memory_bytes: PositiveInt
-    """Memory of one rank: of its GPU, or its share of the host's."""
+    """Bytes of memory of one rank: the memory of its GPU, or its share of the host memory."""
     flops_per_second: dict[Arithmetic, PositiveFloat]
-    """Peak of large matrix products by arithmetic: a data sheet's, or the best that was measured."""
+    """Peak speed of large matrix products for each arithmetic: from a data sheet, or the best that was measured."""
     products: dict[Arithmetic, tuple[Product, ...]] = Field({})
-    """Measured products over rows and widths; without them a share of the peak is assumed."""
+    """Measured speeds of products of several sizes; without them, a share of the peak is assumed."""
     memory_bytes_per_second: PositiveFloat
-    """Bytes read and written in a second by an elementwise operation on large tensors."""
+    """Bytes per second that an elementwise operation on large tensors reads and writes."""
     operation_seconds: float = Field(ge=0.0)
-    """Fixed seconds of one small operation: launch of a kernel, or the host's time for it."""
+    """Fixed seconds of one small operation: the launch of a kernel, or the host's time for it."""
     ranks_per_node: PositiveInt
-    """Ranks of a node with which this was measured; on a data sheet its devices."""
+    """Ranks per node during the measurement; for a data sheet, the devices of a node."""
     intra_node: Network | None = None
-    """Among ranks of one node; None: not known, as where each node had one rank."""
+    """Network among the ranks of one node; None: not known, for example because each node had one rank."""
     inter_node: Network | None = None
-    """Among ranks of several nodes, one of each at a time in the same place; None: not known."""
+    """Network across nodes, among one rank of each node, all with the same place in their nodes; None: not known."""
 
 
 def read_machine(path: Path) -> Machine:
     """Read a machine from a file: YAML or JSON, bare or as the key "machine" of what `moe-train doctor --json` prints.
 
     Raises:
-        UsageError: If there is no such file, or a field of it is wrong; with the file's and the field's name.
+        UsageError: If there is no such file, or a field of it is wrong; it names the file and the field.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Validation errors in words: each names its field and value, and what would be right."""
+"""Messages for validation errors: each names its field and value, and what would be right."""
 
 import difflib
 from typing import Any, get_args, get_origin
@@ -10,9 +10,9 @@ def describe_errors(error: ValidationError, model: type[BaseModel], prefix: str 
     """Describe all errors of a validation in one message.
 
     Args:
-        error: The validation's.
-        model: What was validated.
-        prefix: Dotted name of the model in the whole configuration; "": it is the whole.
+        error: Error of the validation.
+        model: Class of the validated section.
+        prefix: Dotted name of the section in the whole configuration; "": it is the whole configuration.
     """
     return "; ".join(_describe(item, model, prefix) for item in error.errors())
 

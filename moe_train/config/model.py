@@ -15,7 +15,7 @@ class ModelConfig(SectionWithParts):
     part_group = "mixers"
 
     vocab_size: PositiveInt | None = None
-    """Rows of the embedding; None takes the tokenizer's size. A larger value than the tokenizer's is padding."""
+    """Rows of the embedding; None: the tokenizer's size. A value above the tokenizer's size adds rows of padding."""
     hidden_size: PositiveInt = 256
     """Width of the residual stream."""
     num_layers: PositiveInt = 4
@@ -23,46 +23,47 @@ class ModelConfig(SectionWithParts):
     num_heads: PositiveInt = 8
     """Query heads."""
     num_kv_heads: PositiveInt | None = None
-    """Key and value heads of one owner layer: num_heads is MHA, fewer GQA, 1 MQA; None takes num_heads."""
+    """Key and value heads of one owner layer: num_heads is MHA, fewer is GQA, 1 is MQA; None: num_heads."""
     kv_layers: PositiveInt | tuple[int, ...] | None = None
-    """Attention layers that own keys and values (MLKV): their number, or the list of their layers, beginning with the
-    first attention layer; None: all of them."""
+    """Attention layers that own keys and values (MLKV): their number, or a list of layers that begins with the first
+    attention layer; None: all attention layers."""
     sliding_window: PositiveInt | None = None
-    """Positions that a token sees, its own included, in training and decoding alike: older keys are not kept in the
-    cache; None: all."""
+    """Positions that a token sees, including its own, in training and in decoding; the cache does not keep older keys.
+    None: all."""
     head_dim: PositiveInt | None = None
-    """Width of one head, even; None takes hidden_size / num_heads."""
+    """Width of one head, an even number; None: hidden_size / num_heads."""
     qk_norm: Literal["none", "head", "projection"] = "none"
-    """RMS norm of queries and keys before their rotation, with norm_epsilon. head: of every head's head_dim numbers,
-    with one gain of that width for all heads of a layer (Qwen3); projection: of all heads' numbers together, with a
-    gain for each (OLMoE)."""
+    """RMS norm of queries and keys before the rotary embedding, with norm_epsilon. head: over the head_dim elements of
+    each head, and all heads of a layer have the same gains (Qwen3); projection: over the elements of all heads
+    together, and each element has its own gain (OLMoE)."""
     intermediate_size: PositiveInt = 1024
     """Inner width of the dense SwiGLU."""
     moe_every: int = Field(2, ge=0)
     """Every moe_every-th layer is an MoE layer (1: all, 2: layers 1, 3, 5, ... counted from 0); 0: none."""
     moe_layers: tuple[int, ...] | None = None
-    """The MoE layers, counted from 0, in place of moe_every."""
+    """List of the MoE layers, counted from 0; it replaces moe_every."""
     moe: MoEConfig = MoEConfig()
     """The Mixture-of-Experts layers."""
     mixer: str | None = None
-    """The mixer of all layers: the same as mixers with one name."""
+    """Mixer of all layers; it is the same as mixers with one name."""
     mixers: tuple[str, ...] = Field(("attention",), min_length=1)
-    """What mixes tokens along the sequence, by layer: a pattern that repeats over the layers, whose length divides
-    num_layers. A mixer's own settings stand under its name beside this field."""
+    """Sequence mixers by layer: a pattern that repeats over the layers; its length must divide num_layers. A mixer's
+    own settings are under its name, beside this field."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation of the residual stream."""
     norm_position: Literal["pre", "post"] = "pre"
     """pre: x + F(N(x)) with a final norm; post: N(x + F(x)) without one."""
     norm_epsilon: PositiveFloat = 1e-5
-    """Added to the variance in every norm."""
+    """Constant that every norm adds to the variance."""
     rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary embedding's wave lengths, in positions."""
+    """Base of the wavelengths of the rotary embedding, in positions."""
     tie_embeddings: bool = False
-    """True: the head's weight is the embedding's."""
+    """True: the head uses the weight of the embedding."""
     isolate_documents: bool = False
     """True: no attention from one packed document to another."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of initial weights; divided by sqrt(2 num_layers) where they write to the residual stream."""
+    """Standard deviation of initial weights; for weights that write to the residual stream, it is divided by
+    sqrt(2 num_layers)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -156,17 +157,17 @@ class ModelConfig(SectionWithParts):
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:
-        """The mixer of each layer."""
+        """Mixer of each layer."""
         return self.mixers * (self.num_layers // len(self.mixers))
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """The layers whose mixer is attention."""
+        """Layers whose mixer is attention."""
         return tuple(layer for layer, name in enumerate(self.layer_mixers) if name == "attention")
 
     @property
     def moe_layer_indices(self) -> tuple[int, ...]:
-        """The MoE layers, counted from 0."""
+        """MoE layers, counted from 0."""
         if self.moe_layers is not None:
             return self.moe_layers
         if self.moe_every == 0:
@@ -175,7 +176,7 @@ class ModelConfig(SectionWithParts):
 
     @property
     def kv_owner_layers(self) -> tuple[int, ...]:
-        """The layers that own keys and values: of A attention layers number 0, then int((i + 1) A / M), i = 0 .. M - 2.
+        """Layers that own keys and values: of A attention layers, number 0, then int((i + 1) A / M), i = 0 .. M - 2.
 
         Source: Zuhri et al. 2024, arXiv 2406.09297.
         """

@@ -13,7 +13,7 @@ BalanceWeight = Literal[
 CapacityFactor = Annotated[float, Field(gt=0.0)]
 SchedulePoints = tuple[tuple[int, float], ...]  # step, factor
 
-# Fields with which experts take all their tokens, for generation: with a capacity, padding and prefill chunks would
+# Fields for generation, with which experts take all their tokens. With a capacity, padding and prefill chunks would
 # change which tokens an expert has room for.
 DROPLESS: dict[str, Any] = {
     "capacity_factor": None,
@@ -29,74 +29,85 @@ class MoEConfig(SectionWithParts):
     part_group = "routers"
 
     num_experts: PositiveInt = 8
-    """Experts of one MoE layer, over all ranks."""
+    """Number of experts of one MoE layer, over all ranks."""
     top_k: PositiveInt = 2
-    """Experts that every token is sent to."""
+    """Number of experts that every token is sent to."""
     intermediate_size: PositiveInt | None = None
-    """Inner width of one expert's SwiGLU; None takes model.intermediate_size."""
+    """Inner width of one expert's SwiGLU; None: model.intermediate_size."""
     num_shared_experts: int = Field(0, ge=0)
-    """Dense SwiGLU experts of the same width that every token passes; their output is added to that of the chosen."""
+    """Number of dense SwiGLU experts of the same width that every token passes; their output is added to the output of
+    the chosen experts."""
     router: str = "noisy_topk"
-    """noisy_topk: logits with learned noise, zero at the start (Shazeer et al. 2017); softmax_topk: plain (Mixtral);
-    sigmoid_topk: an expert's score does not depend on the others' (DeepSeek-V3); switch: one expert, gated by its
-    softmax probability (Switch Transformer). A router of another package by its name, with its own settings under that
-    name beside this field."""
+    """noisy_topk: logits, which start at zero, with learned noise (Shazeer et al. 2017); softmax_topk: softmax without
+    noise (Mixtral); sigmoid_topk: the score of an expert does not depend on the other experts (DeepSeek-V3); switch:
+    one expert, and its softmax probability is the gate (Switch Transformer). A router of another package is given by
+    its name; its own settings are under that name, beside this field."""
     noise_epsilon: float = Field(1e-2, gt=0.0)
     """Smallest standard deviation of the router's noise, in logits; only for router noisy_topk."""
     input_jitter: float = Field(0.0, ge=0.0, lt=1.0)
-    """Half-width of the uniform factors around 1 that the router's input is multiplied by in training; 0: none."""
+    """Jitter of the router's input: in training it is multiplied by random factors, uniform between 1 - input_jitter
+    and 1 + input_jitter; 0: no jitter."""
     renormalize_gates: bool | None = None
-    """True: the chosen experts' gates sum to one; False: they are scores among all experts; None: False for router
-    switch, else True."""
+    """True: the gates of the chosen experts sum to one; False: the gates are scores among all experts; None: False for
+    router switch, else True."""
     num_groups: PositiveInt = 1
-    """Groups of consecutive experts, of which a token may use only the best; only for router sigmoid_topk."""
+    """Number of groups of consecutive experts; a token may use only its best groups. Only for router sigmoid_topk."""
     top_k_groups: PositiveInt | None = None
-    """Groups that a token may use; a group's score is the sum of its two best experts'. Needed with num_groups > 1."""
+    """Number of groups that a token may use; the score of a group is the sum of its two best experts' scores. Required
+    if num_groups is above 1."""
     routed_scaling_factor: PositiveFloat = 1.0
     """Factor of all gates; only for router sigmoid_topk."""
     capacity_factor: CapacityFactor | None = None
-    """Most tokens an expert takes in training, as a multiple of the mean, tokens x top_k / num_experts; what is over
-    it keeps the residual stream. None: dropless."""
+    """Most tokens that an expert takes in training, as a multiple of the mean, tokens x top_k / num_experts. The expert
+    adds nothing to further tokens, which keep their residual stream. None: dropless."""
     eval_capacity_factor: CapacityFactor | None = None
-    """As capacity_factor, in evaluation. None: dropless there. Generation is always dropless."""
+    """Most tokens that an expert takes in evaluation, as a multiple of the mean. None: dropless. Generation is always
+    dropless."""
     capacity_scope: Literal["sequence", "micro_batch"] = "sequence"
-    """Tokens that a capacity is counted in: each sequence for itself, which is the same in every layout of ranks; or
-    in training all of a rank's micro-batch, which is not."""
+    """Tokens that share a capacity. sequence: the tokens of one sequence, so that results are the same in every layout
+    of ranks; micro_batch: in training, all tokens of a rank's micro-batch, so that results depend on the layout."""
     drop_policy: Literal["probability", "position"] = "probability"
-    """Which assignments go where an expert is over its capacity: those with the lowest gates, or the last tokens'."""
+    """Assignments that are dropped if an expert has more than its capacity. probability: those with the lowest gates;
+    position: those of the last tokens."""
     importance_cv2_coef: float = Field(0.1, ge=0.0)
-    """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens. Where it is not
-    given and switch_aux_coef or bias_update_rate is, 0."""
+    """Weight of CV^2(importance) in the loss; importance is the sum of an expert's gates over tokens. If it is not
+    given, but switch_aux_coef or bias_update_rate is, it is 0."""
     load_cv2_coef: float = Field(0.1, ge=0.0)
-    """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. Needs noisy_topk: where
-    it is not given, 0 with other routers, and where switch_aux_coef or bias_update_rate is given."""
+    """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. It needs router
+    noisy_topk. If it is not given, it is 0 with other routers, and also if switch_aux_coef or bias_update_rate is
+    given."""
     balance_scope: Literal["global", "local"] = "global"
-    """Tokens that importance and load are summed over before CV^2: one micro-step of all ranks, or of this rank."""
+    """Tokens that importance and load are summed over before CV^2 is formed. global: those of all ranks in a
+    micro-step; local: those of this rank."""
     switch_aux_coef: float = Field(0.0, ge=0.0)
-    """Weight of the Switch / GShard loss, num_experts x sum of f p: an expert's share of assignments times its mean
-    probability; 1 when balanced, num_experts / top_k when all tokens choose the same experts."""
+    """Weight of the Switch / GShard loss, num_experts x sum of f p, where f is an expert's share of the assignments and
+    p its mean probability. The loss is 1 when balanced, and num_experts / top_k when all tokens choose the same
+    experts."""
     switch_scope: Literal["micro_batch", "sequence", "global"] = "global"
-    """Tokens that f and p are formed over: a rank's micro-batch, each sequence, or one micro-step of all ranks."""
+    """Tokens that f and p are computed from. micro_batch: those of a rank's micro-batch; sequence: those of each
+    sequence; global: those of all ranks in a micro-step."""
     z_loss_coef: float = Field(0.0, ge=0.0)
-    """Weight of the mean squared logsumexp of the router's logits (ST-MoE, where it is 1e-3)."""
+    """Weight of the mean squared logsumexp of the router's logits (1e-3 in ST-MoE)."""
     bias_update_rate: float = Field(0.0, ge=0.0)
-    """Loss-free balancing: what every expert's bias moves by after a step, up below the mean count and down above it
-    (arXiv 2408.15664, where it is 1e-3). The bias decides who is chosen, with the scores; gates are without it."""
+    """Loss-free balancing: after each step, the bias of an expert rises by this number if its count is below the mean,
+    and falls by it if its count is above the mean (1e-3 in arXiv 2408.15664). Experts are chosen by score plus bias;
+    gates do not contain the bias."""
     balance: dict[str, dict[str, Any]] = Field({})
-    """Further ways to balance, of other packages: their settings by their name."""
+    """Ways to balance of other packages: the settings of each, by its name."""
     coef_schedules: dict[str, SchedulePoints] = Field({})
-    """Factors of balance weights over the run: by a weight's name (or a name in balance), points [step, factor], linear
-    between them and constant outside (as JSON on the command line: {"switch_aux_coef": [[0, 1], [1000, 0.1]]})."""
+    """Factors of balance weights over the run: for each name of a weight (or name in balance), points [step, factor].
+    The factor is linear between the points and constant outside (as JSON on the command line:
+    {"switch_aux_coef": [[0, 1], [1000, 0.1]]})."""
 
     @property
     def gates_sum_to_one(self) -> bool:
-        """renormalize_gates, with the router's own way where it is None."""
+        """Whether the gates sum to one: renormalize_gates, or the router's default if that is None."""
         return self.router != "switch" if self.renormalize_gates is None else self.renormalize_gates
 
     @model_validator(mode="before")
     @classmethod
     def _choose_weights(cls, values: Any) -> Any:
-        """The CV^2 losses balance where nothing else does; only noise gives the load a gradient."""
+        """Set CV^2 weights that are not given to 0, if something else balances or the load has no gradient."""
         if not isinstance(values, dict):
             return values
         others = any(values.get(name) for name in ("switch_aux_coef", "bias_update_rate"))

@@ -1,6 +1,7 @@
-"""Command-line options of parts: --model.NAME.setting, where NAME is a mixer, and its like for other parts.
+"""Command-line options of parts, such as --model.NAME.setting, where NAME is a mixer.
 
-They are taken out of the command line before it is parsed: which settings a part has is known once it is imported.
+They are taken out of the command line before it is parsed, because the settings of a part are known only after its
+import.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
 from moe_train.config.registry import Group, is_part
 
-# Where parts have settings: section, with the group of the parts that it names.
+# Sections that contain settings of parts, with the group of these parts.
 PLACES: dict[str, Group] = {
     "model.moe.balance": "balance",
     "model.moe": "routers",
@@ -29,7 +30,7 @@ def take_part_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, An
         arguments: The command line.
 
     Returns:
-        The other arguments; and the values that the options of parts set, as nested sections.
+        The other arguments, and the values that the options of parts set, as nested sections.
 
     Raises:
         UsageError: If an option has no value, or one that is not YAML.
@@ -53,7 +54,7 @@ def take_part_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, An
 
 
 def _part_path(option: str) -> list[str] | None:
-    """The keys that an option of a part sets; None: it is an option of another kind."""
+    """Find the keys that an option of a part sets; None: the option belongs to no part."""
     for section, group in PLACES.items():
         rest = option.removeprefix(f"--{section}.")
         name, _, setting = rest.partition(".")

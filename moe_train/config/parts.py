@@ -1,6 +1,6 @@
-"""The parts that a configuration names: their own settings, and their own checks.
+"""Parts that a configuration names: their own settings, and their own checks.
 
-Importing a part imports torch, so that parts are loaded once the rest of the configuration is known to be right.
+Importing a part imports torch. So parts are loaded only after the rest of the configuration is checked.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,66 +15,66 @@ from moe_train.config.messages import describe_errors
 from moe_train.config.registry import load_part
 from moe_train.config.root import Config
 
-OPTIONAL_FIELDS = ("beta1", "beta2", "epsilon")  # of optim, which not every optimizer has
+OPTIONAL_FIELDS = ("beta1", "beta2", "epsilon")  # fields of optim that not every optimizer has
 
 OwnSection = TypeVar("OwnSection", bound=Section)
 
 
 class Kind(Protocol):
-    """What the configuration asks of a mixer or router."""
+    """A mixer or router, as the configuration sees it."""
 
     @property
     def section(self) -> type[Section] | None:
-        """Settings of its own."""
+        """Class of its own settings; None: it has none."""
 
     @property
     def check(self) -> Callable[[Any, Any], None]:
-        """Refuses settings that cannot work."""
+        """Function that refuses settings that cannot work."""
 
 
 class RouterLike(Kind, Protocol):
-    """What the configuration asks of a router beside that."""
+    """A router, as the configuration sees it."""
 
     @property
     def has_smooth_load(self) -> bool:
-        """Whether its load has a gradient."""
+        """Whether the router's load has a gradient."""
 
 
 class HasSection(Protocol):
-    """What the configuration asks of a way to balance or a sink."""
+    """A way to balance or a sink, as the configuration sees it."""
 
     @property
     def section(self) -> type[Section] | None:
-        """Settings of its own."""
+        """Class of its own settings; None: it has none."""
 
 
 class OptimizerLike(HasSection, Protocol):
-    """What the configuration asks of an optimizer."""
+    """An optimizer, as the configuration sees it."""
 
     @property
     def fields(self) -> frozenset[str]:
-        """Fields of optim that it reads, of those that not every optimizer does."""
+        """Fields among OPTIONAL_FIELDS that the optimizer reads."""
 
 
 class DispatcherLike(Protocol):
-    """What the configuration asks of a dispatcher."""
+    """A dispatcher, as the configuration sees it."""
 
     @property
     def leaves_nodes_once(self) -> bool:
-        """Whether rows pass nodes first."""
+        """Whether rows go across nodes first, and then within a node."""
 
 
 @dataclass(frozen=True)
 class Kinds:
-    """The parts that a configuration names.
+    """Kinds of the parts that a configuration names.
 
     Attributes:
-        mixers: Kinds of mixers by name.
+        mixers: Kinds of mixers, by name.
         router: Kind of router.
         dispatcher: Kind of dispatcher.
         optimizer: Kind of optimizer.
-        balance: Kinds of ways to balance, of those with settings of their own, by name.
-        sinks: Kinds of sinks, of those with settings of their own, by name.
+        balance: Kinds of ways to balance that have settings in the configuration, by name.
+        sinks: Kinds of sinks that have settings in the configuration, by name.
     """
 
     mixers: Mapping[str, Kind]
@@ -88,10 +88,10 @@ class Kinds:
         """Let every part check its settings.
 
         Args:
-            config: As loaded.
+            config: Configuration as loaded.
 
         Raises:
-            UsageError: If a part refuses them.
+            UsageError: If a part refuses its settings.
         """
         model, moe = config.model, config.model.moe
         for name, kind in self.mixers.items():
@@ -131,15 +131,15 @@ def load_kinds(config: Config) -> Kinds:
 
 
 def read_section(section: type[OwnSection] | None, values: dict[str, Any] | None, field: str) -> OwnSection | None:
-    """A part's own settings.
+    """Read a part's own settings.
 
     Args:
-        section: Their names, types and defaults; None: the part has none.
-        values: As given; None: nothing is.
-        field: Where they stand in the configuration, for messages.
+        section: Class of the settings; None: the part has none.
+        values: Given values; None: none are given.
+        field: Dotted name of the settings in the configuration, for messages.
 
     Raises:
-        UsageError: Naming each wrong setting and its value.
+        UsageError: If settings are wrong; it names each of them and its value.
     """
     if section is None:
         if values:

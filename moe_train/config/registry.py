@@ -1,7 +1,7 @@
-"""Catalogue of the parts that a configuration names, each by the place where the part describes itself.
+"""Registry of the parts that a configuration can name, each with the place where the part describes itself.
 
 A line is `name: "module:OBJECT"`. It is a string, so that a configuration is read without torch; the object is imported
-when the configuration names it. To add a part, write its file and its line. A package outside adds one by an entry
+when the configuration names it. To add a part, write its file and its line. Another package adds a part by an entry
 point of the group "moe_train.mixers", "moe_train.routers", ...:
 
     [project.entry-points."moe_train.mixers"]
@@ -57,12 +57,12 @@ REGISTRY: dict[Group, dict[str, str]] = {
 
 
 def part_names(group: Group) -> list[str]:
-    """Names of all parts of a group: those of this package, then those of others."""
+    """List the names of all parts of a group: those of this package, then those of others."""
     return [*REGISTRY[group], *(name for name in _outside(group) if name not in REGISTRY[group])]
 
 
 def is_part(group: Group, name: str) -> bool:
-    """Whether a name is that of a part."""
+    """Return whether a group has a part of this name."""
     return name in REGISTRY[group] or name in _outside(group)
 
 
@@ -70,12 +70,12 @@ def check_part(group: Group, name: str, field: str) -> None:
     """Refuse a name that no part has.
 
     Args:
-        group: The group that the field chooses from.
-        name: The name given.
-        field: The field that names it, for the message.
+        group: Group that the field chooses from.
+        name: Name that the field has.
+        field: Name of the field, for the message.
 
     Raises:
-        UsageError: With the nearest name, or all names.
+        UsageError: If no part has the name; the message has the nearest name, or all names.
     """
     if not is_part(group, name):
         near = difflib.get_close_matches(name, part_names(group), n=1)
@@ -85,11 +85,11 @@ def check_part(group: Group, name: str, field: str) -> None:
 
 @functools.cache
 def load_part(group: Group, name: str) -> Any:
-    """The object in which a part describes itself. It is imported when it is first asked for.
+    """Import the object in which a part describes itself, at the first call.
 
     Args:
-        group: The group it belongs to.
-        name: Its name; from `check_part`.
+        group: Group of the part.
+        name: Name of the part, checked by `check_part`.
 
     Raises:
         UsageError: If a part of another package cannot be imported.
@@ -109,5 +109,5 @@ def _import(line: str) -> Any:
 
 @functools.cache
 def _outside(group: Group) -> dict[str, importlib.metadata.EntryPoint]:
-    """Parts of other packages, by name."""
+    """Find the parts of other packages, by name."""
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=f"moe_train.{group}")}

@@ -1,6 +1,6 @@
-"""Resolution of a configuration: every "auto" and None of a size becomes a number, once, for all who use it.
+"""Resolution of a configuration: every size that is "auto" or None becomes a number, once for all users.
 
-Behind it a field is what its type says: training, evaluation, doctor, planner and parity read numbers.
+After it, training, evaluation, doctor, planner and parity read only numbers.
 """
 
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ Precision = Literal["bf16", "fp16", "fp32"]
 MOST_CHUNKS = 4  # parallel.chunks auto: of n chunks, 1/n of the traffic is not hidden
 # parallel.chunks auto: with fewer rows, of all experts or of one, a chunk's own work costs more than it hides.
 ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT = 16384, 256
-AUTO_MICRO_BATCH = 8  # sequences; most of what one rank takes at once under train.micro_batch_size auto
+AUTO_MICRO_BATCH = 8  # most sequences of one rank in one pass, with train.micro_batch_size auto
 
 
 class WorldSize(Protocol):
-    """Numbers of ranks."""
+    """Numbers of ranks, of the run and of a node."""
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks of the run."""
 
     @property
     def local_world_size(self) -> int:
-        """Ranks of this node."""
+        """Number of ranks of this node."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Ranks:
     """Numbers of ranks that are not started (yet).
 
     Attributes:
-        world_size: Ranks of the run.
-        local_world_size: Ranks of a node.
+        world_size: Number of ranks of the run.
+        local_world_size: Number of ranks of a node.
     """
 
     world_size: int
@@ -49,11 +49,11 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Device:
-    """What a configuration depends on of a rank's device.
+    """Properties of a rank's device that a configuration depends on.
 
     Attributes:
-        type: cpu or cuda.
-        has_bf16: Whether it multiplies matrices in bf16.
+        type: Device type, cpu or cuda.
+        has_bf16: Whether the device multiplies matrices in bf16.
     """
 
     type: str
@@ -61,7 +61,7 @@ class Device:
 
 
 class ResolvedModel(ModelConfig):
-    """The model section with its vocabulary."""
+    """The model section with the size of its vocabulary."""
 
     vocab_size: PositiveInt
     """Rows of the embedding."""
@@ -75,7 +75,7 @@ class ResolvedParallel(ParallelConfig):
     chunks: PositiveInt
     """Parts of a micro-batch's tokens."""
     node_size: int | None = Field(exclude=True)
-    """Ranks of a node, where rows pass nodes first; None: they don't."""
+    """Ranks of a node, if rows go across nodes first; None: they do not."""
 
 
 class ResolvedTrain(TrainConfig):
@@ -95,11 +95,11 @@ class ResolvedConfig(Config):
     model: ResolvedModel
     """The model."""
     parallel: ResolvedParallel
-    """How the model is spread over ranks."""
+    """Layout of the model over ranks."""
     train: ResolvedTrain
-    """The loop."""
+    """The training loop."""
     world_size: int = Field(exclude=True)
-    """Ranks of the run."""
+    """Number of ranks of the run."""
 
     @property
     def accumulation(self) -> int:
@@ -120,7 +120,7 @@ class Sizes:
     precision: Precision
 
     def updates(self) -> dict[str, dict[str, Any]]:
-        """The sizes by section, as the configuration has them."""
+        """Return the sizes by section, under their names in the configuration."""
         return {
             "parallel": {
                 "expert_parallel_size": self.expert_parallel_size,
@@ -139,14 +139,14 @@ def resolve(config: Config, world: WorldSize, device: Device, vocab_size: int, k
     """Resolve a configuration.
 
     Args:
-        config: As loaded.
+        config: Configuration as loaded.
         world: Numbers of ranks.
-        device: What matters of a rank's device; all ranks' devices are alike.
-        vocab_size: Tokens of the tokenizer.
-        kinds: The parts that the configuration names, from `load_kinds`.
+        device: Properties of a rank's device; the devices of all ranks are alike.
+        vocab_size: Number of tokens of the tokenizer.
+        kinds: Kinds of the parts that the configuration names, from `load_kinds`.
 
     Raises:
-        UsageError: If sizes do not divide, or a part refuses its settings.
+        UsageError: If sizes do not divide each other, or a part refuses its settings.
     """
     sizes = resolve_sizes(config, world, device, kinds)
     given = config.model.vocab_size
@@ -161,16 +161,16 @@ def resolve(config: Config, world: WorldSize, device: Device, vocab_size: int, k
 
 
 def resolve_sizes(config: Config, world: WorldSize, device: Device, kinds: Kinds) -> Sizes:
-    """Resolve the sizes that need no tokenizer, and check all that can be checked by now.
+    """Resolve the sizes that need no tokenizer, and check all that can be checked without it.
 
     Args:
-        config: As loaded.
+        config: Configuration as loaded.
         world: Numbers of ranks.
-        device: What matters of a rank's device.
-        kinds: The parts that the configuration names.
+        device: Properties of a rank's device.
+        kinds: Kinds of the parts that the configuration names.
 
     Raises:
-        UsageError: If sizes do not divide, or a part refuses its settings.
+        UsageError: If sizes do not divide each other, or a part refuses its settings.
     """
     kinds.check(config)
     precision = choose_precision(config.train.precision, device)
@@ -207,10 +207,10 @@ def resolve_sizes(config: Config, world: WorldSize, device: Device, kinds: Kinds
 
 
 def choose_precision(setting: Precision | Literal["auto"], device: Device) -> Precision:
-    """The precision of a setting of train.precision; auto: bf16 where the device has it, else fp32.
+    """Choose the precision for a setting of train.precision; auto: bf16 if the device has it, else fp32.
 
     Raises:
-        UsageError: If the device cannot train in it.
+        UsageError: If the device cannot train in this precision.
     """
     if setting == "fp16" and device.type == "cpu":
         raise UsageError("train.precision (fp16) needs parallel.device cuda: on a CPU it is bf16 or fp32")
@@ -236,12 +236,12 @@ def _batch_sizes(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def _number_of_chunks(config: Config, size: int, tokens: int) -> int:
-    """As many chunks as leave each enough to do, and no more than hide most of the traffic.
+    """Choose the number of chunks: each has enough rows, and no more chunks than hide most of the traffic.
 
     Args:
-        config: As loaded.
-        size: Ranks that share the experts.
-        tokens: Tokens of a micro-batch.
+        config: Configuration as loaded.
+        size: Number of ranks that share the experts.
+        tokens: Number of tokens of a micro-batch.
     """
     if size == 1:
         return 1

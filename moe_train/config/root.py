@@ -18,24 +18,25 @@ from moe_train.config.run import (
 
 
 class Config(Section):
-    """Everything a run is made of."""
+    """All settings of a run."""
 
     model: ModelConfig = ModelConfig()
     """The model."""
     data: DataConfig = DataConfig()
     """Documents, tokens and their order."""
     parallel: ParallelConfig = ParallelConfig()
-    """How the model is spread over ranks."""
+    """Layout of the model over ranks."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and schedule."""
     train: TrainConfig
-    """The loop."""
+    """The training loop."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     telemetry: TelemetryConfig = TelemetryConfig()
-    """What is written of a run."""
+    """Records of a run, and warnings."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Raw additions to DeepSpeed's configuration (as JSON on the command line), contradicting no field above."""
+    """Raw additions to DeepSpeed's configuration (as JSON on the command line); they must not contradict a field
+    above."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

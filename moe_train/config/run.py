@@ -7,41 +7,43 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from moe_train.config.base import Section, SectionWithParts
 from moe_train.config.registry import check_part
 
-ALARM_FIELDS = ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps")  # of telemetry
+ALARM_FIELDS = ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps")  # in telemetry
 
 
 class ParallelConfig(Section):
-    """How the model is spread over ranks."""
+    """Layout of the model over ranks."""
 
     expert_parallel_size: PositiveInt | Literal["auto"] = "auto"
-    """Ranks that share the experts of a layer; auto: the largest that divides experts and ranks and stays in a node, or
-    with dispatch two_level takes whole nodes."""
+    """Ranks that share the experts of a layer; auto: the largest number that divides experts and ranks and stays within
+    a node, or with dispatch two_level takes whole nodes."""
     zero_stage: int = Field(1, ge=1, le=3)
-    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    """Stage of DeepSpeed ZeRO: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     dispatch: str = "flat"
-    """How tokens travel to experts on other ranks. flat: one row an assignment. unique: one row for each rank that a
-    token has experts on, which is fewer bytes the more experts a token has. two_level: one row for each node, and from
-    there one for each rank; where the ranks that share the experts are one node's, as unique."""
+    """How tokens travel to experts on other ranks. flat: one row per assignment. unique: one row for each rank that a
+    token has experts on; it saves more bytes the more experts a token has. two_level: one row for each node, then one
+    row for each rank of the node; if the ranks that share the experts are all on one node, it is the same as unique."""
     ranks_per_node: PositiveInt | Literal["auto"] = "auto"
-    """Ranks between which bytes are cheap, only for dispatch two_level; auto: those of a host, as the launcher says."""
+    """Ranks per node, between which traffic is cheap; only for dispatch two_level. auto: the ranks of a host, as the
+    launcher reports them."""
     chunks: PositiveInt | Literal["auto"] = "auto"
-    """Parts of a micro-batch's tokens; one travels while the experts compute another. auto: as many as have enough
-    rows. As dispatch and payload, without effect where every rank has all experts."""
+    """Number of chunks of a micro-batch's tokens; one chunk travels while the experts compute another. auto: as many as
+    have enough rows each. Like dispatch and payload, it has no effect if every rank has all experts."""
     payload: Literal["model", "bf16", "fp8"] = "model"
-    """In what rows and their gradients travel between ranks. model: as they are; bf16: rounded, for precision fp32;
-    fp8: e4m3 with a scale for every row. They are rounded in every all-to-all, with two_level twice each way."""
+    """Number format in which rows and their gradients travel between ranks. model: unchanged; bf16: rounded to bf16,
+    only for precision fp32; fp8: e4m3 with one scale per row. Every all-to-all rounds them; two_level rounds twice each
+    way."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cpu (gloo) or cuda (NCCL); auto takes cuda where a device is visible."""
+    """cpu (gloo) or cuda (NCCL); auto: cuda if a device is visible."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
-    """CPU threads of one rank; auto: the cores of the node shared among its ranks."""
+    """CPU threads of one rank; auto: the cores of the node, divided among its ranks."""
     network_interface: str | None = None
-    """Network interface of every host by which ranks reach each other, for gloo and NCCL, such as eth0 or ib0; None:
-    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where they are set, else that of the route to rank 0's host."""
+    """Network interface of every host through which ranks reach each other, for gloo and NCCL, such as eth0 or ib0.
+    None: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if set, else the interface of the route to rank 0's host."""
     timeout_seconds: PositiveInt = 600
-    """Seconds after which a collective operation that does not complete is an error."""
+    """Seconds after which a collective operation that is not complete counts as an error."""
     peer_timeout_seconds: int = Field(20, ge=5)
-    """Seconds without a sign of life after which a rank counts as lost: the others name it and end with exit code 70.
-    Signs are given by a thread of their own, also while a rank computes."""
+    """Seconds without a heartbeat after which a rank counts as lost: the others name it and end with exit code 70. A
+    separate thread sends the heartbeats, also while the rank computes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -60,14 +62,15 @@ class OptimConfig(SectionWithParts):
     part_group = "optimizers"
 
     name: str = "adamw"
-    """The optimizer: adamw, AdamW with decoupled weight decay; or one of another package by its name, with its own
-    settings under that name beside this field."""
+    """Optimizer. adamw: AdamW with decoupled weight decay. An optimizer of another package is given by its name; its
+    own settings are under that name, beside this field."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     min_learning_rate_ratio: float = Field(0.1, ge=0.0, le=1.0)
     """Learning rate at the end, as a share of the peak; not for schedule constant."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine to the end; wsd: constant, then linear over the last steps; constant."""
+    """Learning rate after warm-up. cosine: falls like a cosine to the end; wsd: constant, then falls linearly over the
+    last steps; constant: does not change."""
     warmup_steps: int = Field(100, ge=0)
     """Steps of linear warm-up from zero."""
     decay_fraction: float = Field(0.2, gt=0.0, le=1.0)
@@ -77,11 +80,11 @@ class OptimConfig(SectionWithParts):
     beta2: float = Field(0.95, ge=0.0, lt=1.0)
     """Decay rate of Adam's second moment."""
     epsilon: PositiveFloat = 1e-8
-    """Added to Adam's denominator."""
+    """Constant that is added to Adam's denominator."""
     weight_decay: float = Field(0.1, ge=0.0)
     """Decoupled weight decay of matrices; norms and biases have none."""
     max_grad_norm: float = Field(1.0, ge=0.0)
-    """Bound of the global gradient norm over all ranks and experts; 0: no clipping."""
+    """Bound to which the global gradient norm, over all ranks and experts, is clipped; 0: no clipping."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,42 +111,44 @@ class TrainConfig(Section):
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
     micro_batch_size: PositiveInt | Literal["auto"] = 8
-    """Sequences of one rank in one forward and backward pass; auto: at most 8, as many as divide a rank's share of
-    global_batch_size."""
+    """Sequences of one rank in one forward and backward pass; auto: the largest number up to 8 that divides a rank's
+    share of global_batch_size."""
     global_batch_size: PositiveInt | None = None
     """Sequences of one optimizer step over all ranks; None: micro_batch_size x ranks, no gradient accumulation."""
     sequence_length: PositiveInt = 256
     """Tokens of one sequence."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the model; auto: bf16 where the hardware has it, else fp32. Master weights are fp32."""
+    """Arithmetic of the model; auto: bf16 if the hardware has it, else fp32. Master weights are fp32."""
     recompute_activations: bool = False
-    """True: a block's activations are computed again in the backward pass, in place of being kept."""
+    """True: the activations of a block are not kept, but computed again in the backward pass."""
     compile: bool = False
-    """True: attention, norms, dense feed-forward layers and shared experts run compiled by torch.compile in training;
-    routers, dispatch and experts do not. It needs a C++ compiler, on CUDA triton too, and ZeRO stage 1 or 2. The first
-    step takes half a minute or more for it; a step and its gradients stay the same within rounding."""
+    """True: torch.compile compiles attention, norms, dense feed-forward layers and shared experts for training; it does
+    not compile routers, dispatch and experts. It needs a C++ compiler, on CUDA also triton, and ZeRO stage 1 or 2. The
+    first step takes half a minute or more longer. A step and its gradients stay the same within rounding."""
     seed: int = 0
     """Seed of initial weights, sample order and router noise."""
     log_every: PositiveInt = 10
-    """Steps between lines on the screen."""
+    """Steps between progress lines; on a terminal, a progress bar replaces them."""
     validate_every: int = Field(0, ge=0)
     """Steps between validations; 0: only at the end."""
     validation_sequences: PositiveInt | None = 128
-    """Held-out sequences of a periodic validation, spread over the held-out text; None: all, as at the end."""
+    """Held-out sequences per periodic validation, spread over the held-out text; None: all, as in the validation at the
+    end."""
     profile_steps: int = Field(0, ge=0)
-    """Steps, from the third of a start on, that torch.profiler traces on every rank into profile/ of the run folder,
-    and which are slower for it. The four steps of MoE layers are named ranges. 0: none."""
+    """Number of steps that torch.profiler traces on every rank, beginning with the third step after a start; traced
+    steps are slower. The traces are in profile/ of the run folder; the four steps of MoE layers are named ranges. 0:
+    none."""
     sample_tokens: int = Field(64, ge=0)
     """Tokens of the text sampled at the end; 0: none."""
     max_grad_norm_ratio: float | None = Field(10.0, gt=1.0)
-    """A step whose gradient norm is over this many times the median of the last 128 steps taken is skipped, once 32 are
-    known; None: only a loss or gradient that is not finite makes a step be skipped."""
+    """A step is skipped if its gradient norm is more than this many times the median of the last 128 steps taken, once
+    32 are known; None: a step is skipped only if its loss or a gradient is not finite."""
     max_skipped_steps: PositiveInt = 5
-    """Skipped steps in a row after which the run goes back to the last checkpoint and passes over the data since; a
-    second time before the next checkpoint it ends with a diagnosis."""
+    """Skipped steps in a row after which the run goes back to the last checkpoint and passes over the data since then.
+    If this happens again before the next checkpoint, the run ends with a diagnosis."""
     step_timeout_seconds: PositiveInt = 600
-    """Seconds after which a step that does not end counts as hanging: every rank writes where it is, and the run ends
-    with exit code 70, on which a launcher can start it again."""
+    """Seconds after which a step that has not ended counts as hanging: every rank writes where it is, and the run ends
+    with exit code 70, so that a launcher can start it again."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -163,17 +168,19 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept; older ones are removed after a newer one is complete."""
+    """Number of newest checkpoints to keep; older ones are removed after a newer one is complete."""
     keep_every: int = Field(0, ge=0)
-    """Checkpoints of steps that are a multiple of this are kept beside the newest; 0: none."""
+    """Checkpoints of steps that are a multiple of this number are kept too; 0: none."""
     asynchronous: bool = True
-    """True: a save copies the state to host memory, and training goes on while it is written; False: training waits."""
+    """True: a save copies the state to host memory, and training continues while it is written; False: training
+    waits."""
     on_error: Literal["continue", "stop"] = "continue"
-    """After a save that failed, such as for a full disk. continue: it is reported, the last good checkpoint stays, and
-    the next is tried when it is due (the last one of the run must succeed); stop: the run ends."""
+    """What happens after a failed save, for example on a full disk. continue: the error is reported, the last good
+    checkpoint stays, and the next save is tried when it is due (the last save of the run must succeed); stop: the run
+    ends."""
     resume: str = "auto"
-    """auto: the newest checkpoint of the run folder that is whole; never: refuse a folder that has one; or a
-    checkpoint's path."""
+    """Checkpoint to resume from. auto: the newest valid checkpoint of the run folder, if there is one; never: none, and
+    a run folder with checkpoints is refused; or the path of a checkpoint."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -185,35 +192,35 @@ class CheckpointConfig(Section):
 
 
 class TelemetryConfig(SectionWithParts):
-    """What is written to TensorBoard and metrics.jsonl, and what is warned of."""
+    """Records for TensorBoard and metrics.jsonl, and warnings."""
 
     part_group = "sinks"
 
     every: PositiveInt = 10
-    """Steps between written records. Tokens an expert and what follows from them are over all steps since the last; for
-    a step that is neither written, shown nor saved nothing is reduced and nothing waited for."""
+    """Steps between written records. Tokens per expert, and the figures computed from them, cover all steps since the
+    last record. For a step that is neither written nor shown, telemetry reduces nothing and waits for nothing."""
     sinks: tuple[str, ...] = ("tensorboard",)
-    """What gets the records beside metrics.jsonl: tensorboard, and those of other packages by their names, with their
-    own settings under that name beside this field."""
+    """Sinks that get the records, besides metrics.jsonl: tensorboard, and sinks of other packages, by their names. A
+    sink's own settings are under its name, beside this field."""
     tensorboard: bool = True
     """False: TensorBoard gets no records, whatever sinks says."""
     experts: bool = True
-    """True: the load, balance and traffic of experts are in the records; False: no sum is formed for them that no loss
-    needs, none is added up, and nothing is timed."""
+    """True: the records contain the load, balance and traffic of experts; False: they do not, and nothing is summed or
+    timed for them, except the sums that a loss needs."""
     dead_after_steps: PositiveInt = 100
-    """Steps without a token after which an expert counts as dead, and is warned of."""
+    """Steps without a token after which an expert counts as dead, with a warning."""
     max_violation_alarm: PositiveFloat | None = None
-    """MaxVio over which a layer is warned of; None: 2, or half of num_experts / top_k - 1, which is MaxVio where all
-    tokens choose the same experts, if that is less."""
+    """MaxVio above which a layer gets a warning; None: 2, or if that is less, half of num_experts / top_k - 1, which is
+    MaxVio if all tokens choose the same experts."""
     entropy_alarm: float = Field(0.05, ge=0.0, lt=1.0)
-    """Mean entropy of a router's distribution under which a layer is warned of, as a share of ln(num_experts); 0: no
-    warning."""
+    """Mean entropy of a router's distribution below which its layer gets a warning, as a share of ln(num_experts); 0:
+    no warning."""
     alarm_after_steps: PositiveInt = 100
-    """Steps that MaxVio or the entropy must be out of bounds for before the warning."""
+    """Steps for which MaxVio or the entropy must be out of bounds before the warning."""
 
     @property
     def active_sinks(self) -> tuple[str, ...]:
-        """The sinks that are opened."""
+        """Names of the sinks that are opened."""
         return tuple(name for name in dict.fromkeys(self.sinks) if name != "tensorboard" or self.tensorboard)
 
     @model_validator(mode="after")

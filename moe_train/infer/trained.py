@@ -1,4 +1,4 @@
-"""A trained model to use: from a run's folder to the weights on this rank, in whatever layout it runs."""
+"""Opening of a trained model: from a run's folder to the weights on this rank, in any layout of ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ from moe_train.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Use:
-    """How a trained model is to be used; how it was trained does not matter.
+    """Settings for the use of a trained model; those of its training do not matter.
 
     Attributes:
-        device: The device; auto: cuda where there is one.
-        precision: Precision of weights and activations; auto: that of training, fp32 where the device lacks it.
+        device: Device; auto: cuda if there is one.
+        precision: Precision of weights and activations; auto: that of training, or fp32 if the device lacks it.
         expert_parallel_size: Ranks that share the experts; None: as many as divide experts and ranks of a host.
         threads: CPU threads of a rank; None: its share of the host's.
     """
@@ -47,15 +47,15 @@ class Use:
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint and how this rank is to use it.
+    """A checkpoint, and what this rank needs to use it.
 
     Attributes:
-        manifest: The checkpoint's manifest.
-        config: The configuration that made it, with the sizes of this use.
-        tokenizer: The tokenizer it was trained with.
-        world: The place of this rank.
-        device: The device of this rank.
-        dtype: The dtype of the weights.
+        manifest: Manifest of the checkpoint.
+        config: Configuration of the training, with the sizes of this use.
+        tokenizer: Tokenizer that the model was trained with.
+        world: Place of this process among the ranks.
+        device: Device of this rank.
+        dtype: dtype of the weights.
     """
 
     manifest: Manifest
@@ -77,15 +77,16 @@ def open_trained(
     """Find the checkpoint, its configuration and its tokenizer.
 
     Args:
-        run: A run's folder, whose newest checkpoint is taken, or a checkpoint's.
-        world: The place of this rank.
-        use: How it is used.
+        run: Folder of a run, whose newest checkpoint is opened, or folder of a checkpoint.
+        world: Place of this process among the ranks.
+        use: Settings of the use.
         changes: Fields of the configuration that this use sets.
-        configure: Makes the configuration from its values and their origin; None: they are validated as they are.
-        option: What the run is called in messages.
+        configure: Function that makes the configuration from its values and their origin; None: they are validated
+            without changes.
+        option: Name of the option for the run, for messages.
 
     Raises:
-        UsageError: If there is no checkpoint, or its model or tokenizer is another than the configuration's.
+        UsageError: If there is no checkpoint, or its model or tokenizer differs from the configuration's.
     """
     manifest = read_manifest(find_checkpoint_folder(run, option))
     device = choose_device(use.device, world)
@@ -104,10 +105,10 @@ def open_trained(
 
 
 def load_model(trained: Trained) -> Transformer:
-    """Load the model, every byte of whose checkpoint is verified first.
+    """Verify every byte of the checkpoint, and load the model.
 
     Args:
-        trained: From `open_trained`.
+        trained: Opened checkpoint, from `open_trained`.
 
     Returns:
         The model in evaluation mode, with the experts of this rank.
@@ -122,7 +123,7 @@ def load_model(trained: Trained) -> Transformer:
     parallel, placement = config.parallel, ExpertPlacement()
     if world.world_size > 1:
         init_process_group(world, trained.device, parallel.timeout_seconds)
-        # In one hop and one chunk: a few tokens are a matter of latency. What travels is what it was in training.
+        # In one hop and one chunk: for few tokens latency counts. The payload is that of training.
         size = parallel.expert_parallel_size
         mesh = create_mesh(size, parallel.timeout_seconds)
         placement = ExpertPlacement(
@@ -143,7 +144,7 @@ def _validate(values: dict[str, Any], origin: str) -> Config:
 
 
 def _layout(use: Use, precision: Precision) -> dict[str, Any]:
-    """Fields of the configuration that say how it was trained, and not what: ranks and batch are those of now."""
+    """Return the configuration fields that describe the layout and batch, with the values of this use."""
     return {
         "parallel": {
             "device": use.device,
@@ -174,7 +175,7 @@ def _tokenizer_of(manifest: Manifest, config: Config, world: World) -> Tokenizer
     if saved.is_file():
         tokenizer: Tokenizer = load_tokenizer_file(saved, mark, "tokenizer")
         where = str(saved)
-    else:  # a run before tokenizers were saved with it
+    else:  # an old run, which did not save its tokenizer
         tokenizer, where = find_tokenizer(config.data, local_rank=world.local_rank), "data.tokenizer"
     if tokenizer.fingerprint != manifest.tokenizer:
         raise UsageError(

@@ -18,11 +18,11 @@ NO_STATES = LayerStates()
 
 @dataclass(frozen=True)
 class BlockOutput:
-    """What a block hands on.
+    """Output of a block.
 
     Attributes:
-        x_BSD: The residual stream.
-        shared: What the layers above see of this layer and those below.
+        x_BSD: Residual stream after the block.
+        shared: Tensors that this layer and those below hand up to the layers above.
         sums: Routing sums of the MoE layer; None for a dense block.
     """
 
@@ -32,7 +32,7 @@ class BlockOutput:
 
 
 class Block(nn.Module):
-    """pre: x + F(N(x)); post: N(x + F(x)); for the mixer, then for the feed-forward layer."""
+    """A block of the decoder: x + F(N(x)) (pre) or N(x + F(x)) (post), for F = mixer, then F = feed-forward layer."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class Block(nn.Module):
         """Compute the next residual stream.
 
         Args:
-            x_BSD: Residual stream.
-            context: The block's surroundings; its `shared` is what the layers below have handed up.
-            states: This layer's states while decoding.
+            x_BSD: Residual stream before the block.
+            context: Context of the block; its `shared` has what the layers below have handed up.
+            states: States of this layer while decoding.
 
-        Collective: All ranks of the expert-parallel group, where the block has an MoE layer.
+        Collective: All ranks of the expert-parallel group, if the block has an MoE layer.
         """
         inner_BSD = self.mixer_norm(x_BSD) if self.is_pre_norm else x_BSD
         mixed_BSD, shared = self.mixer(inner_BSD, replace(context, state=states.mixer))

@@ -1,4 +1,4 @@
-"""Putting a model together from its configuration."""
+"""Construction of a model from its configuration."""
 
 import math
 from dataclasses import dataclass
@@ -29,17 +29,19 @@ from moe_train.ops.payload import Payload, PayloadName
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Which experts are here: those of rank `rank` of `size`, in consecutive ranges.
+    """Placement of the experts: which of them are on this rank, and how tokens reach the others.
+
+    Each rank has a range of consecutive experts.
 
     Attributes:
-        rank: This process in its expert-parallel group.
-        size: Ranks that share the experts.
-        dispatch_groups: Process groups that a token passes on its way to them; none where all experts are here.
+        rank: Rank of this process in its expert-parallel group.
+        size: Number of ranks that share the experts.
+        dispatch_groups: Process groups that a token passes on its way to its experts; empty if all experts are here.
         dispatch: Name of the dispatcher.
-        num_chunks: In which tokens travel.
-        payload: The form in which they travel.
-        meter: Told what the dispatcher's all-to-alls cost; None: nobody asks.
-        flight_recorder: Told that this process is in one of them, and in which layer; None: nobody asks.
+        num_chunks: Number of chunks in which tokens travel.
+        payload: Number format in which rows travel.
+        meter: Meter of the dispatcher's all-to-alls; None: they are not measured.
+        flight_recorder: Recorder of the all-to-all, with its layer, that this process is in; None: no recorder.
     """
 
     rank: int = 0
@@ -52,7 +54,7 @@ class ExpertPlacement:
     flight_recorder: FlightRecorder | None = None
 
     def dispatcher(self, layer: int) -> Dispatcher:
-        """The dispatcher of a layer, which tells of its all-to-alls."""
+        """Make the dispatcher of a layer; meter and flight recorder observe its all-to-alls."""
         if not self.dispatch_groups:
             return LocalDispatcher()
         kind: DispatcherKind = load_part("dispatchers", self.dispatch)
@@ -69,15 +71,15 @@ def build_model(
     recompute_activations: bool = False,
     measures: bool = True,
 ) -> Transformer:
-    """A model on the meta device: shapes without memory, holding only this rank's experts.
+    """Build a model on the meta device: shapes without memory, with only this rank's experts.
 
     Args:
-        config: The model section.
+        config: Model section of the configuration.
         vocab_size: Rows of the embedding.
-        seed: Of the run; it keys the router noise.
-        placement: Which experts are here; None: all.
+        seed: Seed of the run; it keys the router noise.
+        placement: Placement of the experts; None: all are here.
         recompute_activations: Whether blocks are computed again in the backward pass.
-        measures: Whether routing sums that only telemetry needs are formed.
+        measures: Whether routing sums that only telemetry needs are computed.
 
     Returns:
         The model; `materialize` gives it memory and values.
@@ -111,12 +113,12 @@ def _build_block(
 
 
 def mixer_of(config: ModelConfig, layer: int, output_std: float = 0.0) -> tuple[MixerKind, MixerSpec]:
-    """The kind of mixer of a layer, and what it is built from.
+    """Find the kind of a layer's mixer, and the settings that it is built from.
 
     Args:
-        config: The model section.
+        config: Model section of the configuration.
         layer: Index of the block, from 0.
-        output_std: As in `MixerSpec`; only building needs it.
+        output_std: Standard deviation for `MixerSpec`; only building needs it.
     """
     name = config.layer_mixers[layer]
     kind = load_part("mixers", name)

@@ -1,13 +1,13 @@
 """torch.compile for the dense parts of a model in training: attention, norms, dense SwiGLUs, shared experts.
 
-What stays as it is, and why:
+What is not compiled, and why:
 - The MoE layer's route, dispatch, experts and combine: collectives, and sizes that the data decide. A router's draws
   are hashes of 64 bits that every layout must find alike, and C++ promises nothing of signed integers that overflow.
 - Evaluation and decoding: a module in evaluation mode runs its own forward, so that nothing is compiled for caches,
   prompts of any length and held-out sequences.
 
-Parameters, their names and the state dict stay too. Layers of the same make share what is compiled: the time that it
-takes does not grow with their number.
+Parameters, their names and the state dict do not change. Layers of the same kind share the compiled code, so that the
+time to compile does not grow with their number.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,9 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
     """Let the dense parts of a model run compiled in training mode; each is compiled when it first runs.
 
     Args:
-        model: Changed in place: the parts get another forward, nothing else. ZeRO-3's hooks, which gather the weights
-            of every linear map within these parts, cut them to pieces that compiling makes slower.
-        backend: Of torch.compile.
+        model: Model, changed in place: its dense parts get another forward, nothing else. Not for ZeRO-3: its hooks
+            gather the weights of every linear map, and cut the parts into pieces that compiling makes slower.
+        backend: Backend of torch.compile.
     """
     mixers = [module for module in model.modules() if isinstance(module, AttentionMixer)]
     within = {inner for mixer in mixers for inner in mixer.modules() if inner is not mixer}
@@ -48,15 +48,15 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile something small for a device: the one sure test of all that compiling needs. It takes seconds.
+    """Check that torch can compile for a device: compile a small function, which takes seconds.
 
     Args:
-        device: That the model will be on.
+        device: Device that the model will be on.
 
     Raises:
-        UsageError: If that fails.
+        UsageError: If compiling fails.
     """
-    # Without the cache of graphs: what was compiled when there was a compiler says nothing of now.
+    # Without the cache of graphs: code that was compiled earlier does not show that there is a compiler now.
     probe = torch.compile(_twice, options={"fx_graph_cache": False})
     try:
         probe(torch.ones(64, device=device))
@@ -76,11 +76,11 @@ def _compile_attention(mixer: AttentionMixer, backend: str) -> None:
     forward = _compiled_in_training(mixer, mixer.forward, AttentionMixer.forward, backend)
 
     def call(x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, Shared]:
-        # Formed here, or the first layer, which forms them for all, would be compiled apart from the others.
+        # Computed here, because in the compiled code the first layer, which computes them for all, would differ.
         context.rotary_angles(mixer.head_dim, mixer.rope_theta)
         if mixer.key is None:
             return forward(x_BSD, context)
-        # Without what the layers below hand up: the first owner, below which is nothing, is compiled as the others.
+        # Without what the layers below hand up, so that the first owner, which gets nothing, shares the compiled code.
         y_BSD, own = forward(x_BSD, replace(context, shared={}))
         return y_BSD, without_key_value(context.shared) | own
 
@@ -101,8 +101,8 @@ def _compile_swiglu(module: SwiGLU, backend: str) -> None:
 
 
 def _swiglu_forward(module: SwiGLU, x: Tensor) -> Tensor:
-    # As `SwiGLU.forward`, without its own gradient function: that writes into halves of one tensor, at which dynamo
-    # (torch 2.13) gives up the graph, and the compiler makes of the plain formula what that function does by hand.
+    # The formula of `SwiGLU.forward` without its own gradient function. That function writes into halves of one tensor,
+    # at which dynamo (torch 2.13) breaks the graph; the compiler does the same from the plain formula.
     gate, up = module.gate_up(x).chunk(2, dim=-1)
     return module.down(F.silu(gate) * up)
 
@@ -110,16 +110,16 @@ def _swiglu_forward(module: SwiGLU, x: Tensor) -> Tensor:
 def _compiled_in_training(
     module: nn.Module, plain: Callable[..., Any], function: Callable[..., Any], backend: str
 ) -> Callable[..., Any]:
-    """A module's function: compiled in training mode, as it is in evaluation mode.
+    """Make a function for a module that runs compiled code in training mode, and plain code in evaluation mode.
 
-    The first pass of a block whose activations are computed again records no gradient. It runs what the second pass
-    runs, and lets go of what that keeps: the same code gives the same numbers, and the router makes the same choices.
+    If activations are recomputed, the first pass of a block records no gradient. It still runs the code of the second
+    pass, and frees what that code keeps. The same code gives the same numbers, so the router makes the same choices.
 
     Args:
-        module: Its training mode decides.
-        plain: What it does in evaluation mode.
-        function: What is compiled, called with the module first; the same object for all modules that are to share it.
-        backend: Of torch.compile.
+        module: Module whose training mode decides.
+        plain: Function for evaluation mode.
+        function: Function to compile, called with the module first; modules with the same object share its code.
+        backend: Backend of torch.compile.
     """
     # dynamic None: the first shape is compiled for itself, and the first that differs for all that follow.
     compiled = torch.compile(function, dynamic=None, backend=backend)
@@ -137,7 +137,7 @@ def _compiled_in_training(
 
 
 def _recorded(argument: Tensor | MixerContext) -> Tensor | MixerContext:
-    # What was compiled for inputs that carry a gradient is compiled anew for those that do not.
+    # Code for inputs that carry a gradient would be compiled again for inputs that do not.
     if isinstance(argument, Tensor):
         return argument.detach().requires_grad_()
     shared = {

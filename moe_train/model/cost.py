@@ -1,7 +1,7 @@
-"""What a part of the model costs, as the part says itself: numbers of one token, whatever machine and layout.
+"""Costs of the parts of a model, as each part states them: numbers per token, the same for any machine and layout.
 
-The planner makes bytes and seconds of them. Elements are counted, not bytes: kept tensors are in the model's dtype but
-where fp32 is said.
+The planner converts them to bytes and seconds. They count elements, not bytes: kept tensors are in the model's dtype,
+unless fp32 is stated.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Product:
-    """Products of a token's row with weights of one shape.
+    """Matrix products of a token's row with weights of one shape.
 
     Attributes:
         width_in: Width of the row.
@@ -25,12 +25,12 @@ class Product:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """Elementwise work in fp32, to which the model's dtype is cast and back.
+    """Elementwise work in fp32, with the casts from the model's dtype and back.
 
     Attributes:
-        numbers: Elements.
-        forward: Bytes read and written for an element in the forward pass.
-        backward: Bytes read and written for an element in the backward pass.
+        numbers: Number of elements.
+        forward: Bytes read and written per element in the forward pass.
+        backward: Bytes read and written per element in the backward pass.
     """
 
     numbers: int
@@ -40,12 +40,12 @@ class Elementwise:
 
 @dataclass(frozen=True)
 class Attention:
-    """Softmax attention of every token over those before it.
+    """Softmax attention of every token over the tokens before it.
 
     Attributes:
-        num_heads: Query heads.
+        num_heads: Number of query heads.
         head_dim: Width of a head.
-        window: Tokens that a token sees; None: all.
+        window: Number of tokens that a token sees; None: all.
     """
 
     num_heads: int
@@ -55,15 +55,15 @@ class Attention:
 
 @dataclass(frozen=True)
 class MixerCost:
-    """Cost of a mixer in one layer, for one token.
+    """Cost of a mixer in one layer, per token.
 
     Attributes:
-        products: Products with weights.
+        products: Matrix products with weights.
         kept: Elements that autograd keeps beside the block's own norm, in the model's dtype.
         kept_fp32: Elements that autograd keeps in fp32.
         normed: Elements that pass norms of the mixer's own.
-        handed_up: Elements that the layers above get; they are kept under recomputation too.
-        work: fp32 elements that the backward pass needs for a while.
+        handed_up: Elements handed up to the layers above; recomputation keeps them too.
+        work: fp32 elements that the backward pass needs temporarily.
         elementwise: Elementwise work.
         attention: Attention; None: it has none.
     """
@@ -80,13 +80,13 @@ class MixerCost:
 
 @dataclass(frozen=True)
 class RouterCost:
-    """Cost of a router.
+    """Cost of a router, per token.
 
     Attributes:
-        products: Products of a token's row with [hidden_size, num_experts] weights, in fp32.
-        kept: fp32 elements that autograd keeps, for a token and expert.
-        forward: Elements of 8 bytes read and written in the forward pass, for a token and expert.
-        backward: The same in the backward pass.
+        products: Number of products of a token's row with [hidden_size, num_experts] weights, in fp32.
+        kept: fp32 elements that autograd keeps, per token and expert.
+        forward: Elements of 8 bytes read and written in the forward pass, per token and expert.
+        backward: Elements of 8 bytes read and written in the backward pass, per token and expert.
     """
 
     products: int
@@ -100,12 +100,12 @@ class DispatchSizes:
     """Sizes that the traffic of a dispatch depends on.
 
     Attributes:
-        tokens: Tokens of a rank.
-        assignments: Executed assignments of a rank.
-        top_k: Experts of a token.
-        num_experts: Experts of a layer.
-        num_ranks: Ranks that share them.
-        node_size: Ranks of a node, where rows pass nodes first; None: they don't.
+        tokens: Number of tokens of a rank.
+        assignments: Number of executed assignments of a rank.
+        top_k: Experts per token.
+        num_experts: Number of experts of a layer.
+        num_ranks: Number of ranks that share the experts.
+        node_size: Ranks of a node, if rows go across nodes first; None: they do not.
     """
 
     tokens: int
@@ -116,10 +116,10 @@ class DispatchSizes:
     node_size: int | None
 
     def share_reached(self, num_experts: int) -> float:
-        """Share of tokens with at least one of some experts, if every token draws top_k of all evenly.
+        """Compute the share of tokens that reach a rank or node, if every token draws top_k of all experts evenly.
 
         Args:
-            num_experts: How many experts the rank or node in question has.
+            num_experts: Number of experts of the rank or node.
         """
         others = math.comb(self.num_experts - num_experts, self.top_k)
         return 1 - others / math.comb(self.num_experts, self.top_k)
@@ -127,13 +127,13 @@ class DispatchSizes:
 
 @dataclass(frozen=True)
 class Hop:
-    """What a rank sends to each other rank in one hop of a dispatch. Even routing, in the mean.
+    """Mean traffic from a rank to each other rank in one hop of a dispatch, under even routing.
 
     Attributes:
-        num_ranks: Ranks of the hop's group.
-        rows: Token rows on the way to the experts; as many come back.
-        routing_bytes: Bytes of gates and places that go with them, one way.
-        counts: int64 numbers that are sent before the rows of a chunk.
+        num_ranks: Number of ranks of the hop's group.
+        rows: Number of token rows on the way to the experts; as many come back.
+        routing_bytes: Bytes of gates and places that go with the rows, one way.
+        counts: Number of int64 counts that are sent before the rows of a chunk.
     """
 
     num_ranks: int

@@ -1,4 +1,4 @@
-"""Counting parameters without allocating them."""
+"""Count of a model's parameters, without memory for them."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from moe_train.model.parameters import logical_tensors
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model.
+    """Numbers of parameters of a model.
 
     Attributes:
-        total: All of them.
-        active: Those a token passes: top_k of num_experts in every MoE layer, everything else in full.
-        experts: Those of all experts.
+        total: All parameters.
+        active: Parameters that a token passes: top_k of num_experts in every MoE layer, everything else in full.
+        experts: Parameters of all experts.
     """
 
     total: int

@@ -1,7 +1,7 @@
-"""What a model remembers of a sequence while it decodes: one state per layer that remembers something.
+"""Decode states: what a model remembers of a sequence while it decodes, one state per layer that remembers something.
 
 A state can go back: `snapshot` marks a place, `restore` returns to it, and `keep` returns to it and takes in the first
-tokens since, as many as each row says. So tokens can be proposed, judged, and kept in part.
+tokens since then, a given number for each row. So tokens can be proposed, checked, and kept in part.
 
 Legend: B batch, S new tokens.
 """
@@ -23,7 +23,7 @@ class CacheSpec:
         max_length: Most tokens of one sequence, padding included.
         dtype: dtype of cached keys and values: bf16 and fp32 are usual, whatever the model computes in. Recurrent
             states are at least fp32.
-        device: Where the model is.
+        device: Device of the model.
     """
 
     batch_size: int
@@ -33,25 +33,28 @@ class CacheSpec:
 
 
 class DecodeState(Protocol):
-    """A layer's memory of the sequence. What it takes in and what it gives is between it and its layer."""
+    """A layer's memory of the sequence. Only the layer knows what the state takes in and returns."""
 
     def snapshot(self) -> Any:
-        """Mark this place. A mark is void once an earlier one is restored; only tokens since the newest can be kept."""
+        """Mark this place.
+
+        A mark is void once an earlier mark is restored. Only tokens since the newest mark can be kept.
+        """
 
     def restore(self, mark: Any) -> None:
-        """Forget every token since the mark; it can be restored again."""
+        """Forget every token since the mark; the mark can be restored again."""
 
     def keep(self, mark: Any, counts_B: Tensor) -> None:
         """Forget every token since the mark but the first counts_B of each row.
 
         Args:
-            mark: The newest mark.
-            counts_B: int64, between 0 and the tokens since the mark.
+            mark: Newest mark.
+            counts_B: int64, between 0 and the number of tokens since the mark.
         """
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Allocated bytes."""
 
 
 Tensors = dict[str, Tensor]
@@ -59,34 +62,34 @@ Tensors = dict[str, Tensor]
 
 
 class RecurrentState:
-    """Named tensors that stand for the whole past, and the function that takes new tokens in.
+    """A decode state of named tensors that stand for the whole past, with the function that takes in new tokens.
 
-    The function is the same that training runs from an empty state: it never writes in place, so that a mark is a
-    reference and copies nothing.
+    Training runs the same function from an empty state. It never writes in place, so that a mark is a reference and
+    copies nothing.
     """
 
     def __init__(self, tensors: Tensors, advance: Callable[[Tensors, Tensors, Tensor | None], tuple[Tensors, Any]]):
         """Start from an empty state.
 
         Args:
-            tensors: The empty state; every tensor [B, ...].
-            advance: Takes a state, the new tokens' tensors [B, S, ...] and valid_BS (bool; None: all are), and returns
-                the next state and what the layer reads at each token. A token that is not valid leaves the state as it
-                is.
+            tensors: Tensors of the empty state, [B, ...].
+            advance: Function of a state, the new tokens' tensors [B, S, ...] and valid_BS (bool; None: all are valid).
+                It returns the next state and what the layer reads at each token. A token that is not valid does not
+                change the state.
         """
         self._tensors, self._advance = dict(tensors), advance
         self._since: list[Tensors] | None = None  # what came since the newest mark; None: nobody has asked for one
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """The state by name."""
+        """Tensors of the state, by name."""
         return self._tensors
 
     def append(self, new: Tensors) -> Any:
         """Take in new tokens and return what the layer reads at each of them.
 
         Args:
-            new: Tensors [B, S, ...] of S tokens.
+            new: Tensors [B, S, ...] of S new tokens.
         """
         self._tensors, read = self._advance(self._tensors, new, None)
         if self._since is not None:
@@ -116,7 +119,7 @@ class RecurrentState:
 
 
 class StateGroup:
-    """Several states of one layer by name, such as a window of keys beside a compressive memory."""
+    """Several decode states of one layer by name, such as a window of keys beside a compressive memory."""
 
     def __init__(self, **states: DecodeState) -> None:
         self.states: dict[str, DecodeState] = dict(states)
@@ -142,11 +145,11 @@ class StateGroup:
 
 @dataclass(frozen=True)
 class LayerStates:
-    """The states of one block.
+    """Decode states of one block.
 
     Attributes:
-        mixer: The mixer's; None: it remembers nothing of its own.
-        feed_forward: The feed-forward layer's; None: it remembers nothing.
+        mixer: State of the mixer; None: it remembers nothing of its own.
+        feed_forward: State of the feed-forward layer; None: it remembers nothing.
     """
 
     mixer: DecodeState | None = None
@@ -154,18 +157,18 @@ class LayerStates:
 
     @property
     def all(self) -> tuple[DecodeState, ...]:
-        """The states that there are."""
+        """States of the block that are not None."""
         return tuple(state for state in (self.mixer, self.feed_forward) if state is not None)
 
 
 class Cache:
-    """The states of all layers of a model."""
+    """Decode states of all layers of a model."""
 
     def __init__(self, layers: Sequence[LayerStates]) -> None:
         self._layers = tuple(layers)
 
     def layer(self, layer: int) -> LayerStates:
-        """The states of a layer."""
+        """Return the states of a layer."""
         return self._layers[layer]
 
     @property
@@ -174,7 +177,7 @@ class Cache:
         return tuple(layer for layer, states in enumerate(self._layers) if states.all)
 
     def snapshot(self) -> tuple[Any, ...]:
-        """Mark the place of every state, as before tokens that may be rejected."""
+        """Mark the place of every state, for example before tokens that may be rejected."""
         return tuple(state.snapshot() for state in self._states)
 
     def restore(self, marks: Sequence[Any]) -> None:
@@ -186,15 +189,15 @@ class Cache:
         """Forget every token since the marks but the first counts_B of each row.
 
         Args:
-            marks: From the newest `snapshot`.
-            counts_B: int64, between 0 and the tokens since.
+            marks: Marks of the newest `snapshot`.
+            counts_B: int64, between 0 and the number of tokens since the marks.
         """
         for state, mark in zip(self._states, marks, strict=True):
             state.keep(mark, counts_B)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated over all layers."""
+        """Allocated bytes, over all layers."""
         return sum(state.nbytes for state in self._states)
 
     @property

@@ -1,4 +1,4 @@
-"""The interface of feed-forward layers, dense or with experts, and the dense SwiGLU.
+"""Interface of feed-forward layers, dense or with experts, and the dense SwiGLU.
 
 Legend: B batch, S sequence, D hidden_size.
 """
@@ -14,7 +14,7 @@ from moe_train.model.moe.steps import RoutingSums
 
 
 class FeedForward(nn.Module, ABC):
-    """A block's second layer. Most treat each token for itself; one that looks back has a state while decoding."""
+    """The second layer of a block. Most compute each token alone; one that looks back has a state while decoding."""
 
     @abstractmethod
     def forward(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, RoutingSums | None]:
@@ -22,16 +22,16 @@ class FeedForward(nn.Module, ABC):
 
         Args:
             x_BSD: Normalised hidden states.
-            context: Surroundings.
+            context: Context of the layer.
 
         Returns:
-            The update of the residual stream [B, S, D], and routing sums; None where nothing is routed.
+            The update of the residual stream [B, S, D], and the routing sums; None if nothing is routed.
 
         Collective: All ranks that share the layer's experts, if it has any.
         """
 
     def new_state(self, spec: CacheSpec) -> DecodeState | None:
-        """An empty state for decoding; None: this layer remembers nothing."""
+        """Make an empty state for decoding; None: this layer remembers nothing."""
         del spec
         return None
 

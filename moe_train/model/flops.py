@@ -1,4 +1,4 @@
-"""Floating-point operations of training, counted from the configuration."""
+"""Count of the floating-point operations of training, from the configuration."""
 
 from collections import Counter
 
@@ -10,13 +10,14 @@ _BACKWARD_PASSES = 2  # the products of a backward pass are twice those of the f
 
 
 def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
-    """Operations of one token's forward and backward pass that the model needs, whatever is computed again.
+    """Count the operations of one token's forward and backward pass that the model needs, without recomputation.
 
-    Two for each weight of the matrices that a token passes (of the experts, top_k of num_experts), and what each mixer
-    computes beside its matrices, as it says itself. Lookups, norms, activations and sampling are not counted.
+    In the forward pass they are two for each weight of the matrices that a token passes (top_k of num_experts experts),
+    and what each mixer states that it computes beside its matrices; in the backward pass they are twice as many.
+    Lookups, norms, activations and sampling are not counted.
 
     Args:
-        config: The model.
+        config: Model section of the configuration.
         vocab_size: Rows of the embedding.
         sequence_length: S, tokens of a sequence.
 
@@ -34,7 +35,7 @@ def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_leng
 
 
 def mixing_flops(config: ModelConfig, sequence_length: int) -> float:
-    """Operations of one token's forward pass in all mixers, beside their matrices of parameters."""
+    """Count the operations of one token's forward pass in all mixers, without their matrices of parameters."""
     found = (mixer_of(config, layer) for layer in range(config.num_layers))
     layers = Counter(kind.flops(spec, sequence_length) for kind, spec in found)
     return sum(count * flops for flops, count in layers.items())

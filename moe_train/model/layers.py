@@ -1,6 +1,7 @@
-"""The small modules every part of the model is made of: linear maps, embedding, norms, the dense SwiGLU.
+"""Small modules that every part of the model uses: linear maps, embedding, norms, the dense SwiGLU.
 
-Each says how its parameters begin, and is called through `__call__`, around which ZeRO-3 gathers its weights.
+Each states the initial values of its parameters. They must be called through `__call__`, around which ZeRO-3 gathers
+their weights.
 """
 
 from typing import Literal
@@ -26,7 +27,7 @@ class Linear(nn.Linear):
 
 
 class WideLinear(Linear):
-    """A linear map computed and returned in at least fp32, whatever the weights are: for routers."""
+    """A linear map for routers, computed and returned in at least fp32, whatever the dtype of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -34,7 +35,7 @@ class WideLinear(Linear):
 
 
 class Embedding(nn.Embedding):
-    """Token ids to rows."""
+    """Embedding table, from token ids to rows."""
 
     def __init__(self, vocab_size: int, hidden_size: int, init_std: float) -> None:
         super().__init__(vocab_size, hidden_size)
@@ -76,7 +77,7 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(kind: Literal["rmsnorm", "layernorm"], hidden_size: int, epsilon: float) -> nn.Module:
-    """A norm by its name in the configuration."""
+    """Make a norm by its name in the configuration."""
     return {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[kind](hidden_size, epsilon)
 
 

@@ -1,6 +1,6 @@
 """Parameters as logical tensors (a name, a global shape, and the flat range of this rank) and their initial values.
 
-Modules that own parameters say how they begin through `initial_values`, so that nothing outside knows their names.
+Modules state the initial values of their own parameters in `initial_values`, so that no other code knows their names.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Computed:
     """Initial values that are a function of an element's place, such as decays that differ by channel.
 
     Attributes:
-        function: Gives fp64 values for int64 places in the flattened global tensor.
+        function: Function from int64 places in the flattened global tensor to fp64 values.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ InitialValue = Normal | Constant | Computed
 
 @dataclass(frozen=True)
 class OptimRule:
-    """How the optimizer treats a parameter.
+    """Rule for how the optimizer treats a parameter.
 
     Attributes:
         lr_factor: Factor of the learning rate.
@@ -59,15 +59,15 @@ class OwnsParameters(Protocol):
     """A module with parameters or buffers of its own."""
 
     def initial_values(self) -> dict[str, InitialValue]:
-        """How each of its own parameters and buffers begins, by attribute name."""
+        """Return the initial values of its own parameters and buffers, by attribute name."""
 
 
 @runtime_checkable
 class HasOptimRules(Protocol):
-    """A module some of whose parameters the optimizer treats in a way of their own."""
+    """A module with parameters that have optimizer rules of their own."""
 
     def optim_rules(self) -> dict[str, OptimRule]:
-        """Rules by attribute name; what is not named gets the usual one."""
+        """Return rules by attribute name; a parameter that is not named gets the usual rule."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class LogicalTensor:
     """A parameter as all ranks together see it.
 
     Attributes:
-        name: The parameter's name in the model, the same on every rank.
-        shape: Its global shape; [E, ...] for experts.
+        name: Name of the parameter in the model, the same on every rank.
+        shape: Global shape; [E, ...] for experts.
         start: Place of this rank's first element in the flattened global tensor.
-        numel: Elements that this rank's module holds, from start on; less than the product of shape for experts.
+        numel: Number of elements that this rank's module holds, from start on; for experts, a part of the tensor.
         is_expert: Whether the tensor is sharded over the expert-parallel group.
     """
 
@@ -90,26 +90,26 @@ class LogicalTensor:
 
     @property
     def global_numel(self) -> int:
-        """Elements of the whole tensor."""
+        """Number of elements of the whole tensor."""
         return torch.Size(self.shape).numel()
 
 
 class ExpertParameter(nn.Parameter):
-    """Marks a parameter whose first dimension is this rank's experts, out of num_experts, from first_expert on."""
+    """A parameter whose first dimension is this rank's experts: of num_experts experts, those from first_expert on."""
 
     num_experts: int
     first_expert: int
 
     @staticmethod
     def create(data: Tensor, num_experts: int, first_expert: int) -> "ExpertParameter":
-        """A parameter [e, ...] holding experts first_expert .. first_expert + e - 1 of num_experts."""
+        """Make a parameter [e, ...] of the experts first_expert .. first_expert + e - 1 of num_experts."""
         parameter = ExpertParameter(data)
         parameter.num_experts, parameter.first_expert = num_experts, first_expert
         return parameter
 
 
 def logical_tensor(name: str, parameter: nn.Parameter) -> LogicalTensor:
-    """The logical tensor of a parameter, before an engine shards it further."""
+    """Make the logical tensor of a parameter, before an engine shards it further."""
     shape = tuple(parameter.shape)
     if not isinstance(parameter, ExpertParameter):
         return LogicalTensor(name, shape, 0, parameter.numel(), is_expert=False)
@@ -119,12 +119,12 @@ def logical_tensor(name: str, parameter: nn.Parameter) -> LogicalTensor:
 
 
 def logical_tensors(model: nn.Module) -> dict[str, LogicalTensor]:
-    """Every logical tensor of a model by name; a tensor that two modules share is listed once."""
+    """List every logical tensor of a model by name; a tensor that two modules share is listed once."""
     return {name: logical_tensor(name, parameter) for name, parameter in model.named_parameters()}
 
 
 def optim_rules(model: nn.Module) -> dict[str, OptimRule]:
-    """The rule of every parameter by name: its module's own, or weight decay for matrices and none for vectors."""
+    """Find the rule of every parameter by name: its module's own, or weight decay for matrices and none for vectors."""
     rules: dict[str, OptimRule] = {}
     for module_name, module in model.named_modules():
         own: dict[str, OptimRule] = module.optim_rules() if isinstance(module, HasOptimRules) else {}
@@ -137,14 +137,14 @@ def optim_rules(model: nn.Module) -> dict[str, OptimRule]:
 def materialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device) -> None:
     """Give a model built on the meta device its memory and initial values, one parameter at a time.
 
-    An element's value depends on the seed, its tensor's name and its place in the logical tensor, so that every layout
-    begins with the same weights and no rank ever holds more than its own.
+    An element's value depends on the seed, its tensor's name and its place in the logical tensor. So every layout
+    begins with the same weights, and no rank ever holds more than its own.
 
     Args:
-        model: All parameters on the meta device.
-        seed: Of the run.
-        dtype: Of the parameters.
-        device: Where they are to be.
+        model: Model with all parameters on the meta device.
+        seed: Seed of the run.
+        dtype: dtype of the parameters.
+        device: Device of the parameters.
     """
 
     def fill(data: Tensor, place: LogicalTensor, initial: InitialValue) -> None:
@@ -170,10 +170,10 @@ def allocate(
     """Give a model built on the meta device its memory, one parameter at a time. Buffers get their initial values.
 
     Args:
-        model: All parameters on the meta device.
-        fill: Writes a parameter's values; it is told which part of which logical tensor it is, and how that begins.
-        dtype: Of the parameters.
-        device: Where they are to be.
+        model: Model with all parameters on the meta device.
+        fill: Function that writes a parameter's values, given its logical tensor and the tensor's initial values.
+        dtype: dtype of the parameters.
+        device: Device of the parameters.
     """
     shared: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Which token each row of the stream is: position, document, offset in the document, random key.
+"""Index of the tokens of a stream: position, document, offset in the document and random key of each.
 
 Legend: B batch, S sequence.
 """
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """The tokens of one forward pass. B of a field may be 1 where all rows of the batch have the same values.
+    """Index of the tokens of one forward pass. B of a field may be 1 if all rows of the batch have the same values.
 
     Attributes:
         positions_BS: int64 positions in the sequence.
-        offsets_BS: int64 positions counted from the first token of the token's document in this row; without documents
-            the positions. 0 marks a token before which a mixer's state starts anew.
+        offsets_BS: int64 positions counted from the first token of the token's document in this row; without documents,
+            the positions. At a token with offset 0, a mixer's state starts anew.
         documents_BS: int64 ids of the packed documents; None: no isolation.
-        keys_BS: int64 random key of each token, the same on any layout (step, sequence and position hashed).
+        keys_BS: int64 random key of each token, the same on any layout (a hash of step, sequence and position).
         copies_BS: int64, 0 for the token itself and 1, 2, ... for its hidden copies; None: there are no copies.
-        first_position: Where the host knows that every row's positions are first_position, first_position + 1, ...;
-            None: it does not know.
+        first_position: First position, if the host knows that every row's positions are first_position,
+            first_position + 1, ...; None: it does not know.
     """
 
     positions_BS: Tensor
@@ -33,7 +33,7 @@ class TokenIndex:
 
 
 def document_offsets(documents_BS: Tensor) -> Tensor:
-    """Positions counted from the first token of the document in the row. int64 [B, S].
+    """Count the positions from the first token of the document in the row. int64 [B, S].
 
     Args:
         documents_BS: int64 ids; a document is a run of equal ids.

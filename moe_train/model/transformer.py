@@ -35,9 +35,9 @@ class Tokens:
         step: Optimizer step, from 0; it keys random draws too.
         positions_BS: int64 positions, B may be 1; None: first_position, first_position + 1, ... in every row.
         documents_BS: int64 ids of the packed documents; None: no isolation.
-        offsets_BS: int64 positions counted from the first token of the token's document in its row; None: found from
-            the documents, which a part of a row cannot do.
-        first_position: The first position, where positions_BS is None.
+        offsets_BS: int64 positions counted from the first token of the token's document in its row; None: computed
+            from the documents, which is possible only for whole rows.
+        first_position: First position, if positions_BS is None.
     """
 
     ids_BS: Tensor
@@ -51,11 +51,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a forward pass gives.
+    """Output of a forward pass.
 
     Attributes:
-        logits_BSV: Of the model's dtype; S is the number of logits asked for.
-        sums: [L, ...] routing sums of this rank's micro-batch, or None without MoE layers.
+        logits_BSV: Logits in the model's dtype; S is the number of logits asked for.
+        sums: Routing sums [L, ...] of this rank's micro-batch; None without MoE layers.
     """
 
     logits_BSV: Tensor
@@ -64,12 +64,12 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of one micro-batch, fp32 scalars.
+    """Losses of one micro-batch, fp32 scalars.
 
     Attributes:
-        total: What is differentiated: cross-entropy and balance terms.
-        cross_entropy: Mean over this rank's targets, nats a token.
-        sums: As ModelOutput.
+        total: Loss that is differentiated: cross-entropy and balance terms.
+        cross_entropy: Mean cross-entropy over this rank's targets, in nats per token.
+        sums: Routing sums [L, ...] of this rank's micro-batch; None without MoE layers.
     """
 
     total: Tensor
@@ -78,13 +78,13 @@ class Losses:
 
 
 class StreamHook(Protocol):
-    """Expands the token stream below the blocks and contracts it above them."""
+    """A hook that expands the token stream below the blocks and contracts it above them."""
 
     def expand(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, MixerContext]:
-        """The stream the blocks see, and its positions, documents and keys."""
+        """Return the stream that the blocks see, and a context with its positions, documents and keys."""
 
     def contract(self, x_BSD: Tensor, context: MixerContext) -> Tensor:
-        """The stream the head sees."""
+        """Return the stream that the head sees."""
 
 
 class Transformer(nn.Module):
@@ -110,12 +110,12 @@ class Transformer(nn.Module):
         self.stream_hook = stream_hook
 
     def forward(self, tokens: Tokens, cache: Cache | None = None, num_logits: int | None = None) -> ModelOutput:
-        """Logits of every next token.
+        """Compute the logits of every next token.
 
         Args:
-            tokens: The micro-batch; with a cache, only its new tokens, positions given.
-            cache: When decoding, from `new_cache`: takes the tokens in.
-            num_logits: Only of the last so many tokens of each sequence; None: of all.
+            tokens: Micro-batch; with a cache, only its new tokens, with positions.
+            cache: Cache for decoding, from `new_cache`, which takes in the tokens; None: no decoding.
+            num_logits: Number of last tokens of each sequence that get logits; None: all.
 
         Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
         """
@@ -140,12 +140,12 @@ class Transformer(nn.Module):
         return ModelOutput(self.head(x_BSD), RoutingSums.stack(sums) if sums else None)
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
-        """An empty cache for decoding, its memory set aside.
+        """Make an empty cache for decoding, with all its memory.
 
         Args:
-            batch_size: Sequences that are decoded together.
-            max_length: Most tokens of one of them, padding included.
-            dtype: Of keys and values; None: the model's.
+            batch_size: Number of sequences that are decoded together.
+            max_length: Most tokens of one sequence, padding included.
+            dtype: dtype of keys and values; None: that of the model.
         """
         weight = self.embedding.weight
         spec = CacheSpec(batch_size, max_length, dtype or weight.dtype, weight.device)
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
 
     @property
     def routers(self) -> list[Router]:
-        """The routers of the MoE layers, in their order."""
+        """Routers of the MoE layers, in the order of the layers."""
         layers = [block.feed_forward for block in self._typed_blocks]
         return [layer.router for layer in layers if isinstance(layer, MoELayer)]
 
@@ -186,11 +186,11 @@ class Transformer(nn.Module):
 
 
 def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
-    """A block's output, keeping only its inputs: the rest is computed again in the backward pass.
+    """Run a block and keep only its inputs: the rest is computed again in the backward pass.
 
-    Everything that carries a gradient goes in and out as a plain tensor, which is what the reentrant form needs; the
-    other form is not possible under ZeRO-3, which lets go of a module's weights after the second forward (deepspeed
-    0.19.8). Every draw is keyed, so no generator's state is kept.
+    Everything that carries a gradient goes in and out as a plain tensor, as the reentrant form needs. The other form is
+    not possible under ZeRO-3, which frees a module's weights after the second forward (deepspeed 0.19.8). Every draw is
+    keyed, so no generator's state is kept.
     """
 
     def run(x_BSD: Tensor, *below: Tensor) -> tuple[Tensor, ...]:
@@ -207,7 +207,7 @@ def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockO
 
 
 class TrainingObjective(nn.Module):
-    """The model with its losses: what the engine drives."""
+    """The model with its losses, as the engine trains it."""
 
     def __init__(
         self,
@@ -223,10 +223,10 @@ class TrainingObjective(nn.Module):
         self.bias_rule = bias_rule
 
     def forward(self, tokens: Tokens, targets_BS: Tensor) -> Losses:
-        """The losses of a micro-batch.
+        """Compute the losses of a micro-batch.
 
         Args:
-            tokens: The micro-batch.
+            tokens: Micro-batch.
             targets_BS: int64 next tokens; IGNORED_TARGET is left out.
 
         Collective: All ranks.
@@ -241,13 +241,13 @@ class TrainingObjective(nn.Module):
 
     @torch.no_grad()
     def after_step(self, counts_LE: Tensor, step: int) -> None:
-        """Move the routers' selection biases, where a rule does.
+        """Move the routers' selection biases, if there is a rule for them.
 
         Args:
-            counts_LE: int64, assignments an expert over this rank's micro-batches of the step.
+            counts_LE: int64, assignments per expert over this rank's micro-batches of the step.
             step: Optimizer step that was taken, from 0.
 
-        Collective: All ranks, where there is a rule.
+        Collective: All ranks, if there is a rule.
         """
         if self.bias_rule is None:
             return

@@ -1,4 +1,4 @@
-"""This rank's part of every global batch.
+"""Micro-batches of this rank: its part of every global batch.
 
 A step takes the next global_batch_size sequences of the run; inside a step, micro-step m takes the next
 micro_batch_size x ranks sequences, and rank r the r-th run of micro_batch_size among them. So the tokens of a
@@ -24,8 +24,8 @@ class BatchPlan:
     Attributes:
         micro_batch_size: Sequences of one rank in one micro-step.
         global_batch_size: Sequences of one step, over all ranks.
-        rank: This rank.
-        world_size: Ranks.
+        rank: Rank of this process.
+        world_size: Number of ranks.
     """
 
     micro_batch_size: int
@@ -35,11 +35,16 @@ class BatchPlan:
 
     @property
     def num_micro_steps(self) -> int:
-        """Micro-steps of one optimizer step."""
+        """Number of micro-steps of one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
     def indices(self, first_sequence: int, micro_step: int) -> np.ndarray:
-        """Global indices of this rank's sequences in a step that begins with a sequence. int64 [micro_batch_size]."""
+        """Compute the global indices of this rank's sequences in a micro-step. int64 [micro_batch_size].
+
+        Args:
+            first_sequence: Global index of the first sequence of the step.
+            micro_step: Number of the micro-step in the step, from 0.
+        """
         start = first_sequence + (micro_step * self.world_size + self.rank) * self.micro_batch_size
         return np.arange(start, start + self.micro_batch_size, dtype=np.int64)
 
@@ -47,14 +52,14 @@ class BatchPlan:
 def make_tokens(
     ids_BS: np.ndarray, sequences_B: np.ndarray, step: int, end_of_document: int | None, device: torch.device
 ) -> Tokens:
-    """Model input from token ids.
+    """Make the model input from token ids.
 
     Args:
         ids_BS: Token ids.
         sequences_B: Global index of each sequence.
         step: Optimizer step.
-        end_of_document: The mark that separates packed documents, to isolate them; None: not isolated.
-        device: Where the model is.
+        end_of_document: Token that separates packed documents, to isolate them; None: they are not isolated.
+        device: Device of the model.
     """
     documents_BS = None
     if end_of_document is not None:
@@ -74,14 +79,14 @@ def micro_batches(
     end_of_document: int | None,
     device: torch.device,
 ) -> Iterator[tuple[Tokens, Tensor]]:
-    """This rank's micro-batches of a step: tokens and the next tokens to predict.
+    """Yield this rank's micro-batches of a step: tokens and the next tokens to predict.
 
     Args:
-        sequences: The training data.
-        plan: Sizes and rank.
-        progress: Before the step.
-        end_of_document: As in `make_tokens`.
-        device: Where the model is.
+        sequences: Training sequences.
+        plan: Sizes of a batch and this rank's place in it.
+        progress: Progress before the step.
+        end_of_document: Token that separates packed documents, to isolate them; None: they are not isolated.
+        device: Device of the model.
     """
     for micro_step in range(plan.num_micro_steps):
         indices = plan.indices(progress.consumed_sequences, micro_step)

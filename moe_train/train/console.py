@@ -1,4 +1,4 @@
-"""What one sees of a run, on rank 0: a progress line on a terminal, plain lines elsewhere."""
+"""Console of a run, on rank 0: a live progress bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _SECONDS_BETWEEN_TICKS = 0.5
 
 @dataclass(frozen=True)
 class StepLine:
-    """The figures of a progress line."""
+    """Figures of a progress line."""
 
     step: int
     num_steps: int
@@ -28,7 +28,7 @@ class StepLine:
 
     @property
     def figures(self) -> str:
-        """The line without its step."""
+        """Text of the line, without its step."""
         left = str(timedelta(seconds=round(self.seconds_left)))
         text = f"loss {self.loss:7.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:6.3f}"
         text += f"  {self.tokens_per_second:8,.0f} tok/s  ETA {left}"
@@ -36,7 +36,7 @@ class StepLine:
 
     @property
     def short(self) -> str:
-        """What fits beside a bar in 80 columns."""
+        """Short text of the line, which fits beside a bar in 80 columns."""
         left = str(timedelta(seconds=round(self.seconds_left)))
         return f"loss {self.loss:.4f}  {self.tokens_per_second:,.0f} tok/s  ETA {left}{self._balance}"
 
@@ -46,17 +46,21 @@ class StepLine:
 
 
 class _Console(Console):
-    """rich's console, which would end the process when its output is closed."""
+    """A console of rich that raises an error if its output is closed; rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError("nobody reads it")
 
 
 class RunConsole:
-    """Prints on rank 0. A closed output never ends a run."""
+    """Console of a run. It prints on rank 0, and a closed output never ends the run."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        """stream: where to print; None: nowhere, for other ranks than 0."""
+        """Prepare to print.
+
+        Args:
+            stream: Stream to print to; None: print nothing, for ranks other than 0.
+        """
         self._console = _Console(file=stream, soft_wrap=True, highlight=False) if stream is not None else None
         self._progress: Progress | None = None
         self._task: Any = None
@@ -78,7 +82,7 @@ class RunConsole:
             BarColumn(bar_width=10),
             TextColumn("{task.fields[figures]}"),
         )
-        # Drawn by the loop, not by a thread; what libraries print goes to the log and not through it.
+        # The loop draws it, not a thread. What libraries print goes to the log, not through the bar.
         progress = self._progress = Progress(
             *columns, console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
@@ -91,14 +95,14 @@ class RunConsole:
             self._progress = None
 
     def step(self, line: StepLine, is_due: bool) -> None:
-        """Show the figures of a step: on a terminal in place, elsewhere in a line when it is due."""
+        """Show the figures of a step: on a terminal in place, elsewhere as a line if one is due."""
         if self._progress is not None:
             self._draw(completed=line.step, figures=line.short)
         elif is_due:
             self.say(f"step {line.step:6d}/{line.num_steps}  {line.figures}")
 
     def tick(self, step: int) -> None:
-        """Move the bar of a terminal on, now and then, between two steps whose figures are known."""
+        """Advance the bar of a terminal from time to time, between steps whose figures are known."""
         if self._progress is not None and time.monotonic() - self._drawn >= _SECONDS_BETWEEN_TICKS:
             self._draw(completed=step)
 
@@ -113,6 +117,6 @@ class RunConsole:
         try:
             show(self._console)
         except OSError as error:
-            # Nobody reads any more; the run goes on, and its log says so once.
+            # Nobody reads any more: the run continues, and its log says so once.
             print(f"standard output is closed ({error}); the run goes on without it", flush=True)
             self._console = self._progress = None

@@ -1,4 +1,4 @@
-"""Why training went wrong: which steps, on which data, and what the tensors and layers looked like."""
+"""Diagnosis of training that went wrong: the skipped steps, their data, and figures of tensors and layers."""
 
 import json
 from dataclasses import asdict
@@ -19,16 +19,16 @@ _MOST_NAMED = 3  # tensors named in the message
 def diagnose(
     engine: TrainEngine, skipped: tuple[SkippedStep, ...], sums: RoutingSums | None, layers: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Everything that is known, as plain values.
+    """Collect what is known about skipped steps, as plain values.
 
     Args:
-        engine: Right after the last skipped step.
-        skipped: The steps.
-        sums: Routing sums of the last one on this rank.
-        layers: Index of each MoE layer in the model.
+        engine: Engine right after the last skipped step.
+        skipped: Skipped steps.
+        sums: Routing sums of the last step on this rank; None without MoE layers.
+        layers: Index in the model of each MoE layer.
 
     Returns:
-        The same on every rank but for the losses, which are each rank's own.
+        The diagnosis, the same on every rank except for the losses, which are each rank's own.
 
     Collective: All ranks.
     """
@@ -59,7 +59,7 @@ def diagnose(
 
 
 def summarize(diagnosis: dict[str, Any]) -> str:
-    """The diagnosis in a line."""
+    """Summarise a diagnosis in one line."""
     steps, tensors = diagnosis["steps"], diagnosis["tensors"]
     last = steps[-1]
     text = (
@@ -76,7 +76,7 @@ def summarize(diagnosis: dict[str, Any]) -> str:
 
 
 def write_diagnosis(path: Path, diagnosis: dict[str, Any]) -> None:
-    """Write it as JSON, numbers that are not finite as text."""
+    """Write a diagnosis as JSON, with numbers that are not finite as text."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -28,23 +28,23 @@ from moe_train.train.validate import ValidationResult, validate
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the loop works with.
+    """Everything that the loop works with.
 
     Attributes:
-        config: The resolved configuration.
-        folder: The run's folder.
+        config: Resolved configuration.
+        folder: Folder of the run.
         data: Training and held-out sequences.
-        engine: The model and its optimizer.
-        plan: Sizes of a batch and this rank's place.
-        device: Where the model is.
-        console: What one sees.
-        recorder: Follows the steps.
-        flight_recorder: Where this process is, for the watchdog.
-        step_control: Judges each step before its update.
-        saver: Saves.
-        recovery: Goes back where the numbers went wrong.
-        watchdog: Ends a step that hangs.
-        tracer: Traces some steps.
+        engine: Engine with the model and its optimizer.
+        plan: Sizes of a batch and this rank's place in it.
+        device: Device of this rank.
+        console: Console of the run.
+        recorder: Recorder of the steps.
+        flight_recorder: Recorder of where this process is, for the watchdog.
+        step_control: Step control, which judges each step before its update.
+        saver: Saver of checkpoints.
+        recovery: Recovery, which goes back to a checkpoint if the numbers went wrong.
+        watchdog: Watchdog, which ends a step that hangs.
+        tracer: Tracer of some steps.
     """
 
     config: ResolvedConfig
@@ -64,20 +64,20 @@ class Run:
 
     @property
     def isolation_mark(self) -> int | None:
-        """The end-of-document token where documents are isolated from each other, else None."""
+        """End-of-document token if documents are isolated from each other, else None."""
         return self.data.tokenizer.end_of_document if self.config.model.isolate_documents else None
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended.
+    """Result of training.
 
     Attributes:
-        validation: Over all held-out text, or None where nothing is held out.
-        checkpoint: The last one.
-        steps: Steps taken by this process; fewer than the run's where it went on from a checkpoint.
-        seconds: Spent on them, validation and saving included.
-        stopped: The signal that ended it before its last step, and the rank that got it; None: it is complete.
+        validation: Loss over all held-out text; None if nothing is held out.
+        checkpoint: Folder of the last checkpoint.
+        steps: Number of steps taken by this process; fewer than the run's if it resumed from a checkpoint.
+        seconds: Seconds that these steps took, validation and saving included.
+        stopped: Signal that ended the run before its last step, and the rank that got it; None: the run is complete.
     """
 
     validation: ValidationResult | None
@@ -117,7 +117,7 @@ def train(run: Run, first: Progress) -> TrainResult:
             is_shown = is_last or _is_due(config.train.log_every, done)
             if is_shown or is_written:
                 recorder.measure(progress, rate, result, is_shown)
-            if is_written:  # before a checkpoint can be there from which this step is not taken again
+            if is_written:  # before the checkpoint: a run that resumes from it does not take this step again
                 recorder.write(done, recorder.take(done))
             if (
                 is_last

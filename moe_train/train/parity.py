@@ -1,4 +1,4 @@
-"""Whether every layout of ranks gives the same numbers: the layouts to compare, and how their records are compared."""
+"""Parity of layouts: layouts of ranks that must give the same numbers, and the comparison of their records."""
 
 import math
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ _NODE_SIZE = 2  # ranks
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread a run.
+    """Layout of a run over ranks.
 
     Attributes:
-        world_size: Ranks.
-        expert_parallel_size: Ranks that share the experts.
-        zero_stage: Of DeepSpeed.
-        accumulation: Micro-steps of one step of the same global batch.
-        balance: Whether the CV^2 terms are on; they depend on the tokens of a micro-step, so that layouts that differ
-            in accumulation are compared without.
-        dispatch: How tokens travel; two_level with two ranks as a node.
-        chunks: In which they travel.
+        world_size: Number of ranks.
+        expert_parallel_size: Number of ranks that share the experts.
+        zero_stage: Stage of DeepSpeed ZeRO.
+        accumulation: Number of micro-steps of a step, with the same global batch.
+        balance: Whether the CV^2 terms are on. They depend on the tokens of a micro-step, so that layouts with
+            different accumulation are compared without them.
+        dispatch: Name of the dispatcher; two_level takes two ranks as a node.
+        chunks: Number of chunks in which tokens travel.
     """
 
     world_size: int
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of the layout, for people."""
         terms = "with" if self.balance else "without"
         way = f", {self.dispatch} in {self.chunks}" if self.expert_parallel_size > 1 else ""
         return (
@@ -49,7 +49,7 @@ class Layout:
         )
 
     def options(self) -> list[str]:
-        """The training options of the layout."""
+        """Return the training options of the layout."""
         coefficient = 0.1 if self.balance else 0.0
         micro = _GLOBAL_BATCH // (self.world_size * self.accumulation)
         return [
@@ -65,7 +65,7 @@ class Layout:
         ]
 
 
-# The first of each kind, with and without CV^2, is what the others are held against.
+# The first layout of each kind, with and without CV^2, is the reference of the others.
 LAYOUTS = (
     Layout(1, 1, 1, 2, balance=True),
     Layout(2, 2, 1, 2, balance=True, dispatch="unique", chunks=3),
@@ -80,10 +80,10 @@ LAYOUTS = (
 
 
 def choose_layouts(numbers: str | None) -> list[Layout]:
-    """The layouts of some numbers, with those they are held against.
+    """Choose layouts by their numbers, and add their references.
 
     Args:
-        numbers: Like "1,3", counted from 0; None: all.
+        numbers: Numbers such as "1,3", counted from 0; None: all.
 
     Raises:
         UsageError: If one is not the number of a layout.
@@ -119,7 +119,7 @@ OPTIONS = (
     "--train.sample_tokens=0",
     f"--train.steps={NUM_STEPS}",
     # With seed 0 the gradient of step 20 is ill-conditioned: in one process, a learning rate that is 1e-7 larger
-    # changes its norm by 1.9e-3. With this one it does so by 3e-7 at most, and what a layout changes is seen.
+    # changes its norm by 1.9e-3. With seed 1 the change is 3e-7 at most, so that a difference of a layout is seen.
     "--train.seed=1",
     "--telemetry.tensorboard=false",
     "--telemetry.every=1",
@@ -128,13 +128,13 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A layout's run held against the reference.
+    """Comparison of a layout's run with the reference.
 
     Attributes:
-        layout: Of the run.
+        layout: Layout of the run.
         loss_difference: Largest relative difference of train/loss over the steps.
-        grad_norm_difference: Likewise of train/grad_norm.
-        steps: Steps compared.
+        grad_norm_difference: Largest relative difference of train/grad_norm over the steps.
+        steps: Number of compared steps.
     """
 
     layout: Layout
@@ -144,7 +144,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether both stay within their tolerances at every step of the run."""
+        """Whether both differences stay within their tolerances at every step of the run."""
         return (
             self.steps == NUM_STEPS
             and self.loss_difference <= LOSS_TOLERANCE
@@ -152,7 +152,7 @@ class Comparison:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self.layout) | {
             "steps": self.steps,
             "loss_difference": self.loss_difference,
@@ -162,12 +162,12 @@ class Comparison:
 
 
 def compare(layout: Layout, records: Sequence[Record], reference: Sequence[Record]) -> Comparison:
-    """Hold a run against the reference, step by step.
+    """Compare a run with the reference, step by step.
 
     Args:
-        layout: Of the run.
-        records: Its metrics.
-        reference: Those of the reference.
+        layout: Layout of the run.
+        records: Records of the run.
+        reference: Records of the reference.
     """
     here, there = ({r["step"]: r for r in run if "train/loss" in r} for run in (records, reference))
     steps = sorted(here.keys() & there.keys())

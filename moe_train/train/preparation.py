@@ -1,7 +1,7 @@
-"""Preparation of a run on one rank, up to where ranks meet.
+"""Preparation of a run on one rank, before ranks communicate.
 
-What can be wrong is checked here, so that every rank finds the same error and none waits for another. The module must
-not import DeepSpeed, which looks for a device as soon as it is imported.
+All that can be wrong is checked here, so that every rank finds the same error and no rank waits for another. The module
+must not import DeepSpeed, which looks for a device as soon as it is imported.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ from moe_train.train.run_folder import RunFolder, open_run_folder
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What a rank knows before it meets the others.
+    """A run prepared on one rank, before ranks communicate.
 
     Attributes:
-        config: The resolved configuration.
-        world: The place of this rank.
-        device: The device of this rank.
-        folder: The run's folder.
+        config: Resolved configuration.
+        world: Place of this process among the ranks.
+        device: Device of this rank.
+        folder: Folder of the run.
         data: Training and held-out sequences, and their tokenizer.
     """
 
@@ -46,8 +46,8 @@ def prepare_run(config: Config, world: World) -> PreparedRun:
     """Check a configuration, choose the device, prepare the data and resolve every size.
 
     Args:
-        config: As loaded.
-        world: The place of this rank.
+        config: Configuration as loaded.
+        world: Place of this process among the ranks.
 
     Raises:
         UsageError: If the run cannot work.
@@ -78,7 +78,7 @@ def prepare_run(config: Config, world: World) -> PreparedRun:
 
 
 def _with_saved_batch(config: Config) -> Config:
-    """Take the global batch of the checkpoint where none is given, so that a run goes on with it on any ranks."""
+    """Take the checkpoint's global batch if none is given, so that a run keeps it on any number of ranks."""
     checkpoints = Path(config.train.run_dir) / "checkpoints"
     is_resumable = checkpoints.is_dir() or Path(config.checkpoint.resume).is_dir()
     if config.train.global_batch_size is not None or not is_resumable:

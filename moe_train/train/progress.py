@@ -1,11 +1,11 @@
-"""How far a run is."""
+"""Progress of a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         step: Optimizer steps done, skipped ones included.
@@ -16,5 +16,5 @@ class Progress:
     consumed_sequences: int = 0
 
     def after(self, num_sequences: int) -> "Progress":
-        """One step of some sequences later."""
+        """Return the progress after one more step of some sequences."""
         return Progress(self.step + 1, self.consumed_sequences + num_sequences)

@@ -1,4 +1,4 @@
-"""Back to the last good checkpoint where the numbers went wrong, and past the data since; once."""
+"""Recovery from bad numbers: back to the last good checkpoint, and past the data since then; once."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from moe_train.train.telemetry.recorder import StepRecorder
 
 
 class Recovery:
-    """Takes a run back to its last checkpoint."""
+    """Recovery of a run from its last checkpoint."""
 
     def __init__(
         self,
@@ -34,19 +34,19 @@ class Recovery:
         group: Group | None,
         origin: Manifest | None,
     ) -> None:
-        """Prepare.
+        """Prepare for recoveries.
 
         Args:
-            engine: Whose state is replaced.
-            step_control: Knows which steps were skipped.
-            saver: A save under way is waited for.
-            recorder: Forgets the steps that are taken again.
-            console: Told.
-            plan: Sizes of a batch and this rank's place.
-            checkpoints: The run's folder for checkpoints; the diagnosis goes beside it.
-            layers: Index of each MoE layer in the model.
-            group: The writer's: it is idle when a checkpoint is read.
-            origin: What the run went on from, to go back to as long as it has saved nothing itself.
+            engine: Engine whose state is replaced.
+            step_control: Step control, which knows the skipped steps.
+            saver: Saver, whose running save is waited for.
+            recorder: Recorder, which drops the steps that are taken again.
+            console: Console for messages.
+            plan: Sizes of a batch and this rank's place in it.
+            checkpoints: Folder of the run's checkpoints; the diagnosis is written beside it.
+            layers: Index in the model of each MoE layer.
+            group: Group of the checkpoint writer, which is idle when a checkpoint is read.
+            origin: Checkpoint that the run resumed from, for as long as the run has saved none itself.
         """
         self._group, self._origin = group, origin
         self._engine, self._step_control, self._saver, self._recorder = engine, step_control, saver, recorder
@@ -54,14 +54,14 @@ class Recovery:
         self._gone_back_from: int | None = None  # step, from 0, that the last return was for
 
     def go_back(self, progress: Progress, result: StepResult) -> Progress:
-        """Load the newest checkpoint that is whole; training goes on behind the data that was handed out so far.
+        """Load the newest valid checkpoint; training continues after the data that was handed out so far.
 
         Args:
-            progress: Before the last skipped step.
-            result: Of that step.
+            progress: Progress before the last skipped step.
+            result: Result of the last skipped step.
 
         Returns:
-            Where to go on.
+            The progress to continue from.
 
         Raises:
             TrainingDiverged: On every rank, with a diagnosis, if there is no checkpoint, or if this happens a second

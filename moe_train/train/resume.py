@@ -1,4 +1,4 @@
-"""Going on from a checkpoint."""
+"""Checks of a run that resumes from a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import ResolvedConfig
 from moe_train.model.build import mixer_of
 
-# What may differ from the checkpoint's configuration without being worth a word.
+# Fields whose changes since the checkpoint are not reported.
 _UNREMARKABLE = ("train.run_dir", "checkpoint.resume", "train.log_every", "parallel.threads_per_rank", "data.cache_dir")
-_MOST_SEQUENCES = 1 << 31  # of a step: a checkpoint that says more is not believed
+_MOST_SEQUENCES = 1 << 31  # most sequences of a step; a checkpoint that says more is not believed
 
 
 def check_resumable(manifest: Manifest, config: ResolvedConfig, tokenizer: str) -> None:
-    """Refuse to go on with what would give the numbers in the checkpoint another meaning.
+    """Refuse a configuration or tokenizer that would give the numbers in the checkpoint another meaning.
 
     Args:
-        manifest: Of the checkpoint.
-        config: Of this run.
+        manifest: Manifest of the checkpoint.
+        config: Configuration of this run.
         tokenizer: Fingerprint of this run's tokenizer.
 
     Raises:
@@ -46,8 +46,11 @@ def check_resumable(manifest: Manifest, config: ResolvedConfig, tokenizer: str) 
 
 
 def _meaning(manifest: Manifest) -> dict[str, Any]:
-    """What gives a checkpoint's weights their meaning; nothing where its configuration is of another version of this
-    program: the shapes of the tensors are compared in any case."""
+    """Return the fields that give a checkpoint's weights their meaning.
+
+    There are none if another version of this program wrote the configuration; the shapes of the tensors are compared in
+    any case.
+    """
     try:
         return _shape_fields(ModelConfig.model_validate(manifest.config.get("model")))
     except (ValidationError, UsageError):
@@ -55,7 +58,7 @@ def _meaning(manifest: Manifest) -> dict[str, Any]:
 
 
 def _shape_fields(model: ModelConfig) -> dict[str, Any]:
-    """Fields of the model that a checkpoint's must equal, each with the value that it has where it is left out."""
+    """Return the fields of the model that must equal those of a checkpoint, with the values that None stands for."""
     names = ("vocab_size", "hidden_size", "num_layers", "norm", "norm_position", "tie_embeddings")
     fields: dict[str, Any] = {f"model.{name}": getattr(model, name) for name in names}
     fields["model.mixers"] = model.layer_mixers
@@ -74,8 +77,9 @@ def _shape_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def saved_global_batch_size(setting: str, checkpoints: Path) -> int | None:
-    """Sequences of a step in the newest checkpoint that a run would go on from: the default where none is given, so
-    that a run goes on with the same steps on another number of ranks. None where there is no readable checkpoint.
+    """Read the global batch size of the newest checkpoint that a run would resume from; None: no readable checkpoint.
+
+    It is the default if no global batch size is given, so that steps stay the same on another number of ranks.
     """
     folders = list(reversed(list_checkpoints(checkpoints))) if setting == "auto" else []
     if setting not in ("auto", "never"):
@@ -84,13 +88,13 @@ def saved_global_batch_size(setting: str, checkpoints: Path) -> int | None:
         try:
             size = read_manifest(folder).config["train"]["global_batch_size"]
         except (UsageError, LookupError, TypeError):
-            continue  # said when it is looked for in earnest
+            continue  # reported later, when the checkpoint is loaded
         return size if type(size) is int and 0 < size <= _MOST_SEQUENCES else None
     return None
 
 
 def changed_fields(manifest: Manifest, config: ResolvedConfig) -> list[str]:
-    """What differs from the checkpoint's configuration: "train.seed: 0 -> 1"."""
+    """List the fields that differ from the checkpoint's configuration, such as "train.seed: 0 -> 1"."""
     before, now = dict(field_values(manifest.config)), dict(field_values(config.model_dump(mode="json")))
     changed = [name for name in now if name not in _UNREMARKABLE and before.get(name) != now[name]]
     return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]

@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
+"""Folder of a run: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from moe_train.data import SubwordTokenizer, Tokenizer
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the files of a run are."""
+    """Folder of a run, with the paths of its files."""
 
     root: Path
 
@@ -46,19 +46,19 @@ class RunFolder:
         return self.root / "summary.json"
 
     def profile(self, rank: int) -> Path:
-        """The trace of a rank's profiled steps."""
+        """Return the path of a rank's trace, of the profiled steps."""
         return self.root / "profile" / f"rank_{rank:05d}.json"
 
     def log(self, rank: int) -> Path:
-        """What libraries print on a rank."""
+        """Return the path of a rank's log, with what libraries print."""
         return self.root / "logs" / f"rank_{rank:05d}.log"
 
 
 def open_run_folder(run_dir: str) -> RunFolder:
-    """Create the folder where it is not there.
+    """Create the folder of a run if it does not exist.
 
     Raises:
-        UsageError: If it cannot be written.
+        UsageError: If the folder cannot be written.
     """
     folder = RunFolder(Path(run_dir))
     try:
@@ -76,7 +76,7 @@ def save_config(folder: RunFolder, config: Config) -> None:
 
 
 def save_tokenizer(folder: RunFolder, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer's file, so that the run can be used where its data is not; bytes need none."""
+    """Write the tokenizer's file, so that the run can be used without its data; tokenizer bytes has no file."""
     if isinstance(tokenizer, SubwordTokenizer):
         _replace(folder.tokenizer, tokenizer.text)
 
@@ -91,10 +91,10 @@ def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
     """Send everything that libraries print, from Python or not, to a log file, until the process ends.
 
     Args:
-        log: Appended to.
+        log: File that the output is appended to.
 
     Returns:
-        Streams of the standard output and error as they were.
+        Streams of standard output and standard error as they were.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -114,13 +114,13 @@ def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
 def redirected_output(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
     """Send what libraries print to a log file while the block runs.
 
-    It works where the streams of Python have no file descriptors, as in a notebook.
+    It also works if the streams of Python have no file descriptors, as in a notebook.
 
     Args:
-        log: Appended to.
+        log: File that the output is appended to.
 
     Yields:
-        The standard output and error as they were.
+        Streams of standard output and standard error as they were.
     """
     output, errors = sys.stdout, sys.stderr
     stream = log.open("a", encoding="utf-8", buffering=1)  # stays open: loggers that are made meanwhile keep it
@@ -134,7 +134,7 @@ def redirected_output(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
 
 
 def _redirect_descriptor(number: int, own: TextIO, log: TextIO, undo: contextlib.ExitStack) -> TextIO:
-    """Send a file descriptor of the process to the log; a stream that still goes where `own` went."""
+    """Send a file descriptor of the process to the log; return a stream to where `own` went before."""
     own.flush()
     try:
         kept = os.dup(number)

@@ -1,4 +1,4 @@
-"""When and how a run saves: in the background, with what is told of it, and what follows where it fails."""
+"""Saving of a run's checkpoints: in the background, with messages, and with an error or warning if a save fails."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from moe_train.train.step_control import StepControl
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint that had to be written could not be."""
+    """Error for a checkpoint that had to be written, but could not be."""
 
 
 class Saver:
-    """Saves a run by its configuration."""
+    """Saver of a run's checkpoints."""
 
     def __init__(
         self,
@@ -31,26 +31,26 @@ class Saver:
         tokenizer: str,
         console: RunConsole,
     ) -> None:
-        """Prepare.
+        """Prepare for saves.
 
         Args:
-            config: The resolved configuration.
-            engine: Whose state is saved.
-            writer: Writes it.
-            step_control: What it remembers is saved too.
-            plan: Sizes of a batch and this rank's place.
+            config: Resolved configuration.
+            engine: Engine whose state is saved.
+            writer: Writer of checkpoints.
+            step_control: Step control, whose state is saved too.
+            plan: Sizes of a batch and this rank's place in it.
             tokenizer: Fingerprint of the tokenizer.
-            console: Told of what failed.
+            console: Console for warnings about failed saves.
         """
         self._config, self._engine, self._writer, self._step_control = config, engine, writer, step_control
         self._plan, self._tokenizer, self._console = plan, tokenizer, console
         self._last: SaveOutcome | None = None
 
     def save(self, progress: Progress) -> None:
-        """Begin to save the state after some steps; without checkpoint.asynchronous, wait until it is done.
+        """Start to save the current state; without checkpoint.asynchronous, wait until it is saved.
 
         Raises:
-            SaveFailed: On every rank, if the save before failed or this one does, and checkpoint.on_error is stop.
+            SaveFailed: On every rank, if the previous save or this one fails and checkpoint.on_error is stop.
             RuntimeError: On every rank, if steps are being skipped because weights are not finite.
 
         Collective: All ranks.
@@ -79,20 +79,20 @@ class Saver:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the save under way, if there is one, and tell where it failed.
+        """Wait for the save under way, if there is one, and report if it failed.
 
         Raises:
-            SaveFailed: As in `save`.
+            SaveFailed: On every rank, if the save failed and checkpoint.on_error is stop.
 
         Collective: All ranks.
         """
         self._take(self._writer.wait())
 
     def finish(self, progress: Progress) -> Path:
-        """Wait until the state after the last step is saved; its folder.
+        """Wait until the state after the last step is saved, and return the checkpoint's folder.
 
         Raises:
-            SaveFailed: On every rank, if it could not be.
+            SaveFailed: On every rank, if the state could not be saved.
 
         Collective: All ranks.
         """

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that resuming needs no state."""
+"""Learning rate as a function of the step alone, so that resuming needs no state."""
 
 import math
 
@@ -6,16 +6,16 @@ from moe_train.config.run import OptimConfig
 
 
 def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
-    """Learning rate of a step.
+    """Compute the learning rate of a step.
 
     Args:
-        step: From 0.
-        num_steps: Steps of the whole run.
-        optim: Peak, warm-up and shape.
+        step: Optimizer step, from 0.
+        num_steps: Number of steps of the whole run.
+        optim: Peak, warm-up and shape of the schedule.
 
     Returns:
-        warm-up: linear from peak / warmup_steps; then cosine or constant to the end, or constant and linear (wsd) down
-        to min_learning_rate_ratio * peak at the last step.
+        The learning rate. In warm-up, it rises linearly from peak / warmup_steps to the peak. Then it is constant, or
+        falls to min_learning_rate_ratio * peak at the last step: like a cosine, or linearly over the last steps (wsd).
     """
     peak = optim.learning_rate
     if step < optim.warmup_steps:

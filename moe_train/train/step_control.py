@@ -1,4 +1,4 @@
-"""What all ranks decide together between a step's gradients and its update: skip it, and whether to stop after it."""
+"""Step control: before a step's update, all ranks decide together whether to skip it, and whether to stop after it."""
 
 import signal
 import statistics
@@ -14,23 +14,23 @@ from moe_train.distributed.collectives import all_reduce_max, world_group
 from moe_train.train.progress import Progress
 from moe_train.train.step_result import Gradients
 
-NUM_REMEMBERED = 128  # steps whose gradient norms the median is of
+NUM_REMEMBERED = 128  # last steps from whose gradient norms the median is computed
 NUM_NEEDED = 32  # steps before a norm can be called too large
 _FINE, _NORM_TOO_LARGE, _NORM_NOT_FINITE, _LOSS_NOT_FINITE = range(4)
-_RANKS = 1 << 24  # more than there are: a signal and its rank are one number
+_RANKS = 1 << 24  # more than there are ranks: a signal and its rank are packed in one number
 
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """A step whose update was left out.
+    """A step whose update was skipped.
 
     Attributes:
-        step: From 0.
-        first_sequence: Global index of its first sequence.
-        num_sequences: Its sequences.
-        loss: Of this rank.
-        grad_norm: Global norm before clipping.
-        reason: In words.
+        step: Optimizer step, from 0.
+        first_sequence: Global index of the step's first sequence.
+        num_sequences: Number of sequences of the step.
+        loss: Loss of this rank.
+        grad_norm: Global gradient norm before clipping.
+        reason: Reason, in words.
     """
 
     step: int
@@ -43,13 +43,13 @@ class SkippedStep:
 
 @dataclass(frozen=True)
 class StepDecision:
-    """What all ranks decided, the same on each.
+    """Decision about a step, the same on all ranks.
 
     Attributes:
-        skipped: The step, if its update was left out for a bad number.
-        is_exhausted: Whether so many in a row were that going on makes no sense.
-        stop: The signal that a rank got, and the rank, in words; None: go on.
-        save_ended: Whether a save in the background has ended on every rank, and nobody has asked how.
+        skipped: The step, if its update was skipped because of a bad number; else None.
+        is_exhausted: Whether so many steps in a row were skipped that the run must not continue like this.
+        stop: Signal that a rank got, and the rank, in words; None: continue.
+        save_ended: Whether a save in the background has ended on every rank, and its outcome is not known yet.
     """
 
     skipped: SkippedStep | None
@@ -59,7 +59,7 @@ class StepDecision:
 
 
 class StepControl:
-    """Judges the steps of a run: one small all-reduce a step, and one wait for the device."""
+    """Step control of a run. It needs one small all-reduce per step, and one wait for the device."""
 
     def __init__(
         self,
@@ -71,15 +71,15 @@ class StepControl:
         save_is_done: Callable[[], bool],
         state: StepControlState | None = None,
     ) -> None:
-        """Begin.
+        """Start with a new state, or with the state of a checkpoint.
 
         Args:
-            max_norm_ratio: Multiple of the median gradient norm over which a step is skipped; None: no bound.
-            max_skipped: Skipped steps in a row that are too many.
-            rank: This rank.
-            received: The stop signal that this rank got.
-            save_is_done: Whether a save has ended on this rank.
-            state: From a checkpoint.
+            max_norm_ratio: Multiple of the median gradient norm above which a step is skipped; None: no bound.
+            max_skipped: Number of skipped steps in a row that is too many.
+            rank: Rank of this process.
+            received: Function that returns the stop signal that this rank got; None: no signal.
+            save_is_done: Function that returns whether a save has ended on this rank.
+            state: State from a checkpoint; None: a new state.
         """
         self._max_norm_ratio, self._max_skipped, self._rank = max_norm_ratio, max_skipped, rank
         self._received, self._save_is_done = received, save_is_done
@@ -88,30 +88,30 @@ class StepControl:
         self.restore(state or StepControlState())
 
     def restore(self, state: StepControlState) -> None:
-        """Take up what a checkpoint remembers."""
+        """Continue with the state of a checkpoint."""
         self._norms: deque[float] = deque(state.grad_norms, maxlen=NUM_REMEMBERED)
-        self._num_skipped = max(self._num_skipped, state.skipped_steps)  # of the whole run, also those gone back over
+        self._num_skipped = max(self._num_skipped, state.skipped_steps)  # in the whole run, also before recoveries
         self._streak: list[SkippedStep] = []
 
     @property
     def state(self) -> StepControlState:
-        """To be saved."""
+        """State for a checkpoint."""
         return StepControlState(tuple(self._norms), self._num_skipped)
 
     @property
     def streak(self) -> tuple[SkippedStep, ...]:
-        """The last steps, if they were skipped."""
+        """Skipped steps since the last step that was not skipped."""
         return tuple(self._streak)
 
     @property
     def norm_bound(self) -> float | None:
-        """Gradient norm over which a step is skipped now; None: there is none (yet)."""
+        """Gradient norm above which a step is skipped now; None: there is no bound (yet)."""
         if self._max_norm_ratio is None or len(self._norms) < NUM_NEEDED:
             return None
         return self._max_norm_ratio * statistics.median(self._norms)
 
     def should_skip(self, gradients: Gradients) -> bool:
-        """Whether to leave out the update.
+        """Decide whether to skip the update.
 
         Collective: All ranks.
         """
@@ -135,7 +135,7 @@ class StepControl:
         return fault != _FINE
 
     def _find_fault(self, gradients: Gradients) -> Tensor:
-        """A code on the device: nothing is waited for."""
+        """Compute the code of a step's fault on the device, without a wait."""
         norm, bound = gradients.grad_norm.to(gradients.loss.device), self.norm_bound
         fault = torch.zeros_like(norm)
         if bound is not None:
@@ -146,7 +146,7 @@ class StepControl:
         return torch.where(torch.isfinite(gradients.loss), fault, _LOSS_NOT_FINITE)
 
     def conclude(self, progress: Progress, num_sequences: int) -> StepDecision:
-        """What was decided of the step that begins at `progress`."""
+        """Return the decision about the step that begins at `progress`."""
         fault, faulty_rank, signalled, save_ended, loss, norm = self._decided
         skipped = None
         if fault == _FINE:

@@ -1,4 +1,4 @@
-"""What an optimizer step gives, and what is asked of it between its gradients and its update."""
+"""Results of an optimizer step: after the gradients, before the update; and after the update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from moe_train.model.moe.steps import RoutingSums
 
 @dataclass(frozen=True)
 class Gradients:
-    """What is known of a step between its gradients and its update.
+    """Results of a step between its gradients and its update.
 
     Attributes:
         loss: Mean over this rank's micro-batches of the total loss; fp32 scalar on the device.
         grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; negative or not finite
-            where a gradient is not finite; scalar on the device.
+            if a gradient is not finite; scalar on the device.
         overflowed: Whether fp16's loss scale was too large for the step, which is no fault.
     """
 
@@ -29,12 +29,12 @@ SkipRule = Callable[[Gradients], bool]  # whether to skip the update: the same a
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave on this rank.
+    """Results of one optimizer step on this rank.
 
     Attributes:
         loss: Mean over micro-batches of the total loss; fp32 scalar on the device.
-        cross_entropy: Mean over micro-batches of the cross-entropy, nats a token; fp32 scalar on the device.
-        sums: Routing sums over the micro-batches, [L, ...], or None without MoE layers.
+        cross_entropy: Mean over micro-batches of the cross-entropy, nats per token; fp32 scalar on the device.
+        sums: Routing sums over the micro-batches, [L, ...]; None without MoE layers.
         grad_norm: Global norm of the averaged gradient before clipping, the same on all ranks; scalar.
         skipped: Whether the update was skipped, by fp16's loss scaler or by step control.
         loss_scale: fp16's loss scale; 1 otherwise.

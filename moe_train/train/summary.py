@@ -1,4 +1,4 @@
-"""The closing summary: what was reached, beside what general compressors reach, and how the experts share the work."""
+"""Closing summary of a run: its results beside those of general compressors, and how the experts share the work."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from moe_train.train.telemetry.records import read_records
 
 
 def make_summary(run: Run, result: TrainResult, parameters: ParameterCount, sample: str | None) -> dict[str, Any]:
-    """Everything of the closing summary as plain values.
+    """Collect the closing summary as plain values.
 
     Args:
-        run: The run.
-        result: How training ended.
-        parameters: Of the model.
-        sample: A text drawn from the model, or None.
+        run: Run that has ended.
+        result: Result of training.
+        parameters: Numbers of parameters of the model.
+        sample: Text drawn from the model; None: no text.
     """
     records = read_records(run.folder.metrics)
     steps = [record for record in records if "train/loss" in record]
@@ -54,7 +54,7 @@ def make_summary(run: Run, result: TrainResult, parameters: ParameterCount, samp
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write summary.json."""
+    """Write the summary to summary.json."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
@@ -85,5 +85,5 @@ def show_summary(run: Run, summary: dict[str, Any]) -> None:
         say("\n".join(f"  | {line}" for line in summary["sample"].splitlines()))
     say(f"Checkpoint: {summary['checkpoint']}")
     say(f"To try it: moe-train generate --run {shlex.quote(str(run.folder.root))} --prompt TEXT")
-    if run.config.telemetry.tensorboard:
+    if "tensorboard" in run.config.telemetry.active_sinks:
         say(f"To see the curves: tensorboard --logdir {run.folder.tensorboard}")

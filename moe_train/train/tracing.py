@@ -1,4 +1,4 @@
-"""A trace of some steps by torch.profiler, for chrome://tracing or Perfetto: `train.profile_steps`."""
+"""Trace of some steps by torch.profiler, for chrome://tracing or Perfetto: `train.profile_steps`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,16 +10,16 @@ _WARM_UP_STEPS = 2  # of this process: they allocate memory and load kernels
 
 
 class StepTracer:
-    """Traces the first steps after the warm-up on this rank. What happens between them is in the trace too."""
+    """Tracer of the first steps after the warm-up on this rank. The trace also has what happens between the steps."""
 
     def __init__(self, path: Path, num_steps: int, is_cuda: bool, say: Callable[[str], object]) -> None:
-        """Begin with nothing.
+        """Prepare a trace.
 
         Args:
-            path: Of the trace, JSON.
-            num_steps: Steps to trace; 0: none.
+            path: JSON file of the trace.
+            num_steps: Number of steps to trace; 0: none.
             is_cuda: Whether the kernels of a CUDA device are traced.
-            say: Told where the trace is.
+            say: Function that gets a message with the place of the trace.
         """
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
         self._path, self._num_steps, self._activities, self._say = path, num_steps, activities, say
@@ -28,7 +28,7 @@ class StepTracer:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The block is a training step."""
+        """Run the block as a training step, and trace it if it is due."""
         if self._num_steps and self._taken == _WARM_UP_STEPS:
             self._profile = profile(activities=self._activities)
             self._profile.start()
@@ -38,7 +38,7 @@ class StepTracer:
             self.close()
 
     def close(self) -> None:
-        """End a trace that is under way, and write it."""
+        """End the trace under way, if there is one, and write it."""
         if self._profile is None:
             return
         self._profile.stop()

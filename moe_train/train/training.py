@@ -1,6 +1,6 @@
-"""Training of a prepared run: ranks meet, the newest checkpoint is loaded, steps are taken, and the end is told.
+"""Training of a prepared run: connect the ranks, load the newest checkpoint, take the steps, report the result.
 
-Read `train_prepared` first. Everything that a run is made of is put together in `_build`.
+Read `train_prepared` first. `_build` makes all parts of a run.
 """
 
 import contextlib
@@ -59,14 +59,14 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     """Train to the end of the run, or until a signal asks to stop.
 
     Args:
-        prepared: This rank's part, from `prepare_run`.
-        output: What rank 0 shows goes there.
-        errors: Reports of hanging steps and lost ranks go there.
-        sample: Draws the text that the closing summary shows.
+        prepared: Run prepared on this rank, from `prepare_run`.
+        output: Stream for what rank 0 shows.
+        errors: Stream for reports of hanging steps and lost ranks.
+        sample: Function that draws the text of the closing summary.
 
     Raises:
         UsageError: If ranks differ in what must be the same, or the checkpoint does not fit the configuration.
-        RunFailed: For every other reason; it says which, and where the log is.
+        RunFailed: If the run fails for any other reason; it names the reason and the log.
 
     Collective: All ranks.
     """
@@ -89,7 +89,7 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     try:
         result = _train_watched(prepared, health, console, errors, sample)
     except UsageError as error:
-        health.peers.fail(str(error))  # mostly all find the same, but none must wait for one that has left
+        health.peers.fail(str(error))  # most often all ranks find the error; none must wait for one that has left
         raise
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -124,13 +124,13 @@ def _train_watched(
 
 
 def _agree(prepared: PreparedRun, group: Group | None) -> ResumePoint:
-    """Find the checkpoint to go on from. What each rank found out for itself must be the same on all ranks."""
+    """Find the checkpoint to resume from, and check that versions, configuration and data are the same on all ranks."""
     config, world, folder = prepared.config, prepared.world, prepared.folder
 
     def tidy() -> None:
         check_nodes(config.parallel.node_size, world)
         if world.rank == 0:
-            read_records(folder.metrics)  # a damaged one is said before the ranks begin
+            read_records(folder.metrics)  # a damaged file is reported before the run begins
             remove_leftovers(folder.checkpoints)
 
     def describe(_: None) -> dict[str, str]:
@@ -155,7 +155,7 @@ def _build(
     console: RunConsole,
     group: Group | None,
 ) -> tuple[Run, Progress]:
-    """Put the run together, and find where it begins; `group` is for checkpoints. Collective: All ranks."""
+    """Make all parts of the run, and load its checkpoint; `group` is for checkpoints. Collective: All ranks."""
     config, world, folder, device = prepared.config, prepared.world, prepared.folder, prepared.device
     layers = config.model.moe_layer_indices
     meter = TrafficMeter(device) if config.telemetry.experts and layers else None
@@ -222,7 +222,7 @@ def _open_records(
     save_config(folder, config)
     save_tokenizer(folder, prepared.data.tokenizer)
     writer = MetricsWriter(folder.root, first_step, open_sinks(config.telemetry, folder, first_step), console.say)
-    # What is compared between runs; where a run is kept, and what is the default everywhere, is not.
+    # Fields for the comparison of runs: without the run's folder, and without fields that are None.
     fields = {
         name: value
         for name, value in field_values(config.model_dump(mode="json"))
@@ -241,9 +241,9 @@ def open_sinks(telemetry: TelemetryConfig, folder: RunFolder, first_step: int) -
     """Open the sinks that a configuration names.
 
     Args:
-        telemetry: The telemetry section.
-        folder: The run's folder.
-        first_step: Steps that are done.
+        telemetry: Telemetry section of the configuration.
+        folder: Folder of the run.
+        first_step: Number of steps that are done.
 
     Returns:
         The sinks by their titles.

@@ -1,4 +1,4 @@
-"""Loss on the held-out text."""
+"""Validation: the loss on the held-out text."""
 
 import math
 from collections.abc import Callable
@@ -20,9 +20,9 @@ class ValidationResult:
     """Loss over held-out sequences.
 
     Attributes:
-        cross_entropy: Mean, nats a token.
+        cross_entropy: Mean cross-entropy, in nats per token.
         bits_per_byte: cross_entropy / ln 2 x tokens / bytes of the held-out text.
-        num_tokens: Tokens predicted.
+        num_tokens: Number of predicted tokens.
     """
 
     cross_entropy: float
@@ -39,16 +39,16 @@ def validate(
     device: torch.device,
     watching: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> ValidationResult:
-    """Evaluate without router noise; the same number for any number of ranks.
+    """Compute the held-out loss without router noise; it is the same for any number of ranks.
 
     Args:
-        engine: Holds the model.
-        held_out: The held-out text.
-        plan: Sequences of a forward pass, and ranks to share them.
-        num_sequences: Sequences to take, evenly spread over the text; None: all.
-        end_of_document: As in `make_tokens`.
-        device: Where the model is.
-        watching: Around each batch, which it is told the name of.
+        engine: Engine with the model.
+        held_out: Held-out sequences.
+        plan: Sequences of a forward pass, and ranks that share them.
+        num_sequences: Number of sequences, evenly spread over the text; None: all.
+        end_of_document: Token that separates packed documents, to isolate them; None: they are not isolated.
+        device: Device of this rank.
+        watching: Function that makes the context in which a batch is evaluated, from a name of the batch.
 
     Collective: All ranks.
     """

@@ -1,4 +1,4 @@
-"""Causal attention with rotary embedding: MHA, GQA, MQA, and MLKV where a layer reads another layer's keys and values.
+"""Causal attention with rotary embedding: MHA, GQA, MQA, and MLKV, where layers read another layer's keys and values.
 
 Source: keys and values shared over layers: Zuhri et al. 2024, arXiv 2406.09297. K is shared after its norm and its
 rotation. Norms of queries and keys: of a head, Qwen3 (arXiv 2505.09388); of the projection, OLMoE (arXiv 2409.02060).
@@ -62,14 +62,14 @@ class AttentionMixer(Mixer):
         q_BHSd = self._split_heads(self.query(x_BSD), self.num_heads, self.query_norm)
         q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta))
         mask_B1SC = attention_mask(context.tokens, held, self.window)
-        # A cache may be narrower than the model: its keys are many, so the queries are cast and not they.
+        # A cache may be narrower than the model. It has many keys, so the queries are cast, not the keys.
         mixed_BHSd = attend(q_BHSd.to(held.k_BGCd.dtype), held.k_BGCd, held.v_BGCd, mask_B1SC).to(x_BSD.dtype)
         batch, _, length, _ = mixed_BHSd.shape
         mixed_BSM = mixed_BHSd.transpose(1, 2).reshape(batch, length, -1)  # (B, H, S, d) -> (B, S, H*d)
         return self.output(mixed_BSM), shared
 
     def _key_value(self, x_BSD: Tensor, context: MixerContext) -> KeyValue:
-        """This layer's keys and values, those of the tokens before included."""
+        """Compute this layer's keys and values, including those of the tokens before."""
         assert self.key is not None and self.value is not None
         k_BGSd = self._split_heads(self.key(x_BSD), self.num_kv_heads, self.key_norm)
         v_BGSd = self._split_heads(self.value(x_BSD), self.num_kv_heads)
@@ -86,7 +86,7 @@ class AttentionMixer(Mixer):
         return RMSNorm(widths[self.qk_norm], epsilon) if self.qk_norm != "none" else None
 
     def _split_heads(self, x_BSM: Tensor, num_heads: int, norm: RMSNorm | None = None) -> Tensor:
-        """Split a projection into heads, normalised where there is a norm. (B, S, H*d) -> (B, H, S, d)."""
+        """Split a projection into heads, and normalise them if there is a norm. (B, S, H*d) -> (B, H, S, d)."""
         batch, length, _ = x_BSM.shape
         if norm is not None and self.qk_norm == "projection":
             x_BSM = norm(x_BSM)
@@ -97,7 +97,7 @@ class AttentionMixer(Mixer):
 
 
 def without_key_value(shared: Shared) -> Shared:
-    """What is handed up but keys and values, which an owner layer replaces by its own."""
+    """Drop keys and values from what is handed up; an owner layer replaces them by its own."""
     return {name: tensor for name, tensor in shared.items() if name not in KEY_VALUE_NAMES}
 
 
@@ -135,7 +135,7 @@ def _state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
 
 
 def _flops(spec: MixerSpec, length: int) -> float:
-    """Two products, of queries with keys and of scores with values, over the keys that a query sees in the mean."""
+    """Count two products, queries with keys and scores with values, over the mean number of keys that a query sees."""
     model = spec.model
     window = min(model.sliding_window or length, length)
     # The first `window` tokens see 1, 2, ... keys, the others `window`.

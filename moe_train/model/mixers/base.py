@@ -1,4 +1,4 @@
-"""The interface of sequence mixers: whatever mixes tokens along the sequence.
+"""Interface of sequence mixers, which mix tokens along the sequence.
 
 Legend: B batch, S sequence, D hidden_size.
 """
@@ -23,14 +23,14 @@ Shared = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MixerContext:
-    """What a block's mixer and feed-forward layer know of their surroundings.
+    """Context of a block's mixer and feed-forward layer.
 
     Attributes:
         layer: Index of the block, from 0.
-        tokens: Which token each row is.
-        shared: What the layers below have handed up; empty below the first.
-        state: This mixer's (or feed-forward layer's) state while decoding; None: there is none.
-        formed: What layers have formed of the positions so far in this forward pass.
+        tokens: Index of the tokens.
+        shared: Tensors that the layers below have handed up; empty for the first layer.
+        state: State of this mixer (or feed-forward layer) while decoding; None: there is none.
+        formed: Values that layers have computed from the positions in this forward pass, for other layers.
     """
 
     layer: int
@@ -40,7 +40,7 @@ class MixerContext:
     formed: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def rotary_angles(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """`ops.rotary.rotary_angles` of these positions, formed once for all layers that rotate alike."""
+        """Compute `ops.rotary.rotary_angles` of these positions, once for all layers with the same arguments."""
         known = self.formed.get((head_dim, theta))
         if known is None or known[0] is not self.tokens.positions_BS:  # a hook may have put others in their place
             known = (self.tokens.positions_BS, *rotary_angles(self.tokens.positions_BS, head_dim, theta))
@@ -49,7 +49,7 @@ class MixerContext:
 
 
 class Mixer(nn.Module, ABC):
-    """Mixes along the sequence. It is causal, and streams: any split of a sequence gives the same outputs."""
+    """A sequence mixer. It is causal, and streams: any split of a sequence gives the same outputs."""
 
     @abstractmethod
     def forward(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, Shared]:
@@ -57,26 +57,26 @@ class Mixer(nn.Module, ABC):
 
         Args:
             x_BSD: Normalised hidden states.
-            context: Surroundings.
+            context: Context of the mixer.
 
         Returns:
-            The mixed sequence [B, S, D], and what the layers above are to see: context.shared, with this layer's own.
-            It goes up as explicit tensors, so that activation recomputation and ZeRO's hooks see it.
+            The mixed sequence [B, S, D], and what the layers above see: context.shared with this layer's own tensors.
+            They go up as explicit tensors, so that activation recomputation and ZeRO's hooks see them.
         """
 
     def new_state(self, spec: CacheSpec) -> DecodeState | None:
-        """An empty state for decoding; None: this layer remembers nothing of its own."""
+        """Make an empty state for decoding; None: this layer remembers nothing of its own."""
         del spec
         return None
 
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """What a mixer is built from.
+    """Settings that a mixer is built from.
 
     Attributes:
-        model: The model section.
-        section: The mixer's own section; None: it has none.
+        model: Model section of the configuration.
+        section: Own section of the mixer; None: it has none.
         layer: Index of the block, from 0.
         output_std: Standard deviation of initial weights that write to the residual stream.
     """
@@ -89,19 +89,19 @@ class MixerSpec:
 
 @dataclass(frozen=True)
 class MixerKind:
-    """A kind of mixer, described by itself: model, planner, FLOP counter, resume and configuration ask it.
+    """Description of a kind of mixer, for model, planner, FLOP counter, resume and configuration.
 
     Attributes:
-        build: Makes the mixer of a layer.
-        state_bytes: Bytes of a sequence's decode state in a layer, by its spec, the tokens so far and the bytes of an
-            element of the model.
-        flops: Operations of a token's forward pass in a layer beside its matrices of parameters, by its spec and the
-            sequence length.
-        cost: What a layer takes beside that, by its spec, for the planner.
-        section: Settings of its own, written under model.NAME; None: it has none.
-        check: Refuses settings that cannot work: raises UsageError naming fields and values.
-        shapes: Settings that give a checkpoint's weights their meaning, by field name: it cannot be resumed with
-            others.
+        build: Function that makes the mixer of a layer.
+        state_bytes: Function that gives the bytes of a sequence's decode state in a layer, from the layer's spec, the
+            tokens so far and the bytes per element of the model.
+        flops: Function that gives the operations of a token's forward pass in a layer, without its matrices of
+            parameters, from the layer's spec and the sequence length.
+        cost: Function that gives the other costs of a layer, from its spec, for the planner.
+        section: Class of its own settings, written under model.NAME; None: it has none.
+        check: Function that refuses settings that cannot work: it raises UsageError naming fields and values.
+        shapes: Function that gives the settings on which the meaning of a checkpoint's weights depends, by field name;
+            a run with other values cannot resume from the checkpoint.
     """
 
     build: Callable[[MixerSpec], Mixer]

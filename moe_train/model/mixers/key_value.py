@@ -15,13 +15,13 @@ _NOWHERE = torch.iinfo(torch.int64).max  # position of a column that holds no ke
 
 @dataclass(frozen=True)
 class KeyValue:
-    """Keys and values, and which tokens they are of.
+    """Keys and values, with the positions and documents of their tokens.
 
     Attributes:
         k_BGCd: Keys after rotary embedding.
         v_BGCd: Values.
         positions_BC: int64 positions of the keys, B may be 1. None: they are the last C positions up to the newest
-            query's, in their order; for a single query in any order.
+            query's, in order; for a single query, in any order.
         documents_BC: int64 document ids of the keys; None: no isolation.
     """
 
@@ -31,7 +31,7 @@ class KeyValue:
     documents_BC: Tensor | None
 
     def as_shared(self) -> dict[str, Tensor]:
-        """The tensors by the names under which layers hand them up."""
+        """Return the tensors by the names under which layers hand them up."""
         named = {
             "keys": self.k_BGCd,
             "values": self.v_BGCd,
@@ -42,18 +42,18 @@ class KeyValue:
 
     @staticmethod
     def from_shared(shared: dict[str, Tensor]) -> "KeyValue":
-        """Keys and values that a layer below has handed up."""
+        """Take the keys and values from what the layers below have handed up."""
         return KeyValue(shared["keys"], shared["values"], shared.get("key_positions"), shared.get("key_documents"))
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where a KeyValueState was.
+    """Mark of a place that a KeyValueState can return to.
 
     Attributes:
-        lengths: Tokens of each row.
-        columns: A copy of the columns where a window will write over them.
-        is_ordered: As in `KeyValueState`.
+        lengths: Number of tokens of each row.
+        columns: Copy of the columns, if a window will overwrite them; else None.
+        is_ordered: Whether every row had token i at position i, and all rows had the same length.
     """
 
     lengths: tuple[int, ...]
@@ -72,9 +72,9 @@ class KeyValueState:
         """Allocate the memory.
 
         Args:
-            spec: Sizes.
-            num_kv_heads: G.
-            head_dim: d.
+            spec: Sizes of the decode states.
+            num_kv_heads: G, number of key/value heads.
+            head_dim: d, head size.
             window: Most keys that a query sees, itself included: older ones are not kept; None: all.
         """
         self._max_length, self._window = spec.max_length, window
@@ -97,13 +97,13 @@ class KeyValueState:
         """Add the keys and values of S new tokens to each row.
 
         Args:
-            new: The new ones; positions are given.
-            first_position: The first new token's position, where the host knows that all rows' positions follow one
+            new: New keys and values, with positions.
+            first_position: Position of the first new token, if the host knows that all rows' positions follow one
                 another from it; None: it does not know.
 
         Returns:
-            The keys and values that the new tokens can see: all of them; with a window at least those in sight, in any
-            order. Views where possible: valid until the next call.
+            The keys and values that the new tokens can see: all of them; with a window, at least those in sight, in any
+            order. They are views if possible, valid until the next call.
 
         Raises:
             ValueError: If there is no room left.
@@ -130,7 +130,7 @@ class KeyValueState:
         return held or self._read(count)
 
     def snapshot(self) -> _Mark:
-        """Mark this place. Nothing is copied, but with a window the columns, which will be written over."""
+        """Mark this place. Nothing is copied, except with a window the columns, which will be overwritten."""
         columns = None
         if self._window is not None:
             self._since = []
@@ -189,7 +189,7 @@ class KeyValueState:
         )
 
     def _write_even(self, new: KeyValue, length: int) -> None:
-        """Write new tokens behind `length` tokens of every row; of more than there are columns the last ones."""
+        """Write new tokens after `length` tokens of every row; if they exceed the columns, only the last ones."""
         count = new.k_BGCd.shape[2]
         kept, first = min(count, self._num_columns), length % self._num_columns
         places: slice | Tensor = slice(first, first + count)
@@ -204,7 +204,7 @@ class KeyValueState:
             self._documents_BC[:, places] = new.documents_BC[:, count - kept :]
 
     def _write_rows(self, new: KeyValue, counts: list[int]) -> None:
-        """Write the first counts[b] new tokens of each row b behind its own tokens."""
+        """Write the first counts[b] new tokens of each row b after its own tokens."""
         assert new.positions_BC is not None, "positions are given"
         rows = torch.arange(len(counts), device=self._k_BGCd.device)
         lengths_B = torch.tensor(self._lengths, device=rows.device)
@@ -219,7 +219,7 @@ class KeyValueState:
                 self._documents_BC[row_b, column_b] = new.documents_BC[:, place].expand(len(counts))[chosen]
 
     def _joined(self, new: KeyValue) -> KeyValue:
-        """What is held, and the new tokens behind it: with a window, new tokens push out what they still see."""
+        """Join held keys and values with the new ones: new tokens in a window overwrite keys that they still see."""
         assert new.positions_BC is not None, "positions are given"
         held, dtype, batch = min(max(self._lengths), self._num_columns), self._k_BGCd.dtype, len(self._lengths)
         documents_BC = None
@@ -243,14 +243,14 @@ def kv_cache_bytes(
     bytes_per_element: int,
     window: int | None = None,
 ) -> int:
-    """Bytes of the keys and values of an attention model: 2 B S M G d elements.
+    """Count the bytes of the keys and values of an attention model: 2 B S M G d elements.
 
     Args:
-        batch_size: B.
+        batch_size: B, number of sequences.
         length: S, tokens of a sequence; no more than the window count.
         num_owner_layers: M, layers that own keys and values.
         num_kv_heads: G, key/value heads of one owner layer.
-        head_dim: d.
+        head_dim: d, head size.
         bytes_per_element: 4 for fp32, 2 for bf16.
         window: Most keys kept; None: all.
 

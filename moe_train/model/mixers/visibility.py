@@ -1,4 +1,4 @@
-"""Which keys each query may see: decided here for everything that attends.
+"""Visibility of keys: which keys each query may see, for everything that attends.
 
 Legend: B batch, S queries, C keys (context).
 """
@@ -12,16 +12,16 @@ from moe_train.ops.attention import visible_keys
 
 
 def attention_mask(queries: TokenIndex, keys: KeyValue, window: int | None) -> Tensor | None:
-    """The mask of the keys that each query sees: at or before its position, in its window, of its document.
+    """Make the mask of the keys that each query sees: at or before its position, in its window, of its document.
 
     Args:
-        queries: Which token each query is.
-        keys: The keys, and which tokens they are of.
+        queries: Index of the queries' tokens.
+        keys: Keys, with the positions and documents of their tokens.
         window: Most positions that a query sees, its own included; None: all.
 
     Returns:
-        bool [B, 1, S, C], True where the key is visible; None where no mask is needed: one query that sees every key,
-        or as many queries as keys, each of which sees those up to its own place.
+        bool [B, 1, S, C], True where the key is visible; None if no mask is needed: for one query that sees every key,
+        or for as many queries as keys, each of which sees the keys up to its own place.
     """
     num_queries, num_keys = queries.positions_BS.shape[1], keys.k_BGCd.shape[2]
     documents_BS, key_positions_BC = queries.documents_BS, keys.positions_BC

@@ -1,4 +1,4 @@
-"""Bounding what an expert takes: what is over it keeps the residual stream.
+"""Capacity of experts: an expert adds nothing to tokens over its capacity, which keep their residual stream.
 
 Source: Lepikhin et al. 2020 (GShard), arXiv 2006.16668; Fedus et al. 2021 (Switch), arXiv 2101.03961.
 Legend: T tokens, K top_k, E experts.
@@ -15,14 +15,15 @@ from moe_train.ops.capacity import expert_capacity, within_capacity
 
 @dataclass(frozen=True)
 class CapacityLimit:
-    """How many assignments an expert takes, and which ones go.
+    """Limit of the assignments that an expert takes, and the rule for which ones are dropped.
 
     Attributes:
-        factor: Capacity in training as a multiple of the mean assignments an expert; None: dropless.
-        eval_factor: Likewise in evaluation.
-        per_sequence: True: each sequence is counted for itself, so that no drop depends on the layout of ranks; False:
-            in training, all of a rank's micro-batch. In evaluation, where a batch may be filled up, always True.
-        policy: probability: the lowest gates go; position: the last tokens go.
+        factor: Capacity in training, as a multiple of the mean assignments per expert; None: dropless.
+        eval_factor: Capacity in evaluation, as a multiple of the mean assignments per expert; None: dropless.
+        per_sequence: True: each sequence has its own capacity, so that no drop depends on the layout of ranks; False:
+            in training, all tokens of a rank's micro-batch share one. Evaluation, where a batch may be filled up with
+            padding, always takes each sequence.
+        policy: probability: assignments with the lowest gates are dropped; position: those of the last tokens.
     """
 
     factor: float | None = None
@@ -31,12 +32,12 @@ class CapacityLimit:
     policy: Literal["probability", "position"] = "probability"
 
     def apply(self, routing: Routing, num_sequences: int, training: bool) -> Routing:
-        """The routing with what fits marked, and what does not counted.
+        """Mark the assignments that fit, and count those that are dropped.
 
         Args:
-            routing: The router's decision.
-            num_sequences: Sequences that the T tokens are.
-            training: Which of the two factors counts.
+            routing: Decision of the router.
+            num_sequences: Number of sequences that the T tokens form.
+            training: True: the factor of training counts; False: that of evaluation.
         """
         factor = self.factor if training else self.eval_factor
         num_tokens, top_k = routing.experts_TK.shape

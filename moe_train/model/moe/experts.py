@@ -1,4 +1,4 @@
-"""The experts of one rank: SwiGLUs with stacked weights.
+"""Experts of one rank: SwiGLUs with stacked weights.
 
 Legend: N rows, D hidden_size, F intermediate_size, e experts of this rank.
 """
@@ -35,7 +35,7 @@ class GroupedExperts(nn.Module):
         return {"gate_up": Normal(self.init_std), "down": Normal(self.output_std)}
 
     def forward(self, rows_ND: Tensor, assignments: Assignments) -> Tensor:
-        """The gate-weighted sum of each row's experts, of those that are here. [N, D]."""
+        """Compute the gate-weighted sum of each row's experts, of those that are on this rank. [N, D]."""
         return routed_swiglu(
             rows_ND, assignments.gates_R, assignments.row_map, assignments.counts_e, self.gate_up, self.down
         )

@@ -1,4 +1,4 @@
-"""From a configuration to a model under DeepSpeed, in this rank's part."""
+"""Construction of this rank's model under DeepSpeed, from a configuration."""
 
 import torch
 
@@ -26,10 +26,10 @@ def make_engine(
     """Build the model of this rank under DeepSpeed.
 
     Args:
-        config: The resolved configuration.
-        device: The device of this rank.
-        meter: Told what all-to-alls cost; None: nobody asks.
-        flight_recorder: Told which part of a step and which all-to-all this process is in; None: nobody asks.
+        config: Resolved configuration.
+        device: Device of this rank.
+        meter: Meter of all-to-alls; None: they are not measured.
+        flight_recorder: Recorder of the part of a step and the all-to-all that this process is in; None: no recorder.
 
     Raises:
         UsageError: If an addition for DeepSpeed contradicts a field.

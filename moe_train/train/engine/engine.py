@@ -1,4 +1,4 @@
-"""The training engine: a model under DeepSpeed ZeRO, its steps, and its state as checkpoints see it."""
+"""Training engine: a model under DeepSpeed ZeRO, its steps, and its state as checkpoints see it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,7 +25,7 @@ from moe_train.train.step_result import SkipRule, StepResult
 
 
 class TrainEngine:
-    """Trains a model under DeepSpeed ZeRO."""
+    """Engine that trains a model under DeepSpeed ZeRO."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class TrainEngine:
         """Shard the model's state.
 
         Args:
-            objective: Materialised, holding this rank's experts.
+            objective: Objective whose model has memory and values, with this rank's experts.
             mesh: Groups that the experts are spread over.
             optim: Optimizer settings.
             settings: DeepSpeed's configuration.
-            flight_recorder: Notes which part of a step is under way; None: nobody asks.
+            flight_recorder: Recorder of the part of a step that is under way; None: no recorder.
 
         Collective: All ranks.
         """
@@ -70,7 +70,7 @@ class TrainEngine:
 
     @property
     def model(self) -> Transformer:
-        """The model, for evaluation and generation; under ZeRO-3 every rank must call it together."""
+        """Model, for evaluation and generation; under ZeRO-3 all ranks must call it together."""
         return self._model
 
     def train_step(
@@ -81,7 +81,7 @@ class TrainEngine:
         Args:
             micro_batches: Tokens and targets, as many as the configured accumulation.
             learning_rate: Learning rate of this step, before the factors of parameter groups.
-            should_skip: Decides between the gradients and the update whether to skip it; None: never.
+            should_skip: Function that decides after the gradients whether to skip the update; None: never.
 
         Collective: All ranks.
         """
@@ -132,14 +132,14 @@ class TrainEngine:
         return self._kind.moments
 
     def fragments(self) -> Iterator[Fragment]:
-        """The ranges of weights and optimizer state that this rank owns; every element of the model has one owner."""
+        """Yield the ranges of weights and optimizer state that this rank owns; every element has one owner."""
         return self._state.fragments()
 
     def read_state(self, read: Callable[[Fragment, str], Tensor]) -> None:
         """Replace this rank's weights and optimizer state; `adopt_state` has to follow.
 
         Args:
-            read: Gives a state kind of a fragment's range as a 1-D fp32 tensor.
+            read: Function that returns one kind of state of a fragment's range, as a 1-D fp32 tensor.
         """
         for fragment in self.fragments():
             for kind, state in fragment.states.items():
@@ -161,7 +161,7 @@ class TrainEngine:
 
     @property
     def optimizer_step(self) -> int:
-        """Updates that the optimizer has made: fewer than the loop's steps where some were skipped."""
+        """Number of updates that the optimizer has made: fewer than the loop's steps if some were skipped."""
         return self._state.step
 
     @property
@@ -170,11 +170,15 @@ class TrainEngine:
         return float(self._zero.loss_scale)
 
     def buffers(self) -> dict[str, Tensor]:
-        """The model's buffers by name, the same on every rank: what is neither weight nor optimizer state."""
+        """Return the model's buffers by name, the same on every rank; they are neither weights nor optimizer state."""
         return dict(self._model.named_buffers())
 
     def tensor_sums(self) -> dict[str, Tensor]:
-        """`squares_and_faults` of this rank's part of each weight, and of each gradient of a skipped step. fp64 [4]."""
+        """Compute `squares_and_faults` of this rank's part of each weight, and of each gradient of a skipped step.
+
+        Returns:
+            fp64 [4] by the tensor's name: two numbers of the weight, then two of the gradient.
+        """
         sums = {tensor.name: torch.zeros(4, dtype=torch.float64) for tensor in self._logical_tensors}
         for fragment in self.fragments():
             sums[fragment.tensor.name][:2] = squares_and_faults(fragment.states["weight"])

@@ -20,20 +20,20 @@ NamedParameters = Sequence[tuple[nn.Parameter, LogicalTensor]]
 
 
 class ZeroState(ABC):
-    """The state in a ZeRO optimizer of DeepSpeed. A stage is one subclass."""
+    """State in a ZeRO optimizer of DeepSpeed: one subclass for stages 1 and 2, one for stage 3."""
 
     def __init__(self, zero: Any, parameters: NamedParameters, optimizer: OptimizerKind) -> None:
-        """Look into an optimizer.
+        """Give access to the state of an optimizer.
 
         Args:
             zero: DeepSpeed's optimizer.
-            parameters: The model's parameters and what they are of all ranks' tensors.
+            parameters: Parameters of the model, each with its logical tensor.
             optimizer: Kind of the inner optimizer.
         """
         self._zero, self._parameters, self._optimizer = zero, parameters, optimizer
 
     def fragments(self) -> Iterator[Fragment]:
-        """The ranges of weights and moments that this rank owns; every element of the model has one owner."""
+        """Yield the ranges of weights and moments that this rank owns; every element of the model has one owner."""
         self._create_state()
         for parameter, tensor in self._parameters:
             fragment = self._fragment(parameter, tensor)
@@ -41,7 +41,7 @@ class ZeroState(ABC):
                 yield fragment
 
     def gradient_sums(self, scale: float) -> dict[str, Tensor]:
-        """`squares_and_faults` of this rank's part of each gradient, before the update.
+        """Compute `squares_and_faults` of this rank's part of each gradient, before the update.
 
         Args:
             scale: Loss scale that the gradients are multiplied by.
@@ -67,15 +67,15 @@ class ZeroState(ABC):
 
     @abstractmethod
     def _flat_partitions(self) -> list[Tensor]:
-        """The fp32 partitions that the inner optimizer updates and keys its state by."""
+        """Return the fp32 partitions that the inner optimizer updates and keys its state by."""
 
     @abstractmethod
     def _fragment(self, parameter: nn.Parameter, tensor: LogicalTensor) -> Fragment | None:
-        """This rank's range of a parameter; None: another rank owns all of it."""
+        """Find this rank's range of a parameter; None: another rank owns all of it."""
 
     @abstractmethod
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """This rank's range of a gradient; None: another rank owns all of it."""
+        """Find this rank's range of a gradient; None: another rank owns all of it."""
 
     def _create_state(self) -> None:
         states = self._zero.optimizer.state
@@ -85,7 +85,7 @@ class ZeroState(ABC):
 
 
 class MappedState(ZeroState):
-    """ZeRO stages 1 and 2."""
+    """State of ZeRO stages 1 and 2."""
 
     def refresh_working_weights(self) -> None:
         self._zero.update_lp_params()
@@ -118,10 +118,10 @@ class MappedState(ZeroState):
 
 
 class PartitionedState(ZeroState):
-    """ZeRO stage 3."""
+    """State of ZeRO stage 3."""
 
     def refresh_working_weights(self) -> None:
-        # As in its own step: gathered parameters are let go, or they would keep the old values.
+        # As in DeepSpeed's own step: gathered parameters are freed, because they would keep the old values.
         self._zero._partition_all_parameters()
         for index in range(len(self._zero.fp16_partitioned_groups_flat)):
             self._zero._reassign_or_swap_out_partitioned_parameters(index)

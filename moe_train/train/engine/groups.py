@@ -1,8 +1,7 @@
-"""Experts under DeepSpeed: their process groups, their marks, the parameter groups of the optimizer, and an engine that
-believes in them.
+"""Experts under DeepSpeed: process groups, marks of parameters, parameter groups of the optimizer, and an engine.
 
-DeepSpeed believes in experts only where it finds its own layer classes. `ExpertEngine` tells it instead; the contract
-is that an expert parameter carries allreduce = False and the name of its group (deepspeed 0.19.8).
+DeepSpeed recognises experts only in its own layer classes. `ExpertEngine` tells it about ours; for this, an expert
+parameter must carry allreduce = False and the name of its group (deepspeed 0.19.8).
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ _USUAL_RULES = {OptimRule(weight_decay=True): "decay", OptimRule(weight_decay=Fa
 
 
 class ExpertEngine(DeepSpeedEngine):
-    """DeepSpeed's engine, told that the model has experts though none of its own layer classes is in it."""
+    """DeepSpeed's engine for a model that has experts, but none of DeepSpeed's own layer classes."""
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         # DeepSpeed casts buffers with the weights; a bias in bf16 could not take a step of a thousandth.
@@ -75,15 +74,15 @@ def mark_experts(model: nn.Module, mesh: ParallelMesh) -> None:
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The parameters in groups of one rule each, experts apart.
+    """Group the parameters by their optimizer rules, experts apart.
 
     Args:
-        model: Marked by `mark_experts`.
-        optim: Weight decay.
+        model: Model marked by `mark_experts`.
+        optim: Optimizer settings, with the weight decay.
 
     Returns:
         Groups as torch's optimizers take them, with "lr_factor": the learning rate of a group is that of the schedule
-        times this.
+        times this factor.
     """
     rules = optim_rules(model)
     by_rule: dict[OptimRule, list[nn.Parameter]] = {rule: [] for rule in _USUAL_RULES}

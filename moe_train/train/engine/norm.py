@@ -1,8 +1,8 @@
-"""The place between a step's gradients and its update: the global norm is noted there, and step control is asked.
+"""Gate between a step's gradients and its update: it notes the global norm and asks step control.
 
-Every ZeRO stage forms the norm of the gradients, then tells its loss scaler whether they overflowed, and then leaves
-out the update where `overflow` is set (deepspeed 0.19.8). So the norm is noted where it is formed, and the question is
-asked where the scaler is told.
+Every ZeRO stage computes the norm of the gradients, then tells its loss scaler whether they overflowed, and then skips
+the update if `overflow` is set (deepspeed 0.19.8). So the gate notes the norm in the first of these functions, and asks
+step control in the second.
 """
 
 import math
@@ -18,20 +18,20 @@ from moe_train.train.step_result import Gradients, SkipRule
 
 
 class UpdateGate:
-    """Asks before each update of a ZeRO optimizer whether to skip it.
+    """Gate that asks before each update of a ZeRO optimizer whether to skip it.
 
     Attributes:
         grad_norm: Global norm of the last step's gradients before clipping, scalar; infinite if it was not formed.
-        skipped_gradients: `squares_and_faults` of this rank's part of each gradient of the last step, if that was
-            skipped.
+        skipped_gradients: `squares_and_faults` of this rank's part of each gradient of the last step, if it was
+            skipped; else empty.
     """
 
     def __init__(self, zero: Any, state: ZeroState, stage: int) -> None:
-        """Stand between the gradients and the update.
+        """Put the gate between the gradients and the update.
 
         Args:
-            zero: DeepSpeed's optimizer; some of its functions are replaced by ones that tell this object.
-            state: Its state.
+            zero: DeepSpeed's optimizer; some of its functions are replaced by functions that call this object.
+            state: State of the optimizer.
             stage: ZeRO stage.
         """
         self.grad_norm = torch.zeros(())
@@ -54,7 +54,7 @@ class UpdateGate:
 
         Args:
             loss: Mean total loss of this rank's micro-batches so far.
-            should_skip: Decides whether to skip it; None: never.
+            should_skip: Function that decides whether to skip the update; None: never.
         """
         self._loss, self._should_skip = loss, should_skip
 
@@ -68,9 +68,9 @@ class UpdateGate:
         self._norms.clear()
         is_bad = False
         if self._should_skip is not None:
-            # A scale that can go no lower is no reason for an overflow.
+            # If the scale cannot go lower, it is not the reason of an overflow.
             overflowed = has_overflow and scale > getattr(self._zero.loss_scaler, "min_scale", scale)
             is_bad = self._should_skip(Gradients(self._loss, self.grad_norm, overflowed))
             self._zero.overflow = is_bad or overflowed
             self.skipped_gradients = self._state.gradient_sums(scale) if is_bad else {}
-        self._update_scale(has_overflow and not is_bad)  # the scale is lowered for its own overflow alone
+        self._update_scale(has_overflow and not is_bad)  # only an overflow of its own lowers the scale

@@ -1,6 +1,6 @@
-"""What the engine uses of DeepSpeed that DeepSpeed does not promise: looked at again with every new version of it.
+"""Private names of DeepSpeed that the engine uses, to be checked with every new version of DeepSpeed.
 
-`tests/train/engine/test_private.py` holds this list against the code of this folder and the installed DeepSpeed.
+`tests/train/engine/test_private.py` compares this list with the code of this folder and the installed DeepSpeed.
 """
 
 PRIVATE = {

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, made from the fields, with the raw additions of the deepspeed section merged in."""
+"""DeepSpeed's configuration, made from our fields and the raw additions of the deepspeed section."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from moe_train.config.errors import UsageError
 from moe_train.config.resolve import ResolvedConfig
 from moe_train.config.root import Config
 
-# DeepSpeed's keys that fields of ours decide; ours are the only door to them.
+# DeepSpeed's keys that our fields decide; they must be set through these fields.
 _FIELD_OF_KEY = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -28,10 +28,10 @@ _REFUSED_SECTIONS = {
 
 
 def deepspeed_settings(config: ResolvedConfig) -> dict[str, Any]:
-    """What DeepSpeed is told.
+    """Make DeepSpeed's configuration.
 
     Args:
-        config: The resolved configuration.
+        config: Resolved configuration.
 
     Returns:
         DeepSpeed's configuration.
@@ -63,11 +63,12 @@ def check_additions(config: Config, ours: dict[str, Any] | None = None) -> None:
     """Refuse raw additions that contradict a field.
 
     Args:
-        config: The configuration.
-        ours: What the fields give; None before the world is known: then only what needs no world is compared.
+        config: Configuration, as loaded or resolved.
+        ours: DeepSpeed's configuration from the fields; None if the world is not known yet: then only the keys that do
+            not depend on the world are compared.
 
     Raises:
-        UsageError: Naming DeepSpeed's key, both values and the field to use.
+        UsageError: If an addition contradicts a field; it names DeepSpeed's key, both values and the field to use.
     """
     for section, home in _REFUSED_SECTIONS.items():
         if section in config.deepspeed:

@@ -1,4 +1,4 @@
-"""The training objective in the form that DeepSpeed's hooks can look into."""
+"""Training objective in a form that DeepSpeed's hooks can look into."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from moe_train.model.transformer import Losses, Tokens, TrainingObjective
 
 
 class TupleObjective(nn.Module):
-    """The objective with a flat tuple of tensors as its result: DeepSpeed hooks the tensors that it finds in a tuple.
+    """Objective with a flat tuple of tensors as its result: DeepSpeed hooks the tensors that it finds in a tuple.
 
     Only the loss keeps its graph, because DeepSpeed scales the gradient of every output that has one.
     """

@@ -1,4 +1,4 @@
-"""A picture of expert load: a row a layer, a column an expert, white at the mean, red above it, blue below.
+"""Heat map of expert load: one row per layer, one column per expert, white at the mean, red above it, blue below.
 
 Legend: L MoE layers, E experts.
 """
@@ -18,7 +18,7 @@ _WIDTH = 350  # pixels that TensorBoard shows without shrinking
 
 
 def load_colors(shares: np.ndarray) -> np.ndarray:
-    """The colour of shares of the mean: on a logarithmic scale from a quarter to four times, and black for none.
+    """Compute the colours of shares of the mean, on a logarithmic scale from a quarter to four times; black for none.
 
     Args:
         shares: [...], tokens of an expert over the mean of its layer.
@@ -35,11 +35,11 @@ def load_colors(shares: np.ndarray) -> np.ndarray:
 
 
 def draw_load(counts_LE: np.ndarray, layers: Sequence[int]) -> Image.Image:
-    """The picture, in RGB.
+    """Draw the heat map, in RGB.
 
     Args:
-        counts_LE: Tokens of every expert.
-        layers: Index of each MoE layer in the model.
+        counts_LE: Number of tokens of every expert.
+        layers: Index in the model of each MoE layer.
     """
     num_layers, num_experts = counts_LE.shape
     shares_LE = counts_LE / np.maximum(counts_LE.mean(1, keepdims=True), 1e-9)
@@ -64,7 +64,7 @@ def draw_load(counts_LE: np.ndarray, layers: Sequence[int]) -> Image.Image:
 
 
 def encode_png(picture: Image.Image) -> bytes:
-    """A PNG file of a picture; packed lightly, for it is made in the training loop."""
+    """Encode a picture as a PNG file, with light compression, because this happens in the training loop."""
     file = io.BytesIO()
     picture.save(file, format="png", compress_level=1)
     return file.getvalue()

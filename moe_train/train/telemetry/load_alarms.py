@@ -1,4 +1,4 @@
-"""Warnings of experts that are not used: said once when they begin, and again only after they were over."""
+"""Alarms about experts that are not used: a warning is given once, and again only after its cause was over."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,13 +14,13 @@ _MOST_NAMED = 8  # experts of a layer in one warning
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is out of order.
+    """Bounds of expert load, outside of which there are warnings.
 
     Attributes:
         dead_after_steps: Steps without a token after which an expert is dead.
-        max_violation: MaxVio above this is.
-        entropy: Mean entropy of a router below this is, nats.
-        after_steps: Steps that MaxVio or the entropy must be out of bounds for.
+        max_violation: Upper bound of MaxVio.
+        entropy: Lower bound of a router's mean entropy, in nats.
+        after_steps: Steps for which MaxVio or the entropy must be out of bounds before a warning.
     """
 
     dead_after_steps: int
@@ -30,7 +30,7 @@ class Bounds:
 
     @classmethod
     def of(cls, telemetry: TelemetryConfig, moe: MoEConfig) -> Self:
-        """The bounds of a configuration."""
+        """Make the bounds of a configuration."""
         violation = telemetry.max_violation_alarm
         if violation is None:
             violation = min(2.0, (moe.num_experts / moe.top_k - 1) / 2)
@@ -39,30 +39,30 @@ class Bounds:
 
 
 class LoadAlarms:
-    """Follows the records of a run and depends on nothing else: after resuming, the old ones bring it up to date."""
+    """Alarms of a run, which depend on its records alone: after resuming, the old records bring them up to date."""
 
     def __init__(self, layers: Sequence[int], bounds: Bounds, records: Iterable[Record] = ()) -> None:
-        """Begin.
+        """Start from the records of the run so far.
 
         Args:
-            layers: Index of each MoE layer in the model.
-            bounds: What is out of order.
-            records: Of the run so far; what they would warn of has been said.
+            layers: Index in the model of each MoE layer.
+            bounds: Bounds of expert load.
+            records: Records of the run so far; their warnings have been given already.
         """
         self._layers, self._bounds = tuple(layers), bounds
-        self._lasting: dict[tuple[str, int, int], int] = {}  # steps that a (kind, layer, expert) has been so for
-        self._over: dict[tuple[str, int, int], int] = {}  # steps that what was said has not been so for
+        self._lasting: dict[tuple[str, int, int], int] = {}  # steps for which a (kind, layer, expert) has had its fault
+        self._over: dict[tuple[str, int, int], int] = {}  # steps for which a fault that was warned of has been over
         self._said: set[tuple[str, int, int]] = set()
         for record in records:
             if "moe/steps" in record:
                 self.observe(record)
 
     def begun_anew(self, records: Iterable[Record]) -> "LoadAlarms":
-        """A watch of the same layers and bounds over other records."""
+        """Make alarms with the same layers and bounds from other records."""
         return LoadAlarms(self._layers, self._bounds, records)
 
     def observe(self, record: Record) -> list[str]:
-        """Take in a record; returns what has just become worth a warning."""
+        """Take in a record, and return the warnings that are due now."""
         steps, warnings = record["moe/steps"], []
         for layer, counts in expert_counts(record).items():
             dead = {
@@ -76,7 +76,7 @@ class LoadAlarms:
         return warnings
 
     def _observe_layer(self, layer: int, record: Record, counts: list[int], steps: int) -> list[str]:
-        # A figure that was not finite is None in an old record: it says nothing.
+        # A figure that was not finite is None in an old record, and does not count.
         violation, entropy = (record[layer_name(f"moe/{name}", layer)] for name in ("max_violation", "router_entropy"))
         busiest, bounds = max(range(len(counts)), key=counts.__getitem__), self._bounds
         warnings = []
@@ -95,7 +95,7 @@ class LoadAlarms:
         return warnings
 
     def dead_experts(self) -> Record:
-        """moe/dead_experts: experts without a token for long enough, in the worst layer and by layer."""
+        """Count the dead experts of the worst layer and of each layer, as moe/dead_experts in a record."""
         numbers = dict.fromkeys(self._layers, 0)
         for (kind, layer, _), lasting in self._lasting.items():
             if kind == "dead" and lasting >= self._bounds.dead_after_steps:
@@ -104,9 +104,9 @@ class LoadAlarms:
         return {"moe/dead_experts": worst, **by_layer("moe/dead_experts", list(numbers.values()), self._layers)}
 
     def _begins(self, place: tuple[str, int, int], is_so: bool, steps: int, due: int) -> bool:
-        """Whether it has now been so for long enough, and was not said yet.
+        """Return whether a fault has now lasted long enough for a warning that was not given yet.
 
-        What was said may be said again once it has not been so for as long.
+        The warning can be given again once the fault has been over for as long.
         """
         mine, other = (self._lasting, self._over) if is_so else (self._over, self._lasting)
         other.pop(place, None)
@@ -125,7 +125,7 @@ class LoadAlarms:
 
 
 def _name(experts: list[int]) -> str:
-    """Some experts, by their numbers."""
+    """Name some experts by their numbers."""
     if len(experts) == 1:
         return f"expert {experts[0]}"
     shown = ", ".join(str(expert) for expert in experts[:_MOST_NAMED])

@@ -15,23 +15,26 @@ from moe_train.train.telemetry.records import EXPERT_FIGURES, Record, by_layer
 
 
 def max_violation(counts: Tensor) -> Tensor:
-    """MaxVio = max(c) / mean(c) - 1 over the last dimension (Wang et al. 2024, arXiv 2408.15664). [..., E] -> [...]."""
+    """Compute MaxVio = max(c) / mean(c) - 1 over the last dimension, [..., E] -> [...].
+
+    Source: Wang et al. 2024, arXiv 2408.15664.
+    """
     return _max_over_mean(counts) - 1.0
 
 
 def routing_record(window: GlobalWindow, layers: Sequence[int]) -> Record:
-    """Balance figures of each MoE layer and of the worst one, the tokens of every expert, the rows of every rank.
+    """Compute balance figures of each MoE layer and the worst one, tokens of every expert, and rows of every rank.
 
     Args:
-        window: Global sums.
-        layers: Index of each MoE layer in the model.
+        window: Window with global sums.
+        layers: Index in the model of each MoE layer.
 
     Returns:
-        moe/max_violation, moe/importance_cv2, moe/load_cv2: no unit. moe/router_entropy: nats a token.
-        moe/dropped_fraction: of the assignments. moe/rank_overload: the rank with most rows over the mean.
-        moe/z_loss: mean squared logsumexp of the logits, without its coefficient. moe/counts/layer_NN: assignments of
-        every expert in moe/steps steps, dropped ones included; moe/rank_rows/layer_NN: rows that every rank computed.
-        moe/all_to_all_ms and moe/all_to_all_bytes: of a step, see `GlobalWindow`.
+        moe/max_violation, moe/importance_cv2, moe/load_cv2: no unit. moe/router_entropy: nats per token.
+        moe/dropped_fraction: share of the assignments. moe/rank_overload: rows of the rank with most rows, over the
+        mean. moe/z_loss: mean squared logsumexp of the logits, without its coefficient. moe/counts/layer_NN:
+        assignments of every expert in moe/steps steps, dropped ones included. moe/rank_rows/layer_NN: rows that every
+        rank computed. moe/all_to_all_ms and moe/all_to_all_bytes: means per step, see `GlobalWindow`.
     """
     sums = window.sums
     per_layer = layer_figures(sums) | {"moe/rank_overload": _max_over_mean(window.rows_LW)}
@@ -48,7 +51,7 @@ def routing_record(window: GlobalWindow, layers: Sequence[int]) -> Record:
 
 
 def layer_figures(sums: RoutingSums) -> dict[str, Tensor]:
-    """What global sums tell of each layer, under the names of the record. fp64 [L] each."""
+    """Compute the figures of each layer from global sums, by their names in a record. fp64 [L] each."""
     assignments_L, tokens_L = sums.counts.sum(-1).clamp(min=1), sums.tokens.clamp(min=1)
     return {
         "moe/max_violation": max_violation(sums.counts),

@@ -1,4 +1,4 @@
-"""How the experts shared the tokens of a run's last records: for `moe-train load` and the closing summary."""
+"""Report of how the experts shared the tokens of a run's last records, for `moe-train load` and the closing summary."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from rich.text import Text
 from moe_train.config.errors import UsageError
 from moe_train.train.telemetry.records import EXPERT_FIGURES, Record, expert_counts, layer_name
 
-LAST_STEPS = 100  # steps that a report covers, if not told otherwise
+LAST_STEPS = 100  # default number of steps that a report covers
 _MOST_LISTED = 8  # dead experts of a layer
 _BARS = "▁▂▃▄▅▆▇█"
 _FULL_BAR = 2.0  # the share of the mean that a full bar is
@@ -20,14 +20,14 @@ _WIDE_BAR = 40  # characters of a full horizontal bar
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """One MoE layer over some steps.
+    """Load of one MoE layer over some steps.
 
     Attributes:
-        layer: Its index in the model.
-        counts: Assignments of every expert.
-        max_violation: MaxVio of those counts.
+        layer: Index of the layer in the model.
+        counts: Number of assignments of every expert.
+        max_violation: MaxVio of these counts.
         mean_max_violation: Mean over records of each record's MaxVio, which varies more.
-        figures: Mean over steps of the other figures, by name: importance_cv2, load_cv2, router_entropy (nats a
+        figures: Mean over steps of the other figures, by name: importance_cv2, load_cv2, router_entropy (nats per
             token), dropped_fraction, rank_overload, z_loss.
         dead: Experts without a token.
     """
@@ -46,7 +46,7 @@ class LayerLoad:
         return [count / mean for count in self.counts]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         values = asdict(self)
         figures, dead = values.pop("figures"), values.pop("dead")
         return values | figures | {"dead_experts": dead, "shares": self.shares}
@@ -54,14 +54,14 @@ class LayerLoad:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """All MoE layers over some steps, the worst layer first.
+    """Load of all MoE layers over some steps.
 
     Attributes:
-        layers: By max_violation, the largest first.
+        layers: Load of each layer, with the largest max_violation first.
         max_violation: Mean over records of the worst layer's MaxVio.
-        num_steps: Steps covered.
-        num_records: Records taken.
-        last_step: The last step covered.
+        num_steps: Number of steps covered.
+        num_records: Number of records that cover them.
+        last_step: Last step covered.
         alarms: Warnings in those records.
     """
 
@@ -73,12 +73,12 @@ class LoadReport:
     alarms: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {"layers": [load.as_dict() for load in self.layers]}
 
 
 def expert_load(records: Sequence[Record], num_steps: int = LAST_STEPS) -> LoadReport | None:
-    """The load over the last records that cover num_steps steps, or None where no record tells of experts.
+    """Compute the load over the last records that cover num_steps steps; None: no record has figures of experts.
 
     Raises:
         UsageError: If the records are not those of one run.
@@ -120,7 +120,7 @@ def _layer_load(layer: int, records: Sequence[Record]) -> LayerLoad:
         known = [(value, steps) for value, steps in known if value is not None]
         total = sum(value * steps for value, steps in known)
         figures[name.removeprefix("moe/")] = total / sum(steps for _, steps in known) if known else math.nan
-    del figures["max_violation"]  # of it both forms are told, by their names
+    del figures["max_violation"]  # the report has both of its forms, under their own names
     violations = [record[layer_name("moe/max_violation", layer)] or 0.0 for record in records]
     mean = sum(counts) / len(counts)
     return LayerLoad(
@@ -134,7 +134,7 @@ def _layer_load(layer: int, records: Sequence[Record]) -> LayerLoad:
 
 
 def load_table(report: LoadReport, num_layers: int | None = None) -> Table:
-    """A row a layer, worst first, with a bar an expert; of num_layers layers, None: all."""
+    """Make a table with one row per layer, worst first, and one bar per expert; num_layers None: all layers."""
     table = Table(
         title=f"Tokens an expert over the last {report.num_steps} steps (a full bar: twice the mean)",
         title_justify="left",
@@ -161,7 +161,7 @@ def load_table(report: LoadReport, num_layers: int | None = None) -> Table:
 
 
 def layer_table(load: LayerLoad) -> Table:
-    """A row an expert of one layer, the busiest first."""
+    """Make a table with one row per expert of a layer, the busiest first."""
     title = f"Layer {load.layer:02d}: MaxVio {load.max_violation:.2f}; " + ", ".join(
         f"{name.replace('_', ' ')} {value:.3g}" for name, value in load.figures.items()
     )
@@ -178,7 +178,7 @@ def layer_table(load: LayerLoad) -> Table:
 
 
 def load_bars(shares: Sequence[float]) -> Text:
-    """A bar an expert, full at twice the mean.
+    """Draw one bar per expert, full at twice the mean.
 
     Args:
         shares: Assignments of every expert over the mean.

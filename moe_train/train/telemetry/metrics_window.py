@@ -1,4 +1,4 @@
-"""What the steps since the last record add up to: on the device while they run, then over all ranks in one all-reduce.
+"""Sums over the steps since the last record: on the device while they run, then over all ranks in one all-reduce.
 
 Legend: L MoE layers, E experts, W ranks.
 """
@@ -16,14 +16,14 @@ from moe_train.train.step_result import StepResult
 
 @dataclass(frozen=True)
 class GlobalWindow:
-    """The experts' part of several steps, over all ranks.
+    """Sums about the experts over several steps and all ranks.
 
     Attributes:
-        num_steps: Steps that it covers.
-        sums: Over all tokens of those steps, fp64 [L, ...] on the CPU.
+        num_steps: Number of steps that the window covers.
+        sums: Routing sums over all tokens of these steps, fp64 [L, ...] on the CPU.
         rows_LW: Rows that each rank's experts computed, fp64 [L, W].
-        all_to_all_seconds: Time in which a rank starts all-to-alls and waits for them, the mean over ranks and steps.
-        all_to_all_bytes: Bytes that ranks sent to each other, over all ranks, the mean over steps.
+        all_to_all_seconds: Seconds in which a rank starts all-to-alls and waits for them, mean over ranks and steps.
+        all_to_all_bytes: Bytes that ranks sent to each other, sum over ranks, mean over steps.
     """
 
     num_steps: int
@@ -35,13 +35,13 @@ class GlobalWindow:
 
 @dataclass(frozen=True)
 class GlobalStep:
-    """One step over all ranks, and the window that ends with it.
+    """Figures of one step over all ranks, and the window that ends with it.
 
     Attributes:
         loss: Mean total loss of the step.
-        cross_entropy: Mean cross-entropy of the step, nats a token.
+        cross_entropy: Mean cross-entropy of the step, in nats per token.
         grad_norm: Global gradient norm of the step before clipping.
-        window: Of the experts; None where there are none or nobody asks.
+        window: Window of sums about the experts; None: there are no experts, or they are not measured.
     """
 
     loss: float
@@ -54,30 +54,34 @@ class StepWindow:
     """Routing sums of this rank over the steps since the last reset. Adding a step waits for nothing."""
 
     def __init__(self, meter: TrafficMeter) -> None:
-        """meter: counts the same steps; it is reset with the window."""
+        """Start an empty window.
+
+        Args:
+            meter: Meter of the same steps' all-to-alls; it is reset with the window.
+        """
         self._meter = meter
         self._sums: RoutingSums | None = None
         self._num_steps = 0
 
     def add(self, result: StepResult) -> None:
-        """Take in a step."""
+        """Add a step to the window."""
         if result.sums is None:
             return
         self._sums = result.sums if self._sums is None else self._sums.plus(result.sums)
         self._num_steps += 1
 
     def reset(self) -> None:
-        """Begin again with nothing."""
+        """Empty the window."""
         self._sums, self._num_steps = None, 0
         self._meter.reset()
 
     def reduce(self, result: StepResult, rank: int, world_size: int) -> GlobalStep:
-        """The last step and the window over all ranks, in one all-reduce.
+        """Reduce the last step and the window over all ranks, in one all-reduce.
 
         Args:
-            result: Of the last step.
-            rank: This rank.
-            world_size: Ranks.
+            result: Result of the last step.
+            rank: Rank of this process.
+            world_size: Number of ranks.
 
         Collective: All ranks.
         """
@@ -85,7 +89,7 @@ class StepWindow:
 
 
 def reduce_step(result: StepResult, world_size: int) -> GlobalStep:
-    """A step over all ranks without its experts, in one all-reduce. Collective: all ranks."""
+    """Reduce a step over all ranks without its experts, in one all-reduce. Collective: all ranks."""
     return _reduce(result, 0, world_size, None, 0, None)
 
 

@@ -1,4 +1,4 @@
-"""From steps to records: timed and added up as they run; reduced, shown, watched and written when a record is due."""
+"""Recorder of a run's steps: it times and sums them; when a record is due, it reduces, shows, checks and writes it."""
 
 import time
 from collections import deque
@@ -18,16 +18,16 @@ from moe_train.train.telemetry.metrics_window import GlobalStep, StepWindow, red
 from moe_train.train.telemetry.records import Record
 from moe_train.train.telemetry.writer import MetricsWriter
 
-_RATE_WINDOW = 20  # measurements the shown rate is averaged over
+_RATE_WINDOW = 20  # measurements that the shown rate is averaged over
 
 
 @dataclass(frozen=True)
 class FlopsReference:
-    """What a step's speed is held against.
+    """Reference for the speed of a step.
 
     Attributes:
-        flops_per_token: Operations of training that the model needs for a token.
-        peak_flops: Operations a second that a rank's device can make.
+        flops_per_token: Operations per token that training of the model needs.
+        peak_flops: Operations per second that a rank's device can perform.
     """
 
     flops_per_token: float
@@ -35,7 +35,7 @@ class FlopsReference:
 
 
 class _Clock:
-    """Time of steps; those between two records have no synchronisation, so that only their mean is known."""
+    """Clock of steps. Between two records there is no synchronisation, so that only their mean time is known."""
 
     def __init__(self) -> None:
         self._seconds, self._steps = 0.0, 0
@@ -43,36 +43,36 @@ class _Clock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The block's time counts."""
+        """Count the time of the block."""
         began = time.monotonic()
         yield
         self._seconds += time.monotonic() - began
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The block is a step."""
+        """Count the block as a step."""
         with self.running():
             yield
         self._steps += 1
 
     def measure(self) -> float:
-        """Mean seconds of a step since the last reset."""
+        """Measure the mean seconds per step since the last reset."""
         mean = self._seconds / self._steps
         self._recent.append(mean)
         return mean
 
     def reset(self) -> None:
-        """Begin a new mean."""
+        """Start a new mean."""
         self._seconds, self._steps = 0.0, 0
 
     @property
     def recent_seconds(self) -> float:
-        """Mean seconds of a step over the last measurements."""
+        """Mean seconds per step over the last measurements."""
         return sum(self._recent) / len(self._recent)
 
 
 class StepRecorder:
-    """Follows the steps of a run. Between records it waits for nothing and no rank."""
+    """Recorder of a run's steps. Between records it waits for no device and no rank."""
 
     def __init__(
         self,
@@ -84,16 +84,16 @@ class StepRecorder:
         watch: LoadAlarms | None,
         effort: FlopsReference | None = None,
     ) -> None:
-        """Begin with nothing.
+        """Start without steps.
 
         Args:
-            config: The resolved configuration.
-            plan: Sizes of a batch and this rank's place.
-            console: What one sees.
-            meter: What the model's all-to-alls cost; None where nobody asks for the experts.
-            writer: Records; None on other ranks than 0.
-            watch: Warns of experts; None on other ranks than 0, and where nobody asks for them.
-            effort: What the speed is held against; None: it is told in tokens alone.
+            config: Resolved configuration.
+            plan: Sizes of a batch and this rank's place in it.
+            console: Console of the run.
+            meter: Meter of the model's all-to-alls; None: the experts are not measured.
+            writer: Writer of the records; None on ranks other than 0.
+            watch: Alarms about experts; None on ranks other than 0, or if the experts are not measured.
+            effort: Reference for the speed; None: the speed is given in tokens only.
         """
         self._config, self._plan, self._console = config, plan, console
         self._meter, self._writer, self._watch = meter, writer, watch
@@ -105,27 +105,30 @@ class StepRecorder:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The block is a training step: it is timed, and its traffic counted."""
+        """Time the block as a training step, and count its traffic."""
         with self._clock.step(), self._meter.counting() if self._meter is not None else nullcontext():
             yield
 
     def add(self, result: StepResult) -> None:
-        """Take in what a step gave. No synchronisation. A step that fp16 skipped has sums that are not finite."""
+        """Add the result of a step, without synchronisation, and without the sums of a skipped step.
+
+        They may not be finite if fp16 skipped the step.
+        """
         self._num_skipped += result.skipped
         if self._window is not None and not result.skipped:
             self._window.add(result)
 
     def measure(self, progress: Progress, rate: float, result: StepResult, is_shown: bool) -> GlobalStep:
-        """The step over all ranks, in one all-reduce; on rank 0 it is shown.
+        """Reduce the step over all ranks, in one all-reduce, and show it on rank 0.
 
         Args:
-            progress: After the step.
+            progress: Progress after the step.
             rate: Learning rate of the step.
-            result: What it gave.
-            is_shown: Whether a line is due where there is no terminal.
+            result: Result of the step.
+            is_shown: Whether a line is due if there is no terminal.
 
         Returns:
-            The same on every rank.
+            Figures of the step, the same on every rank.
 
         Collective: All ranks.
         """
@@ -142,13 +145,13 @@ class StepRecorder:
         return measured
 
     def take(self, done: int) -> Record:
-        """The record of the step just measured, with what the watch finds in it; a new window begins.
+        """Return the record of the step just measured, with alarms, and begin a new window.
 
         Args:
-            done: Steps done.
+            done: Number of steps done.
 
         Returns:
-            Empty on other ranks than 0.
+            The record; empty on ranks other than 0.
         """
         self._begin_window()
         if self._watch is None or "moe/steps" not in self._record:
@@ -159,17 +162,17 @@ class StepRecorder:
         return self._record | self._watch.dead_experts() | ({"moe/alarms": warnings} if warnings else {})
 
     def write(self, done: int, record: Record) -> None:
-        """Write a record, if there is anything in it."""
+        """Write a record, if it is not empty."""
         if self._writer is not None and record:
             self._writer.write(done, record)
 
     def complete(self, done: int, figures: Record) -> None:
-        """Add figures to the record of a step, which is the last one written, or write one with them alone."""
+        """Add figures to the last record, if it is of this step; else write a record with them alone."""
         if self._writer is not None:
             self._writer.complete(done, figures)
 
     def rewind(self, step: int) -> None:
-        """Go back to a step: what was recorded of later ones is dropped, and a new window begins."""
+        """Go back to a step: drop the records of later steps, and begin a new window."""
         self._begin_window()
         if self._writer is not None:
             self._writer.rewind(step)

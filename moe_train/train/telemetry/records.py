@@ -1,4 +1,4 @@
-"""The records of a run in metrics.jsonl: one JSON object a line, keys are TensorBoard tags, and the step."""
+"""Records of a run in metrics.jsonl: one JSON object per line, whose keys are "step" and TensorBoard tags."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from moe_train.config.errors import UsageError
 Record = dict[str, Any]
 
 _LONGEST_LINE = 1 << 24  # bytes; a record of 64 layers of 1,024 experts has less than one
-# How experts share the work: each is in a record as the worst layer's value and, with /layer_NN, every layer's.
+# Figures of how experts share the work: a record has each of them for the worst layer and, with /layer_NN, for all.
 EXPERT_FIGURES: dict[str, Callable[[Sequence[float]], float]] = {
     "moe/max_violation": max,
     "moe/importance_cv2": max,
@@ -24,23 +24,23 @@ EXPERT_FIGURES: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 def layer_name(name: str, layer: int) -> str:
-    """The name of one layer's value: "moe/load_cv2/layer_03"."""
+    """Return the name of one layer's value, such as "moe/load_cv2/layer_03"."""
     return f"{name}/layer_{layer:02d}"
 
 
 def by_layer(name: str, values: Sequence, layers: Sequence[int]) -> Record:
-    """A value of each layer under its name."""
+    """Return the value of each layer by its name in a record."""
     return {layer_name(name, layer): value for layer, value in zip(layers, values, strict=True)}
 
 
 def expert_counts(record: Record) -> dict[int, list[int]]:
-    """Tokens of every expert, by layer."""
+    """Return the tokens of every expert, by layer."""
     start = layer_name("moe/counts", 0).removesuffix("00")
     return {int(name.removeprefix(start)): row for name, row in record.items() if name.startswith(start)}
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; a last line cut off by a kill is left out.
+    """Read the records of a metrics.jsonl, without a last line that a kill has cut off.
 
     Raises:
         UsageError: If another line is not a record.
@@ -61,12 +61,12 @@ def read_records(path: Path) -> list[Record]:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Write a record as a line behind the others: whole, or not at all.
+    """Append a record as one line: whole, or not at all.
 
-    The file is opened for each, so that a folder that was moved away or remade is written to where it is now.
+    The file is opened for each record, so that the line goes to the right place if the folder was moved or made again.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the record cannot be written.
     """
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +81,10 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def complete_record(path: Path, record: Record) -> None:
-    """Add to the last record if it is of the same step; else append one.
+    """Add figures to the last record, if it is of the same step; else append a record.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the record cannot be written.
     """
     end = path.stat().st_size if path.exists() else 0
     tail = b""
@@ -100,7 +100,7 @@ def complete_record(path: Path, record: Record) -> None:
     if last.get("step") != record["step"]:
         append_record(path, record)
         return
-    # Longer than what it replaces: a kill in the middle leaves a last line that is cut off, which is passed over.
+    # The new line is longer than the old one: a kill in the middle leaves a last line that is cut off, and is ignored.
     with path.open("r+b") as file:
         file.seek(start)
         file.write((json.dumps(last | record, allow_nan=False) + "\n").encode())
@@ -108,7 +108,7 @@ def complete_record(path: Path, record: Record) -> None:
 
 
 def drop_records_from(path: Path, first_step: int) -> None:
-    """Keep the records of the steps that are done before step first_step (from 0): the others are made again."""
+    """Drop the records of step first_step (from 0) and of later steps, because they are made again."""
     kept = [record for record in read_records(path) if record["step"] <= first_step]
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Records of a run, written to metrics.jsonl and to the sinks that the configuration names."""
+"""Writer of a run's records to metrics.jsonl and to the sinks that the configuration names."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ from moe_train.train.telemetry.sinks.base import Sink
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and gives them to sinks. A full disk ends no run: it is said once."""
+    """Writer of records to metrics.jsonl and to sinks. A full disk does not end the run: there is one warning."""
 
     def __init__(self, run_dir: Path, first_step: int, sinks: Mapping[str, Sink], say: Callable[[str], None]) -> None:
-        """Open the run's records; those of steps from first_step on are dropped, for they are made again.
+        """Open the run's records, and drop those of steps from first_step on, because they are made again.
 
         Args:
-            run_dir: The run's folder.
+            run_dir: Folder of the run.
             first_step: Step that the run begins or resumes with, from 0.
             sinks: Opened sinks by their titles.
-            say: Gets a message where records cannot be written.
+            say: Function that gets a message if records cannot be written.
         """
         self._path, self._say = run_dir / "metrics.jsonl", say
         self._sinks = dict(sinks)
@@ -33,26 +33,27 @@ class MetricsWriter:
         drop_records_from(self._path, first_step)
 
     def describe(self, layers: Sequence[int], fields: Mapping[str, Any], config_text: str) -> None:
-        """Tell the sinks what the run is; see `Sink.describe`."""
+        """Describe the run to the sinks; see `Sink.describe`."""
         self._tell("of the run's start", lambda sink: sink.describe(layers, fields, config_text))
 
     def records(self) -> list[Record]:
-        """What was written so far."""
+        """Read the records that were written so far."""
         return read_records(self._path)
 
     def write(self, step: int, record: Record) -> None:
         """Write the record of a step.
 
-        JSON has no infinity, which fp16's gradient norm is where its scale was too large: it becomes null.
+        A number that is not finite becomes null, because JSON has none: fp16's gradient norm is infinite if the loss
+        scale was too large.
         """
         self._write(step, record, append_record)
 
     def complete(self, step: int, figures: Record) -> None:
-        """Add figures to the last record, if it is of this step; else write one with them alone."""
+        """Add figures to the last record, if it is of this step; else write a record with them alone."""
         self._write(step, figures, complete_record)
 
     def rewind(self, step: int) -> None:
-        """Drop the records behind a step: they are made again."""
+        """Drop the records after a step, because they are made again."""
         try:
             drop_records_from(self._path, step)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What a way to balance experts is: a loss on the routing sums, or a rule that moves the routers' bias after a step."""
+"""Interface of ways to balance experts: a loss on routing sums, or a rule that moves the routers' bias after a step."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -19,39 +19,39 @@ class BalanceTerm(Protocol):
     """A loss that makes experts share the tokens."""
 
     def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
-        """Scalar, added to the training loss; from [L, ...] sums, added up over the group first where it says so."""
+        """Compute the scalar for the training loss from [L, ...] sums; a global term adds them over the group first."""
 
 
 class BiasRule(Protocol):
-    """A way to move the selection bias, outside of the gradient."""
+    """A rule that moves the selection bias, without a gradient."""
 
     def after_step(self, bias_LE: Tensor, counts_LE: Tensor, factor: float) -> Tensor:
-        """The next bias.
+        """Compute the next bias.
 
         Args:
-            bias_LE: fp32, as it was in the step.
-            counts_LE: Assignments an expert over all ranks and micro-batches of the step.
-            factor: Of the update rate at this step.
+            bias_LE: fp32, bias during the step.
+            counts_LE: Assignments per expert over all ranks and micro-batches of the step.
+            factor: Factor of the update rate at this step.
         """
 
 
 @dataclass(frozen=True)
 class Scheduled(Generic[Rule]):
-    """A term or rule, and the factor of its weight over the run.
+    """A loss term or rule, and the schedule of its weight.
 
     Attributes:
-        rule: What is weighed.
-        points: (step, factor) of increasing steps; empty: 1 throughout.
+        rule: Loss term or rule.
+        points: Points (step, factor) of increasing steps; empty: the factor is always 1.
     """
 
     rule: Rule
     points: tuple[tuple[int, float], ...] = ()
 
     def factor(self, step: int) -> float:
-        """Linear between the points, constant before the first and after the last.
+        """Compute the factor of a step: linear between the points, constant before the first and after the last.
 
         Args:
-            step: Optimizer step, from 0: a function of it alone, so that resuming needs no state.
+            step: Optimizer step, from 0. The factor depends on it alone, so that resuming needs no state.
         """
         if not self.points:
             return 1.0
@@ -64,16 +64,19 @@ class Scheduled(Generic[Rule]):
 
 @dataclass(frozen=True)
 class BalanceKind:
-    """A way to balance, described by itself: a loss term, or a rule that moves the selection bias.
+    """Description of a way to balance: a loss term, or a rule that moves the selection bias.
+
+    The functions take the MoE section and its own section.
 
     Attributes:
-        weight: What weighs it, 0: it is off; from the MoE section and the kind's own section.
-        field: Name of the weight in the configuration, under which its schedule stands.
-        term: Makes the loss term; None: it is a rule.
-        rule: Makes the rule; None: it is a loss term.
-        sums: Names of the optional routing sums that it needs (`routers.base.OPTIONAL_SUMS`).
-        reduces: Whether it adds up sums over all ranks in every micro-batch.
-        section: Settings of its own, written under model.moe.balance.NAME; None: its settings are fields of model.moe.
+        weight: Function that gives its weight; 0: it is off.
+        field: Name of the weight in the configuration, and of its schedule.
+        term: Function that makes the loss term; None: it is a rule.
+        rule: Function that makes the rule; None: it is a loss term.
+        sums: Function that gives the optional routing sums that it needs, names of `routers.base.OPTIONAL_SUMS`.
+        reduces: Function that tells whether it adds up sums over all ranks in every micro-batch.
+        section: Class of its own settings, written under model.moe.balance.NAME; None: its settings are fields of
+            model.moe.
     """
 
     weight: Callable[[MoEConfig, Any], float]

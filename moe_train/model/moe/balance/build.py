@@ -1,4 +1,4 @@
-"""The ways to balance that a configuration asks for."""
+"""Construction of the ways to balance that a configuration asks for."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from moe_train.model.moe.balance.base import BalanceKind, BalanceTerm, BiasRule,
 
 
 def make_balance_terms(moe: MoEConfig) -> list[Scheduled[BalanceTerm]]:
-    """The loss terms whose weight is not zero."""
+    """Make the loss terms whose weight is not zero."""
     return [
         Scheduled(kind.term(moe, section), moe.coef_schedules.get(kind.field, ()))
         for kind, section in balance_kinds(moe)
@@ -18,7 +18,7 @@ def make_balance_terms(moe: MoEConfig) -> list[Scheduled[BalanceTerm]]:
 
 
 def make_bias_rule(moe: MoEConfig) -> Scheduled[BiasRule] | None:
-    """The rule whose weight is not zero; None: there is none."""
+    """Make the rule whose weight is not zero; None: there is none."""
     for kind, section in balance_kinds(moe):
         if kind.rule is not None:
             return Scheduled(kind.rule(moe, section), moe.coef_schedules.get(kind.field, ()))
@@ -26,12 +26,12 @@ def make_bias_rule(moe: MoEConfig) -> Scheduled[BiasRule] | None:
 
 
 def needed_sums(moe: MoEConfig) -> frozenset[str]:
-    """Optional routing sums that the loss terms need."""
+    """List the optional routing sums that the loss terms need."""
     return frozenset(name for kind, section in balance_kinds(moe) for name in kind.sums(moe, section))
 
 
 def balance_kinds(moe: MoEConfig) -> list[tuple[BalanceKind, Any]]:
-    """Kinds whose weight is not zero, each with its own section."""
+    """List the kinds whose weight is not zero, each with its own section."""
     found = []
     for name in (*REGISTRY["balance"], *(name for name in moe.balance if name not in REGISTRY["balance"])):
         kind: BalanceKind = load_part("balance", name)

@@ -14,22 +14,22 @@ from moe_train.model.moe.balance.base import BalanceKind
 
 @dataclass(frozen=True)
 class LossFreeBias:
-    """b += rate * sign(mean(c) - c), c being the tokens an expert was chosen by in the step.
+    """Bias rule b += rate * sign(mean(c) - c), where c is the number of tokens that chose the expert in the step.
 
     Attributes:
-        rate: u in the paper, 1e-3 there.
+        rate: Update rate, u in the paper, 1e-3 there.
     """
 
     rate: float
 
     @torch.no_grad()
     def after_step(self, bias_LE: Tensor, counts_LE: Tensor, factor: float) -> Tensor:
-        """The next bias, [L, E] fp32.
+        """Compute the next bias, [L, E] fp32.
 
         Args:
-            bias_LE: fp32, as it was in the step.
-            counts_LE: int64, assignments an expert over all ranks and micro-batches of the step.
-            factor: Of the rate at this step.
+            bias_LE: fp32, bias during the step.
+            counts_LE: int64, assignments per expert over all ranks and micro-batches of the step.
+            factor: Factor of the rate at this step.
         """
         # E c against the sum: the same comparison as c against the mean, in whole numbers.
         below_LE = (counts_LE.sum(-1, keepdim=True) - counts_LE.shape[-1] * counts_LE).sign()

@@ -1,4 +1,4 @@
-"""The Switch / GShard balance term.
+"""Balance term of Switch and GShard.
 
 Source: Fedus et al. 2021 (Switch), arXiv 2101.03961, equations 4-6; Lepikhin et al. 2020 (GShard), arXiv 2006.16668;
 per sequence: DeepSeek-V3, arXiv 2412.19437, equations 17-20, but with the experts really chosen,
@@ -19,28 +19,29 @@ from moe_train.model.moe.steps import RoutingSums
 
 @dataclass(frozen=True)
 class SwitchAux:
-    """coef * E sum_i f_i p_i; f_i: expert i's share of the assignments, p_i: its mean probability. Balanced: coef.
+    """Loss term coef * E sum_i f_i p_i, f_i: expert i's share of the assignments, p_i: its mean probability.
 
-    f has no gradient. Tokens that all choose the same K experts with probability 1/K each give coef * E / K.
+    f has no gradient. A balanced router gives coef. Tokens that all choose the same K experts with probability 1/K each
+    give coef * E / K.
 
     Attributes:
-        coef: Weight.
-        scope: Tokens that f and p are formed over: micro_batch, those of this rank; sequence, each sequence's, whose
-            values are averaged; global, those of all ranks of the group.
+        coef: Weight of the term.
+        scope: Tokens that f and p are computed from. micro_batch: those of this rank; sequence: those of each sequence,
+            and the sequences' values are averaged; global: those of all ranks of the group.
     """
 
     coef: float
     scope: Literal["micro_batch", "sequence", "global"] = "global"
 
     def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
-        """The term, added up over layers.
+        """Compute the term, added up over layers.
 
         Args:
             sums: [L, ...] sums of this rank's micro-batch.
             group: Ranks whose sums are added first, for scope global.
 
         Returns:
-            Scalar; for scope global the same on all ranks of the group, else this rank's part of a mean over ranks.
+            Scalar; for scope global, the same on all ranks of the group, else this rank's part of a mean over ranks.
 
         Collective: All ranks of the group, for scope global.
         """

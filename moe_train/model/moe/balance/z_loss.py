@@ -1,4 +1,4 @@
-"""The router z-loss, which keeps logits small.
+"""Router z-loss, which keeps logits small.
 
 Source: Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, equation 5.
 """
@@ -14,16 +14,18 @@ from moe_train.model.moe.steps import RoutingSums
 
 @dataclass(frozen=True)
 class ZLoss:
-    """coef * mean over tokens of logsumexp(logits)^2."""
+    """Loss term coef * mean over tokens of logsumexp(logits)^2."""
 
     coef: float
 
     def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
-        """The term, added up over layers: this rank's part of a mean over ranks, for it is linear in tokens.
+        """Compute the term, added up over layers.
+
+        It is this rank's part of a mean over ranks, because it is linear in tokens.
 
         Args:
             sums: [L, ...] sums of this rank's micro-batch.
-            group: Not needed.
+            group: Not used.
         """
         del group
         return self.coef * (sums.squared_logsumexp / sums.tokens.clamp(min=1)).sum()

@@ -1,4 +1,4 @@
-"""The interface of dispatchers, which bring token rows to their experts and the experts' outputs back.
+"""Interface of dispatchers, which bring token rows to their experts and the experts' outputs back.
 
     chunks = dispatcher.plan(x_TD, routing)                          # tell the other ranks how many rows to expect
     pending = dispatcher.start(chunk)                                # send a chunk's rows
@@ -6,8 +6,8 @@
     pending = dispatcher.start_combine(outputs_ND, dispatched)       # send the experts' weighted outputs back
     y_tD = pending.wait()                                            # the sum of each token's outputs
 
-What lies between a start and its wait hides the all-to-all; the backward pass waits and starts in the mirrored order
-(see distributed/all_to_all.py). Every rank of the groups calls all of it in the same order, also with no rows.
+Work between a start and its wait hides the all-to-all; the backward pass waits and starts in the mirrored order (see
+distributed/all_to_all.py). Every rank of the groups makes all of these calls in the same order, even without rows.
 Legend: T tokens of this rank, t tokens of a chunk, A assignments of a chunk, N rows at this rank's experts, E experts,
 D hidden_size.
 """
@@ -30,11 +30,11 @@ from moe_train.ops.row_map import RowMap
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A chunk's rows at their experts.
+    """Rows of a chunk at their experts.
 
     Attributes:
         rows_ND: Rows that arrived.
-        assignments: Which of this rank's experts compute which rows.
+        assignments: Assignments of the rows to this rank's experts.
         sent: What the dispatcher needs to send the outputs back.
     """
 
@@ -44,14 +44,14 @@ class Dispatched:
 
 
 class PendingDispatch(Protocol):
-    """A chunk on its way to the experts."""
+    """Rows of a chunk on their way to the experts."""
 
     def wait(self) -> Dispatched:
         """Wait for the rows that the other ranks sent."""
 
 
 class PendingCombine(Protocol):
-    """A chunk's outputs on their way back."""
+    """Outputs of a chunk on their way back."""
 
     def wait(self) -> Tensor:
         """Wait for the outputs, and add up those of each token. [t, D]."""
@@ -65,10 +65,10 @@ class Dispatcher(Protocol):
 
         Args:
             x_TD: Token rows of this rank.
-            routing: The router's decision.
+            routing: Decision of the router.
 
         Returns:
-            Chunks for `start`, in their order; at least one.
+            Chunks for `start`, in order; at least one.
 
         Collective: All ranks of the groups.
         """
@@ -85,13 +85,13 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class DispatchSpec:
-    """What a dispatcher is built from.
+    """Settings that a dispatcher is built from.
 
     Attributes:
-        groups: Process groups that a token passes on its way to its experts, one after the other. The ranks of the
-            first and their experts are cut into as many ranges.
-        num_chunks: Chunks of a micro-batch's tokens; the same on all ranks.
-        payload: The form in which rows travel.
+        groups: Process groups that a token passes on its way to its experts, one after the other. Each rank of a group
+            leads to a range of consecutive experts, and all ranges have the same length.
+        num_chunks: Number of chunks of a micro-batch's tokens; the same on all ranks.
+        payload: Number format in which rows travel.
         observer: Observer of the layer's all-to-alls.
     """
 
@@ -103,13 +103,13 @@ class DispatchSpec:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """A kind of dispatcher, described by itself.
+    """Description of a kind of dispatcher.
 
     Attributes:
-        build: Makes the dispatcher of a layer.
-        hops: What it sends, hop after hop, for the planner.
-        merges_rows: Whether a token's assignments on one rank share a row: pointless where a token has one expert.
-        leaves_nodes_once: Whether it takes rows across nodes first and then within a node: with groups of both kinds.
+        build: Function that makes the dispatcher of a layer.
+        hops: Function that gives the traffic of each hop, in order, for the planner.
+        merges_rows: Whether a token's assignments on one rank share a row, which is useless if a token has one expert.
+        leaves_nodes_once: Whether rows go across nodes first and then within a node, with one group for each.
     """
 
     build: Callable[[DispatchSpec], Dispatcher]
@@ -119,7 +119,7 @@ class DispatcherKind:
 
 
 def split_routing(routing: Routing, num_chunks: int) -> list[Routing]:
-    """The router's decisions for consecutive chunks of the tokens. Their sums stay those of all tokens."""
+    """Split the router's decision into consecutive chunks of the tokens. The sums stay those of all tokens."""
     sizes = chunk_sizes(routing.experts_TK.shape[0], num_chunks)
     kept = [None] * num_chunks if routing.kept_TK is None else routing.kept_TK.split(sizes)
     names = ("gates_TK", "experts_TK", "logits_TE")
@@ -132,18 +132,18 @@ def split_routing(routing: Routing, num_chunks: int) -> list[Routing]:
 
 
 def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
-    """Tokens of each chunk; they differ by one at most."""
+    """Compute the number of tokens of each chunk; the numbers differ by one at most."""
     ends = [number * num_tokens // num_chunks for number in range(num_chunks + 1)]
     return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)
 class ExpertOrder:
-    """A chunk's assignments in the order of their experts; behind them those that are not executed.
+    """A chunk's assignments in the order of their experts; those that are not executed come last.
 
     Attributes:
-        routing: The router's decision.
-        order_A: int64, the assignment at each place.
+        routing: Decision of the router.
+        order_A: int64, assignment at each place.
         counts_E: int64, executed assignments per expert.
     """
 
@@ -158,7 +158,7 @@ class ExpertOrder:
         return ExpertOrder(routing, order_A, counts_E)
 
     def assignments(self) -> Assignments:
-        """All of the chunk's assignments; `Assignments.first` leaves those that are executed."""
+        """Return all assignments of the chunk; `Assignments.first` can then take those that are executed."""
         num_tokens, top_k = self.routing.experts_TK.shape
         gates_A = self.routing.gates_TK.reshape(-1).gather(0, self.order_A)
         if self.routing.kept_TK is None:

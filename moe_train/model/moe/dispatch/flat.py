@@ -1,8 +1,8 @@
-"""Dispatch by one all-to-all each way: a row travels for every executed assignment. The default.
+"""Flat dispatch, the default: one all-to-all each way, in which a row travels for every executed assignment.
 
 A token that chose K experts is sent K times, each time with the gate of its expert. At the experts' rank the rows are
-put in the order of its experts. The experts' outputs, already times their gates, travel back the same way, and each
-token adds up its own.
+put in the order of its experts. The experts' outputs, already multiplied by their gates, travel back the same way, and
+each token adds up its own.
 Legend: T tokens of this rank, t tokens of a chunk, A executed assignments of a chunk, E experts, P ranks, e = E/P
 experts of this rank, R rows received, D hidden_size, C chunks.
 """
@@ -33,10 +33,10 @@ class Chunk:
     """Consecutive tokens of this rank, and where each of their assignments goes.
 
     Attributes:
-        x_tD: The token rows.
-        assignments: The executed assignments, in the order of all experts, and so of their ranks.
-        splits: Rows for and from each rank.
-        received_Pe: int64, rows from each rank for each expert of this rank.
+        x_tD: Token rows.
+        assignments: Executed assignments, in the order of all experts, and so of their ranks.
+        splits: Numbers of rows for and from each rank.
+        received_Pe: int64, number of rows from each rank for each expert of this rank.
     """
 
     x_tD: Tensor
@@ -47,7 +47,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PendingDispatch:
-    """A chunk's rows and their gates on their way to the experts."""
+    """Rows of a chunk and their gates on their way to the experts."""
 
     chunk: Chunk
     rows: PendingRows
@@ -68,7 +68,7 @@ class PendingDispatch:
 
 @dataclass(frozen=True)
 class PendingCombine:
-    """A chunk's weighted outputs on their way back."""
+    """Weighted outputs of a chunk on their way back."""
 
     chunk: Chunk
     rows: PendingRows
@@ -79,7 +79,7 @@ class PendingCombine:
 
 @dataclass(frozen=True)
 class FlatDispatcher:
-    """Sends the row of every executed assignment to its expert's rank, and its output back."""
+    """A dispatcher that sends the row of every executed assignment to its expert's rank, and its output back."""
 
     spec: DispatchSpec
 

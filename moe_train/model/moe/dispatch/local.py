@@ -1,4 +1,4 @@
-"""Dispatch where all experts are on this rank: nothing travels.
+"""Local dispatch, if all experts are on this rank: nothing travels.
 
 Legend: T tokens of this rank, D hidden_size.
 """
@@ -14,7 +14,7 @@ from moe_train.ops.host_copy import HostCopy
 
 @dataclass(frozen=True)
 class Here:
-    """Rows that are where they are to be."""
+    """Rows that are at their experts already."""
 
     dispatched: Dispatched
 
@@ -24,7 +24,7 @@ class Here:
 
 @dataclass(frozen=True)
 class Done:
-    """Outputs that are where they are to be."""
+    """Outputs that are at their tokens already."""
 
     rows_TD: Tensor
 
@@ -34,7 +34,7 @@ class Done:
 
 @dataclass(frozen=True)
 class LocalDispatcher:
-    """One chunk of all tokens, in place."""
+    """A dispatcher that leaves all tokens in place, as one chunk."""
 
     def plan(self, x_TD: Tensor, routing: Routing) -> list[Dispatched]:
         order = ExpertOrder.of(routing)

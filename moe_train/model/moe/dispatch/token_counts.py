@@ -1,8 +1,7 @@
-"""How many rows and assignments go where, exchanged before the first row moves, for all chunks and stages at once.
+"""Exchange of the numbers of rows and assignments before the first row moves, for all chunks and stages at once.
 
-A rank tells, for each stage of a token's way, what the next rank will have to expect of it and, where the way goes on,
-what that rank will have to send on. So all sizes of all stages are known after one small all-to-all per stage, and are
-read on the host at once.
+For each stage of a token's way, a rank tells the next rank what to expect from it and, if the way goes on, what to send
+on. So all sizes of all stages are known after one small all-to-all per stage, and the host reads them at once.
 Legend: C chunks, P ranks of a stage's group, E experts, x experts behind each rank of the group, t tokens of a chunk, W
 ranks at the ends of all ways, n columns: rows for this stage, rows for each rank of the next stage, assignments of the
 x experts.
@@ -23,13 +22,13 @@ from moe_train.ops.host_copy import HostCopy
 
 @dataclass(frozen=True)
 class StageSizes:
-    """What goes where in one stage of a chunk's way.
+    """Numbers of rows and assignments in one stage of a chunk's way.
 
     Attributes:
-        rows: Rows for and from each rank.
-        assignments: Assignments for and from each rank.
-        rows_from_P: int64, rows from each rank: rows.receive, on the device.
-        received_Px: int64, assignments from each rank for each expert behind this one.
+        rows: Numbers of rows for and from each rank.
+        assignments: Numbers of assignments for and from each rank.
+        rows_from_P: int64, number of rows from each rank: rows.receive, on the device.
+        received_Px: int64, number of assignments from each rank for each expert behind this rank.
     """
 
     rows: Splits
@@ -40,11 +39,11 @@ class StageSizes:
 
 @dataclass(frozen=True)
 class CountTable:
-    """What one side has for the ranks of a stage.
+    """Numbers of rows and assignments that one side has for the ranks of a stage.
 
     Attributes:
-        counts_CPn: int64.
-        num_next: Ranks of the next stage, which have a column each; 0: this is the last stage.
+        counts_CPn: int64, with the columns of the legend.
+        num_next: Number of ranks of the next stage, which have a column each; 0: this is the last stage.
     """
 
     counts_CPn: Tensor
@@ -52,16 +51,16 @@ class CountTable:
 
     @property
     def rows_CP(self) -> Tensor:
-        """Rows in this stage."""
+        """Numbers of rows in this stage."""
         return self.counts_CPn[..., 0]
 
     @property
     def assignments_CPx(self) -> Tensor:
-        """Assignments of every expert."""
+        """Numbers of assignments of every expert."""
         return self.counts_CPn[..., 1 + self.num_next :]
 
     def sent_on(self) -> "CountTable":
-        """The table of the next stage, of a table that came from the ranks of this one."""
+        """Make the table of the next stage from a table that came from the ranks of this stage."""
         counts_Cn = self.counts_CPn.sum(1)
         rows_CP1 = counts_Cn[:, 1 : 1 + self.num_next].unsqueeze(2)
         assignments_CPx = counts_Cn[:, 1 + self.num_next :].view(len(counts_Cn), self.num_next, -1)
@@ -69,12 +68,12 @@ class CountTable:
 
 
 def first_table(counts_E: Sequence[Tensor], is_sent_Wt: Sequence[Tensor], ranks: Sequence[int]) -> CountTable:
-    """What this rank has for the ranks of the first stage.
+    """Make the table of what this rank has for the ranks of the first stage.
 
     Args:
-        counts_E: int64, assignments per expert, of each chunk.
-        is_sent_Wt: bool, which ranks at the ends of all ways each token of a chunk goes to.
-        ranks: Ranks of each stage's group, one or two.
+        counts_E: int64, assignments per expert, for each chunk.
+        is_sent_Wt: bool, the ranks at the ends of all ways that each token goes to, for each chunk.
+        ranks: Number of ranks of each stage's group, for one or two stages.
     """
     rows_CP = torch.stack([first_destinations(is_sent, ranks[0]).sum(1) for is_sent in is_sent_Wt])
     columns_CPn = [rows_CP.unsqueeze(2), torch.stack(list(counts_E)).view(*rows_CP.shape, -1)]
@@ -86,7 +85,7 @@ def first_table(counts_E: Sequence[Tensor], is_sent_Wt: Sequence[Tensor], ranks:
 
 
 def first_destinations(is_sent_Wt: Tensor, num_ranks: int) -> Tensor:
-    """Which ranks of the first stage each token goes to. bool [P, t]."""
+    """Mark the ranks of the first stage that each token goes to. bool [P, t]."""
     num_ends, num_tokens = is_sent_Wt.shape
     return is_sent_Wt.view(num_ranks, num_ends // num_ranks, num_tokens).any(1)
 
@@ -99,7 +98,7 @@ class PendingTable:
     counts: PendingCounts
 
     def wait(self) -> CountTable:
-        """Wait for the table of what comes here."""
+        """Wait for the table of the rows and assignments that come here."""
         num_chunks = len(self.own.counts_CPn)
         arrived = self.counts.wait()  # (P, C*n) -> (C, P, n)
         return CountTable(arrived.view(len(arrived), num_chunks, -1).transpose(0, 1), self.own.num_next)
@@ -116,17 +115,17 @@ class PendingSizes:
     """The sizes of every chunk in every stage, on their way to the host.
 
     Attributes:
-        came: What comes to this rank in every stage.
-        copy: The numbers of what is sent and what comes.
+        came: Table of what comes to this rank, in every stage.
+        copy: Copy of the numbers that are sent and that come.
     """
 
     came: tuple[CountTable, ...]
     copy: HostCopy
 
     def read(self) -> list[tuple[StageSizes, ...]]:
-        """The sizes of every chunk in every stage.
+        """Return the sizes of every chunk in every stage.
 
-        Host synchronisation: with the count exchange. All-to-alls need their split sizes as numbers.
+        Host synchronisation: it waits for the exchange of counts, because all-to-alls need split sizes as numbers.
         """
         read = iter(self.copy.read())
         by_stage = []
@@ -138,10 +137,10 @@ class PendingSizes:
 
 
 def exchange_sizes(pending: PendingTable, groups: Sequence[Group], observer: CommObserver) -> PendingSizes:
-    """Go on telling in all stages, and start to bring the sizes to the host.
+    """Exchange the tables of all stages, and start to copy the sizes to the host.
 
     Args:
-        pending: The first stage's table.
+        pending: Table of the first stage.
         groups: Groups of the stages, one or two.
         observer: Observer of the all-to-alls.
 
@@ -157,5 +156,5 @@ def exchange_sizes(pending: PendingTable, groups: Sequence[Group], observer: Com
 
 
 def _splits(send_CP: list[list[int]], receive_CP: list[list[int]]) -> list[Splits]:
-    """The splits of every chunk."""
+    """Make the splits of every chunk."""
     return [Splits(tuple(send), tuple(receive)) for send, receive in zip(send_CP, receive_CP, strict=True)]

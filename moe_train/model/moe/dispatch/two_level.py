@@ -1,6 +1,6 @@
-"""Dispatch by one row for each node that a token has experts on, and from there one for each rank.
+"""Two-level dispatch: one row for each node that a token has experts on, and from there one row for each rank.
 
-The row goes to the rank of the other node that has its sender's place there, and is sent on within the node. The
+A row goes to the rank of the other node that has the sender's place there, and is sent on within that node. The
 weighted sums are added up in the node before they leave it.
 Legend: M rows received, t tokens of a chunk, D hidden_size.
 """
@@ -28,7 +28,7 @@ from moe_train.model.moe.steps import Routing
 
 @dataclass(frozen=True)
 class PendingDispatch:
-    """A chunk on its way across nodes."""
+    """Rows of a chunk on their way across nodes."""
 
     chunk: Chunk
     across: PendingStage
@@ -48,7 +48,7 @@ class PendingDispatch:
 
 @dataclass(frozen=True)
 class TwoLevelDispatcher:
-    """`unique` twice: across nodes, then within the node."""
+    """A dispatcher that works like `unique` twice: across nodes, then within the node."""
 
     spec: DispatchSpec
 
@@ -73,7 +73,7 @@ class TwoLevelDispatcher:
 
 
 def _build(spec: DispatchSpec) -> Dispatcher:
-    """Where the ranks that share the experts are one node's, there is one stage."""
+    """Make the dispatcher; if the ranks that share the experts are all on one node, it has one stage."""
     return TwoLevelDispatcher(spec) if len(spec.groups) > 1 else UniqueDispatcher(spec)
 
 

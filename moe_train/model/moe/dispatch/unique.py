@@ -1,7 +1,7 @@
-"""Dispatch by one row for each rank that a token has experts on, however many; back comes their weighted sum.
+"""Unique dispatch: one row for each rank that a token has experts on, however many; their weighted sum comes back.
 
-Which expert takes which row, and with which gate, travels beside the rows: 8 bytes per assignment. Of P ranks that
-share E experts a token that draws K of them evenly reaches P (1 - C(E - E/P, K) / C(E, K)).
+The expert and gate of every row travel beside the rows, with 8 bytes per assignment. A token that draws K of E experts
+evenly reaches P (1 - C(E - E/P, K) / C(E, K)) of the P ranks that share them.
 Legend: T tokens of this rank, t of a chunk, N rows here, S assignments of theirs, X experts that can be reached from
 here, P ranks of the group, x = X/P experts behind each of them, Q rows sent, M rows received, R assignments received,
 D hidden_size.
@@ -37,11 +37,11 @@ from moe_train.ops.row_map import RowMap, gather_rows, scatter_add_rows
 
 @dataclass(frozen=True)
 class SentRows:
-    """What the way back of a stage needs.
+    """Rows that a stage has sent, as the way back needs them.
 
     Attributes:
-        row_map: The row of every row that was sent.
-        splits: How many went where.
+        row_map: Map from every row that was sent to its row on this rank.
+        splits: Numbers of rows for and from each rank.
     """
 
     row_map: RowMap
@@ -53,10 +53,10 @@ class PendingStage:
     """Rows and assignments on their way through a stage.
 
     Attributes:
-        rows: The rows.
+        rows: Rows.
         gates: [S, 2]: the gate of each assignment, and the number of its row among those from its rank.
-        sent: What the way back needs.
-        sizes: What goes where.
+        sent: Rows that were sent, as the way back needs them.
+        sizes: Numbers of rows and assignments for and from each rank.
     """
 
     rows: PendingRows
@@ -96,8 +96,8 @@ class Stage:
     """All-to-alls of one group, in which a row goes once to each rank that it has assignments for.
 
     Attributes:
-        group: Its ranks; rank i leads to experts i*x .. (i+1)*x - 1.
-        spec: Payload and observer.
+        group: Group of the stage; rank i leads to experts i*x .. (i+1)*x - 1.
+        spec: Settings of the dispatcher: payload and observer.
     """
 
     group: Group
@@ -108,9 +108,9 @@ class Stage:
 
         Args:
             rows_ND: Rows of this rank.
-            assignments: Their assignments; behind those that are executed may stand others.
-            sizes: What goes where.
-            is_sent_PN: From `destinations`.
+            assignments: Assignments of the rows; after those that are executed, there may be others.
+            sizes: Numbers of rows and assignments for and from each rank.
+            is_sent_PN: Table from `destinations`.
 
         Collective: All ranks of the group.
         """
@@ -135,10 +135,10 @@ class Chunk:
     """Consecutive tokens of this rank, and where they go.
 
     Attributes:
-        x_tD: The token rows.
-        assignments: Their assignments, in the order of all experts.
-        sizes: What goes where, in every stage.
-        is_sent_Pt: bool, which ranks of the first stage each token goes to.
+        x_tD: Token rows.
+        assignments: Assignments of the tokens, in the order of all experts.
+        sizes: Numbers of rows and assignments, in every stage.
+        is_sent_Pt: bool, the ranks of the first stage that each token goes to.
     """
 
     x_tD: Tensor
@@ -152,8 +152,8 @@ def plan_stages(x_TD: Tensor, routing: Routing, spec: DispatchSpec) -> list[Chun
 
     Args:
         x_TD: Token rows of this rank.
-        routing: The router's decision.
-        spec: Groups of the stages, chunks and observer.
+        routing: Decision of the router.
+        spec: Settings of the dispatcher: groups of the stages, chunks and observer.
 
     Collective: All ranks of the groups.
     """
@@ -170,7 +170,7 @@ def plan_stages(x_TD: Tensor, routing: Routing, spec: DispatchSpec) -> list[Chun
 
 @dataclass(frozen=True)
 class PendingDispatch:
-    """A chunk on its way to the experts."""
+    """Rows of a chunk on their way to the experts."""
 
     stage: PendingStage
 
@@ -181,7 +181,7 @@ class PendingDispatch:
 
 @dataclass(frozen=True)
 class UniqueDispatcher:
-    """Sends a token's row once to each rank that it has experts on, and their weighted sum back."""
+    """A dispatcher that sends a token's row once to each rank that it has experts on, and their weighted sum back."""
 
     spec: DispatchSpec
 
@@ -200,11 +200,11 @@ class UniqueDispatcher:
 
 
 def destinations(assignments: Assignments, num_ranks: int) -> Tensor:
-    """Which ranks each row has assignments for. bool [P, N].
+    """Mark the ranks that each row has assignments for. bool [P, N].
 
     Args:
-        assignments: Ordered by expert; those behind the ones that are counted are for nobody.
-        num_ranks: P, each of which leads to as many experts.
+        assignments: Assignments in the order of experts; those after the counted ones are for no rank.
+        num_ranks: P, number of ranks, each of which leads to the same number of experts.
     """
     num_rows, source_S = assignments.row_map.num_sources, assignments.row_map.source_R
     rank_S = _ranks(assignments, num_ranks)
@@ -214,20 +214,20 @@ def destinations(assignments: Assignments, num_ranks: int) -> Tensor:
 
 
 def _ranks(assignments: Assignments, num_ranks: int) -> Tensor:
-    """The rank that leads to each assignment's expert; num_ranks for those that are for nobody. int64 [S]."""
+    """Find the rank that leads to each assignment's expert; num_ranks for those that are for no rank. int64 [S]."""
     ends_P = assignments.counts_e.view(num_ranks, -1).sum(1).cumsum(0)  # (X) -> (P)
     places_S = torch.arange(assignments.num_assignments, device=ends_P.device)
     return torch.searchsorted(ends_P, places_S, right=True)
 
 
 def _places_in_blocks(is_sent_PN: Tensor, assignments: Assignments) -> Tensor:
-    """Which of the rows that go to its rank each assignment is of, counted from 0 for every rank. int64 [S]."""
+    """Find the place of each assignment's row among the rows that go to the same rank, from 0. int64 [S]."""
     place_PN = is_sent_PN.cumsum(1) - 1
     return place_PN[_ranks(assignments, len(is_sent_PN)), assignments.row_map.source_R]
 
 
 def _order_by_expert(received_Px: Tensor, num_assignments: int) -> Tensor:
-    """Order that groups assignments by expert when they arrived by source rank, then by expert. int64 [R]."""
+    """Order assignments by expert, which arrived by source rank, then by expert. int64 [R]."""
     experts_Px = torch.arange(received_Px.shape[1], device=received_Px.device).expand_as(received_Px)
     # output_size spares repeat_interleave a host synchronisation.
     expert_R = experts_Px.reshape(-1).repeat_interleave(received_Px.reshape(-1), output_size=num_assignments)
@@ -238,7 +238,7 @@ ROUTING_BYTES = 8  # of an assignment: its gate, fp32, and its token's place, in
 
 
 def hops(sizes: DispatchSizes) -> tuple[Hop, ...]:
-    """What is sent: one hop."""
+    """Describe what is sent, in one hop."""
     behind = sizes.num_experts // sizes.num_ranks
     rows = sizes.tokens * sizes.share_reached(behind)
     return (Hop(sizes.num_ranks, rows, sizes.assignments / sizes.num_ranks * ROUTING_BYTES, 1 + behind),)

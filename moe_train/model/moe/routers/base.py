@@ -1,4 +1,4 @@
-"""The router's interface, and the parts all routers share.
+"""Interface of routers, and the parts that all routers share.
 
 Legend: T tokens, D hidden_size, E experts, K top_k, N sequences, S tokens of one.
 """
@@ -28,7 +28,7 @@ class InputJitter:
     """Uniform factors from 1 - size to 1 + size for the router's input (Fedus et al. 2021, arXiv 2101.03961, 2.2).
 
     Attributes:
-        size: Half-width.
+        size: Half-width of the factors.
         layer_key: 64-bit random key of the layer.
     """
 
@@ -36,24 +36,24 @@ class InputJitter:
     layer_key: int
 
     def __call__(self, x_TD: Tensor, token_keys_T: Tensor) -> Tensor:
-        """The rows, every element with a factor of its own that is the same on any layout. At least fp32."""
+        """Multiply every element of the rows by its own factor, which is the same on any layout. At least fp32."""
         keys_TD = expert_keys(token_keys_T, self.layer_key, x_TD.shape[1])
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         return x_TD.to(wide) * (1.0 + self.size * (2.0 * uniform(keys_TD) - 1.0)).to(wide)
 
 
-# Sums that not every run needs; one that nobody asks for is zero.
+# Sums that not every run needs; they are zero unless a loss or telemetry needs them.
 OPTIONAL_SUMS = frozenset({"probability", "sequence_balance", "squared_logsumexp", "entropy"})
 
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """What every router can do beside its own.
+    """Options that all routers have.
 
     Attributes:
-        jitter: Of the input in training, or None.
+        jitter: Jitter of the input in training; None: no jitter.
         has_selection_bias: Whether a bias that is not trained takes part in the choice (loss-free balancing).
-        optional_sums: Of OPTIONAL_SUMS, those that a loss or telemetry needs.
+        optional_sums: Members of OPTIONAL_SUMS that a loss or telemetry needs.
     """
 
     jitter: InputJitter | None = None
@@ -66,14 +66,14 @@ PLAIN = RouterOptions()
 
 @dataclass(frozen=True)
 class Choice:
-    """What a kind of router decides.
+    """Experts that a router has chosen for its tokens, and what led to them.
 
     Attributes:
         logits_TE: fp32 or wider, clean logits.
-        probability_TE: fp32 or wider, its distribution over all experts; differentiable.
-        experts_TK: int64, the chosen experts.
-        gates_TK: fp32 or wider.
-        load_E: Smooth load, or None: the counts.
+        probability_TE: fp32 or wider, distribution over all experts; differentiable.
+        experts_TK: int64, chosen experts.
+        gates_TK: fp32 or wider, gates of the chosen experts.
+        load_E: Smooth load; None: the counts.
     """
 
     logits_TE: Tensor
@@ -84,7 +84,7 @@ class Choice:
 
 
 class Router(nn.Module, ABC):
-    """Chooses K experts for every token. A kind of router is its `choose`."""
+    """A router, which chooses K experts for every token. Each kind of router implements `choose`."""
 
     selection_bias: Tensor | None
 
@@ -100,7 +100,7 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def choose(self, x_TD: Tensor, token_keys_T: Tensor) -> Choice:
-        """Experts and gates of every token; arguments as `forward`'s."""
+        """Choose the experts and gates of every token; the arguments are those of `forward`."""
 
     def forward(self, x_TD: Tensor, token_keys_T: Tensor, num_sequences: int = 1) -> Routing:
         """Route tokens.
@@ -108,7 +108,7 @@ class Router(nn.Module, ABC):
         Args:
             x_TD: Token rows.
             token_keys_T: int64 random key of each token, the same on any layout.
-            num_sequences: Sequences of equal length that the tokens are.
+            num_sequences: Number of sequences of equal length that the tokens form.
         """
         if self.training and self.options.jitter is not None:
             x_TD = self.options.jitter(x_TD, token_keys_T)
@@ -117,17 +117,17 @@ class Router(nn.Module, ABC):
         return Routing(choice.gates_TK, choice.experts_TK, choice.logits_TE, sums)
 
     def with_bias(self, scores_TE: Tensor) -> Tensor:
-        """Scores as the choice sees them: with the selection bias, where there is one."""
+        """Add the selection bias to the scores, if there is one."""
         return scores_TE if self.selection_bias is None else scores_TE + self.selection_bias
 
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """What a router is built from.
+    """Settings that a router is built from.
 
     Attributes:
-        model: The model section.
-        section: The router's own section; None: it has none.
+        model: Model section of the configuration.
+        section: Own section of the router; None: it has none.
         layer: Index of the block, from 0.
         seed: Seed of the run: every random draw is keyed by it.
         options: Options that all routers have.
@@ -142,14 +142,14 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class RouterKind:
-    """A kind of router, described by itself.
+    """Description of a kind of router.
 
     Attributes:
-        build: Makes the router of a layer.
-        cost: What it costs, for the planner.
+        build: Function that makes the router of a layer.
+        cost: Cost of the router, for the planner.
         has_smooth_load: Whether its load has a gradient (`Choice.load_E`), which the CV^2 loss of the load needs.
-        section: Settings of its own, written under model.moe.NAME; None: its settings are fields of model.moe.
-        check: Refuses settings that cannot work: raises UsageError naming fields and values.
+        section: Class of its own settings, written under model.moe.NAME; None: its settings are fields of model.moe.
+        check: Function that refuses settings that cannot work: it raises UsageError naming fields and values.
     """
 
     build: Callable[[RouterSpec], Router]
@@ -160,19 +160,19 @@ class RouterKind:
 
 
 def choose_groups(scores_TG: Tensor, token_keys_T: Tensor, top_k_groups: int) -> Tensor:
-    """`choose_experts` among groups, with draws of their own. int64 [T, top_k_groups]."""
+    """Choose groups as `choose_experts` chooses experts, with draws of their own. int64 [T, top_k_groups]."""
     return choose_experts(scores_TG, token_keys_T, top_k_groups, _GROUP_TIE_KEY)
 
 
 def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int, tie_key: int = _TIE_KEY) -> Tensor:
-    """The K best experts of every token, best first; equal scores are ordered by a keyed draw, not by expert number.
+    """Choose the K best experts of every token, best first; a keyed draw orders equal scores, not the expert number.
 
-    Without that, the zero logits of an untrained router would send every token to the first experts.
+    Without the draw, the zero logits of an untrained router would send every token to the first experts.
 
     Args:
-        scores_TE: What decides.
+        scores_TE: Scores that decide.
         token_keys_T: int64 random key of each token.
-        top_k: K.
+        top_k: K, experts per token.
         tie_key: 64-bit key of the draws.
 
     Returns:
@@ -188,36 +188,36 @@ def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int, tie_key:
 
 
 def _ranks_of(scores_TE: Tensor, keys_TE: Tensor) -> Tensor:
-    """Integers in the order of fp32 scores and, where those are equal, against the order of the keys.
+    """Make integers in the order of fp32 scores and, for equal scores, in the reverse order of the keys.
 
     One choice among integers takes a third of the time of two sorts. int64 [T, E].
     """
     bits_TE = (scores_TE + 0.0).view(torch.int32).long()  # + 0: the zeros of both signs are equal
-    # Of negative numbers the bits below the sign count backwards.
+    # In negative numbers, the bits below the sign count backwards.
     ordered_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE)
     return (ordered_TE << 32) + (0x7FFFFFFF - (keys_TE >> 32))  # upper half the score, lower half the draw
 
 
 def gates_of(logits_TE: Tensor, experts_TK: Tensor, renormalize: bool) -> Tensor:
-    """Gates of the chosen experts: softmax over them, or their softmax probability among all. [T, K]."""
+    """Compute the gates of the chosen experts: softmax over them, or their softmax probability among all. [T, K]."""
     if renormalize:
         return logits_TE.gather(1, experts_TK).softmax(1)
     return logits_TE.softmax(1).gather(1, experts_TK)
 
 
 def expert_keys(token_keys_T: Tensor, layer_key: int, num_experts: int) -> Tensor:
-    """A random key for every token and expert (or other column) of a layer. int64 [T, E]."""
+    """Make a random key for every token and expert (or other column) of a layer. int64 [T, E]."""
     experts_E = torch.arange(num_experts, dtype=torch.int64, device=token_keys_T.device)
     return combine(combine(token_keys_T, layer_key).unsqueeze(1), experts_E)  # (T, 1) x (E) -> (T, E)
 
 
 def sum_over_tokens(choice: Choice, num_sequences: int, wanted: frozenset[str] = OPTIONAL_SUMS) -> RoutingSums:
-    """The sums of one micro-batch; dropped and rows are zero, for they are not known to a router.
+    """Compute the sums of one micro-batch; dropped and rows are zero, because a router does not know them.
 
     Args:
-        choice: What the router decided.
-        num_sequences: N.
-        wanted: Of OPTIONAL_SUMS; the others are zero.
+        choice: Choice of the router.
+        num_sequences: N, number of sequences.
+        wanted: Members of OPTIONAL_SUMS to compute; the others are zero.
     """
     logits_TE, experts_TK, gates_TK = choice.logits_TE, choice.experts_TK, choice.gates_TK
     (num_tokens, num_experts), top_k = logits_TE.shape, experts_TK.shape[1]

@@ -1,4 +1,4 @@
-"""The router of a layer."""
+"""Construction of the router of a layer."""
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.parts import read_section
@@ -12,10 +12,10 @@ def build_router(config: ModelConfig, layer: int, seed: int, measures: bool) -> 
     """Make the router of a layer.
 
     Args:
-        config: The model section.
-        layer: Index of the block.
+        config: Model section of the configuration.
+        layer: Index of the block, from 0.
         seed: Seed of the run.
-        measures: Whether sums that only telemetry needs are formed.
+        measures: Whether sums that only telemetry needs are computed.
     """
     moe = config.moe
     kind: RouterKind = load_part("routers", moe.router)

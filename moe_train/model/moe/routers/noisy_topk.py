@@ -27,7 +27,7 @@ from moe_train.ops.keyed_random import make_key, normal
 
 
 class NoisyTopKRouter(Router):
-    """Logits with noise of a learned standard deviation in training, without in evaluation; both maps start at zero."""
+    """A router that adds noise of a learned standard deviation to the logits in training; both maps start at zero."""
 
     def __init__(
         self,
@@ -61,19 +61,19 @@ class NoisyTopKRouter(Router):
 
 
 def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, sigma_TE: Tensor, top_k: int) -> Tensor:
-    """The probability that an expert is among the K best if only its own noise is drawn again (equations 8-9).
+    """Compute the probability that an expert is among the K best if only its own noise is drawn again (equations 8-9).
 
-    P = Phi((clean - kth_excluding) / sigma), kth_excluding being the K-th largest noisy logit of the other experts: the
-    (K+1)-th largest of all for an expert among the K best, else the K-th largest.
+    P = Phi((clean - kth_excluding) / sigma), where kth_excluding is the K-th largest noisy logit of the other experts:
+    the (K+1)-th largest of all for an expert among the K best, else the K-th largest.
 
     Args:
         clean_TE: Logits without noise.
         noisy_TE: Logits with noise.
         sigma_TE: Standard deviation of the noise, positive.
-        top_k: K.
+        top_k: K, experts per token.
 
     Returns:
-        [T, E]; 1 everywhere when K = E, where there is no boundary.
+        [T, E]; 1 everywhere if K = E, because there is no boundary.
     """
     if top_k == clean_TE.shape[1]:
         return torch.ones_like(clean_TE)

@@ -24,7 +24,10 @@ _TINY = 1e-20  # where every score underflows to zero
 
 
 class SigmoidTopKRouter(Router):
-    """s = sigmoid(logits); chosen by s and the selection bias; gate = s / sum of the chosen s, times a factor."""
+    """A router with scores s = sigmoid(logits).
+
+    It chooses by s plus the selection bias; gate = s / sum of the chosen s, times a factor.
+    """
 
     def __init__(
         self,
@@ -59,13 +62,13 @@ class SigmoidTopKRouter(Router):
 
 
 def outside_best_groups(scores_TE: Tensor, token_keys_T: Tensor, num_groups: int, top_k_groups: int) -> Tensor:
-    """Which experts a token may not use: those outside its best groups.
+    """Mark the experts that a token may not use: those outside its best groups.
 
     Args:
-        scores_TE: What decides; a group's score is the sum of its two best experts' (of the one it has).
+        scores_TE: Scores that decide; a group's score is the sum of its two best experts' scores (or its only one's).
         token_keys_T: int64 random key of each token; it decides between groups of equal score.
-        num_groups: G, of E / G consecutive experts each.
-        top_k_groups: Groups that a token may use.
+        num_groups: G, number of groups, of E / G consecutive experts each.
+        top_k_groups: Number of groups that a token may use.
 
     Returns:
         bool [T, E].

@@ -22,7 +22,7 @@ from moe_train.model.moe.routers.base import (
 
 
 class SoftmaxTopKRouter(Router):
-    """The K largest probabilities; load is the counts, which have no gradient."""
+    """A router that chooses the K largest probabilities; its load is the counts, which have no gradient."""
 
     def __init__(
         self,

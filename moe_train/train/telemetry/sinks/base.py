@@ -1,4 +1,4 @@
-"""What a place that gets a run's records is: a sink."""
+"""Interface of sinks, the places that get a run's records."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from moe_train.train.telemetry.records import Record
 
 
 class Sink(Protocol):
-    """Gets the records of a run on rank 0. Any of its functions may raise OSError: the run then goes on without it."""
+    """A sink of a run's records, on rank 0. Its functions may raise OSError: then the run continues without it."""
 
     def describe(self, layers: Sequence[int], fields: Mapping[str, Any], config_text: str) -> None:
-        """Take what the run is, before its first record.
+        """Take the description of the run, before its first record.
 
         Args:
-            layers: Index of each MoE layer in the model.
+            layers: Index in the model of each MoE layer.
             fields: Hyper-parameters by their dotted names.
-            config_text: The resolved configuration, YAML.
+            config_text: Resolved configuration, YAML.
         """
 
     def write(self, step: int, record: Record) -> None:
-        """Take the record of a step, or further figures of it. Numbers may be infinite or undefined.
+        """Take the record of a step, or further figures of the step. Numbers may be infinite or NaN.
 
         Args:
-            step: Steps done.
+            step: Number of steps done.
             record: Figures by their names (docs/telemetry.md); moe/counts/layer_NN: tokens of every expert.
         """
 
     def rewind(self, step: int) -> None:
-        """Drop what was written of steps behind this one: they are taken again."""
+        """Drop what was written about steps after this one, because they are taken again."""
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -38,12 +38,12 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class SinkSpec:
-    """What a sink is opened with.
+    """Settings that a sink is opened with.
 
     Attributes:
-        run_dir: The run's folder.
-        first_step: Steps that were done when this process started; what was written of later ones is to be dropped.
-        section: The sink's own section; None: it has none.
+        run_dir: Folder of the run.
+        first_step: Number of steps done when this process started; what was written about later steps must be dropped.
+        section: Own section of the sink; None: it has none.
     """
 
     run_dir: Path
@@ -53,12 +53,12 @@ class SinkSpec:
 
 @dataclass(frozen=True)
 class SinkKind:
-    """A kind of sink, described by itself.
+    """Description of a kind of sink.
 
     Attributes:
-        open: Opens the sink of a run.
-        title: What it is called in messages.
-        section: Settings of its own, written under telemetry.NAME; None: it has none.
+        open: Function that opens the sink of a run.
+        title: Name of the sink in messages.
+        section: Class of its own settings, written under telemetry.NAME; None: it has none.
     """
 
     open: Callable[[SinkSpec], Sink]

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars, one chart with all experts of each layer, histograms and heat maps of expert load.
+"""TensorBoard sink: scalars, one chart with all experts of each layer, histograms and heat maps of expert load.
 
 Legend: L MoE layers, E experts.
 """
@@ -16,14 +16,14 @@ from moe_train.train.telemetry.heatmap import draw_load, encode_png
 from moe_train.train.telemetry.records import EXPERT_FIGURES, Record, expert_counts, layer_name
 from moe_train.train.telemetry.sinks.base import SinkKind, SinkSpec
 
-# The experts one by one, which TensorBoard shows in a chart a layer; metrics.jsonl has their counts as a list. The name
-# stands behind all others, so that the scalars begin with those of whole layers.
+# Scalars of single experts, which TensorBoard shows in one chart per layer; metrics.jsonl has their counts as a list.
+# The name is sorted after all others, so that the scalars of whole layers come first.
 _EXPERTS = "workload"
 _HPARAM_METRICS = ("train/loss", "val/bits_per_byte", "moe/max_violation")
 
 
 class TensorBoardSink:
-    """Event files in tensorboard/ of the run folder."""
+    """A sink that writes event files to tensorboard/ of the run's folder."""
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         self._folder = run_dir / "tensorboard"
@@ -41,7 +41,7 @@ class TensorBoardSink:
         self._board.add_text("config", f"```yaml\n{config_text}```")
 
     def write(self, step: int, record: Record) -> None:
-        # One event with everything: a tenth of the time of one call a number.
+        # One event with all numbers takes a tenth of the time of one call per number.
         self._add(record_summary(record), step)
         for warning in record.get("moe/alarms", ()):
             self._board.add_text("moe/alarms", warning, step)
@@ -61,10 +61,10 @@ class TensorBoardSink:
 
 
 def record_summary(record: Record) -> Summary:
-    """A record as TensorBoard keeps it.
+    """Convert a record to TensorBoard's form.
 
     Args:
-        record: Scalars by name; moe/counts/layer_NN: tokens of every expert.
+        record: Record of scalars by name; moe/counts/layer_NN: tokens of every expert.
     """
     values = [
         Summary.Value(tag=name, simple_value=value) for name, value in record.items() if isinstance(value, int | float)
@@ -87,10 +87,10 @@ def record_summary(record: Record) -> Summary:
 
 
 def chart_layout(layers: Sequence[int]) -> Mapping[str, Any]:
-    """TensorBoard's custom-scalars layout: what to look at first, then all experts of a layer in one chart.
+    """Make TensorBoard's custom-scalars layout, with all experts of a layer in one chart.
 
     Args:
-        layers: Index of each MoE layer in the model.
+        layers: Index in the model of each MoE layer.
     """
 
     def lines(*tags: str) -> list[Any]:
@@ -123,7 +123,7 @@ def chart_layout(layers: Sequence[int]) -> Mapping[str, Any]:
 
 
 def _histogram(counts: Sequence[int]) -> HistogramProto:
-    """The tokens of a layer by the number of their expert: a bucket an expert."""
+    """Make a histogram of a layer's tokens by the number of their expert, with one bucket per expert."""
     places = range(len(counts))
     return HistogramProto(
         min=0.0,
