@@ -1,4 +1,4 @@
-"""The pages of docs/ as the tests read them: texts, fenced blocks, commands, and the generator of the reference."""
+"""The pages as tests read them: texts, fenced blocks, commands, and the scripts of docs/ that write some of them."""
 
 import importlib.util
 import re
@@ -30,8 +30,13 @@ class Command:
 
 
 def page_names() -> list[str]:
-    """Every page, sorted."""
-    return sorted(path.name for path in DOCS.glob("*.md"))
+    """Every page of the site, as a path below docs/, sorted."""
+    return sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def all_page_names() -> list[str]:
+    """Every page of the site, and those that stand at the top of the repository, as paths from docs/."""
+    return [*page_names(), "../README.md", "../CONTRIBUTING.md"]
 
 
 def read_page(name: str) -> str:

@@ -26,7 +26,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     done = build(DOCS, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     html = tmp_path / "html"
-    pages = {path.name for path in html.glob("*.html")}
+    pages = {path.relative_to(html).as_posix() for path in html.rglob("*.html")}
     assert {name.replace(".md", ".html") for name in page_names()} <= pages
     assert (html / "searchindex.js").exists()
     for name in pages:

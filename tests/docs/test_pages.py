@@ -1,6 +1,7 @@
 """What the pages say against the code: commands, configurations, paths and quoted messages."""
 
 import ast
+import inspect
 import re
 import shlex
 from functools import cache
@@ -8,14 +9,19 @@ from functools import cache
 import pytest
 import yaml
 
+import moe_train
 from moe_train.cli.main import SUBCOMMANDS
 from moe_train.config.load import load_config, validate_config
-from tests.docs.pages import DOCS, ROOT, Command, blocks, commands, load_script, page_names, read_page
+from moe_train.config.part_options import PLACES
+from moe_train.config.registry import REGISTRY
+from tests.docs.pages import DOCS, ROOT, Command, all_page_names, blocks, commands, load_script, read_page
+from tests.parts import FOLDER as PARTS
+from tests.test_floors import HOUSE
 
 LAUNCHED = "launch/train.py"
 SCRIPTS = ("launch/deepspeed.sh", "launch/torchrun.sh", "launch/mpirun.sh", "launch/slurm.sbatch")
-ALL_COMMANDS = [command for name in page_names() for command in commands(read_page(name), name)]
-YAML_BLOCKS = [(name, text) for name in page_names() for text in blocks(read_page(name), "yaml")]
+ALL_COMMANDS = [command for name in all_page_names() for command in commands(read_page(name), name)]
+YAML_BLOCKS = [(name, text) for name in all_page_names() for text in blocks(read_page(name), "yaml")]
 
 
 def check_command(command: str) -> None:
@@ -23,7 +29,7 @@ def check_command(command: str) -> None:
     words = shlex.split(command)
     for place, word in enumerate(words):
         path = word.rpartition("=")[2]
-        if re.match(r"(configs|launch|benchmarks|docs|requirements|docker)/", path):
+        if re.match(r"(configs|launch|benchmarks|docs|requirements|docker|tests)/", path):
             assert (ROOT / path).exists(), f"{path} is not in the repository"
         if re.fullmatch(r"benchmarks\.\w+", word):
             assert is_benchmark(word), f"there is no benchmark {word}"
@@ -136,9 +142,10 @@ def test_a_configuration_of_a_page_is_valid(page, text):
 
 def test_paths_that_are_named_exist():
     named = re.compile(r"`(?:python )?((?:configs|launch|benchmarks|docs|docker|tests|moe_train|requirements)/[\w./]*)")
-    inside = re.compile(r"`((?:config|ops|parallel|model|data|train|infer|plan|cli)/[\w/]+\.py)`")
+    rooms = "|".join(room for row in HOUSE for room in row if room != "launch")  # a folder of the repository too
+    inside = re.compile(rf"`((?:{rooms})/[\w/]+\.py)[`:]")
     missing, seen = [], 0
-    for page in page_names():
+    for page in all_page_names():
         text = " ".join(read_page(page).split())  # a command in backquotes may go over two lines
         for path in named.findall(text):
             seen += 1
@@ -153,12 +160,12 @@ def test_paths_that_are_named_exist():
 
 def test_links_to_pages_and_pictures_lead_somewhere():
     broken, seen = [], 0
-    for page in page_names():
+    for page in all_page_names():
         for target in re.findall(r"\]\(([^)\s]+)\)", read_page(page)):
             path = target.partition("#")[0]
             if path and "://" not in path:
                 seen += 1
-                broken += [] if (DOCS / path).exists() else [f"{page}: {target}"]
+                broken += [] if (DOCS / page).parent.joinpath(path).exists() else [f"{page}: {target}"]
     assert seen > 30
     assert broken == []
 
@@ -229,7 +236,7 @@ def test_numbers_of_the_checkpoint_format_are_the_codes():
 
 
 def test_pages_name_no_path_of_a_machine():
-    for page in page_names():
+    for page in all_page_names():
         assert not re.search(r"/(work|tmp|root|home)/", read_page(page)), page
 
 
@@ -244,11 +251,57 @@ def test_exit_codes_are_the_codes():
     assert "lost" in told[errors.EXIT_LOST] and "numbers" in told[errors.EXIT_DIVERGED]
 
 
-def test_every_registry_that_is_named_is_there():
-    text = read_page("architecture.md").partition("## Where to add")[2].partition("\n## ")[0]
-    registries = set(re.findall(r"`([A-Z]{3,}(?:_[A-Z]+)*)`", text))
+def test_what_is_said_of_parts_is_there():
+    text = read_page("../CONTRIBUTING.md").partition("## Add a part")[2].partition("\n## ")[0]
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "moe_train").rglob("*.py"))
-    assert len(registries) >= 5
-    assert [name for name in registries if not re.search(rf"^{name}\b.*=", source, re.MULTILINE)] == []
-    functions = set(re.findall(r"`(\w+)\(", text)) | {"publish", "new_state", "choose", "open_corpus"}
+    rows = re.findall(
+        r"^\| [\w ]+ \| `(\w+)` \| `([\w/.]+)` \| [^|]+ \| (?:`([\w.]+)\.NAME`|none) \|$", text, re.MULTILINE
+    )
+    assert {group for group, _, _ in rows} == set(REGISTRY)
+    assert {path for _, path, _ in rows} == {f"tests/parts/{each.name}" for each in PARTS.glob("[!_]*.py")}
+    assert {section: group for group, _, section in rows if section} == PLACES
+    kinds = set(re.findall(r"^class (\w+Kind)\b", source, re.MULTILINE))
+    assert len(kinds) == len(REGISTRY)
+    assert set(re.findall(r"\b([A-Z]\w*Kind)\b", text)) == kinds
+    described = dict(re.findall(r"^\| `(\w+Kind)` \| `([\w/.]+)` \|", read_page("architecture.md"), re.MULTILINE))
+    assert set(described) == kinds
+    for kind, path in described.items():
+        assert re.search(rf"^class {kind}\b", (ROOT / "moe_train" / path).read_text(encoding="utf-8"), re.MULTILINE), (
+            kind
+        )
+    functions = set(re.findall(r"`(\w+)\(", text))
+    assert len(functions) >= 10
     assert [name for name in functions if not re.search(rf"def {name}\(", source)] == []
+
+
+def test_the_python_example_of_the_readme_fits_the_interface():
+    """The example names what `moe_train` has, with arguments that fit; its configuration loads."""
+    (text,) = blocks(read_page("../README.md"), "python")
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    ours = {node.func.attr: node for node in calls if isinstance(node.func, ast.Attribute)}
+    assert {"load_config", "run_training", "load_run", "generate"} == set(ours)
+    for name, call in ours.items():
+        function = getattr(moe_train.LoadedRun if name == "generate" else moe_train, name)
+        arguments = [*(["self"] if name == "generate" else []), *call.args]
+        inspect.signature(function).bind(*arguments, **{word.arg: word.value for word in call.keywords if word.arg})
+    arguments = {word.arg: ast.literal_eval(word.value) for word in ours["load_config"].keywords}
+    config = moe_train.load_config(ROOT / ast.literal_eval(ours["load_config"].args[0]), **arguments)
+    assert config.train.run_dir == ast.literal_eval(ours["load_run"].args[0])
+
+
+def test_the_readme_is_short():
+    assert len(read_page("../README.md").splitlines()) < 150
+    assert len(read_page("../CONTRIBUTING.md").splitlines()) < 200
+
+
+def test_every_decision_is_in_the_index_and_says_what_was_chosen():
+    index = read_page("decisions/index.md")
+    records = sorted(path.name for path in (DOCS / "decisions").glob("[0-9]*.md"))
+    assert [name[:4] for name in records] == [f"{number:04d}" for number in range(1, len(records) + 1)]
+    assert re.findall(r"^\| \[\d{4}\]\((.+?)\) \|", index, re.MULTILINE) == records
+    assert re.findall(r"^(\d{4}-\S+)$", index, re.MULTILINE) == [name.removesuffix(".md") for name in records]
+    for name in records:
+        text = read_page(f"decisions/{name}")
+        assert text.startswith(f"# {name[:4]}: ")
+        assert {"## Context", "## Options"} <= set(text.splitlines()), name
+        assert re.search(r"^## (Decision|What was chosen)$", text, re.MULTILINE), name
