@@ -64,5 +64,6 @@ docs: venv
 	    --no-build-isolation -e '.[docs]'
 	@.venv/bin/python docs/make_reference.py --check
 	@.venv/bin/python docs/make_scaling.py --check
+	@.venv/bin/python docs/make_architecture.py --check
 	@.venv/bin/python -m sphinx -W --keep-going -q docs build/docs
 	@echo 'build/docs/index.html'

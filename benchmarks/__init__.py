@@ -3,6 +3,7 @@
 balance          routing with and without balance losses (Shazeer et al. 2017, Table 6, scaled down)
 checkpoint       saving and loading beside plain copies of the same bytes
 expert_parallel  bytes and time of each dispatch over several ranks
+house            size and order of the source, and what one needs to read and change in it
 kills            a run that is killed again and again, against one that never is
 kv_cache         cache size and decoding speed when fewer layers and heads own keys and values
 layout_matrix    every layout's checkpoint loaded in every layout
