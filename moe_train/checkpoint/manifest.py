@@ -124,6 +124,11 @@ class Manifest:
     moments: tuple[str, ...] = ADAM_MOMENTS
 
     @property
+    def optimizer(self) -> str:
+        """Name of the optimizer whose moments it has."""
+        return str(self.config.get("optim", {}).get("name", "adamw"))
+
+    @property
     def state_kinds(self) -> tuple[str, ...]:
         """Kinds of fp32 values that every tensor has: its weight and the optimizer's moments."""
         return ("weight", *self.moments)

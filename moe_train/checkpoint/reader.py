@@ -14,6 +14,8 @@ from moe_train.distributed.consensus import run_on_all_ranks
 def load_checkpoint(state: ShardedState, manifest: Manifest, group: Group | None = None) -> None:
     """Replace the training state by a checkpoint's. Each rank reads the ranges that it owns.
 
+    If the checkpoint is of another optimizer, moments and the number of updates start at zero.
+
     Args:
         state: Training state of the same model, in any layout.
         manifest: Manifest of a checkpoint whose files are verified.
@@ -27,19 +29,20 @@ def load_checkpoint(state: ShardedState, manifest: Manifest, group: Group | None
     check_same_model(manifest, {tensor.name: tensor.shape for tensor in state.logical_tensors})
     buffers = state.buffers()
     check_same_buffers(manifest, {name: buffer.numel() for name, buffer in buffers.items()})
+    is_same_optimizer = state.optimizer == manifest.optimizer and set(state.moments) == set(manifest.moments)
     with RangeReader(manifest) as reader:
         # If a file can no longer be read on one rank, all ranks raise before they wait for each other.
         run_on_all_ranks(
-            lambda: state.read_state(lambda fragment, kind: _read_fragment(reader, fragment, kind)), group=group
+            lambda: state.read_state(lambda fragment, kind: _read_fragment(reader, fragment, kind, is_same_optimizer)),
+            group=group,
         )
-    is_same_optimizer = set(state.moments) <= set(manifest.moments)
     was_fp16 = manifest.config.get("train", {}).get("precision") == "fp16"
     state.adopt_state(manifest.optimizer_step if is_same_optimizer else 0, manifest.loss_scale if was_fp16 else None)
     for name, values in manifest.buffers.items():
         buffers[name].copy_(torch.tensor(values, dtype=torch.float64))
 
 
-def _read_fragment(reader: RangeReader, fragment: Fragment, kind: str) -> Tensor:
-    if kind not in reader.manifest.state_kinds:  # a moment of another optimizer than the checkpoint's starts at zero
+def _read_fragment(reader: RangeReader, fragment: Fragment, kind: str, has_moments: bool) -> Tensor:
+    if kind != "weight" and not has_moments:  # a moment of another optimizer than the checkpoint's starts at zero
         return torch.zeros(fragment.numel)
     return reader.read(fragment.tensor.name, kind, fragment.start, fragment.start + fragment.numel)

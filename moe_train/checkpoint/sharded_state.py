@@ -35,6 +35,10 @@ class ShardedState(Protocol):
         """Every tensor of the model as all ranks together see it."""
 
     @property
+    def optimizer(self) -> str:
+        """Return the name of the optimizer."""
+
+    @property
     def moments(self) -> tuple[str, ...]:
         """Names of the optimizer's state tensors, which are fp32 and as long as the weights."""
 

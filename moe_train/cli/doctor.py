@@ -78,10 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     options, rest = _parser().parse_known_args(list(arguments))
     sizes = None if options.sizes is None else _read_sizes(options.sizes)
-    if not 0 < options.timeout < math.inf:
-        raise UsageError(f"--timeout ({options.timeout:g}) must be more than 0 seconds, and finite")
-    if options.expect_bandwidth is not None and not 0 < options.expect_bandwidth < math.inf:
-        raise UsageError(f"--expect-bandwidth ({options.expect_bandwidth:g}) must be more than 0 GB/s, and finite")
+    _check_numbers(options)
     world = discover_world()
     setting = _read_setting(rest, options, world)
 
@@ -126,6 +123,13 @@ def run(arguments: Sequence[str]) -> int:
     if closed:
         raise closed[0]
     return code
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    if not 0 < options.timeout < math.inf:
+        raise UsageError(f"--timeout ({options.timeout:g}) must be more than 0 seconds, and finite")
+    if options.expect_bandwidth is not None and not 0 < options.expect_bandwidth < math.inf:
+        raise UsageError(f"--expect-bandwidth ({options.expect_bandwidth:g}) must be more than 0 GB/s, and finite")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from moe_train.data import Tokenizer
 
 if TYPE_CHECKING:
     from moe_train.infer.decode import DecodePlan
+    from moe_train.infer.generate import Generation
     from moe_train.infer.trained import Trained
 
 _NEW_TOKENS = 128  # default number of new tokens, as far as there is room
@@ -79,14 +80,21 @@ def run(arguments: Sequence[str]) -> int:
         group=None if is_alone else world_group(),
         on_text=(lambda _, text: _write(text)) if streams else None,
     )
-    if trained.world.rank > 0:
-        return 0
+    if trained.world.rank == 0:
+        _report(options, trained, prompts, result, streams)
+    return 0
+
+
+def _report(
+    options: argparse.Namespace, trained: "Trained", prompts: Sequence[Prompt], result: "Generation", streams: bool
+) -> None:
+    """Print the texts that were not printed as they came, and the speed."""
     if options.json:
         values = result.as_dict()
         for prompt, completion in zip(prompts, values["completions"], strict=True):
             completion["prompt"] = prompt.text if prompt.text is not None else list(prompt.ids)
         print(json.dumps(values | {"checkpoint": str(trained.manifest.folder), "step": trained.manifest.step}))
-        return 0
+        return
     if streams:
         _write("\n")
     else:
@@ -97,7 +105,6 @@ def run(arguments: Sequence[str]) -> int:
         f"tokens/s, KV cache {result.kv_cache_bytes:,} bytes",
         file=sys.stderr,
     )
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """Entry point of the command `moe-train`; each subcommand has its own file in this folder."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -84,7 +85,8 @@ def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], p
             time.sleep(_FIRST_RANK_SPEAKS_SECONDS)
         code = EXIT_USAGE
     except RunFailed as error:
-        print(error, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a closed output changes no exit code
+            print(error, file=sys.stderr, flush=True)
         code = error.exit_code  # and out, without waiting for ranks that wait for this one
     leave_process_group(code)
     return code

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from moe_train.config.registry import Group, is_part
+from moe_train.config.registry import PartGroup, is_part
 
 
 class Section(BaseModel):
@@ -37,24 +37,45 @@ class SectionWithParts(Section):
     """
 
     model_config = ConfigDict(extra="allow")
-    part_group: ClassVar[Group]
+    part_group: ClassVar[PartGroup]
 
     @property
     def part_settings(self) -> dict[str, dict[str, Any]]:
         """Settings of parts, by the name of the part."""
         return self.model_extra or {}
 
-    @model_validator(mode="after")
-    def _check_part_settings(self) -> Self:
-        for name, value in self.part_settings.items():
-            if not is_part(self.part_group, name):
-                raise PydanticCustomError("extra_forbidden", "unknown key", {"key": name, "value": value})
-            if not isinstance(value, dict):
-                raise ValueError(f"{name} ({value!r}) must be a mapping: the settings of {name}")
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_part_settings(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Refuse keys that are neither fields nor parts, together with whatever else is wrong."""
+        if not isinstance(values, dict):
+            return handler(values)
+        faults = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                continue
+            if not is_part(cls.part_group, name):
+                faults[name] = PydanticCustomError("extra_forbidden", "unknown key")
+            elif not isinstance(value, dict):
+                faults[name] = PydanticCustomError("value_error", "must be a mapping: the settings of a part")
+        if not faults:
+            return handler(values)
+        found = [InitErrorDetails(type=fault, loc=(name,), input=values[name]) for name, fault in faults.items()]
+        try:
+            handler({name: value for name, value in values.items() if name not in faults})
+        except ValidationError as error:
+            found += [_as_details(item) for item in error.errors(include_url=False)]
+        raise ValidationError.from_exception_data(cls.__name__, found)
+
+
+def _as_details(item: Any) -> InitErrorDetails:
+    """Make an error that is raised again from one that was found."""
+    message = item["msg"].replace("{", "{{").replace("}", "}}")
+    return InitErrorDetails(type=PydanticCustomError(item["type"], message), loc=item["loc"], input=item["input"])
 
 
 _WHOLE = ("coef_schedules",)
+_SAME = {"mixer": "mixers", "mixers": "mixer"}  # two names of one field: the one given above replaces the other below
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +83,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
     A schedule is one value: points of one file make no sense among the points of another.
     """
-    merged = dict(below)
+    merged = {key: value for key, value in below.items() if _SAME.get(key) not in above or key in above}
     for key, value in above.items():
         old = merged.get(key)
         merged[key] = (

@@ -111,8 +111,12 @@ def _describe_unreadable(message: str, arguments: Sequence[str]) -> str:
     return message
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "--config") -> dict[str, Any]:
     """Read the mapping in a YAML file.
+
+    Args:
+        path: The file.
+        what: What names the file, for messages.
 
     Raises:
         UsageError: If the file cannot be read, is not YAML, or is not a mapping.
@@ -120,11 +124,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: cannot be read: {error}") from error
+        raise UsageError(f"{what} {path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{what} {path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: must be a mapping of sections, not {type(values).__name__}")
+        raise UsageError(f"{what} {path}: must be a mapping of sections, not {type(values).__name__}")
     return values
 
 

@@ -24,9 +24,6 @@ def _describe(error: Any, model: type[BaseModel], prefix: str) -> str:
     name = ".".join(str(part) for part in [*([prefix] if prefix else []), *path])
     if error["type"] == "extra_forbidden":
         value = error["input"]
-        if "key" in error.get("ctx", {}):  # a section with parts says itself what it does not know
-            path, value = [*path, error["ctx"]["key"]], error["ctx"]["value"]
-            name = f"{name}.{path[-1]}" if name else str(path[-1])
         known = _fields_at(model, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"

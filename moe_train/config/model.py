@@ -74,6 +74,7 @@ class ModelConfig(SectionWithParts):
             raise ValueError(
                 f"mixer ({values['mixer']!r}) and mixers ({values['mixers']!r}) both name the mixers: give one of them"
             )
+        check_part("mixers", values["mixer"], "mixer")
         return values | {"mixer": None, "mixers": (values["mixer"],)}
 
     @model_validator(mode="after")

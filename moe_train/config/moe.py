@@ -194,11 +194,6 @@ class MoEConfig(SectionWithParts):
             )
 
     def _check_balance(self) -> None:
-        if self.load_cv2_coef > 0 and self.router in ("softmax_topk", "sigmoid_topk", "switch"):
-            raise ValueError(
-                f"load_cv2_coef ({self.load_cv2_coef}) has no effect with router {self.router!r}: its counts have no "
-                "gradient; set load_cv2_coef to 0, or router to noisy_topk"
-            )
         for name in ("load_cv2_coef", "switch_aux_coef", "bias_update_rate"):
             if getattr(self, name) > 0 and self.top_k == self.num_experts:
                 raise ValueError(

@@ -11,10 +11,10 @@ import yaml
 
 from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
-from moe_train.config.registry import Group, is_part
+from moe_train.config.registry import PartGroup, is_part
 
 # Sections that contain settings of parts, with the group of these parts.
-PLACES: dict[str, Group] = {
+PLACES: dict[str, PartGroup] = {
     "model.moe.balance": "balance",
     "model.moe": "routers",
     "model": "mixers",
@@ -46,7 +46,7 @@ def take_part_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, An
             others.append(argument)
             continue
         if not equals:
-            if not left:
+            if not left or left[0].startswith("--"):
                 raise UsageError(f"{option}: has no value")
             text = left.pop(0)
         values = merge(values, _nested(path, _read(option, text)))

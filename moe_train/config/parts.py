@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
 from moe_train.config.messages import describe_errors
-from moe_train.config.registry import load_part
+from moe_train.config.registry import REGISTRY, load_part
 from moe_train.config.root import Config
 
 OPTIONAL_FIELDS = ("beta1", "beta2", "epsilon")  # fields of optim that not every optimizer has
@@ -74,7 +74,7 @@ class Kinds:
         dispatcher: Kind of dispatcher.
         optimizer: Kind of optimizer.
         balance: Kinds of ways to balance that have settings in the configuration, by name.
-        sinks: Kinds of sinks that have settings in the configuration, by name.
+        sinks: Kinds of sinks of other packages, by name. Those of this package have no settings, and import slowly.
     """
 
     mixers: Mapping[str, Kind]
@@ -101,7 +101,7 @@ class Kinds:
         for name, each in self.balance.items():
             read_section(each.section, moe.balance[name], f"model.moe.balance.{name}")
         for name, each in self.sinks.items():
-            read_section(each.section, config.telemetry.part_settings[name], f"telemetry.{name}")
+            read_section(each.section, config.telemetry.part_settings.get(name), f"telemetry.{name}")
         optim = config.optim
         read_section(self.optimizer.section, optim.part_settings.get(optim.name), f"optim.{optim.name}")
         for field in OPTIONAL_FIELDS:
@@ -110,7 +110,7 @@ class Kinds:
         if moe.load_cv2_coef > 0 and not self.router.has_smooth_load:
             raise UsageError(
                 f"model.moe.load_cv2_coef ({moe.load_cv2_coef}) has no effect with router {moe.router!r}: its load has "
-                "no gradient; set load_cv2_coef to 0"
+                "no gradient; set load_cv2_coef to 0, or router to noisy_topk"
             )
 
 
@@ -126,7 +126,7 @@ def load_kinds(config: Config) -> Kinds:
         load_part("dispatchers", config.parallel.dispatch),
         load_part("optimizers", config.optim.name),
         {name: load_part("balance", name) for name in config.model.moe.balance},
-        {name: load_part("sinks", name) for name in config.telemetry.part_settings},
+        {name: load_part("sinks", name) for name in config.telemetry.active_sinks if name not in REGISTRY["sinks"]},
     )
 
 

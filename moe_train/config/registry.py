@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from moe_train.config.errors import UsageError
 
-Group = Literal["mixers", "routers", "balance", "dispatchers", "optimizers", "sinks"]
+PartGroup = Literal["mixers", "routers", "balance", "dispatchers", "optimizers", "sinks"]
 
-REGISTRY: dict[Group, dict[str, str]] = {
+REGISTRY: dict[PartGroup, dict[str, str]] = {
     # model.mixers: what mixes tokens along the sequence. The object is a MixerKind (model/mixers/base.py).
     "mixers": {
         "attention": "moe_train.model.mixers.attention:ATTENTION",
@@ -56,17 +56,17 @@ REGISTRY: dict[Group, dict[str, str]] = {
 }
 
 
-def part_names(group: Group) -> list[str]:
+def part_names(group: PartGroup) -> list[str]:
     """List the names of all parts of a group: those of this package, then those of others."""
     return [*REGISTRY[group], *(name for name in _outside(group) if name not in REGISTRY[group])]
 
 
-def is_part(group: Group, name: str) -> bool:
+def is_part(group: PartGroup, name: str) -> bool:
     """Return whether a group has a part of this name."""
     return name in REGISTRY[group] or name in _outside(group)
 
 
-def check_part(group: Group, name: str, field: str) -> None:
+def check_part(group: PartGroup, name: str, field: str) -> None:
     """Refuse a name that no part has.
 
     Args:
@@ -84,7 +84,7 @@ def check_part(group: Group, name: str, field: str) -> None:
 
 
 @functools.cache
-def load_part(group: Group, name: str) -> Any:
+def load_part(group: PartGroup, name: str) -> Any:
     """Import the object in which a part describes itself, at the first call.
 
     Args:
@@ -108,6 +108,6 @@ def _import(line: str) -> Any:
 
 
 @functools.cache
-def _outside(group: Group) -> dict[str, importlib.metadata.EntryPoint]:
+def _outside(group: PartGroup) -> dict[str, importlib.metadata.EntryPoint]:
     """Find the parts of other packages, by name."""
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=f"moe_train.{group}")}

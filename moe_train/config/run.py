@@ -48,11 +48,6 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_part("dispatchers", self.dispatch, "dispatch")
-        if self.differs("ranks_per_node") and self.dispatch in ("flat", "unique"):
-            raise ValueError(
-                f"ranks_per_node ({self.ranks_per_node}) has no effect with dispatch {self.dispatch!r}: it is for "
-                "two_level"
-            )
         return self
 
 

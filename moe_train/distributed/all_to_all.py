@@ -18,6 +18,7 @@ from moe_train.distributed.collectives import Group, group_rank
 from moe_train.distributed.flight_recorder import CollectiveRecord, Direction
 from moe_train.distributed.observer import UNOBSERVED, CommObserver
 from moe_train.ops.payload import MODEL_PAYLOAD, Payload
+from moe_train.ops.pending import Pending
 
 
 @dataclass(frozen=True)
@@ -98,29 +99,9 @@ class _Finish(torch.autograd.Function):
         return grads[0].new_empty(0), None
 
 
-@dataclass(frozen=True)
-class PendingRows:
-    """Rows that were sent and have not been waited for.
-
-    Attributes:
-        carrier: Empty tensor that carries autograd's graph.
-        flight: The all-to-all of the rows.
-    """
-
-    carrier: Tensor
-    flight: _Flight
-
-    def wait(self) -> Tensor:
-        """Wait for the rows from the other ranks, [Q, D], in the order of their source; differentiable. Call it once.
-
-        Collective: None in the forward pass; the backward pass starts the gradients' all-to-all.
-        """
-        return _Finish.apply(self.carrier, self.flight)
-
-
 def start_rows(
     rows_RD: Tensor, splits: Splits, group: Group, observer: CommObserver = UNOBSERVED, payload: Payload = MODEL_PAYLOAD
-) -> PendingRows:
+) -> Pending[Tensor]:
     """Send consecutive blocks of rows, block i to rank i of the group, without waiting; differentiable.
 
     Args:
@@ -131,39 +112,18 @@ def start_rows(
         payload: Form in which the rows, and later their gradients, travel.
 
     Returns:
-        Pending rows, whose `wait` returns the [Q, D] rows that arrive.
+        Pending rows [Q, D] from the other ranks, in the order of their source; differentiable.
 
     Collective: All ranks of the group, also those that send or receive nothing, in the same order as all other
-    collective operations of the group. The same holds in the backward pass.
+    collective operations of the group. The same holds in the backward pass, which starts the gradients' all-to-all
+    where the forward pass waits.
     """
     flight = _Flight(splits, group, observer, payload)
-    return PendingRows(_Start.apply(rows_RD, flight), flight)
+    carrier = _Start.apply(rows_RD, flight)
+    return Pending(lambda: _Finish.apply(carrier, flight))
 
 
-@dataclass(frozen=True)
-class PendingCounts:
-    """Counts that were sent and have not been waited for.
-
-    Attributes:
-        arriving_Pn: Counts from each rank, int64; valid after the wait.
-        work: Handle of the all-to-all.
-        collective: Record of the all-to-all.
-        observer: Notified of the wait.
-    """
-
-    arriving_Pn: Tensor
-    work: dist.Work
-    collective: CollectiveRecord
-    observer: CommObserver
-
-    def wait(self) -> Tensor:
-        """Wait for the counts from all ranks, int64 [P, n], in rank order."""
-        with self.observer.waiting(self.collective):
-            self.work.wait()
-        return self.arriving_Pn
-
-
-def start_counts(counts_Pn: Tensor, group: Group, observer: CommObserver = UNOBSERVED) -> PendingCounts:
+def start_counts(counts_Pn: Tensor, group: Group, observer: CommObserver = UNOBSERVED) -> Pending[Tensor]:
     """Send row i of counts to rank i of the group, without waiting.
 
     Args:
@@ -172,7 +132,7 @@ def start_counts(counts_Pn: Tensor, group: Group, observer: CommObserver = UNOBS
         observer: Notified of the all-to-all.
 
     Returns:
-        Pending counts, whose `wait` returns the [P, n] counts that arrive.
+        Pending counts from all ranks, int64 [P, n], in rank order.
 
     Collective: All ranks of the group, in the same order as all other collective operations of the group.
     """
@@ -181,4 +141,10 @@ def start_counts(counts_Pn: Tensor, group: Group, observer: CommObserver = UNOBS
     collective = CollectiveRecord("all_to_all_counts", observer.layer, "forward", ones, ones)
     with observer.starting(collective, counts_Pn.nbytes - counts_Pn[0].nbytes):
         work = dist.all_to_all_single(arriving_Pn, counts_Pn.contiguous(), group=group, async_op=True)
-    return PendingCounts(arriving_Pn, work, collective, observer)
+
+    def finish() -> Tensor:
+        with observer.waiting(collective):
+            work.wait()
+        return arriving_Pn
+
+    return Pending(finish)

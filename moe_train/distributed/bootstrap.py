@@ -272,6 +272,10 @@ def init_process_group(world: World, device: torch.device, timeout_seconds: floa
 
     Collective: All ranks.
     """
+    import torch.distributed as dist
+
+    if dist.is_initialized():  # by an earlier use in the same process
+        return
     timeout = timedelta(seconds=timeout_seconds)
     export_world(world, device)
     join_group(open_store(world, timeout, os.environ), world, device, timeout)
@@ -289,9 +293,21 @@ def leave_process_group(code: int) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # it is closed, or full
+            stream.flush()
     os._exit(code)
+
+
+def destroy_process_groups() -> None:
+    """Destroy all process groups, if there are any, so that another run can begin in this process.
+
+    Collective: All ranks.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:

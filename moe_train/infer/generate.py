@@ -97,19 +97,8 @@ def generate(
     filler = [[tokenizer.end_of_document]] * (share - len(mine))
     longest = max(map(len, prompts))
     decoder = Decoder(model, [*mine, *filler], replace(plan, first_sequence=first), longest)
-    seconds = [0.0, 0.0]
-    began, phase = time.perf_counter(), 0
-    for chosen_B in decoder:
-        chosen = chosen_B.tolist()  # host synchronisation: the text is built on the host
-        seconds[phase] += time.perf_counter() - began
-        for number, (builder, token) in enumerate(zip(builders, chosen, strict=False)):
-            _tell(on_text, first + number, builder.push(token))
-        is_under_way = any(not builder.is_done for builder in builders)
-        if not _any(is_under_way, group, chosen_B.device):
-            break
-        began, phase = time.perf_counter(), 1
-    for number, builder in enumerate(builders):
-        _tell(on_text, first + number, builder.finish())
+    tell = _teller(on_text, first)
+    seconds = _decode(decoder, builders, tell, group)
     own_bytes = decoder.cache.nbytes * len(mine) // share  # without the bytes of the fillers
     own = [builder.completion() for builder in builders], own_bytes, seconds
     found = [own] if group is None else gather_objects(own, group)
@@ -125,9 +114,32 @@ def generate(
     )
 
 
-def _tell(on_text: OnText | None, number: int, text: str) -> None:
-    if on_text is not None and text:
-        on_text(number, text)
+def _decode(decoder: Decoder, builders: Sequence[CompletionBuilder], tell: OnText, group: Group | None) -> list[float]:
+    """Decode until every continuation has ended; the seconds until the first tokens, and of those after."""
+    seconds = [0.0, 0.0]
+    began, phase = time.perf_counter(), 0
+    for chosen_B in decoder:
+        chosen = chosen_B.tolist()  # host synchronisation: the text is built on the host
+        seconds[phase] += time.perf_counter() - began
+        for number, (builder, token) in enumerate(zip(builders, chosen, strict=False)):
+            tell(number, builder.push(token))
+        is_under_way = any(not builder.is_done for builder in builders)
+        if not _any(is_under_way, group, chosen_B.device):
+            break
+        began, phase = time.perf_counter(), 1
+    for number, builder in enumerate(builders):
+        tell(number, builder.finish())
+    return seconds
+
+
+def _teller(on_text: OnText | None, first: int) -> OnText:
+    """A function that passes on what is text, with the number of the prompt among those of all ranks."""
+
+    def tell(number: int, text: str) -> None:
+        if on_text is not None and text:
+            on_text(first + number, text)
+
+    return tell
 
 
 def _any(here: bool, group: Group | None, device: torch.device) -> bool:

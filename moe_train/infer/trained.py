@@ -91,8 +91,10 @@ def open_trained(
     manifest = read_manifest(find_checkpoint_folder(run, option))
     device = choose_device(use.device, world)
     export_world(world, device)
-    precision = _precision(use.precision, manifest, device)
-    values = merge(merge(manifest.config, _layout(use, precision)), changes or {})
+    precision = _precision(use.precision, manifest, device, option)
+    # Optimizer and sinks may be of packages that are not here: they have nothing to do with the model.
+    kept = {name: values for name, values in manifest.config.items() if name not in ("optim", "telemetry")}
+    values = merge(merge(kept, _layout(use, precision)), changes or {})
     if precision != "fp32" and values["parallel"].get("payload") == "bf16":
         values["parallel"]["payload"] = "model"  # it rounds to what the rows are already
     config = (configure or _validate)(values, str(manifest.folder))
@@ -156,9 +158,12 @@ def _layout(use: Use, precision: Precision) -> dict[str, Any]:
     }
 
 
-def _precision(setting: Precision | Literal["auto"], manifest: Manifest, device: torch.device) -> Precision:
+def _precision(
+    setting: Precision | Literal["auto"], manifest: Manifest, device: torch.device, option: str
+) -> Precision:
     if setting == "fp16" and device.type == "cpu":
-        raise UsageError("--precision (fp16) needs --device cuda: on a CPU it is bf16 or fp32")
+        dashes = option.removesuffix("run")
+        raise UsageError(f"{dashes}precision (fp16) needs {dashes}device cuda: on a CPU it is bf16 or fp32")
     if setting != "auto":
         return setting
     trained = manifest.config.get("train", {}).get("precision")

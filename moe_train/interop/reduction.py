@@ -47,7 +47,8 @@ class Reduction:
         """
         ends = (*self.target.kv_owner_layers, self.target.num_layers)
         group = next(range(start, end) for start, end in pairwise(ends) if start == owner)
-        return Counter(max(old for old in self.source.kv_owner_layers if old <= layer) for layer in group)
+        readers = [layer for layer in group if layer in self.source.attention_layers]
+        return Counter(max(old for old in self.source.kv_owner_layers if old <= layer) for layer in readers)
 
     def heads(self, head: int) -> range:
         """Return the heads of the source whose mean is a new head."""

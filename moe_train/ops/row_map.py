@@ -123,26 +123,18 @@ def _pick(values: Tensor, is_picked: Tensor, num_picked: int) -> Tensor:
     return picked.scatter_(0, slots, values.flatten())[:num_picked]
 
 
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, row_map: RowMap) -> Tensor:
-        ctx.row_map = row_map
-        return row_map.gather(rows_ND)
+class _Move(torch.autograd.Function):
+    """Gather or sum by a map; each is the other's gradient."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.row_map.sum_rows(grads[0].contiguous()), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, row_map: RowMap) -> Tensor:
-        ctx.row_map = row_map
-        return row_map.sum_rows(rows_RD)
+    def forward(ctx: Any, rows: Tensor, row_map: RowMap, sums: bool) -> Tensor:
+        ctx.row_map, ctx.sums = row_map, sums
+        return row_map.sum_rows(rows) if sums else row_map.gather(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.row_map.gather(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        row_map: RowMap = ctx.row_map
+        return row_map.gather(grads[0]) if ctx.sums else row_map.sum_rows(grads[0].contiguous()), None, None
 
 
 def gather_rows(rows_ND: Tensor, row_map: RowMap) -> Tensor:
@@ -155,7 +147,7 @@ def gather_rows(rows_ND: Tensor, row_map: RowMap) -> Tensor:
     Returns:
         [R, D]. Its gradient is summed in an order that does not depend on the threads of the device.
     """
-    return _Spread.apply(rows_ND, row_map)
+    return _Move.apply(rows_ND, row_map, False)
 
 
 def scatter_add_rows(rows_RD: Tensor, row_map: RowMap) -> Tensor:
@@ -168,4 +160,4 @@ def scatter_add_rows(rows_RD: Tensor, row_map: RowMap) -> Tensor:
     Returns:
         [N, D] in the dtype of the rows.
     """
-    return _Sum.apply(rows_RD, row_map)
+    return _Move.apply(rows_RD, row_map, True)

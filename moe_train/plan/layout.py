@@ -8,8 +8,7 @@ from moe_train.config.machine import Arithmetic, Machine
 from moe_train.config.moe import MoEConfig
 from moe_train.config.parts import load_kinds
 from moe_train.config.registry import load_part
-from moe_train.config.resolve import Device, ResolvedConfig, resolve
-from moe_train.config.resolve import Ranks as NumberOfRanks
+from moe_train.config.resolve import Device, Ranks, ResolvedConfig, resolve
 from moe_train.config.root import Config
 from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.dispatch.base import DispatcherKind
@@ -72,7 +71,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankGroup:
     """Group of ranks, as one of its ranks sees it.
 
     Attributes:
@@ -154,19 +153,19 @@ class Layout:
         return self.world_size // self.ep_size
 
     @property
-    def world(self) -> Ranks:
+    def world(self) -> RankGroup:
         """Group of all ranks."""
-        return Ranks(self.world_size, min(self.node_size, self.world_size))
+        return RankGroup(self.world_size, min(self.node_size, self.world_size))
 
     @property
-    def expert_parallel(self) -> Ranks:
+    def expert_parallel(self) -> RankGroup:
         """Group of the ranks that share the experts; they are consecutive."""
-        return Ranks(self.ep_size, _mean_on_node(self.ep_size, self.node_size, self.world_size))
+        return RankGroup(self.ep_size, _mean_on_node(self.ep_size, self.node_size, self.world_size))
 
     @property
-    def expert_data_parallel(self) -> Ranks:
+    def expert_data_parallel(self) -> RankGroup:
         """Group of the ranks that hold the same experts; they are strided."""
-        return Ranks(self.edp_size, max(1.0, min(self.node_size, self.world_size) / self.ep_size))
+        return RankGroup(self.edp_size, max(1.0, min(self.node_size, self.world_size) / self.ep_size))
 
 
 def _mean_on_node(size: int, node_size: int, world_size: int) -> float:
@@ -201,14 +200,15 @@ def plan_layout(config: Config, cluster: Cluster, vocab_size: int) -> tuple[Reso
             f"parallel.device ({config.parallel.device}) contradicts the machine that is planned for: "
             f"{machine.name} is {machine.device}"
         )
-    given = config.train.precision
-    if given != "auto" and given not in machine.flops_per_second:
-        known = ", ".join(machine.flops_per_second)
-        raise UsageError(f"train.precision ({given}): nothing is known of it for {machine.name}, only {known}")
-    ranks = NumberOfRanks(cluster.world_size, cluster.gpus_per_node)
+    ranks = Ranks(cluster.world_size, cluster.gpus_per_node)
     device = Device(machine.device, has_bf16="bf16" in machine.flops_per_second)
     resolved = resolve(config, ranks, device, vocab_size, load_kinds(config))
     parallel, train = resolved.parallel, resolved.train
+    if train.precision not in machine.flops_per_second:
+        known = ", ".join(machine.flops_per_second)
+        raise UsageError(
+            f"train.precision ({train.precision}): nothing is known of it for {machine.name}, only {known}"
+        )
     return resolved, Layout(
         world_size=cluster.world_size,
         node_size=cluster.gpus_per_node,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moe_train.config.machine import Link, Machine, Network
 from moe_train.model.moe.balance.build import balance_kinds
 from moe_train.plan.activations import payload_bytes
-from moe_train.plan.layout import Layout, Ranks, dispatch_hops
+from moe_train.plan.layout import Layout, RankGroup, dispatch_hops
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.shapes import ModelShape
 from moe_train.plan.states import ModelStates
@@ -67,13 +67,13 @@ class Reduction:
 
     Attributes:
         kind: Kind of the operations, all_reduce or all_gather; a reduce-scatter counts as an all-gather.
-        ranks: Ranks of the group.
+        ranks: RankGroup of the group.
         num_bytes: Bytes of the tensors, summed over all operations.
         operations: Number of operations.
     """
 
     kind: str
-    ranks: Ranks
+    ranks: RankGroup
     num_bytes: float
     operations: float
 
@@ -112,7 +112,7 @@ def send_seconds(machine: Machine, kind: str, sent: Sent) -> tuple[float, float]
     return inside, across
 
 
-def latency(machine: Machine, kind: str, ranks: Ranks) -> float:
+def latency(machine: Machine, kind: str, ranks: RankGroup) -> float:
     """Return the latency of one operation in a group of ranks, in seconds."""
     return link_of(machine.inter_node if ranks.across > 0 else machine.intra_node, kind).latency_seconds
 
@@ -212,7 +212,7 @@ def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> 
         layout: Layout of the run.
     """
     moe, found = shape.config.moe, []
-    terms = sum(kind.reduces(moe, section) for kind, section in balance_kinds(moe))
+    terms = sum(kind.reduces(moe, section) for _, kind, section in balance_kinds(moe))
     if shape.num_moe_layers and terms:
         times = 2 * terms * layout.accumulation  # forward and backward pass
         size = _SUM_BYTES * shape.num_moe_layers * moe.num_experts

@@ -61,7 +61,9 @@ class RunConsole:
         Args:
             stream: Stream to print to; None: print nothing, for ranks other than 0.
         """
-        self._console = _Console(file=stream, soft_wrap=True, highlight=False) if stream is not None else None
+        # In a notebook plain text goes to its stream: rich would make a block of its own for every line.
+        options: dict[str, Any] = {"soft_wrap": True, "highlight": False, "force_jupyter": False}
+        self._console = _Console(file=stream, **options) if stream is not None else None
         self._progress: Progress | None = None
         self._task: Any = None
         self._drawn = 0.0  # when the bar was drawn last

@@ -18,7 +18,7 @@ from moe_train.distributed.bootstrap import choose_device, environment, export_w
 from moe_train.distributed.world import World
 from moe_train.host.memory import keep_freed_memory
 from moe_train.host.precision import describe_device
-from moe_train.train.engine.settings import check_additions, deepspeed_settings
+from moe_train.train.engine.settings import check_sizes
 from moe_train.train.resume import saved_global_batch_size
 from moe_train.train.run_folder import RunFolder, open_run_folder
 
@@ -52,15 +52,15 @@ def prepare_run(config: Config, world: World) -> PreparedRun:
     Raises:
         UsageError: If the run cannot work.
     """
-    check_additions(config)
     check_data(config.data)
     config = _with_saved_batch(config)
-    folder = open_run_folder(config.train.run_dir)
     device = choose_device(config.parallel.device, world)
     choose_interface(config.parallel.network_interface, environment())
     export_world(world, device)  # before DeepSpeed is imported
     kinds, described = load_kinds(config), describe_device(device)
     sizes = resolve_sizes(config, world, described, kinds)
+    check_sizes(config, sizes, world.world_size)
+    folder = open_run_folder(config.train.run_dir)
     set_threads(config.parallel.threads_per_rank, world)
     if device.type == "cpu":
         keep_freed_memory()
@@ -73,7 +73,6 @@ def prepare_run(config: Config, world: World) -> PreparedRun:
         show_progress=world.local_rank == 0,
     )
     resolved = resolve(config, world, described, data.tokenizer.vocab_size, kinds)
-    deepspeed_settings(resolved)  # refuses additions that contradict a field
     return PreparedRun(resolved, world, device, folder, data)
 
 

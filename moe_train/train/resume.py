@@ -12,6 +12,7 @@ from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import ResolvedConfig
 from moe_train.model.build import mixer_of
+from moe_train.model.moe.routers.build import router_shapes
 
 # Fields whose changes since the checkpoint are not reported.
 _UNREMARKABLE = ("train.run_dir", "checkpoint.resume", "train.log_every", "parallel.threads_per_rank", "data.cache_dir")
@@ -73,6 +74,7 @@ def _shape_fields(model: ModelConfig) -> dict[str, Any]:
             f"model.moe.{name}": getattr(model.moe, name) for name in ("num_experts", "num_shared_experts", "router")
         }
         fields["model.moe.intermediate_size"] = model.expert_intermediate_size
+        fields |= router_shapes(model.moe)
     return fields
 
 

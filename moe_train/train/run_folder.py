@@ -1,5 +1,6 @@
 """Folder of a run: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -88,26 +89,20 @@ def _replace(path: Path, text: str) -> None:
 
 
 def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
-    """Send everything that libraries print, from Python or not, to a log file, until the process ends.
+    """Send what libraries print, and log, to a log file until the process ends.
 
     Args:
-        log: File that the output is appended to.
+        log: Log file; the output is appended.
 
     Returns:
-        Streams of standard output and standard error as they were.
+        Streams of the standard output and error as they were.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [
-        os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8") for stream in (sys.stdout, sys.stderr)
-    ]
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(descriptor, stream.fileno())
-    os.close(descriptor)
+    redirection = contextlib.ExitStack()
+    streams = redirection.enter_context(redirected_output(log))
+    atexit.register(redirection.close)  # keeps it until then
     logging.captureWarnings(True)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
-    return kept[0], kept[1]
+    return streams
 
 
 @contextlib.contextmanager
@@ -133,8 +128,10 @@ def redirected_output(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
             sys.stdout, sys.stderr = output, errors
 
 
-def _redirect_descriptor(number: int, own: TextIO, log: TextIO, undo: contextlib.ExitStack) -> TextIO:
+def _redirect_descriptor(number: int, own: TextIO | None, log: TextIO, undo: contextlib.ExitStack) -> TextIO:
     """Send a file descriptor of the process to the log; return a stream to where `own` went before."""
+    if own is None:  # it was closed when the process started
+        return log
     own.flush()
     try:
         kept = os.dup(number)

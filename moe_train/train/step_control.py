@@ -5,6 +5,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from moe_train.train.step_result import Gradients
 
 NUM_REMEMBERED = 128  # last steps from whose gradient norms the median is computed
 NUM_NEEDED = 32  # steps before a norm can be called too large
-_FINE, _NORM_TOO_LARGE, _NORM_NOT_FINITE, _LOSS_NOT_FINITE = range(4)
+
 _RANKS = 1 << 24  # more than there are ranks: a signal and its rank are packed in one number
 
 
@@ -58,6 +59,36 @@ class StepDecision:
     save_ended: bool
 
 
+class _Fault(IntEnum):
+    """Fault of a step. Of the faults that ranks found, the largest counts."""
+
+    NONE = 0
+    NORM_TOO_LARGE = 1
+    NORM_NOT_FINITE = 2
+    LOSS_NOT_FINITE = 3
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What all ranks found of a step, in one all-reduce.
+
+    Attributes:
+        fault: Worst fault.
+        rank: Rank that found it; of several, the last.
+        signalled: Stop signal and its rank as one number; 0: no signal.
+        save_ended: Whether no save is running on any rank.
+        loss: Loss of this rank.
+        norm: Global gradient norm.
+    """
+
+    fault: _Fault = _Fault.NONE
+    rank: int = 0
+    signalled: float = 0.0
+    save_ended: bool = False
+    loss: float = 0.0
+    norm: float = 0.0
+
+
 class StepControl:
     """Step control of a run. It needs one small all-reduce per step, and one wait for the device."""
 
@@ -83,7 +114,7 @@ class StepControl:
         """
         self._max_norm_ratio, self._max_skipped, self._rank = max_norm_ratio, max_skipped, rank
         self._received, self._save_is_done = received, save_is_done
-        self._decided = (_FINE, 0, 0.0, False, 0.0, 0.0)
+        self._judged = _Judged()
         self._num_skipped = 0
         self.restore(state or StepControlState())
 
@@ -111,7 +142,7 @@ class StepControl:
         return self._max_norm_ratio * statistics.median(self._norms)
 
     def should_skip(self, gradients: Gradients) -> bool:
-        """Decide whether to skip the update.
+        """Decide together with all ranks whether to skip the update, and keep the decision for `conclude`.
 
         Collective: All ranks.
         """
@@ -129,43 +160,43 @@ class StepControl:
         # Host synchronisation: whether the update is made is decided here, and once more for this rank's own loss.
         code, signalled, save_is_running, norm = all_reduce_max(own, world_group()).tolist()
         fault, rank = divmod(int(code), _RANKS)
-        self._decided = (fault, rank, signalled, not save_is_running, float(gradients.loss), norm)
-        if not gradients.overflowed and fault == _FINE:
+        found = _Judged(_Fault(fault), rank, signalled, not save_is_running, float(gradients.loss), norm)
+        self._judged = found
+        if not gradients.overflowed and found.fault == _Fault.NONE:
             self._norms.append(norm)
-        return fault != _FINE
+        return found.fault != _Fault.NONE
 
     def _find_fault(self, gradients: Gradients) -> Tensor:
         """Compute the code of a step's fault on the device, without a wait."""
         norm, bound = gradients.grad_norm.to(gradients.loss.device), self.norm_bound
         fault = torch.zeros_like(norm)
         if bound is not None:
-            fault = torch.where(norm > bound, _NORM_TOO_LARGE, fault)
-        fault = torch.where(torch.isfinite(norm) & (norm >= 0), fault, _NORM_NOT_FINITE)
+            fault = torch.where(norm > bound, _Fault.NORM_TOO_LARGE.value, fault)
+        fault = torch.where(torch.isfinite(norm) & (norm >= 0), fault, _Fault.NORM_NOT_FINITE.value)
         if gradients.overflowed:
             fault = torch.zeros_like(norm)
-        return torch.where(torch.isfinite(gradients.loss), fault, _LOSS_NOT_FINITE)
+        return torch.where(torch.isfinite(gradients.loss), fault, _Fault.LOSS_NOT_FINITE.value)
 
     def conclude(self, progress: Progress, num_sequences: int) -> StepDecision:
         """Return the decision about the step that begins at `progress`."""
-        fault, faulty_rank, signalled, save_ended, loss, norm = self._decided
-        skipped = None
-        if fault == _FINE:
+        judged, skipped = self._judged, None
+        if judged.fault == _Fault.NONE:
             self._streak.clear()
         else:
-            reason = self._describe(fault, faulty_rank, norm)
-            skipped = SkippedStep(progress.step, progress.consumed_sequences, num_sequences, loss, norm, reason)
+            first, reason = progress.consumed_sequences, self._describe(judged)
+            skipped = SkippedStep(progress.step, first, num_sequences, judged.loss, judged.norm, reason)
             self._streak.append(skipped)
             self._num_skipped += 1
         stop = None
-        if signalled:
-            number, stopped_rank = divmod(int(signalled) - 1, _RANKS)
+        if judged.signalled:
+            number, stopped_rank = divmod(int(judged.signalled) - 1, _RANKS)
             stop = f"{signal.Signals(number).name} on rank {stopped_rank}"
-        return StepDecision(skipped, len(self._streak) >= self._max_skipped, stop, save_ended)
+        return StepDecision(skipped, len(self._streak) >= self._max_skipped, stop, judged.save_ended)
 
-    def _describe(self, fault: int, rank: int, norm: float) -> str:
-        if fault == _LOSS_NOT_FINITE:
-            return f"the loss of rank {rank} is not finite"
-        if fault == _NORM_NOT_FINITE:
+    def _describe(self, judged: _Judged) -> str:
+        if judged.fault == _Fault.LOSS_NOT_FINITE:
+            return f"the loss of rank {judged.rank} is not finite"
+        if judged.fault == _Fault.NORM_NOT_FINITE:
             return "the gradient norm is not finite"
         median = statistics.median(self._norms)
-        return f"the gradient norm ({norm:.3g}) is {norm / median:.1f} times the median of the last steps"
+        return f"the gradient norm ({judged.norm:.3g}) is {judged.norm / median:.1f} times the median of the last steps"

@@ -96,6 +96,8 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
             traceback.print_exc()  # to the log, before others are asked
         reason, code = health.explain(error)
         raise RunFailed(f"rank {world.rank}: {reason}; its log is {prepared.folder.log(world.rank)}", code) from error
+    finally:
+        health.watchdog.stop()
     health.leave()
     return result
 
@@ -119,6 +121,7 @@ def _train_watched(
     else:
         _conclude(run, result, sample(run))
     run.recorder.close()
+    run.engine.close()
     barrier()  # no rank leaves while another still needs its experts or its store
     return result
 
@@ -161,12 +164,12 @@ def _build(
     meter = TrafficMeter(device) if config.telemetry.experts and layers else None
     engine = make_engine(config, device, meter, health.flight_recorder)
     first = _restore(prepared, point, engine, console, group)
-    records, alarms = _open_records(prepared, first.step, console) if world.rank == 0 else (None, None)
+    metrics, alarms = _open_metrics(prepared, first.step, console) if world.rank == 0 else (None, None)
     flops = training_flops_per_token(config.model, config.model.vocab_size, config.train.sequence_length)
     # On all ranks at once: those of a CPU share its cores.
     reference = FlopsReference(flops, peak_flops(device, config.train.precision))
     plan = BatchPlan(config.train.micro_batch_size, config.train.global_batch_size, world.rank, world.world_size)
-    recorder = StepRecorder(config, plan, console, meter, records, alarms, reference)
+    recorder = StepRecorder(config, plan, console, meter, metrics, alarms, reference)
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
     writer = CheckpointWriter(folder.checkpoints, world.rank, group, retention)
     step_control = StepControl(
@@ -215,7 +218,7 @@ def _restore(
     return Progress(manifest.step, manifest.consumed_sequences)
 
 
-def _open_records(
+def _open_metrics(
     prepared: PreparedRun, first_step: int, console: RunConsole
 ) -> tuple[MetricsWriter, LoadAlarms | None]:
     config, folder, layers = prepared.config, prepared.folder, prepared.config.model.moe_layer_indices
@@ -246,7 +249,7 @@ def open_sinks(telemetry: TelemetryConfig, folder: RunFolder, first_step: int) -
         first_step: Number of steps that are done.
 
     Returns:
-        The sinks by their titles.
+        The sinks by their names.
 
     Raises:
         UsageError: If a sink of another package cannot be imported.
@@ -255,7 +258,7 @@ def open_sinks(telemetry: TelemetryConfig, folder: RunFolder, first_step: int) -
     for name in telemetry.active_sinks:
         kind = load_part("sinks", name)
         section = read_section(kind.section, telemetry.part_settings.get(name), f"telemetry.{name}")
-        sinks[kind.title] = kind.open(SinkSpec(folder.root, first_step, section))
+        sinks[name] = kind.open(SinkSpec(folder.root, first_step, section))
     return sinks
 
 

@@ -115,6 +115,15 @@ def test_pruning_keeps_the_latest_valid_one(tmp_path: Path) -> None:
     assert names(list_checkpoints(tmp_path)) == ["step_00000002", "step_00000004"]
 
 
+def test_pruning_passes_over_a_checkpoint_of_a_newer_format(tmp_path: Path) -> None:
+    for step in (1, 2):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 3, format_version=9)
+    found = prune(tmp_path, Retention(1, 0), is_dry=False)
+    assert found.latest_valid == "step_00000002" and found.removed == ["step_00000001"]
+    assert "9" in found.damaged["step_00000003"]
+
+
 def test_pruning_gives_an_old_copy_its_name_back(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, 1)
     folder.rename(tmp_path / "step_00000001.old")

@@ -1,6 +1,8 @@
 """Subcommands, help and parameter counts."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +41,18 @@ def test_params_needs_a_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["params", "--train.run_dir=x", "--data.tokenizer=my_tokenizer.json"]
     assert main(arguments) == 2
     assert "model.vocab_size" in capsys.readouterr().err
+
+
+def test_a_failed_run_keeps_its_exit_code_where_nobody_reads(tmp_path) -> None:
+    program = (
+        "import sys\n"
+        "from moe_train.cli.main import run_command\n"
+        "from moe_train.config.errors import RunFailed\n"
+        "def run(arguments): raise RunFailed('rank 0: lost', 70)\n"
+        "sys.exit(run_command(run, [], 'x'))"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", program], stderr=full, timeout=60)
+    assert result.returncode == 70
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (70, "rank 0: lost\n")

@@ -13,11 +13,6 @@ SIGMOID = {"router": "sigmoid_topk", "load_cv2_coef": 0}
     [
         pytest.param({"top_k": 9}, ["top_k (9)", "num_experts (8)"], id="top_k above num_experts"),
         pytest.param({"top_k": 1}, ["top_k (1)", "renormalize_gates (True)", "learns nothing"], id="top-1 gate of 1"),
-        pytest.param(
-            {"router": "softmax_topk", "load_cv2_coef": 0.1},
-            ["load_cv2_coef (0.1)", "softmax_topk"],
-            id="load without noise",
-        ),
         pytest.param({"top_k": 8}, ["load_cv2_coef (0.1)", "top_k (8)", "num_experts (8)"], id="load with K = E"),
         pytest.param({"noise_epsilon": 0.0}, ["noise_epsilon", "0.0"], id="no least noise"),
         pytest.param(

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config, validate_config
 from tests.resolved import resolve_for
@@ -47,9 +48,9 @@ def make(**sections):
             id="rows that are no shorter",
         ),
         pytest.param(
-            {"parallel": {"ranks_per_node": 4}},
-            ["ranks_per_node (4)", "dispatch 'flat'", "two_level"],
-            id="nodes that nobody asks for",
+            {"train": {"compile": True}, "parallel": {"zero_stage": 3}},
+            ["train.compile (True)", "zero_stage (3)"],
+            id="compiled pieces",
         ),
     ],
 )
@@ -198,3 +199,50 @@ def test_the_quickstart_fits_any_number_of_devices(world_size: int, micro: int) 
     resolved = resolve_for(config, world_size, world_size)
     assert resolved.train.micro_batch_size == micro
     assert resolved.train.global_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"parallel": {"ranks_per_node": 4}}, ["ranks_per_node (4)", "dispatch 'flat'", "two_level"]),
+        ({"model": {"moe": {"router": "softmax_topk", "load_cv2_coef": 0.1}}}, ["load_cv2_coef (0.1)", "softmax_topk"]),
+        ({"optim": {"attention": {"x": 1}}}, ["optim.attention", "unknown key"]),
+    ],
+)
+def test_what_parts_refuse(sections, words):
+    with pytest.raises(UsageError) as error:
+        resolve_for(make(**sections), 4)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unknown_keys_of_sections_with_parts_are_named_with_all_other_faults():
+    values = {
+        "model": {"hidden_sise": 3, "nun_heads": 2, "num_layers": -1, "moe": {"num_expert": 4, "top_k": "x"}},
+        "optim": {"lerning_rate": 1, "beta1": 7},
+        "telemetry": {"evry": 1},
+    }
+    with pytest.raises(UsageError) as error:
+        make(**values)
+    for word in (
+        "hidden_sise",
+        "nun_heads",
+        "num_layers (-1)",
+        "num_expert ",
+        "top_k ('x')",
+        "lerning_rate",
+        "beta1 (7)",
+    ):
+        assert word in str(error.value), word
+    assert "did you mean hidden_size" in str(error.value) and "did you mean every" in str(error.value)
+
+
+def test_mixer_above_replaces_mixers_below():
+    below = {"train": {"run_dir": "r"}, "model": {"mixers": ["attention"], "num_layers": 2}}
+    assert merge(below, {"model": {"mixer": "attention"}})["model"] == {"mixer": "attention", "num_layers": 2}
+    both = {"model": {"mixers": ["attention"], "mixer": "attention"}}
+    assert merge({}, both) == both
+    with pytest.raises(UsageError, match="give one of them"):
+        make(**both)
+    with pytest.raises(UsageError, match=r"mixer \('attn'\).*attention"):
+        make(model={"mixer": "attn"})

@@ -39,4 +39,4 @@ class CsvSink:
         pass
 
 
-KIND = SinkKind(CsvSink, "losses.csv", CsvConfig)
+KIND = SinkKind(CsvSink, CsvConfig)

@@ -32,7 +32,6 @@ class EvenTerm:
 
 KIND = BalanceKind(
     weight=lambda moe, section: section.coef,
-    field="even",
     term=lambda moe, section: EvenTerm(section.coef),
     sums=lambda moe, section: frozenset({"probability"}),
     reduces=lambda moe, section: True,

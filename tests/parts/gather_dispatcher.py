@@ -14,6 +14,7 @@ from moe_train.distributed.collectives import Group, group_rank, group_size
 from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.dispatch.base import Dispatched, DispatcherKind, DispatchSpec
 from moe_train.model.moe.steps import Assignments, Routing
+from moe_train.ops.pending import Pending
 from moe_train.ops.row_map import RowMap
 
 
@@ -57,16 +58,6 @@ def own_sum(rows: Tensor, sizes: list[int], group: Group) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """Rows or outputs that wait for nothing."""
-
-    value: Any
-
-    def wait(self) -> Any:
-        return self.value
-
-
-@dataclass(frozen=True)
 class GatherDispatcher:
     """All-gather and all-reduce in place of all-to-alls; one chunk, whatever the configuration says."""
 
@@ -90,12 +81,12 @@ class GatherDispatcher:
         assignments = Assignments(row_map, gates_AK.reshape(-1)[place_N], counts_E)
         return [Dispatched(rows, assignments, sizes)]
 
-    def start(self, chunk: Dispatched) -> Ready:
-        return Ready(chunk)
+    def start(self, chunk: Dispatched) -> Pending[Dispatched]:
+        return Pending(lambda: chunk)
 
-    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Ready:
+    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         (group,) = self.spec.groups
-        return Ready(SumRows.apply(rows_ND, dispatched.sent, group))
+        return Pending(lambda: SumRows.apply(rows_ND, dispatched.sent, group))
 
 
 def _hops(sizes: DispatchSizes) -> tuple[Hop, ...]:

@@ -45,4 +45,15 @@ def _check(moe, section: HashConfig) -> None:
     del moe
 
 
-KIND = RouterKind(HashRouter, RouterCost(products=1, kept=3, forward=30, backward=10), section=HashConfig, check=_check)
+def _shapes(moe, section: HashConfig) -> dict:
+    del moe
+    return {"model.moe.hash.salt": section.salt}
+
+
+KIND = RouterKind(
+    HashRouter,
+    RouterCost(products=1, kept=3, forward=30, backward=10),
+    section=HashConfig,
+    check=_check,
+    shapes=_shapes,
+)

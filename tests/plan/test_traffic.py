@@ -5,7 +5,7 @@ import random
 import pytest
 
 from benchmarks.expert_parallel.rows import Shape, count_rows, expected_rows
-from moe_train.plan.layout import Ranks
+from moe_train.plan.layout import RankGroup
 from moe_train.plan.traffic import Reduction, layer_traffic
 from tests.plan.cases import planned
 
@@ -58,9 +58,9 @@ def test_payload_and_recomputation() -> None:
 
 
 def test_rings_pass_each_byte_across_nodes_once_for_the_ranks_of_a_node() -> None:
-    alone = Reduction("all_reduce", Ranks(1, 1), 1e9, 1)
-    inside = Reduction("all_reduce", Ranks(8, 8), 8e9, 1)
-    across = Reduction("all_gather", Ranks(16, 4), 16e9, 1)
+    alone = Reduction("all_reduce", RankGroup(1, 1), 1e9, 1)
+    inside = Reduction("all_reduce", RankGroup(8, 8), 8e9, 1)
+    across = Reduction("all_gather", RankGroup(16, 4), 16e9, 1)
     assert alone.sent.total == 0
     assert (inside.sent.intra_node, inside.sent.inter_node) == (14e9, 0)
     assert across.sent.total == pytest.approx(15e9) and across.sent.inter_node == pytest.approx(15e9 / 4)

@@ -15,8 +15,10 @@ from moe_train.checkpoint.folders import (
     superfluous,
 )
 from moe_train.checkpoint.inventory import file_statuses, folder_bytes, stat_of
+from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest
 from moe_train.checkpoint.resume_point import latest_valid
 from moe_train.checkpoint.verification import read_verified
+from moe_train.config.errors import UsageError
 
 SAVING_SECONDS = 600  # a leftover with a write during this time may belong to a save under way
 
@@ -71,7 +73,7 @@ def prune(
     """
     remove, damaged, whole = superfluous(checkpoints, retention), {}, None
     if remove:
-        point = latest_valid(checkpoints, lambda folder: read_verified(folder, advance))
+        point = latest_valid(checkpoints, lambda folder: _read_or_pass_over(folder, advance))
         damaged = {damage.folder.name: damage.reason for damage in point.damaged}
         whole = point.manifest.folder if point.manifest is not None else None
         remove = [folder for folder in remove if folder != whole] if whole is not None else []
@@ -101,6 +103,16 @@ def prune(
         damaged=damaged,
         latest_valid=whole.name if whole is not None else None,
     )
+
+
+def _read_or_pass_over(folder: Path, advance: Advance | None) -> Manifest:
+    """Verify a checkpoint. One that cannot be read for another reason, such as a newer format, is passed over too."""
+    try:
+        return read_verified(folder, advance)
+    except DamagedCheckpoint:
+        raise
+    except UsageError as error:
+        raise DamagedCheckpoint(str(error)) from error
 
 
 def _is_fresh(folder: Path, now: float) -> bool:

@@ -80,7 +80,8 @@ class KeyValueState:
         self._max_length, self._window = spec.max_length, window
         self._num_columns = spec.max_length if window is None else min(window, spec.max_length)
         shape = (spec.batch_size, num_kv_heads, self._num_columns, head_dim)
-        self._k_BGCd, self._v_BGCd = (torch.empty(shape, dtype=spec.dtype, device=spec.device) for _ in range(2))
+        # Zeros, not empty: a shorter row reads columns that it has not written, with weight 0, and 0 * NaN is NaN.
+        self._k_BGCd, self._v_BGCd = (torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(2))
         columns = (spec.batch_size, self._num_columns)
         self._positions_BC = torch.full(columns, _NOWHERE, dtype=torch.int64, device=spec.device)
         self._documents_BC: Tensor | None = None

@@ -13,10 +13,11 @@ from moe_train.model.feed_forward import FeedForward
 from moe_train.model.layers import SwiGLU
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.moe.capacity import NO_LIMIT, CapacityLimit
-from moe_train.model.moe.dispatch.base import Dispatcher, PendingCombine
+from moe_train.model.moe.dispatch.base import Dispatcher
 from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.routers.base import Router
 from moe_train.model.moe.steps import RoutingSums
+from moe_train.ops.pending import Pending
 
 
 class MoELayer(FeedForward):
@@ -50,7 +51,7 @@ class MoELayer(FeedForward):
             pending = self.dispatcher.start(first)
         shared_TD = None if self.shared is None else self.shared(x_TD)
         outputs: list[Tensor] = []
-        returning: list[PendingCombine] = []
+        returning: list[Pending[Tensor]] = []
         num_assignments = 0
         for following in [*later, None]:
             with record_function("moe/dispatch"):

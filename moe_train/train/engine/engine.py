@@ -18,9 +18,9 @@ from moe_train.model.parameters import LogicalTensor, logical_tensor
 from moe_train.model.transformer import Tokens, TrainingObjective, Transformer
 from moe_train.train.engine.fragments import MappedState, PartitionedState, ZeroState
 from moe_train.train.engine.groups import ExpertEngine, join_process_groups, mark_experts, parameter_groups
-from moe_train.train.engine.norm import UpdateGate
 from moe_train.train.engine.optimizers.base import OptimizerKind
 from moe_train.train.engine.tuple_objective import TupleObjective
+from moe_train.train.engine.update_gate import UpdateGate
 from moe_train.train.step_result import SkipRule, StepResult
 
 
@@ -54,6 +54,7 @@ class TrainEngine:
         self._is_fp16: bool = settings["fp16"]["enabled"]
         join_process_groups(mesh)
         mark_experts(objective.model, mesh)
+        self._optimizer = optim.name
         self._kind: OptimizerKind = load_part("optimizers", optim.name)
         section = read_section(self._kind.section, optim.part_settings.get(optim.name), f"optim.{optim.name}")
         self._engine = ExpertEngine(
@@ -97,10 +98,11 @@ class TrainEngine:
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
             num_micro_batches, step = num_micro_batches + 1, tokens.step
             self._flight_recorder.at("backward")
+            # DeepSpeed divides gradients by the micro-batches, and by all ranks, those of experts too.
             self._engine.backward(outputs[0])
             self._flight_recorder.at("update")
             mean_loss = total[0].float() / num_micro_batches
-            self._gate.expect(mean_loss, should_skip)
+            self._gate.expect(mean_loss, should_skip)  # which is asked inside of the next line
             self._engine.step()
             self._flight_recorder.at("data")
         sums, skipped = RoutingSums(*total[2:]) if len(total) > 2 else None, self._engine.skipped_steps > skipped_before
@@ -115,6 +117,10 @@ class TrainEngine:
             loss_scale=self.loss_scale,
         )
 
+    def close(self) -> None:
+        """Let go of the model: without this DeepSpeed's hooks keep it in memory until the process ends."""
+        self._engine.destroy()
+
     @torch.no_grad()
     def evaluate(self, tokens: Tokens) -> Tensor:
         """Compute logits in evaluation mode: no router noise. [B, S, V]. Collective: all ranks."""
@@ -125,6 +131,11 @@ class TrainEngine:
     def logical_tensors(self) -> list[LogicalTensor]:
         """Every tensor of the model as all ranks together see it."""
         return self._logical_tensors
+
+    @property
+    def optimizer(self) -> str:
+        """Name of the optimizer."""
+        return self._optimizer
 
     @property
     def moments(self) -> tuple[str, ...]:

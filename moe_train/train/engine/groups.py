@@ -16,6 +16,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from moe_train.config.run import OptimConfig
+from moe_train.distributed.bootstrap import destroy_process_groups
 from moe_train.distributed.mesh import ParallelMesh
 from moe_train.model.parameters import ExpertParameter, OptimRule, optim_rules
 
@@ -60,7 +61,8 @@ def join_process_groups(mesh: ParallelMesh) -> None:
 def leave_process_groups() -> None:
     """End all process groups, so that another run can begin in this process. Collective: all ranks."""
     if deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # which lets go of DeepSpeed's own references too
+    destroy_process_groups()
 
 
 def mark_experts(model: nn.Module, mesh: ParallelMesh) -> None:

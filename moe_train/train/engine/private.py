@@ -21,7 +21,21 @@ PRIVATE = {
     "_get_fp32_opt_state_partition": "this rank's share of a weight or moment in fp32",
     "_partition_all_parameters": "lets go of gathered parameters, as its step does",
     "_reassign_or_swap_out_partitioned_parameters": "copies fp32 shares to the working weights",
-    # Replaced in norm.UpdateGate:
+    # Replaced in update_gate.UpdateGate:
     "_update_scale": "is called between the norm and the update",
     "_get_norm_groups": "gives ZeRO 3's norms",
+    # Without an underscore, but documented nowhere:
+    "scaled_global_norm": "replaced in update_gate.UpdateGate: gives the norm of ZeRO 1 and 2",
+    "overflow": "set in update_gate.UpdateGate: the update is left out",
+    "loss_scaler": "its min_scale is read, and its cur_scale set on resume",
+    "single_partition_of_fp32_groups": "flat fp32 partitions of ZeRO 1 and 2",
+    "fp32_partitioned_groups_flat": "flat fp32 partitions of ZeRO 3",
+    "fp16_partitioned_groups_flat": "flat working partitions of ZeRO 3",
+    "persistent_parameters": "parameters that ZeRO 3 does not divide, and gathers after the update",
+    "update_lp_params": "copies fp32 partitions to the working weights of ZeRO 1 and 2",
+    "get_lp_grad_fragment": "this rank's part of a gradient under ZeRO 1 and 2",
+    "get_local_fp32_grad_for_param": "this rank's part of a gradient under ZeRO 3",
+    "has_moe_layers": "set in groups.ExpertEngine: gradients of experts are reduced apart",
+    "ds_tensor": "a parameter's own part under ZeRO 3",
+    "ds_process_group": "the ranks that share a parameter under ZeRO 3",
 }

@@ -4,7 +4,7 @@ from typing import Any
 
 from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
-from moe_train.config.resolve import ResolvedConfig
+from moe_train.config.resolve import Precision, ResolvedConfig, Sizes
 from moe_train.config.root import Config
 
 # DeepSpeed's keys that our fields decide; they must be set through these fields.
@@ -39,11 +39,34 @@ def deepspeed_settings(config: ResolvedConfig) -> dict[str, Any]:
     Raises:
         UsageError: If an addition contradicts a field.
     """
-    precision = config.train.precision
+    train = config.train
+    ours = _from_fields(config, train.precision, train.global_batch_size, train.micro_batch_size, config.accumulation)
+    check_additions(config, ours)
+    return merge(ours, config.deepspeed)
+
+
+def check_sizes(config: Config, sizes: Sizes, world_size: int) -> None:
+    """Refuse raw additions that contradict a field, before the data is known.
+
+    Args:
+        config: Configuration.
+        sizes: Sizes that the world gives.
+        world_size: Number of ranks.
+
+    Raises:
+        UsageError: If an addition contradicts a field.
+    """
+    batch, micro = sizes.global_batch_size, sizes.micro_batch_size
+    check_additions(config, _from_fields(config, sizes.precision, batch, micro, batch // (micro * world_size)))
+
+
+def _from_fields(
+    config: Config, precision: Precision, batch: int, micro_batch: int, accumulation: int
+) -> dict[str, Any]:
     ours: dict[str, Any] = {
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation,
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
@@ -52,11 +75,10 @@ def deepspeed_settings(config: ResolvedConfig) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if precision != "fp32" and config.accumulation > 1:
+    if precision != "fp32" and accumulation > 1:
         # Micro-batches are added up in fp32: bf16 has 8 bits, and the sum would lose the smaller gradients.
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    check_additions(config, ours)
-    return merge(ours, config.deepspeed)
+    return ours
 
 
 def check_additions(config: Config, ours: dict[str, Any] | None = None) -> None:

@@ -81,8 +81,8 @@ class StepRecorder:
         console: RunConsole,
         meter: TrafficMeter | None,
         writer: MetricsWriter | None,
-        watch: LoadAlarms | None,
-        effort: FlopsReference | None = None,
+        alarms: LoadAlarms | None,
+        reference: FlopsReference | None = None,
     ) -> None:
         """Start without steps.
 
@@ -92,12 +92,12 @@ class StepRecorder:
             console: Console of the run.
             meter: Meter of the model's all-to-alls; None: the experts are not measured.
             writer: Writer of the records; None on ranks other than 0.
-            watch: Alarms about experts; None on ranks other than 0, or if the experts are not measured.
-            effort: Reference for the speed; None: the speed is given in tokens only.
+            alarms: Alarms about experts; None on ranks other than 0, or if the experts are not measured.
+            reference: Reference for the speed; None: the speed is given in tokens only.
         """
         self._config, self._plan, self._console = config, plan, console
-        self._meter, self._writer, self._watch = meter, writer, watch
-        self._effort = effort
+        self._meter, self._writer, self._alarms = meter, writer, alarms
+        self._reference = reference
         self._window = StepWindow(meter) if meter is not None else None
         self._clock = _Clock()
         self._record: Record = {}
@@ -154,12 +154,12 @@ class StepRecorder:
             The record; empty on ranks other than 0.
         """
         self._begin_window()
-        if self._watch is None or "moe/steps" not in self._record:
+        if self._alarms is None or "moe/steps" not in self._record:
             return dict(self._record)
-        warnings = self._watch.observe(self._record)
+        warnings = self._alarms.observe(self._record)
         for warning in warnings:
             self._console.say(f"step {done:6d}  warning: {warning}")
-        return self._record | self._watch.dead_experts() | ({"moe/alarms": warnings} if warnings else {})
+        return self._record | self._alarms.dead_experts() | ({"moe/alarms": warnings} if warnings else {})
 
     def write(self, done: int, record: Record) -> None:
         """Write a record, if it is not empty."""
@@ -176,8 +176,8 @@ class StepRecorder:
         self._begin_window()
         if self._writer is not None:
             self._writer.rewind(step)
-            if self._watch is not None:
-                self._watch = self._watch.begun_anew(self._writer.records())
+            if self._alarms is not None:
+                self._alarms = self._alarms.begun_anew(self._writer.records())
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -207,9 +207,9 @@ class StepRecorder:
             "perf/step_ms": seconds * 1e3,
             "perf/tokens_per_second": self._tokens_per_step / seconds,
         }
-        if self._effort is not None:
-            flops = self._effort.flops_per_token * record["perf/tokens_per_second"] / self._plan.world_size
-            record |= {"perf/tflops": flops / 1e12, "perf/mfu": flops / self._effort.peak_flops}
+        if self._reference is not None:
+            flops = self._reference.flops_per_token * record["perf/tokens_per_second"] / self._plan.world_size
+            record |= {"perf/tflops": flops / 1e12, "perf/mfu": flops / self._reference.peak_flops}
         if self._config.train.precision == "fp16":
             record["train/loss_scale"] = result.loss_scale
         if measured.window is not None:

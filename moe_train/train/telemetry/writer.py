@@ -24,7 +24,7 @@ class MetricsWriter:
         Args:
             run_dir: Folder of the run.
             first_step: Step that the run begins or resumes with, from 0.
-            sinks: Opened sinks by their titles.
+            sinks: Opened sinks by their names.
             say: Function that gets a message if records cannot be written.
         """
         self._path, self._say = run_dir / "metrics.jsonl", say
@@ -77,12 +77,12 @@ class MetricsWriter:
         self._tell(f"step {step}", lambda sink: sink.write(step, record))
 
     def _tell(self, what: str, tell: Callable[[Sink], None]) -> None:
-        for title, sink in list(self._sinks.items()):
+        for name, sink in list(self._sinks.items()):
             try:
                 tell(sink)
             except OSError as error:
-                del self._sinks[title]
-                self._say(f"warning: {what}: {title} cannot be written ({error}); it gets no more records")
+                del self._sinks[name]
+                self._say(f"warning: {what}: {name} cannot be written ({error}); it gets no more records")
 
 
 def _is_not_finite(value: Any) -> bool:

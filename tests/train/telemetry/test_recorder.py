@@ -248,7 +248,7 @@ def test_speed_in_operations(recorded: tuple[StepRecorder, Path], monkeypatch: p
     recorder, _ = recorded
     now = [0.0]
     monkeypatch.setattr("moe_train.train.telemetry.recorder.time.monotonic", lambda: now[0])
-    recorder._effort = FlopsReference(flops_per_token=3e9, peak_flops=48e9)
+    recorder._reference = FlopsReference(flops_per_token=3e9, peak_flops=48e9)
     with recorder.step():
         now[0] += 2.0
         recorder.add(result_of(0))

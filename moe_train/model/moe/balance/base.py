@@ -70,19 +70,20 @@ class BalanceKind:
 
     Attributes:
         weight: Function that gives its weight; 0: it is off.
-        field: Name of the weight in the configuration, and of its schedule.
         term: Function that makes the loss term; None: it is a rule.
         rule: Function that makes the rule; None: it is a loss term.
         sums: Function that gives the optional routing sums that it needs, names of `routers.base.OPTIONAL_SUMS`.
         reduces: Function that tells whether it adds up sums over all ranks in every micro-batch.
+        field: Field of model.moe that is its weight, and the name of its schedule; None: it has settings of its own,
+            and its schedule has the name of the part.
         section: Class of its own settings, written under model.moe.balance.NAME; None: its settings are fields of
             model.moe.
     """
 
     weight: Callable[[MoEConfig, Any], float]
-    field: str
     term: Callable[[MoEConfig, Any], BalanceTerm] | None = None
     rule: Callable[[MoEConfig, Any], BiasRule] | None = None
     sums: Callable[[MoEConfig, Any], frozenset[str]] = lambda moe, section: frozenset()
     reduces: Callable[[MoEConfig, Any], bool] = lambda moe, section: False
+    field: str | None = None
     section: type[Section] | None = None

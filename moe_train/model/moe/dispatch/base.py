@@ -24,6 +24,7 @@ from moe_train.distributed.observer import UNOBSERVED, CommObserver
 from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.steps import Assignments, Routing
 from moe_train.ops.payload import MODEL_PAYLOAD, Payload
+from moe_train.ops.pending import Pending
 from moe_train.ops.permute import sort_assignments
 from moe_train.ops.row_map import RowMap
 
@@ -43,20 +44,6 @@ class Dispatched:
     sent: Any
 
 
-class PendingDispatch(Protocol):
-    """Rows of a chunk on their way to the experts."""
-
-    def wait(self) -> Dispatched:
-        """Wait for the rows that the other ranks sent."""
-
-
-class PendingCombine(Protocol):
-    """Outputs of a chunk on their way back."""
-
-    def wait(self) -> Tensor:
-        """Wait for the outputs, and add up those of each token. [t, D]."""
-
-
 class Dispatcher(Protocol):
     """A way for token rows to reach experts on other ranks."""
 
@@ -73,11 +60,11 @@ class Dispatcher(Protocol):
         Collective: All ranks of the groups.
         """
 
-    def start(self, chunk: Any) -> PendingDispatch:
+    def start(self, chunk: Any) -> Pending[Dispatched]:
         """Send a chunk's rows. Collective: all ranks of the groups."""
 
-    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> PendingCombine:
-        """Send the experts' weighted outputs back, in the order of dispatched.rows_ND.
+    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
+        """Send the experts' outputs back, each already multiplied by its gate, in the order of dispatched.rows_ND.
 
         Collective: All ranks of the groups.
         """
@@ -137,30 +124,14 @@ def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
-@dataclass(frozen=True)
-class ExpertOrder:
-    """A chunk's assignments in the order of their experts; those that are not executed come last.
+def assignments_of(routing: Routing) -> Assignments:
+    """Sort a chunk's assignments by expert; behind those that are executed stand the others.
 
-    Attributes:
-        routing: Decision of the router.
-        order_A: int64, assignment at each place.
-        counts_E: int64, executed assignments per expert.
+    `Assignments.first` leaves those that are executed, once the host knows their number.
     """
-
-    routing: Routing
-    order_A: Tensor
-    counts_E: Tensor
-
-    @staticmethod
-    def of(routing: Routing) -> "ExpertOrder":
-        """Sort a chunk's assignments by expert."""
-        order_A, counts_E = sort_assignments(routing.experts_TK, routing.num_experts, routing.kept_TK)
-        return ExpertOrder(routing, order_A, counts_E)
-
-    def assignments(self) -> Assignments:
-        """Return all assignments of the chunk; `Assignments.first` can then take those that are executed."""
-        num_tokens, top_k = self.routing.experts_TK.shape
-        gates_A = self.routing.gates_TK.reshape(-1).gather(0, self.order_A)
-        if self.routing.kept_TK is None:
-            return Assignments(RowMap.of_order(self.order_A, top_k), gates_A, self.counts_E)
-        return Assignments(RowMap.of(self.order_A // top_k, num_tokens), gates_A, self.counts_E)
+    num_tokens, top_k = routing.experts_TK.shape
+    order_A, counts_E = sort_assignments(routing.experts_TK, routing.num_experts, routing.kept_TK)
+    gates_A = routing.gates_TK.reshape(-1).gather(0, order_A)
+    if routing.kept_TK is None:
+        return Assignments(RowMap.of_order(order_A, top_k), gates_A, counts_E)
+    return Assignments(RowMap.of(order_A // top_k, num_tokens), gates_A, counts_E)

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.distributed.all_to_all import PendingRows, Splits, start_counts, start_rows
+from moe_train.distributed.all_to_all import Splits, start_counts, start_rows
 from moe_train.distributed.collectives import group_size
 from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.dispatch.base import (
     Dispatched,
     DispatcherKind,
     DispatchSpec,
-    ExpertOrder,
+    assignments_of,
     chunk_sizes,
     split_routing,
 )
 from moe_train.model.moe.steps import Assignments, Routing
-from moe_train.ops.host_copy import HostCopy
+from moe_train.ops.pending import Pending, start_host_copy
 from moe_train.ops.row_map import RowMap, gather_rows, scatter_add_rows
 
 
@@ -46,38 +46,6 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class PendingDispatch:
-    """Rows of a chunk and their gates on their way to the experts."""
-
-    chunk: Chunk
-    rows: PendingRows
-    gates: PendingRows
-
-    def wait(self) -> Dispatched:
-        num_received, num_local = sum(self.chunk.splits.receive), self.chunk.received_Pe.shape[1]
-        experts_Pe = torch.arange(num_local, device=self.chunk.received_Pe.device).expand_as(self.chunk.received_Pe)
-        # Rows arrive by source rank, then by expert. output_size spares repeat_interleave a host synchronisation.
-        expert_R = experts_Pe.reshape(-1).repeat_interleave(
-            self.chunk.received_Pe.reshape(-1), output_size=num_received
-        )
-        order_R = torch.argsort(expert_R, stable=True)
-        rows_RD, gates_R = self.rows.wait(), self.gates.wait()[:, 0].gather(0, order_R)
-        row_map = RowMap.of_order(order_R, copies=1)
-        return Dispatched(rows_RD, Assignments(row_map, gates_R, self.chunk.received_Pe.sum(0)), self.chunk)
-
-
-@dataclass(frozen=True)
-class PendingCombine:
-    """Weighted outputs of a chunk on their way back."""
-
-    chunk: Chunk
-    rows: PendingRows
-
-    def wait(self) -> Tensor:
-        return scatter_add_rows(self.rows.wait(), self.chunk.assignments.row_map)
-
-
-@dataclass(frozen=True)
 class FlatDispatcher:
     """A dispatcher that sends the row of every executed assignment to its expert's rank, and its output back."""
 
@@ -85,33 +53,43 @@ class FlatDispatcher:
 
     def plan(self, x_TD: Tensor, routing: Routing) -> list[Chunk]:
         (group,), num_chunks = self.spec.groups, self.spec.num_chunks
-        orders = [ExpertOrder.of(part) for part in split_routing(routing, num_chunks)]
-        counts_CPe = torch.stack([order.counts_E for order in orders]).view(num_chunks, group_size(group), -1)
+        assignments = [assignments_of(part) for part in split_routing(routing, num_chunks)]
+        counts_CPe = torch.stack([each.counts_e for each in assignments]).view(num_chunks, group_size(group), -1)
         # Rows, and rows per expert, of all chunks in one all-to-all: (C, P, 1+e) -> (P, C*(1+e)).
         sent_CPn = torch.cat((counts_CPe.sum(2, keepdim=True), counts_CPe), 2)
         pending = start_counts(sent_CPn.transpose(0, 1).flatten(1), group, self.spec.observer)
-        # While the counts travel:
-        assignments = [order.assignments() for order in orders]
         received_CPn = pending.wait().view(group_size(group), num_chunks, -1).transpose(0, 1)
         # Host synchronisation: all-to-alls need their split sizes as numbers.
-        send_CP, receive_CP = HostCopy([sent_CPn[..., 0], received_CPn[..., 0]]).read()
+        send_CP, receive_CP = start_host_copy([sent_CPn[..., 0], received_CPn[..., 0]]).wait()
         rows = x_TD.split(chunk_sizes(x_TD.shape[0], num_chunks))
         return [
             Chunk(rows[c], assignments[c].first(sum(send)), Splits(tuple(send), tuple(receive)), received_CPn[c, :, 1:])
             for c, (send, receive) in enumerate(zip(send_CP, receive_CP, strict=True))
         ]
 
-    def start(self, chunk: Chunk) -> PendingDispatch:
+    def start(self, chunk: Chunk) -> Pending[Dispatched]:
         (group,), observer = self.spec.groups, self.spec.observer
         rows_AD = gather_rows(chunk.x_tD, chunk.assignments.row_map)
         rows = start_rows(rows_AD, chunk.splits, group, observer, self.spec.payload)
         gates = start_rows(chunk.assignments.gates_R.unsqueeze(1), chunk.splits, group, observer)
-        return PendingDispatch(chunk, rows, gates)
+        return Pending(lambda: _arrive(chunk, rows, gates))
 
-    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> PendingCombine:
+    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         chunk, (group,) = dispatched.sent, self.spec.groups
         rows = start_rows(rows_ND, chunk.splits.back, group, self.spec.observer, self.spec.payload)
-        return PendingCombine(chunk, rows)
+        return Pending(lambda: scatter_add_rows(rows.wait(), chunk.assignments.row_map))
+
+
+def _arrive(chunk: Chunk, rows: Pending[Tensor], gates: Pending[Tensor]) -> Dispatched:
+    """Wait for a chunk's rows and gates, and put them in the order of this rank's experts."""
+    num_received, num_local = sum(chunk.splits.receive), chunk.received_Pe.shape[1]
+    experts_Pe = torch.arange(num_local, device=chunk.received_Pe.device).expand_as(chunk.received_Pe)
+    # Rows arrive by source rank, then by expert. output_size spares repeat_interleave a host synchronisation.
+    expert_R = experts_Pe.reshape(-1).repeat_interleave(chunk.received_Pe.reshape(-1), output_size=num_received)
+    order_R = torch.argsort(expert_R, stable=True)
+    rows_RD, gates_R = rows.wait(), gates.wait()[:, 0].gather(0, order_R)
+    row_map = RowMap.of_order(order_R, copies=1)
+    return Dispatched(rows_RD, Assignments(row_map, gates_R, chunk.received_Pe.sum(0)), chunk)
 
 
 def _hops(sizes: DispatchSizes) -> tuple[Hop, ...]:

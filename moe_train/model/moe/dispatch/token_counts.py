@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.distributed.all_to_all import PendingCounts, Splits, start_counts
+from moe_train.distributed.all_to_all import Splits, start_counts
 from moe_train.distributed.collectives import Group
 from moe_train.distributed.observer import CommObserver
-from moe_train.ops.host_copy import HostCopy
+from moe_train.ops.pending import Pending, start_host_copy
 
 
 @dataclass(frozen=True)
@@ -90,69 +90,54 @@ def first_destinations(is_sent_Wt: Tensor, num_ranks: int) -> Tensor:
     return is_sent_Wt.view(num_ranks, num_ends // num_ranks, num_tokens).any(1)
 
 
-@dataclass(frozen=True)
-class PendingTable:
-    """The table of a stage on its way to the ranks of its group."""
+def start_table(table: CountTable, group: Group, observer: CommObserver) -> Pending[CountTable]:
+    """Send a table to the ranks of its stage, from whom the table of what comes here arrives.
 
-    own: CountTable
-    counts: PendingCounts
-
-    def wait(self) -> CountTable:
-        """Wait for the table of the rows and assignments that come here."""
-        num_chunks = len(self.own.counts_CPn)
-        arrived = self.counts.wait()  # (P, C*n) -> (C, P, n)
-        return CountTable(arrived.view(len(arrived), num_chunks, -1).transpose(0, 1), self.own.num_next)
-
-
-def start_table(table: CountTable, group: Group, observer: CommObserver) -> PendingTable:
-    """Send a table to the ranks of its stage. Collective: all ranks of the group."""
-    counts_PCn = table.counts_CPn.transpose(0, 1)
-    return PendingTable(table, start_counts(counts_PCn.reshape(len(counts_PCn), -1), group, observer))
-
-
-@dataclass(frozen=True)
-class PendingSizes:
-    """The sizes of every chunk in every stage, on their way to the host.
-
-    Attributes:
-        came: Table of what comes to this rank, in every stage.
-        copy: Copy of the numbers that are sent and that come.
+    Collective: All ranks of the group.
     """
+    counts_PCn = table.counts_CPn.transpose(0, 1)
+    counts = start_counts(counts_PCn.reshape(len(counts_PCn), -1), group, observer)
 
-    came: tuple[CountTable, ...]
-    copy: HostCopy
+    def finish() -> CountTable:
+        arrived = counts.wait()  # (P, C*n) -> (C, P, n)
+        return CountTable(arrived.view(len(arrived), counts_PCn.shape[1], -1).transpose(0, 1), table.num_next)
 
-    def read(self) -> list[tuple[StageSizes, ...]]:
-        """Return the sizes of every chunk in every stage.
+    return Pending(finish)
 
-        Host synchronisation: it waits for the exchange of counts, because all-to-alls need split sizes as numbers.
-        """
-        read = iter(self.copy.read())
+
+def exchange_sizes(
+    table: CountTable, groups: Sequence[Group], observer: CommObserver
+) -> Pending[list[tuple[StageSizes, ...]]]:
+    """Exchange the tables of all stages, and start to copy the sizes to the host.
+
+    Args:
+        table: What this rank has for the ranks of the first stage.
+        groups: Groups of the stages, one or two.
+        observer: Observer of the all-to-alls.
+
+    Returns:
+        Pending sizes of every chunk in every stage. Host synchronisation: `wait` waits for the exchange, because
+        all-to-alls need split sizes as numbers.
+
+    Collective: All ranks of the groups.
+    """
+    stages = [(table, start_table(table, groups[0], observer).wait())]
+    if table.num_next:
+        onward = stages[0][1].sent_on()
+        stages.append((onward, start_table(onward, groups[1], observer).wait()))
+    numbers = [each for stage in stages for side in stage for each in (side.rows_CP, side.assignments_CPx.sum(2))]
+    copy = start_host_copy(numbers)
+
+    def finish() -> list[tuple[StageSizes, ...]]:
+        read = iter(copy.wait())
         by_stage = []
-        for came in self.came:
+        for _, came in stages:
             send, send_assignments, receive, receive_assignments = (next(read) for _ in range(4))
             rows, assignments = _splits(send, receive), _splits(send_assignments, receive_assignments)
             by_stage.append(map(StageSizes, rows, assignments, came.rows_CP, came.assignments_CPx))
         return list(zip(*by_stage, strict=True))
 
-
-def exchange_sizes(pending: PendingTable, groups: Sequence[Group], observer: CommObserver) -> PendingSizes:
-    """Exchange the tables of all stages, and start to copy the sizes to the host.
-
-    Args:
-        pending: Table of the first stage.
-        groups: Groups of the stages, one or two.
-        observer: Observer of the all-to-alls.
-
-    Collective: All ranks of the groups.
-    """
-    came = pending.wait()
-    stages = [(pending.own, came)]
-    if came.num_next:
-        pending = start_table(came.sent_on(), groups[1], observer)
-        stages.append((pending.own, pending.wait()))
-    numbers = [each for stage in stages for table in stage for each in (table.rows_CP, table.assignments_CPx.sum(2))]
-    return PendingSizes(tuple(came for _, came in stages), HostCopy(numbers))
+    return Pending(finish)
 
 
 def _splits(send_CP: list[list[int]], receive_CP: list[list[int]]) -> list[Splits]:

@@ -15,8 +15,6 @@ from moe_train.model.moe.dispatch.base import Dispatched, Dispatcher, Dispatcher
 from moe_train.model.moe.dispatch.unique import (
     ROUTING_BYTES,
     Chunk,
-    PendingStage,
-    PendingStageBack,
     Stage,
     UniqueDispatcher,
     destinations,
@@ -24,26 +22,7 @@ from moe_train.model.moe.dispatch.unique import (
     plan_stages,
 )
 from moe_train.model.moe.steps import Routing
-
-
-@dataclass(frozen=True)
-class PendingDispatch:
-    """Rows of a chunk on their way across nodes."""
-
-    chunk: Chunk
-    across: PendingStage
-    within: Stage
-
-    def wait(self) -> Dispatched:
-        """Wait for the other nodes' rows, send them on within this node, and wait for those of this node's ranks.
-
-        Collective: All ranks of the node.
-        """
-        rows_MD, assignments = self.across.wait()
-        is_sent_PM = destinations(assignments, group_size(self.within.group))
-        pending = self.within.start(rows_MD, assignments, self.chunk.sizes[1], is_sent_PM)
-        rows_ND, assignments = pending.wait()
-        return Dispatched(rows_ND, assignments, (self.across.sent, pending.sent))
+from moe_train.ops.pending import Pending
 
 
 @dataclass(frozen=True)
@@ -55,11 +34,20 @@ class TwoLevelDispatcher:
     def plan(self, x_TD: Tensor, routing: Routing) -> list[Chunk]:
         return plan_stages(x_TD, routing, self.spec)
 
-    def start(self, chunk: Chunk) -> PendingDispatch:
-        pending = self._across.start(chunk.x_tD, chunk.assignments, chunk.sizes[0], chunk.is_sent_Pt)
-        return PendingDispatch(chunk, pending, self._within)
+    def start(self, chunk: Chunk) -> Pending[Dispatched]:
+        across = self._across.start(chunk.x_tD, chunk.assignments, chunk.sizes[0], chunk.is_sent_Pt)
+        return Pending(lambda: self._send_on(chunk, across.wait()))
 
-    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> PendingStageBack:
+    def _send_on(self, chunk: Chunk, came: Dispatched) -> Dispatched:
+        """Send the other nodes' rows on within this node, and wait for those of this node's ranks.
+
+        Collective: All ranks of the node.
+        """
+        is_sent_PM = destinations(came.assignments, group_size(self._within.group))
+        here = self._within.start(came.rows_ND, came.assignments, chunk.sizes[1], is_sent_PM).wait()
+        return Dispatched(here.rows_ND, here.assignments, (came.sent, here.sent))
+
+    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         across, within = dispatched.sent
         return self._across.start_back(self._within.start_back(rows_ND, within).wait(), across)
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.distributed.all_to_all import PendingRows, Splits, start_rows
+from moe_train.distributed.all_to_all import Splits, start_rows
 from moe_train.distributed.collectives import Group, group_size
 from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.dispatch.base import (
     Dispatched,
     DispatcherKind,
     DispatchSpec,
-    ExpertOrder,
+    assignments_of,
     chunk_sizes,
     split_routing,
 )
@@ -29,9 +29,9 @@ from moe_train.model.moe.dispatch.token_counts import (
     exchange_sizes,
     first_destinations,
     first_table,
-    start_table,
 )
 from moe_train.model.moe.steps import Assignments, Routing
+from moe_train.ops.pending import Pending
 from moe_train.ops.row_map import RowMap, gather_rows, scatter_add_rows
 
 
@@ -49,49 +49,6 @@ class SentRows:
 
 
 @dataclass(frozen=True)
-class PendingStage:
-    """Rows and assignments on their way through a stage.
-
-    Attributes:
-        rows: Rows.
-        gates: [S, 2]: the gate of each assignment, and the number of its row among those from its rank.
-        sent: Rows that were sent, as the way back needs them.
-        sizes: Numbers of rows and assignments for and from each rank.
-    """
-
-    rows: PendingRows
-    gates: PendingRows
-    sent: SentRows
-    sizes: StageSizes
-
-    def wait(self) -> tuple[Tensor, Assignments]:
-        """Wait for what the other ranks sent.
-
-        Returns:
-            Rows [M, D] in the order of the ranks that sent them, and their assignments in the order of experts.
-        """
-        order_R = _order_by_expert(self.sizes.received_Px, sum(self.sizes.assignments.receive))
-        rows_MD, gates = self.rows.wait(), self.gates.wait()
-        starts_P = self.sizes.rows_from_P.cumsum(0) - self.sizes.rows_from_P
-        starts_R = starts_P.repeat_interleave(self.sizes.received_Px.sum(1), output_size=order_R.shape[0])
-        source_R = (gates[:, 1].detach().to(torch.int64) + starts_R).gather(0, order_R)
-        row_map = RowMap.of(source_R, rows_MD.shape[0])
-        return rows_MD, Assignments(row_map, gates[:, 0].gather(0, order_R), self.sizes.received_Px.sum(0))
-
-
-@dataclass(frozen=True)
-class PendingStageBack:
-    """Outputs on their way back through a stage."""
-
-    rows: PendingRows
-    sent: SentRows
-
-    def wait(self) -> Tensor:
-        """Wait for the outputs, and add up those of each row, in at least fp32. [N, D]."""
-        return scatter_add_rows(self.rows.wait(), self.sent.row_map)
-
-
-@dataclass(frozen=True)
 class Stage:
     """All-to-alls of one group, in which a row goes once to each rank that it has assignments for.
 
@@ -103,7 +60,9 @@ class Stage:
     group: Group
     spec: DispatchSpec
 
-    def start(self, rows_ND: Tensor, assignments: Assignments, sizes: StageSizes, is_sent_PN: Tensor) -> PendingStage:
+    def start(
+        self, rows_ND: Tensor, assignments: Assignments, sizes: StageSizes, is_sent_PN: Tensor
+    ) -> Pending[Dispatched]:
         """Send rows and assignments.
 
         Args:
@@ -111,6 +70,9 @@ class Stage:
             assignments: Assignments of the rows; after those that are executed, there may be others.
             sizes: Numbers of rows and assignments for and from each rank.
             is_sent_PN: Table from `destinations`.
+
+        Returns:
+            Pending rows in the order of the ranks that sent them, with their assignments in the order of experts.
 
         Collective: All ranks of the group.
         """
@@ -120,14 +82,27 @@ class Stage:
         # One all-to-all for both: fp32 holds whole numbers up to 2**24, and a rank has fewer tokens.
         places_S = _places_in_blocks(is_sent_PN, executed)
         gates = torch.stack((executed.gates_R, places_S.to(executed.gates_R.dtype)), 1)
-        return PendingStage(
-            rows, start_rows(gates, sizes.assignments, self.group, observer), SentRows(row_map, sizes.rows), sizes
-        )
+        pending = start_rows(gates, sizes.assignments, self.group, observer)
+        return Pending(lambda: _arrive(rows, pending, sizes, SentRows(row_map, sizes.rows)))
 
-    def start_back(self, rows_MD: Tensor, sent: SentRows) -> PendingStageBack:
-        """Send the outputs of the rows that came, in their order. Collective: all ranks of the group."""
+    def start_back(self, rows_MD: Tensor, sent: SentRows) -> Pending[Tensor]:
+        """Send the outputs of the rows that came, in their order; each row's own are added up, in at least fp32.
+
+        Collective: All ranks of the group.
+        """
         rows = start_rows(rows_MD, sent.splits.back, self.group, self.spec.observer, self.spec.payload)
-        return PendingStageBack(rows, sent)
+        return Pending(lambda: scatter_add_rows(rows.wait(), sent.row_map))
+
+
+def _arrive(rows: Pending[Tensor], gates: Pending[Tensor], sizes: StageSizes, sent: SentRows) -> Dispatched:
+    """Wait for a stage's rows, and for their assignments' gates and row numbers [S, 2]."""
+    order_R = _order_by_expert(sizes.received_Px, sum(sizes.assignments.receive))
+    rows_MD, gates_S2 = rows.wait(), gates.wait()
+    starts_P = sizes.rows_from_P.cumsum(0) - sizes.rows_from_P
+    starts_R = starts_P.repeat_interleave(sizes.received_Px.sum(1), output_size=order_R.shape[0])
+    source_R = (gates_S2[:, 1].detach().to(torch.int64) + starts_R).gather(0, order_R)
+    row_map = RowMap.of(source_R, rows_MD.shape[0])
+    return Dispatched(rows_MD, Assignments(row_map, gates_S2[:, 0].gather(0, order_R), sizes.received_Px.sum(0)), sent)
 
 
 @dataclass(frozen=True)
@@ -158,25 +133,13 @@ def plan_stages(x_TD: Tensor, routing: Routing, spec: DispatchSpec) -> list[Chun
     Collective: All ranks of the groups.
     """
     ranks = [group_size(group) for group in spec.groups]
-    orders = [ExpertOrder.of(part) for part in split_routing(routing, spec.num_chunks)]
-    assignments = [order.assignments() for order in orders]
+    assignments = [assignments_of(part) for part in split_routing(routing, spec.num_chunks)]
     is_sent = [destinations(each, math.prod(ranks)) for each in assignments]
-    table = first_table([order.counts_E for order in orders], is_sent, ranks)
-    pending = exchange_sizes(start_table(table, spec.groups[0], spec.observer), spec.groups, spec.observer)
+    table = first_table([each.counts_e for each in assignments], is_sent, ranks)
+    pending = exchange_sizes(table, spec.groups, spec.observer)
     first = [first_destinations(each, ranks[0]) for each in is_sent]  # while the sizes are brought to the host
     rows = x_TD.split(chunk_sizes(x_TD.shape[0], spec.num_chunks))
-    return [Chunk(*chunk) for chunk in zip(rows, assignments, pending.read(), first, strict=True)]
-
-
-@dataclass(frozen=True)
-class PendingDispatch:
-    """Rows of a chunk on their way to the experts."""
-
-    stage: PendingStage
-
-    def wait(self) -> Dispatched:
-        rows_MD, assignments = self.stage.wait()
-        return Dispatched(rows_MD, assignments, self.stage.sent)
+    return [Chunk(*chunk) for chunk in zip(rows, assignments, pending.wait(), first, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -188,10 +151,10 @@ class UniqueDispatcher:
     def plan(self, x_TD: Tensor, routing: Routing) -> list[Chunk]:
         return plan_stages(x_TD, routing, self.spec)
 
-    def start(self, chunk: Chunk) -> PendingDispatch:
-        return PendingDispatch(self._stage.start(chunk.x_tD, chunk.assignments, chunk.sizes[0], chunk.is_sent_Pt))
+    def start(self, chunk: Chunk) -> Pending[Dispatched]:
+        return self._stage.start(chunk.x_tD, chunk.assignments, chunk.sizes[0], chunk.is_sent_Pt)
 
-    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> PendingStageBack:
+    def start_combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         return self._stage.start_back(rows_ND, dispatched.sent)
 
     @property

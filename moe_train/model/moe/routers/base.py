@@ -150,6 +150,8 @@ class RouterKind:
         has_smooth_load: Whether its load has a gradient (`Choice.load_E`), which the CV^2 loss of the load needs.
         section: Class of its own settings, written under model.moe.NAME; None: its settings are fields of model.moe.
         check: Function that refuses settings that cannot work: it raises UsageError naming fields and values.
+        shapes: Function that gives the settings on which the meaning of a checkpoint's weights depends, by field name;
+            a run cannot be resumed with others.
     """
 
     build: Callable[[RouterSpec], Router]
@@ -157,6 +159,7 @@ class RouterKind:
     has_smooth_load: bool = False
     section: type[Section] | None = None
     check: Callable[[MoEConfig, Any], None] = lambda moe, section: None
+    shapes: Callable[[MoEConfig, Any], dict[str, Any]] = lambda moe, section: {}
 
 
 def choose_groups(scores_TG: Tensor, token_keys_T: Tensor, top_k_groups: int) -> Tensor:

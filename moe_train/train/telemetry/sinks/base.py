@@ -57,10 +57,8 @@ class SinkKind:
 
     Attributes:
         open: Function that opens the sink of a run.
-        title: Name of the sink in messages.
         section: Class of its own settings, written under telemetry.NAME; None: it has none.
     """
 
     open: Callable[[SinkSpec], Sink]
-    title: str
     section: type[Section] | None = None

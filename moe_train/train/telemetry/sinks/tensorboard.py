@@ -140,4 +140,4 @@ def _open(spec: SinkSpec) -> TensorBoardSink:
     return TensorBoardSink(spec.run_dir, spec.first_step)
 
 
-TENSORBOARD = SinkKind(_open, "TensorBoard")
+TENSORBOARD = SinkKind(_open)
