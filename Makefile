@@ -47,8 +47,10 @@ train: venv
 	.venv/bin/python .venv/bin/deepspeed --log_level critical \
 	    --master_port "$$(.venv/bin/python -c "$(FREE_PORT)")" $(LAUNCH_ARGS) launch/train.py --config $(CONFIG) $(ARGS)
 
+# Two files of tests at once; with -m slow one, for those tests start several ranks and hosts each.
+WORKERS ?= $(if $(findstring slow,$(ARGS)),0,2)
 test: venv
-	@$(ACTIVATE); .venv/bin/python -m pytest $(ARGS)
+	@$(ACTIVATE); .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: venv
 	@status=0; \

@@ -90,7 +90,8 @@ def test_make_train_passes_its_arguments():
 
 
 def test_make_test_passes_its_arguments():
-    assert "pytest -k router -x" in make("-n", "test", "ARGS=-k router -x").stdout
+    assert "pytest -n 2 --dist loadfile -k router -x" in make("-n", "test", "ARGS=-k router -x").stdout
+    assert "pytest -n 0 --dist loadfile -m slow" in make("-n", "test", "ARGS=-m slow").stdout
 
 
 def old_python(folder: Path) -> Path:
