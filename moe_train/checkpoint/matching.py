@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.config.errors import UsageError
+from moe_train.model.moe.routers.last_step import is_remembered
 
 
 def check_same_model(manifest: Manifest, ours: Mapping[str, tuple[int, ...]]) -> None:
@@ -28,7 +29,8 @@ def check_same_model(manifest: Manifest, ours: Mapping[str, tuple[int, ...]]) ->
 def check_same_buffers(manifest: Manifest, ours: Mapping[str, int]) -> None:
     """Reject a checkpoint whose buffers differ from a model's in name or number of values.
 
-    A checkpoint without any buffers is accepted: it had no bias, and a bias that the model has now starts at zero.
+    A checkpoint without any buffers is accepted: it had no bias, and a bias that the model has now starts at zero. What
+    routers remember of the last step may be in either alone.
 
     Args:
         manifest: Manifest of the checkpoint.
@@ -37,7 +39,8 @@ def check_same_buffers(manifest: Manifest, ours: Mapping[str, int]) -> None:
     Raises:
         UsageError: If a buffer differs; for the first such buffer.
     """
-    theirs = {name: len(values) for name, values in manifest.buffers.items()}
+    theirs = {name: len(values) for name, values in manifest.buffers.items() if not is_remembered(name)}
+    ours = {name: size for name, size in ours.items() if not is_remembered(name)}
     for name in sorted(theirs.keys() | (ours.keys() if theirs else set())):
         if name not in ours:
             raise UsageError(

@@ -1,5 +1,7 @@
 """Reader from the files of a checkpoint to the training state of all ranks, whatever layout wrote the files."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,22 @@ def load_checkpoint(state: ShardedState, manifest: Manifest, group: Group | None
         )
     was_fp16 = manifest.config.get("train", {}).get("precision") == "fp16"
     state.adopt_state(manifest.optimizer_step if is_same_optimizer else 0, manifest.loss_scale if was_fp16 else None)
-    for name, values in manifest.buffers.items():
-        buffers[name].copy_(torch.tensor(values, dtype=torch.float64))
+    load_buffers(buffers, manifest)
+
+
+def load_buffers(buffers: Mapping[str, Tensor], manifest: Manifest) -> None:
+    """Fill a model's buffers from a checkpoint that `check_same_buffers` accepts; one that it has not gets zeros.
+
+    Args:
+        buffers: Buffers by name.
+        manifest: Manifest of the checkpoint.
+    """
+    for name, buffer in buffers.items():
+        values = manifest.buffers.get(name)
+        if values is None:
+            buffer.zero_()
+        else:
+            buffer.copy_(torch.tensor(values, dtype=torch.float64))
 
 
 def _read_fragment(reader: RangeReader, fragment: Fragment, kind: str, has_moments: bool) -> Tensor:

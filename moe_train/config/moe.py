@@ -76,16 +76,19 @@ class MoEConfig(SectionWithParts):
     """Weight of CV^2(load) in the loss; load is the smooth estimate of an expert's token count. It needs router
     noisy_topk. If it is not given, it is 0 with other routers, and also if switch_aux_coef or bias_update_rate is
     given."""
-    balance_scope: Literal["global", "local"] = "global"
-    """Tokens that importance and load are summed over before CV^2 is formed. global: those of all ranks in a
-    micro-step; local: those of this rank."""
+    balance_scope: Literal["step", "micro_step", "rank"] = "step"
+    """Tokens that importance and load are summed over before CV^2 is formed. step: those of the whole optimizer step;
+    the gradient is taken at the sums of the last step, so that it is the same however a step is split over ranks and
+    micro-batches. micro_step (or global): those of all ranks in a micro-step; rank (or local): those of a rank's
+    micro-batch. With the last two, the loss depends on gradient accumulation."""
     switch_aux_coef: float = Field(0.0, ge=0.0)
     """Weight of the Switch / GShard loss, num_experts x sum of f p, where f is an expert's share of the assignments and
     p its mean probability. The loss is 1 when balanced, and num_experts / top_k when all tokens choose the same
     experts."""
-    switch_scope: Literal["micro_batch", "sequence", "global"] = "global"
-    """Tokens that f and p are computed from. micro_batch: those of a rank's micro-batch; sequence: those of each
-    sequence; global: those of all ranks in a micro-step."""
+    switch_scope: Literal["step", "micro_batch", "sequence", "global"] = "step"
+    """Tokens that f and p are computed from. step: p from those of the whole optimizer step, f from those of the last
+    step; micro_batch: those of a rank's micro-batch; sequence: those of each sequence; global: those of all ranks in a
+    micro-step."""
     z_loss_coef: float = Field(0.0, ge=0.0)
     """Weight of the mean squared logsumexp of the router's logits (1e-3 in ST-MoE)."""
     bias_update_rate: float = Field(0.0, ge=0.0)
@@ -103,6 +106,11 @@ class MoEConfig(SectionWithParts):
     def gates_sum_to_one(self) -> bool:
         """Whether the gates sum to one: renormalize_gates, or the router's default if that is None."""
         return self.router != "switch" if self.renormalize_gates is None else self.renormalize_gates
+
+    @field_validator("balance_scope", mode="before")
+    @classmethod
+    def _read_earlier_names(cls, value: Any) -> Any:
+        return {"global": "micro_step", "local": "rank"}.get(value, value) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -200,7 +208,7 @@ class MoEConfig(SectionWithParts):
                     f"{name} ({getattr(self, name)}) has no effect with top_k ({self.top_k}) = num_experts "
                     f"({self.num_experts}): every expert gets every token; set {name} to 0"
                 )
-        if self.balance_scope == "local" and not (self.importance_cv2_coef or self.load_cv2_coef):
+        if self.balance_scope == "rank" and not (self.importance_cv2_coef or self.load_cv2_coef):
             raise ValueError(
                 f"balance_scope ({self.balance_scope!r}) has no effect: importance_cv2_coef and load_cv2_coef are 0"
             )

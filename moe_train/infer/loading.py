@@ -6,6 +6,7 @@ from torch import Tensor
 from moe_train.checkpoint.manifest import Manifest
 from moe_train.checkpoint.matching import check_same_buffers, check_same_model
 from moe_train.checkpoint.ranges import RangeReader
+from moe_train.checkpoint.reader import load_buffers
 from moe_train.model.parameters import InitialValue, LogicalTensor, allocate, logical_tensors
 from moe_train.model.transformer import Transformer
 
@@ -48,6 +49,4 @@ def load_weights(model: Transformer, manifest: Manifest, *, dtype: torch.dtype, 
                 flat[start:end] = reader.read(place.name, "weight", place.start + start, place.start + end)
 
         allocate(model, fill, dtype=dtype, device=device)
-    buffers = dict(model.named_buffers())
-    for name, values in manifest.buffers.items():
-        buffers[name].copy_(torch.tensor(values, dtype=torch.float64))
+    load_buffers(dict(model.named_buffers()), manifest)

@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks, final norm, head; and the losses of a micro-batch.
+"""The decoder: embedding, blocks, final norm, head.
 
 Legend: B batch, S sequence, D hidden_size, V vocab_size, L MoE layers, E experts.
 """
@@ -11,17 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.distributed.collectives import Group, all_reduce_sum
 from moe_train.model.block import NO_STATES, Block, BlockOutput
 from moe_train.model.decode_state import Cache, CacheSpec, LayerStates
 from moe_train.model.layers import Embedding, Linear
 from moe_train.model.mixers.base import MixerContext, Shared
-from moe_train.model.moe.balance.base import BalanceTerm, BiasRule, Scheduled
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers.base import Router
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.model.token_index import TokenIndex, document_offsets
-from moe_train.ops.cross_entropy import mean_cross_entropy
 from moe_train.ops.keyed_random import combine, make_key
 
 
@@ -59,21 +56,6 @@ class ModelOutput:
     """
 
     logits_BSV: Tensor
-    sums: RoutingSums | None
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Losses of one micro-batch, fp32 scalars.
-
-    Attributes:
-        total: Loss that is differentiated: cross-entropy and balance terms.
-        cross_entropy: Mean cross-entropy over this rank's targets, in nats per token.
-        sums: Routing sums [L, ...] of this rank's micro-batch; None without MoE layers.
-    """
-
-    total: Tensor
-    cross_entropy: Tensor
     sums: RoutingSums | None
 
 
@@ -204,55 +186,3 @@ def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockO
     shared = dict(zip(names[0], tensors[1:], strict=False))
     sums = tensors[1 + len(shared) :]
     return BlockOutput(tensors[0], shared, RoutingSums(*sums) if sums else None)
-
-
-class TrainingObjective(nn.Module):
-    """The model with its losses, as the engine trains it."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        balance_terms: Sequence[Scheduled[BalanceTerm]],
-        balance_group: Group | None,
-        bias_rule: Scheduled[BiasRule] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.balance_terms = tuple(balance_terms)
-        self.balance_group = balance_group
-        self.bias_rule = bias_rule
-
-    def forward(self, tokens: Tokens, targets_BS: Tensor) -> Losses:
-        """Compute the losses of a micro-batch.
-
-        Args:
-            tokens: Micro-batch.
-            targets_BS: int64 next tokens; IGNORED_TARGET is left out.
-
-        Collective: All ranks.
-        """
-        output = self.model(tokens)
-        cross_entropy = mean_cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())
-        total = cross_entropy
-        if output.sums is not None:
-            for term in self.balance_terms:
-                total = total + term.factor(tokens.step) * term.rule.loss(output.sums, self.balance_group)
-        return Losses(total, cross_entropy, output.sums)
-
-    @torch.no_grad()
-    def after_step(self, counts_LE: Tensor, step: int) -> None:
-        """Move the routers' selection biases, if there is a rule for them.
-
-        Args:
-            counts_LE: int64, assignments per expert over this rank's micro-batches of the step.
-            step: Optimizer step that was taken, from 0.
-
-        Collective: All ranks, if there is a rule.
-        """
-        if self.bias_rule is None:
-            return
-        biases = [router.selection_bias for router in self.model.routers if router.selection_bias is not None]
-        total_LE = all_reduce_sum(counts_LE, self.balance_group)
-        moved_LE = self.bias_rule.rule.after_step(torch.stack(biases), total_LE, self.bias_rule.factor(step))
-        for bias_E, moved_E in zip(biases, moved_LE.unbind(0), strict=True):
-            bias_E.copy_(moved_E)

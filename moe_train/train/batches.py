@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_train.data import TrainingSequences, document_ids
+from moe_train.model.step_size import StepSize
 from moe_train.model.transformer import Tokens
 from moe_train.train.progress import Progress
 
@@ -37,6 +38,11 @@ class BatchPlan:
     def num_micro_steps(self) -> int:
         """Number of micro-steps of one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def step_size(self, sequence_length: int) -> StepSize:
+        """Sizes of a step in which every token has a target."""
+        tokens = self.global_batch_size * sequence_length
+        return StepSize(self.num_micro_steps * self.world_size, tokens, tokens)
 
     def indices(self, first_sequence: int, micro_step: int) -> np.ndarray:
         """Compute the global indices of this rank's sequences in a micro-step. int64 [micro_batch_size].

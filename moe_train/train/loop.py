@@ -142,7 +142,8 @@ def _take_step(run: Run, progress: Progress, rate: float) -> tuple[StepResult, S
     run.flight_recorder.at("data", progress.step + 1)
     with run.watchdog.watching(f"step {progress.step + 1}"), run.tracer.step(), run.recorder.step():
         batches = micro_batches(run.data.train, run.plan, progress, run.isolation_mark, run.device)
-        result = run.engine.train_step(batches, rate, run.step_control.should_skip)
+        size = run.plan.step_size(run.config.train.sequence_length)
+        result = run.engine.train_step(batches, size, rate, run.step_control.should_skip)
         run.recorder.add(result)
     decision = run.step_control.conclude(progress, run.plan.global_batch_size)
     if decision.skipped is not None:

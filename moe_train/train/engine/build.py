@@ -11,8 +11,8 @@ from moe_train.host.precision import torch_dtype
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.compiled import compile_dense_parts
 from moe_train.model.moe.balance.build import make_balance_terms, make_bias_rule
+from moe_train.model.objective import TrainingObjective
 from moe_train.model.parameters import materialize
-from moe_train.model.transformer import TrainingObjective
 from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.engine.settings import deepspeed_settings
 

@@ -14,8 +14,10 @@ from moe_train.config.run import OptimConfig
 from moe_train.distributed.flight_recorder import FlightRecorder
 from moe_train.distributed.mesh import ParallelMesh
 from moe_train.model.moe.steps import RoutingSums
+from moe_train.model.objective import TrainingObjective
 from moe_train.model.parameters import LogicalTensor, logical_tensor
-from moe_train.model.transformer import Tokens, TrainingObjective, Transformer
+from moe_train.model.step_size import StepSize
+from moe_train.model.transformer import Tokens, Transformer
 from moe_train.train.engine.fragments import MappedState, PartitionedState, ZeroState
 from moe_train.train.engine.groups import ExpertEngine, join_process_groups, mark_experts, parameter_groups
 from moe_train.train.engine.optimizers.base import OptimizerKind
@@ -75,12 +77,17 @@ class TrainEngine:
         return self._model
 
     def train_step(
-        self, micro_batches: Iterable[tuple[Tokens, Tensor]], learning_rate: float, should_skip: SkipRule | None = None
+        self,
+        micro_batches: Iterable[tuple[Tokens, Tensor]],
+        size: StepSize,
+        learning_rate: float,
+        should_skip: SkipRule | None = None,
     ) -> StepResult:
         """Take one optimizer step.
 
         Args:
             micro_batches: Tokens and targets, as many as the configured accumulation.
+            size: Sizes of the step over all ranks.
             learning_rate: Learning rate of this step, before the factors of parameter groups.
             should_skip: Function that decides after the gradients whether to skip the update; None: never.
 
@@ -93,7 +100,7 @@ class TrainEngine:
         mean_loss, num_micro_batches, step, skipped_before = torch.zeros(()), 0, 0, self._engine.skipped_steps
         for tokens, targets_BS in micro_batches:
             self._flight_recorder.at("forward")
-            outputs = self._engine(tokens, targets_BS)
+            outputs = self._engine(tokens, targets_BS, size)
             parts = [output.detach() for output in outputs]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
             num_micro_batches, step = num_micro_batches + 1, tokens.step
@@ -105,11 +112,12 @@ class TrainEngine:
             self._gate.expect(mean_loss, should_skip)  # which is asked inside of the next line
             self._engine.step()
             self._flight_recorder.at("data")
-        sums, skipped = RoutingSums(*total[2:]) if len(total) > 2 else None, self._engine.skipped_steps > skipped_before
-        if sums is not None and not skipped:
-            self._objective.after_step(sums.counts, step)
+        sums, skipped = RoutingSums(*total[3:]) if len(total) > 3 else None, self._engine.skipped_steps > skipped_before
+        loss = total[2].float() / num_micro_batches
+        if sums is not None:
+            loss = loss + self._objective.after_step(sums, step, size, skipped)
         return StepResult(
-            loss=mean_loss,
+            loss=loss,
             cross_entropy=total[1].float() / num_micro_batches,
             sums=sums,
             grad_norm=self._gate.grad_norm,

@@ -2,7 +2,9 @@
 
 from torch import Tensor, nn
 
-from moe_train.model.transformer import Losses, Tokens, TrainingObjective
+from moe_train.model.objective import Losses, TrainingObjective
+from moe_train.model.step_size import StepSize
+from moe_train.model.transformer import Tokens
 
 
 class TupleObjective(nn.Module):
@@ -15,7 +17,7 @@ class TupleObjective(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, tokens: Tokens, targets_BS: Tensor) -> tuple[Tensor, ...]:
-        losses: Losses = self.objective(tokens, targets_BS)
+    def forward(self, tokens: Tokens, targets_BS: Tensor, size: StepSize) -> tuple[Tensor, ...]:
+        losses: Losses = self.objective(tokens, targets_BS, size)
         routing = () if losses.sums is None else tuple(tensor.detach() for tensor in losses.sums.tensors)
-        return losses.total, losses.cross_entropy.detach(), *routing
+        return losses.total, losses.cross_entropy.detach(), losses.shown, *routing

@@ -12,7 +12,7 @@ from moe_train.model.moe.balance.base import BalanceKind, BalanceTerm, BiasRule,
 def make_balance_terms(moe: MoEConfig) -> list[Scheduled[BalanceTerm]]:
     """Make the loss terms whose weight is not zero."""
     return [
-        Scheduled(kind.term(moe, section), moe.coef_schedules.get(schedule, ()))
+        Scheduled(kind.term(moe, section), moe.coef_schedules.get(schedule, ()), bool(kind.remembers(moe, section)))
         for schedule, kind, section in balance_kinds(moe)
         if kind.term is not None
     ]
@@ -36,6 +36,11 @@ def make_bias_rule(moe: MoEConfig) -> Scheduled[BiasRule] | None:
 def needed_sums(moe: MoEConfig) -> frozenset[str]:
     """List the optional routing sums that the loss terms need."""
     return frozenset(name for _, kind, section in balance_kinds(moe) for name in kind.sums(moe, section))
+
+
+def remembered_sums(moe: MoEConfig) -> frozenset[str]:
+    """List the sums of the last step that the loss terms need."""
+    return frozenset(name for _, kind, section in balance_kinds(moe) for name in kind.remembers(moe, section))
 
 
 def balance_kinds(moe: MoEConfig) -> list[tuple[str, BalanceKind, Any]]:

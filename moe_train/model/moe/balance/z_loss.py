@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_train.distributed.collectives import Group
-from moe_train.model.moe.balance.base import BalanceKind
+from moe_train.model.moe.balance.base import BalanceContext, BalanceKind
 from moe_train.model.moe.steps import RoutingSums
 
 
@@ -18,16 +17,16 @@ class ZLoss:
 
     coef: float
 
-    def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
+    def loss(self, sums: RoutingSums, context: BalanceContext) -> Tensor:
         """Compute the term, added up over layers.
 
         It is this rank's part of a mean over ranks, because it is linear in tokens.
 
         Args:
             sums: [L, ...] sums of this rank's micro-batch.
-            group: Not used.
+            context: Not used.
         """
-        del group
+        del context
         return self.coef * (sums.squared_logsumexp / sums.tokens.clamp(min=1)).sum()
 
 

@@ -15,6 +15,7 @@ from moe_train.config.base import Section
 from moe_train.config.model import ModelConfig
 from moe_train.config.moe import MoEConfig
 from moe_train.model.cost import RouterCost
+from moe_train.model.moe.routers.last_step import LAST_STEP_BUFFERS, add_buffers
 from moe_train.model.moe.steps import Routing, RoutingSums
 from moe_train.model.parameters import Constant, InitialValue
 from moe_train.ops.keyed_random import combine, make_key, uniform
@@ -54,11 +55,13 @@ class RouterOptions:
         jitter: Jitter of the input in training; None: no jitter.
         has_selection_bias: Whether a bias that is not trained takes part in the choice (loss-free balancing).
         optional_sums: Members of OPTIONAL_SUMS that a loss or telemetry needs.
+        remembered_sums: Members of `last_step.REMEMBERED` that a loss needs.
     """
 
     jitter: InputJitter | None = None
     has_selection_bias: bool = False
     optional_sums: frozenset[str] = OPTIONAL_SUMS
+    remembered_sums: frozenset[str] = frozenset()
 
 
 PLAIN = RouterOptions()
@@ -94,9 +97,10 @@ class Router(nn.Module, ABC):
         # A buffer: it is moved by a rule after each step and not by the optimizer. fp32, whatever the weights are.
         bias = torch.zeros(num_experts, dtype=torch.float32) if options.has_selection_bias else None
         self.register_buffer("selection_bias", bias)
+        add_buffers(self, num_experts, options.remembered_sums)
 
     def initial_values(self) -> dict[str, InitialValue]:
-        return {"selection_bias": Constant(0.0)}
+        return {name: Constant(0.0) for name in ("selection_bias", *LAST_STEP_BUFFERS)}
 
     @abstractmethod
     def choose(self, x_TD: Tensor, token_keys_T: Tensor) -> Choice:
