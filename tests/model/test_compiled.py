@@ -7,11 +7,15 @@ from torch._dynamo.utils import counters
 from moe_train.config.errors import UsageError
 from moe_train.model.compiled import check_compiler, compile_dense_parts
 from moe_train.model.moe.balance.base import Scheduled
-from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2
-from moe_train.model.transformer import TrainingObjective
+from moe_train.model.moe.balance.cv_squared import SquaredVariation
+from moe_train.model.objective import TrainingObjective
+from moe_train.model.step_size import StepSize
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
-TERMS = (Scheduled(ImportanceCV2(0.3)), Scheduled(LoadCV2(0.2)))
+TERMS = (
+    Scheduled(SquaredVariation(0.3, "importance", "micro_step")),
+    Scheduled(SquaredVariation(0.2, "load", "micro_step")),
+)
 # Dense and MoE blocks, shared experts, layers that own keys and values and layers that read those below.
 CONFIG = {"moe_every": 2, "kv_layers": 2, "moe": {"num_experts": 4, "top_k": 2, "num_shared_experts": 1}}
 NUM_PARTS = 5  # norm, keys and values, attention, SwiGLU of a dense layer [B, S, D], of shared experts [T, D]
@@ -34,7 +38,9 @@ def run(model, batch=2, length=7, documents=None):
     ids, targets = random_ids(batch, length), random_ids(batch, length, seed=1)
     model.train()
     model.zero_grad()
-    losses = TrainingObjective(model, TERMS, None)(tokens_of(ids, documents_BS=documents, step=2), targets)
+    losses = TrainingObjective(model, TERMS, None)(
+        tokens_of(ids, documents_BS=documents, step=2), targets, StepSize.of_one_part(targets.numel())
+    )
     losses.total.backward()
     return losses, {name: parameter.grad for name, parameter in model.named_parameters()}
 

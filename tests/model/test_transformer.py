@@ -5,23 +5,31 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_train.distributed.collectives import world_group
+from moe_train.distributed.collectives import all_reduce_sum, group_size, world_group
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement
 from moe_train.model.moe.balance.base import Scheduled
-from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2, cv_squared
+from moe_train.model.moe.balance.cv_squared import SquaredVariation, cv_squared
+from moe_train.model.objective import TrainingObjective
 from moe_train.model.parameters import ExpertParameter
+from moe_train.model.step_size import StepSize
 from moe_train.model.token_index import TokenIndex
-from moe_train.model.transformer import TrainingObjective
 from moe_train.ops.cross_entropy import IGNORED_TARGET
+from tests.model.moe.balance.contexts import alone
 from tests.model.small import VOCAB, random_ids, small_config, small_model, tokens_of
 
-TERMS = (Scheduled(ImportanceCV2(0.3)), Scheduled(LoadCV2(0.2)))
+TERMS = (
+    Scheduled(SquaredVariation(0.3, "importance", "micro_step")),
+    Scheduled(SquaredVariation(0.2, "load", "micro_step")),
+)
 BATCH, LENGTH = 4, 7
 
 
 def run_objective(model, tokens, targets, group=None):
-    losses = TrainingObjective(model, TERMS, group)(tokens, targets)
+    world_size, targets_of_all = group_size(group), (targets != IGNORED_TARGET).sum()
+    num_targets = int(all_reduce_sum(targets_of_all.double(), group))
+    size = StepSize(world_size, tokens.ids_BS.numel() * world_size, num_targets)
+    losses = TrainingObjective(model, TERMS, group)(tokens, targets, size)
     losses.total.backward()
     return losses, {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -95,7 +103,7 @@ def test_losses_add_up():
     assert losses.sums.importance.shape == (4, 4)
     # Gates of a token add up to one, in every layer.
     torch.testing.assert_close(losses.sums.importance.sum(1), torch.full((4,), 28.0).double(), rtol=1e-12, atol=0)
-    without = TrainingObjective(model, (), None)(tokens_of(ids), targets)
+    without = TrainingObjective(model, (), None)(tokens_of(ids), targets, StepSize.of_one_part(targets.numel()))
     assert torch.equal(without.total, without.cross_entropy)
 
 
@@ -208,10 +216,12 @@ def test_every_layout_equals_one_process(world_size, ep_size, recompute, request
 def test_weights_follow_their_schedules_by_the_step_of_the_tokens():
     model = small_model(small_config(moe_every=1))
     ids = random_ids(BATCH, LENGTH)
-    term, points = ImportanceCV2(0.3), ((2, 1.0), (6, 3.0))
-    objective = TrainingObjective(model, (Scheduled(term, points), Scheduled(LoadCV2(0.2))), None)
+    term, points = SquaredVariation(0.3, "importance", "micro_step"), ((2, 1.0), (6, 3.0))
+    other = SquaredVariation(0.2, "load", "micro_step")
+    objective = TrainingObjective(model, (Scheduled(term, points), Scheduled(other)), None)
     for step, factor in ((0, 1.0), (2, 1.0), (3, 1.5), (5, 2.5), (9, 3.0)):
-        losses = objective(tokens_of(ids, step=step), ids)
-        expected = losses.cross_entropy + factor * term.loss(losses.sums, None) + LoadCV2(0.2).loss(losses.sums, None)
-        assert term.loss(losses.sums, None) > 0.01
+        losses = objective(tokens_of(ids, step=step), ids, StepSize.of_one_part(ids.numel()))
+        value = term.loss(losses.sums, alone(losses.sums))
+        expected = losses.cross_entropy + factor * value + other.loss(losses.sums, alone(losses.sums))
+        assert value > 0.01
         torch.testing.assert_close(losses.total, expected, rtol=1e-12, atol=0)  # fp64

@@ -51,15 +51,15 @@ def main(arguments: list[str]) -> int:
 
 def poison_losses(ranges: list[list[float]]) -> None:
     """Multiplies the loss of some sequences."""
-    from moe_train.model.transformer import Losses, TrainingObjective
+    from moe_train.model.objective import Losses, TrainingObjective
 
     forward = TrainingObjective.forward
 
-    def poisoned(self, tokens, targets_BS) -> Losses:
-        losses = forward(self, tokens, targets_BS)
+    def poisoned(self, tokens, targets_BS, size) -> Losses:
+        losses = forward(self, tokens, targets_BS, size)
         for first, last, factor in ranges:
             if any(first <= index <= last for index in tokens.sequences_B.tolist()):
-                losses = Losses(losses.total * factor, losses.cross_entropy, losses.sums)
+                losses = Losses(losses.total * factor, losses.cross_entropy, losses.shown * factor, losses.sums)
         return losses
 
     TrainingObjective.forward = poisoned

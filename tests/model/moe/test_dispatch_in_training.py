@@ -7,11 +7,12 @@ from moe_train.distributed.collectives import world_group
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.moe.balance.base import Scheduled
-from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2
+from moe_train.model.moe.balance.cv_squared import SquaredVariation
 from moe_train.model.moe.dispatch.flat import FlatDispatcher
 from moe_train.model.moe.dispatch.two_level import TwoLevelDispatcher
 from moe_train.model.moe.dispatch.unique import UniqueDispatcher
-from moe_train.model.transformer import TrainingObjective
+from moe_train.model.objective import TrainingObjective
+from moe_train.model.step_size import StepSize
 from moe_train.ops.payload import Payload
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
@@ -24,12 +25,15 @@ def gradients(rank: int, dispatch: str, num_chunks: int, recompute: bool) -> lis
     mesh = create_mesh(4, 60, node_size=2 if dispatch == "two_level" else None)
     placement = ExpertPlacement(mesh.expert.rank, 4, mesh.dispatch_groups, dispatch, num_chunks)
     model = small_model(CONFIG, placement=placement, recompute=recompute).train()
-    terms = (Scheduled(ImportanceCV2(0.3)), Scheduled(LoadCV2(0.2)))
+    terms = (
+        Scheduled(SquaredVariation(0.3, "importance", "micro_step")),
+        Scheduled(SquaredVariation(0.2, "load", "micro_step")),
+    )
     objective = TrainingObjective(model, terms, world_group())
     for micro in range(2):
         sequences = 1 + (rank + micro) % 3
         ids, targets = (random_ids(sequences, 7, seed=seed) for seed in (10 * rank + micro, 77 + rank))
-        objective(tokens_of(ids, step=micro), targets).total.backward()
+        objective(tokens_of(ids, step=micro), targets, StepSize.of_one_part(targets.numel())).total.backward()
     model.eval()
     with torch.no_grad():
         assert model(tokens_of(ids)) is not None

@@ -18,7 +18,8 @@ from moe_train.distributed.mesh import create_mesh
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.model.build import ExpertPlacement
 from moe_train.model.moe.balance.build import make_balance_terms, make_bias_rule
-from moe_train.model.transformer import TrainingObjective
+from moe_train.model.objective import TrainingObjective
+from moe_train.model.step_size import StepSize
 from moe_train.ops import routed_mlp
 from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole
@@ -114,15 +115,15 @@ def waits_of_a_step(rank: int, world_size: int, is_recorded: bool, moe: dict[str
     terms, rule = make_balance_terms(config.moe), make_bias_rule(config.moe)
     objective = TrainingObjective(model, terms, world_group(), rule)
     recorder = StepRecorder(some_config(), BatchPlan(2, 4, rank, world_size), RunConsole(None), meter, None, None)
-    ids = random_ids(2, 8)
+    ids, size = random_ids(2, 8), StepSize(2 * world_size, 32 * world_size, 32 * world_size)
     # The experts as a CUDA device computes them; on CPU, where counts need no waiting for, they are read.
     as_on_cuda = unittest.mock.patch.object(routed_mlp, "_SequentialExperts", routed_mlp._GroupedExperts)
     with as_on_cuda, counted_waits() as found:
         for step in range(2):
             with recorder.step():
-                losses = objective(tokens_of(ids, step=step), ids)
+                losses = objective(tokens_of(ids, step=step), ids, size)
                 losses.total.backward()
-                objective.after_step(losses.sums.counts, step)
+                objective.after_step(losses.sums, step, size, skipped=False)
                 norm = torch.zeros(())
                 recorder.add(StepResult(losses.total, losses.cross_entropy, losses.sums, norm, skipped=False))
     return dict(found)

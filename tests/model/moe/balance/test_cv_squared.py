@@ -11,10 +11,11 @@ from moe_train.config.moe import MoEConfig
 from moe_train.distributed.collectives import world_group
 from moe_train.model.moe.balance.base import Scheduled
 from moe_train.model.moe.balance.build import make_balance_terms
-from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2, cv_squared
+from moe_train.model.moe.balance.cv_squared import SquaredVariation, cv_squared
 from moe_train.model.moe.routers.noisy_topk import NoisyTopKRouter
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key
+from tests.model.moe.balance.contexts import alone
 from tests.model.small import sums_with
 
 HIDDEN, EXPERTS, TOKENS = 4, 6, 24
@@ -66,8 +67,12 @@ def test_layers_are_added_and_weighted():
     importance, load = [[1.0, 3.0], [2.0, 2.0], [0.0, 4.0]], [[1.0, 1.0], [1.0, 3.0], [1.0, 1.0]]
     sums = sums_of(importance, load)
     # CV^2 of the rows: 1/4, 0, 1; and 0, 1/4, 0.
-    assert ImportanceCV2(0.5).loss(sums, None).item() == pytest.approx(0.625, rel=1e-9)
-    assert LoadCV2(2.0).loss(sums, None).item() == pytest.approx(0.5, rel=1e-9)
+    for scope in ("micro_step", "rank"):
+        assert SquaredVariation(0.5, "importance", scope).loss(sums, alone(sums)).item() == pytest.approx(
+            0.625, rel=1e-9
+        )
+        assert SquaredVariation(2.0, "load", scope).loss(sums, alone(sums)).item() == pytest.approx(0.5, rel=1e-9)
+    assert SquaredVariation(0.5, "importance").value_of_step(sums).item() == pytest.approx(0.625, rel=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,11 +88,15 @@ def test_global_is_at_most_the_mean_of_local(data, experts, ranks):
 
 @pytest.mark.parametrize(
     ("importance", "load", "kinds"),
-    [(0.1, 0.2, [ImportanceCV2(0.1), LoadCV2(0.2)]), (0.0, 0.2, [LoadCV2(0.2)]), (0.0, 0.0, [])],
+    [
+        (0.1, 0.2, [SquaredVariation(0.1, "importance"), SquaredVariation(0.2, "load")]),
+        (0.0, 0.2, [SquaredVariation(0.2, "load")]),
+        (0.0, 0.0, []),
+    ],
 )
 def test_terms_of_a_configuration(importance, load, kinds):
     terms = make_balance_terms(MoEConfig(importance_cv2_coef=importance, load_cv2_coef=load))
-    assert terms == [Scheduled(kind) for kind in kinds]
+    assert terms == [Scheduled(kind, is_of_step=True) for kind in kinds]
 
 
 def route_part(rank, world_size, scope):
@@ -101,18 +110,19 @@ def route_part(rank, world_size, scope):
     share = slice(rank * TOKENS // world_size, (rank + 1) * TOKENS // world_size)
     routing = router(x[share], keys[share])
     sums = RoutingSums.stack([routing.sums])
-    group, is_global = world_group(), scope == "global"
-    assert (group is None) == (world_size == 1)
-    loss = ImportanceCV2(0.3, is_global).loss(sums, group) + LoadCV2(0.7, is_global).loss(sums, group)
+    context = alone(sums, world_group())
+    assert (context.group is None) == (world_size == 1)
+    loss = SquaredVariation(0.3, "importance", scope).loss(sums, context)
+    loss = loss + SquaredVariation(0.7, "load", scope).loss(sums, context)
     grads = torch.autograd.grad(loss, list(router.parameters()))
-    importance = ImportanceCV2(1.0, is_global).loss(sums, group)
+    importance = SquaredVariation(1.0, "importance", scope).loss(sums, context)
     return loss.detach(), [grad.detach() for grad in grads], importance.detach()
 
 
 @pytest.mark.parametrize("pool", ["pool2", "pool4"])
-def test_global_scope_equals_one_process(pool, request):
-    loss, grads, importance = route_part(0, 1, "global")
-    results = request.getfixturevalue(pool).run(route_part, "global", timeout=60)
+def test_a_micro_step_equals_one_process(pool, request):
+    loss, grads, importance = route_part(0, 1, "micro_step")
+    results = request.getfixturevalue(pool).run(route_part, "micro_step", timeout=60)
     for rank_loss, _, rank_importance in results:
         # fp64; the ranks' sums are added in another order.
         torch.testing.assert_close(rank_loss, loss, rtol=1e-11, atol=0)
@@ -121,6 +131,6 @@ def test_global_scope_equals_one_process(pool, request):
         averaged = sum(rank_grads[i] for _, rank_grads, _ in results) / len(results)  # as DeepSpeed averages
         torch.testing.assert_close(averaged, grad, rtol=1e-9, atol=1e-12)
         assert grad.abs().sum() > 1e-3
-    local = request.getfixturevalue(pool).run(route_part, "local", timeout=60)
+    local = request.getfixturevalue(pool).run(route_part, "rank", timeout=60)
     assert importance < sum(rank_importance for _, _, rank_importance in local) / len(local)
     assert not torch.equal(local[0][0], local[1][0])

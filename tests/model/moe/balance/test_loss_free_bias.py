@@ -1,5 +1,6 @@
 """The bias that balances without a loss: its rule, its effect, and that it is counted once over ranks."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from moe_train.model.moe.balance.base import Scheduled
 from moe_train.model.moe.balance.loss_free_bias import LossFreeBias
 from moe_train.model.moe.routers.base import RouterOptions
 from moe_train.model.moe.routers.sigmoid_topk import SigmoidTopKRouter
-from moe_train.model.transformer import TrainingObjective
+from moe_train.model.moe.steps import RoutingSums
+from moe_train.model.objective import TrainingObjective
+from moe_train.model.step_size import StepSize
 from moe_train.ops.keyed_random import combine, make_key
 from moe_train.train.telemetry.load_metrics import max_violation
 from tests.model.small import random_ids, small_config, small_model, tokens_of
@@ -59,16 +62,18 @@ def bias_after_a_step(rank, world_size, recompute, num_micro_steps):
     model = small_model(small_config(moe_every=2, moe=MOE), placement=placement, recompute=recompute)
     rule = Scheduled(LossFreeBias(0.125), ((0, 1.0), (2, 3.0)))
     objective = TrainingObjective(model, (), world_group(), rule)
-    ids, counts = random_ids(BATCH, LENGTH), []
+    ids, found = random_ids(BATCH, LENGTH), []
+    step_size = StepSize(world_size * num_micro_steps, BATCH * LENGTH, BATCH * LENGTH)
     for micro_step in range(num_micro_steps):
         size = BATCH // world_size // num_micro_steps
         start = (micro_step * world_size + rank) * size
         here = torch.arange(start, start + size)
-        losses = objective(replace(tokens_of(ids[here], step=1), sequences_B=here), ids[here])
+        losses = objective(replace(tokens_of(ids[here], step=1), sequences_B=here), ids[here], step_size)
         losses.total.backward()
-        counts.append(losses.sums.counts)
-    objective.after_step(sum(counts), step=1)
-    return sum(counts), torch.stack([router.selection_bias for router in model.routers])
+        found.append(losses.sums)
+    total = functools.reduce(RoutingSums.plus, found)
+    objective.after_step(total, 1, step_size, skipped=False)
+    return total.counts, torch.stack([router.selection_bias for router in model.routers])
 
 
 @pytest.mark.parametrize("recompute", [True, False])

@@ -9,7 +9,7 @@ from moe_train.config.moe import MoEConfig
 from moe_train.distributed.collectives import world_group
 from moe_train.model.moe.balance.base import Scheduled
 from moe_train.model.moe.balance.build import make_balance_terms, make_bias_rule
-from moe_train.model.moe.balance.cv_squared import ImportanceCV2, LoadCV2
+from moe_train.model.moe.balance.cv_squared import SquaredVariation
 from moe_train.model.moe.balance.switch_aux import SwitchAux
 from moe_train.model.moe.balance.z_loss import ZLoss
 from moe_train.model.moe.routers.noisy_topk import NoisyTopKRouter
@@ -17,6 +17,7 @@ from moe_train.model.moe.routers.sigmoid_topk import SigmoidTopKRouter
 from moe_train.model.moe.routers.softmax_topk import SoftmaxTopKRouter
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.ops.keyed_random import combine, make_key
+from tests.model.moe.balance.contexts import alone
 from tests.model.small import sums_with
 
 HIDDEN, EXPERTS, SEQUENCES, LENGTH, TOP_K = 4, 6, 8, 3, 2
@@ -48,6 +49,10 @@ def route(router, x, keys, sequences=SEQUENCES):
     return RoutingSums.stack([router(x, keys, sequences).sums])
 
 
+def with_context(sums):
+    return sums, alone(sums)
+
+
 def slow_switch(router, x, keys, num_scopes):
     """E sum f p over each scope, averaged."""
     routing = router(x, keys)
@@ -65,7 +70,7 @@ def slow_switch(router, x, keys, num_scopes):
 @pytest.mark.parametrize(("scope", "num_scopes"), [("micro_batch", 1), ("global", 1), ("sequence", SEQUENCES)])
 def test_switch_formula(scope, num_scopes):
     router, (x, keys) = make_router(), inputs()
-    value = SwitchAux(0.3, scope).loss(route(router, x, keys), None)
+    value = SwitchAux(0.3, scope).loss(*with_context(route(router, x, keys)))
     torch.testing.assert_close(value, 0.3 * slow_switch(router, x, keys, num_scopes), rtol=1e-12, atol=0)  # fp64
 
 
@@ -79,11 +84,11 @@ def test_switch_is_its_coefficient_when_balanced_and_more_when_collapsed(scope):
         sequence_balance=torch.tensor([float(SEQUENCES)], dtype=torch.float64),
         sequences=torch.tensor([SEQUENCES]),
     )
-    assert SwitchAux(0.01, scope).loss(balanced, None).item() == pytest.approx(0.01)
+    assert SwitchAux(0.01, scope).loss(*with_context(balanced)).item() == pytest.approx(0.01)
     router, (x, keys) = make_router(), inputs()
     x[:, 0], router.gate.weight.data = 1, torch.zeros(EXPERTS, HIDDEN, dtype=torch.float64)
     router.gate.weight.data[:TOP_K, 0] = 80.0  # all tokens on two experts, with probability 1/2 each
-    collapsed = SwitchAux(0.01, scope).loss(route(router, x, keys), None)
+    collapsed = SwitchAux(0.01, scope).loss(*with_context(route(router, x, keys)))
     assert collapsed.item() == pytest.approx(0.01 * EXPERTS / TOP_K)
 
 
@@ -91,15 +96,15 @@ def test_z_loss_formula_and_layers():
     router, (x, keys) = make_router(std=1.0), inputs()
     expected = [math.log(sum(math.exp(v) for v in row)) ** 2 for row in (x @ router.gate.weight.T).tolist()]
     sums = route(router, x, keys)
-    assert ZLoss(1e-3).loss(sums, None).item() == pytest.approx(1e-3 * sum(expected) / TOKENS, rel=1e-12)
+    assert ZLoss(1e-3).loss(*with_context(sums)).item() == pytest.approx(1e-3 * sum(expected) / TOKENS, rel=1e-12)
     both = RoutingSums.stack([router(x, keys).sums, router(2 * x, keys).sums])
-    doubled = ZLoss(1e-3).loss(route(router, 2 * x, keys), None)
-    torch.testing.assert_close(ZLoss(1e-3).loss(both, None), ZLoss(1e-3).loss(sums, None) + doubled)
+    doubled = ZLoss(1e-3).loss(*with_context(route(router, 2 * x, keys)))
+    torch.testing.assert_close(ZLoss(1e-3).loss(*with_context(both)), ZLoss(1e-3).loss(*with_context(sums)) + doubled)
 
 
 TERMS = {
-    "importance": ImportanceCV2(0.7),
-    "load": LoadCV2(0.7),
+    "importance": SquaredVariation(0.7, "importance", "micro_step"),
+    "load": SquaredVariation(0.7, "load", "micro_step"),
     "switch, micro-batch": SwitchAux(0.7, "micro_batch"),
     "switch, sequence": SwitchAux(0.7, "sequence"),
     "switch, global": SwitchAux(0.7, "global"),
@@ -114,7 +119,7 @@ def test_gradient_against_finite_differences(name, kind):
 
     def loss(*weights):
         found = torch.func.functional_call(router, dict(zip(names, weights)), (x, keys, SEQUENCES))
-        return TERMS[name].loss(RoutingSums.stack([found.sums]), None)
+        return TERMS[name].loss(*with_context(RoutingSums.stack([found.sums])))
 
     names, weights = zip(*((n, p.detach().clone().requires_grad_()) for n, p in router.named_parameters()))
     if name == "load" and kind != "noisy":
@@ -134,7 +139,8 @@ def test_gradient_against_finite_differences(name, kind):
 
 def on_rank(rank, world_size, name):
     router, (x, keys), here = make_router("noisy"), inputs(), part(rank, world_size)
-    loss = TERMS[name].loss(route(router, x[here], keys[here], SEQUENCES // world_size), world_group())
+    sums = route(router, x[here], keys[here], SEQUENCES // world_size)
+    loss = TERMS[name].loss(sums, alone(sums, world_group()))
     grads = torch.autograd.grad(loss, list(router.parameters()), allow_unused=True, materialize_grads=True)
     return loss.detach(), grads
 
@@ -167,13 +173,13 @@ def test_every_weight_of_the_configuration_makes_its_term():
         switch_scope="sequence",
         z_loss_coef=0.4,
         bias_update_rate=0.5,
-        balance_scope="local",
+        balance_scope="rank",
         coef_schedules={"z_loss_coef": [[0, 1], [10, 0]], "bias_update_rate": [[5, 2]]},
     )
     terms = make_balance_terms(moe)
     assert [term.rule for term in terms] == [
-        ImportanceCV2(0.1, is_global=False),
-        LoadCV2(0.2, is_global=False),
+        SquaredVariation(0.1, "importance", "rank"),
+        SquaredVariation(0.2, "load", "rank"),
         SwitchAux(0.3, "sequence"),
         ZLoss(0.4),
     ]
