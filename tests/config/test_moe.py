@@ -66,8 +66,8 @@ SIGMOID = {"router": "sigmoid_topk", "load_cv2_coef": 0}
             id="bias, K = E",
         ),
         pytest.param(
-            {"balance_scope": "local", "importance_cv2_coef": 0, "load_cv2_coef": 0, "switch_aux_coef": 0.1},
-            ["balance_scope ('local')"],
+            {"balance_scope": "rank", "importance_cv2_coef": 0, "load_cv2_coef": 0, "switch_aux_coef": 0.1},
+            ["balance_scope ('rank')"],
             id="scope of no CV",
         ),
         pytest.param(
@@ -163,3 +163,8 @@ def test_cv_squared_balances_where_nothing_else_does(values, importance, load):
     moe = MoEConfig(**values)
     assert (moe.importance_cv2_coef, moe.load_cv2_coef) == (importance, load)
     assert MoEConfig(**moe.model_dump()) == moe  # the resolved configuration says the same
+
+
+@pytest.mark.parametrize(("earlier", "now"), [("global", "micro_step"), ("local", "rank"), ("step", "step")])
+def test_earlier_names_of_scopes_are_read(earlier: str, now: str) -> None:
+    assert MoEConfig(balance_scope=earlier).balance_scope == now

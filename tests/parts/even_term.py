@@ -6,8 +6,8 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_train.config.base import Section
-from moe_train.distributed.collectives import Group, all_reduce_sum
-from moe_train.model.moe.balance.base import BalanceKind
+from moe_train.distributed.collectives import all_reduce_sum
+from moe_train.model.moe.balance.base import BalanceContext, BalanceKind
 from moe_train.model.moe.steps import RoutingSums
 
 
@@ -24,8 +24,8 @@ class EvenTerm:
 
     coef: float
 
-    def loss(self, sums: RoutingSums, group: Group | None) -> Tensor:
-        probability_LE = all_reduce_sum(sums.probability, group)
+    def loss(self, sums: RoutingSums, context: BalanceContext) -> Tensor:
+        probability_LE = all_reduce_sum(sums.probability, context.group)
         mean_LE = probability_LE / probability_LE.sum(-1, keepdim=True)
         return self.coef * (mean_LE * mean_LE.shape[-1] - 1).square().sum()
 
