@@ -14,7 +14,9 @@ import torch
 
 import moe_train
 from moe_train.model.moe.balance.build import make_balance_terms
-from moe_train.model.transformer import Tokens, TrainingObjective
+from moe_train.model.objective import TrainingObjective
+from moe_train.model.step_size import StepSize
+from moe_train.model.transformer import Tokens
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 BATCH = 16
@@ -36,11 +38,13 @@ def main(steps: str = "100") -> None:
         sequences = torch.from_numpy(data.train.batch(numbers))  # [B, S + 1]
         tokens = Tokens(sequences[:, :-1], torch.from_numpy(numbers), step)
 
-        losses = objective(tokens, sequences[:, 1:])
+        size = StepSize.of_one_part(tokens.ids_BS.numel())  # the step is one micro-batch of one process
+        losses = objective(tokens, sequences[:, 1:], size)
         optimizer.zero_grad()
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        objective.after_step(losses.sums, step, size, skipped=False)  # balance losses look at the last step's load
 
         if (step + 1) % 10 == 0:
             counts_E = losses.sums.counts.sum(0)  # tokens per expert, (L, E) -> (E)

@@ -28,6 +28,7 @@ PARTS = (
     "--model.moe.router=hash",
     "--model.moe.hash.salt=3",
     "--model.moe.load_cv2_coef=0",
+    "--model.moe.switch_aux_coef=0",
     "--model.moe.balance.even.coef=0.2",
     "--parallel.dispatch=gather",
     "--optim.name=sgd",

@@ -158,8 +158,9 @@ class Measurement:
 
     def _step(self) -> float:
         """Train a step; seconds of the slowest rank."""
+        size = self._plan.step_size(self._data.sequence_length)
         batches = micro_batches(self._data, self._plan, self._progress, None, _DEVICE)
-        seconds = _slowest(lambda: self._engine.train_step(batches, _LEARNING_RATE))
+        seconds = _slowest(lambda: self._engine.train_step(batches, size, _LEARNING_RATE))
         consumed = self._progress.consumed_sequences + self._plan.global_batch_size
         self._progress = Progress(self._progress.step + 1, consumed)
         return seconds

@@ -22,6 +22,7 @@ from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.bootstrap import discover_world, init_process_group
 from moe_train.distributed.collectives import barrier
 from moe_train.distributed.traffic import TrafficMeter
+from moe_train.model.step_size import StepSize
 from moe_train.model.transformer import Tokens
 from moe_train.train.engine.build import make_engine
 from moe_train.train.engine.engine import TrainEngine
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             batches = make_batches(config, world.rank, world.world_size, step)
             meter.reset()
             with meter.counting(), torch.profiler.record_function(_STEP):
-                engine.train_step(batches, _LEARNING_RATE)
+                engine.train_step(batches, size_of(config), _LEARNING_RATE)
     found = {"states": state_bytes(engine), "peak": peak_bytes(profile), "all_to_all": meter.read().num_bytes}
     (folder / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     barrier()
@@ -67,6 +68,12 @@ def make_batches(config: ResolvedConfig, rank: int, world_size: int, step: int) 
         sequences_B = torch.arange(micro) + micro * (rank + world_size * number)
         found.append((Tokens(ids[:, :-1].contiguous(), sequences_B, step), ids[:, 1:].contiguous()))
     return found
+
+
+def size_of(config: ResolvedConfig) -> StepSize:
+    """Sizes of one step in which every token has a target."""
+    tokens = config.train.global_batch_size * config.train.sequence_length
+    return StepSize(config.accumulation * config.world_size, tokens, tokens)
 
 
 def state_bytes(engine: TrainEngine) -> int:

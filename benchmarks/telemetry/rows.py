@@ -80,7 +80,7 @@ def measure(prepared: PreparedRun, num_pairs: int) -> Costs:
     silent = config.model_copy(update={"telemetry": config.telemetry.model_copy(update={"experts": False})})
     meter = TrafficMeter(device)
     engines = {True: make_engine(config, device, meter), False: make_engine(silent, device)}
-    recorder = make_recorder(config, plan, meter)
+    recorder, size = make_recorder(config, plan, meter), plan.step_size(config.train.sequence_length)
     mark = data.tokenizer.end_of_document if config.model.isolate_documents else None
     wall: dict[bool, list[float]] = {True: [], False: []}
     cpu: dict[bool, list[float]] = {True: [], False: []}
@@ -93,10 +93,10 @@ def measure(prepared: PreparedRun, num_pairs: int) -> Costs:
             for step in range(block * config.telemetry.every, (block + 1) * config.telemetry.every):
                 batches = micro_batches(data.train, plan, _progress_at(step, plan), mark, device)
                 if not is_on:
-                    engines[False].train_step(batches, rate)
+                    engines[False].train_step(batches, size, rate)
                     continue
                 with recorder.step():
-                    result = engines[True].train_step(batches, rate)
+                    result = engines[True].train_step(batches, size, rate)
                     recorded += _timed(recorder.add, result)
             if is_on:
                 recorded += _timed(_record, recorder, _progress_at(step + 1, plan), rate, result)

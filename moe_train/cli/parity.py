@@ -7,14 +7,17 @@ of each layout. So the hosts, the network and the devices of a cluster are check
 import argparse
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +32,10 @@ from moe_train.distributed.bootstrap import (
 )
 from moe_train.distributed.world import World
 from moe_train.launch.fork_server import ForkServer, wait_for_all
+
+if TYPE_CHECKING:
+    from moe_train.train.parity import Comparison, Layout
+    from moe_train.train.telemetry.records import Record
 
 RUN_TIMEOUT_SECONDS = 600
 # Modules that training imports, early or late; the fork server imports them once for all ranks.
@@ -65,6 +72,9 @@ def run(arguments: Sequence[str]) -> int:
         "Any training option may follow; moe-train train --help lists them.",
         allow_abbrev=False,
     )
+    help_text = "check the model of this file, its shapes, precision and losses, in place of a small one"
+    parser.add_argument("--config", metavar="FILE", help=help_text)
+    parser.add_argument("--layers", type=int, metavar="N", help="with --config: only so many layers of the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--max-ranks", type=int, help="leave out layouts of more ranks (default: 4, or the devices)")
     parser.add_argument("--layouts", metavar="N,N", help="run only these, counted from 0, with their references")
@@ -82,41 +92,106 @@ def run(arguments: Sequence[str]) -> int:
 def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World, scratch: Path) -> int:
     import torch
 
-    from moe_train.distributed.collectives import barrier, gather_objects
-    from moe_train.train.parity import OPTIONS, Comparison, Layout, choose_layouts, compare
-    from moe_train.train.telemetry.records import Record, read_records
+    from moe_train.distributed.collectives import gather_objects
+    from moe_train.host.precision import resolve_precision
+    from moe_train.train.parity import OPTIONS, SPLITS, choose_layouts
 
-    config = load_config([*OPTIONS, *extra, f"--train.run_dir={scratch}"], program="moe-train parity")
+    if options.layers is not None and options.config is None:
+        raise UsageError(f"--layers ({options.layers}) has no effect without --config")
+    base = list(OPTIONS) if options.config is None else _own_options(options, extra, scratch)
+    config = load_config([*base, *extra, f"--train.run_dir={scratch}"], program="moe-train parity")
     device = choose_device(config.parallel.device, replace(world, local_world_size=1, local_rank=0))
     limit = _rank_limit(options.max_ranks, world, device.type)
     wanted = choose_layouts(options.layouts)
     compared = [layout for layout in wanted if layout.world_size <= limit]
-    if all(layout.world_size == 1 for layout in compared):
+    if len(compared) < 2:
         raise UsageError(f"with {limit} rank or device nothing can be compared: give --parallel.device=cpu, or more")
     if world.world_size > 1:
         init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
+    own = resolve_precision(config.train.precision, device)
+    precisions = list(dict.fromkeys(("fp32", own) if options.config is not None else (own,)))
     # The ports must be free on the host of rank 0, and all ranks of a run write to the folder of rank 0.
-    scratch, ports = gather_objects((scratch, [free_port() for _ in wanted]))[0]
-    reference: dict[bool, list[Record]] = {}
-    results: list[Comparison] = []
-    skipped: list[Layout] = [layout for layout in wanted if layout not in compared]
+    ports = [free_port() for _ in range(len(precisions) * (len(SPLITS) + len(compared)))]
+    folder, ports = gather_objects((scratch, ports))[0]
     with _fork_server(world, device.type) as server:
-        for index, layout in enumerate(compared):
-            folder = scratch / f"layout_{index}"
-            arguments = [*OPTIONS, *layout.options(), *extra, f"--train.run_dir={folder}"]
-            arguments.append(f"--parallel.device={device.type}")
-            _run_layout(arguments, layout.world_size, world, ports[index], server)
-            barrier()
-            if world.rank == 0:
-                records = read_records(folder / "metrics.jsonl")
-                results.append(compare(layout, records, reference.setdefault(layout.balance, records)))
-                if not options.json:
-                    print(f"{'same ' if results[-1].passed else 'OTHER'}  {layout.name}", flush=True)
+        runs = _Runs(base, extra, device.type, world, folder, ports, server)
+        results: list[Comparison] = []
+        for number, precision in enumerate(precisions):
+            prefix = f"{precision}_" if number else ""  # of the run folders
+            results += _compare_in(precision, compared, runs, prefix, options.json)
     if world.rank != 0:
         return 0
     passed = all(result.passed for result in results)
-    _show(results, skipped, options.json, passed)
+    _show(results, [layout for layout in wanted if layout not in compared], options.json, passed)
     return 0 if passed else 1
+
+
+@dataclass
+class _Runs:
+    """Short runs of one model in several layouts.
+
+    Attributes:
+        base: Training options of every run.
+        extra: Options of the command line, which count more.
+        device_type: Type of the devices.
+        world: Place of this process.
+        folder: Folder of the run folders.
+        ports: Free ports, one for each run.
+        server: Fork server of the ranks; None: each rank has its own interpreter.
+    """
+
+    base: list[str]
+    extra: list[str]
+    device_type: str
+    world: World
+    folder: Path
+    ports: list[int]
+    server: ForkServer | None
+
+    def train(self, layout: "Layout", name: str, precision: str) -> "list[Record]":
+        """Train in a layout; the records, on rank 0. Collective: All ranks of a launcher."""
+        from moe_train.distributed.collectives import barrier
+        from moe_train.train.telemetry.records import read_records
+
+        run_dir = self.folder / name
+        arguments = [*self.base, *layout.options(), *self.extra, f"--train.run_dir={run_dir}"]
+        arguments += [f"--parallel.device={self.device_type}", f"--train.precision={precision}"]
+        _run_layout(arguments, layout.world_size, self.world, self.ports.pop(), self.server)
+        barrier()
+        return read_records(run_dir / "metrics.jsonl") if self.world.rank == 0 else []
+
+
+def _compare_in(
+    precision: str, layouts: "Sequence[Layout]", runs: _Runs, prefix: str, quiet: bool
+) -> "list[Comparison]":
+    """Train in every layout in one precision; the comparisons, on rank 0. Collective: All ranks of a launcher."""
+    from moe_train.train.parity import SPLITS, Bounds, bounds_of_spread, compare
+
+    bounds = Bounds()
+    if precision != "fp32":
+        split = [runs.train(layout, f"{prefix}split_{i}", precision) for i, layout in enumerate(SPLITS)]
+        bounds = bounds_of_spread([compare(SPLITS[i], split[i], split[0]) for i in range(1, len(SPLITS))])
+    reference: dict[bool, list[Record]] = {}
+    results = []
+    for index, layout in enumerate(layouts):
+        records = runs.train(layout, f"{prefix}layout_{index}", precision)
+        if runs.world.rank == 0:
+            first = reference.setdefault(layout.ignores, records)
+            results.append(compare(layout, records, first, bounds, precision))
+            if not quiet:
+                print(f"{'same ' if results[-1].passed else 'OTHER'}  {precision}  {layout.name}", flush=True)
+    return results
+
+
+def _own_options(options: argparse.Namespace, extra: list[str], scratch: Path) -> list[str]:
+    """Make options that train the model of a configuration: a file with what decides its numbers, and a short run."""
+    from moe_train.train.parity import RUN_OPTIONS, own_model
+
+    given = [f"--config={options.config}", f"--train.run_dir={scratch}"]
+    values = own_model(load_config([*given, *extra], program="moe-train parity"), options.layers)
+    path = scratch / f"parity_{os.getpid()}.yaml"  # each rank its own, where they share the folder
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return [f"--config={path}", *RUN_OPTIONS]
 
 
 def _rank_limit(wanted: int | None, world: World, device_type: str) -> int:
@@ -189,7 +264,7 @@ def _place(rank: int, world_size: int, world: World, port: int) -> World:
     )
 
 
-def _show(results: Sequence, skipped: Sequence, as_json: bool, passed: bool) -> None:
+def _show(results: "Sequence[Comparison]", skipped: "Sequence[Layout]", as_json: bool, passed: bool) -> None:
     from moe_train.train.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 
     if as_json:
@@ -203,17 +278,18 @@ def _show(results: Sequence, skipped: Sequence, as_json: bool, passed: bool) -> 
         print(json.dumps(summary))
         return
     table = Table(title=f"Largest relative difference over {results[0].steps} steps, from the first row of its kind")
-    for column in (
-        "layout",
-        f"train/loss (<= {LOSS_TOLERANCE:g})",
-        f"train/grad_norm (<= {GRAD_NORM_TOLERANCE:g})",
-        "",
-    ):
+    for column in ("layout", "", "train/loss", "at most", "train/grad_norm", "at most", ""):
         table.add_column(column)
     for result in results:
-        verdict = "same" if result.passed else "OTHER"
+        bounds = result.bounds
         table.add_row(
-            result.layout.name, f"{result.loss_difference:.1e}", f"{result.grad_norm_difference:.1e}", verdict
+            result.layout.name,
+            result.precision,
+            f"{result.loss_difference:.1e}",
+            f"{bounds.loss:.1e}",
+            f"{result.grad_norm_difference:.1e}",
+            f"{bounds.grad_norm:.1e}",
+            "same" if result.passed else "OTHER",
         )
     Console().print(table)
     for layout in skipped:

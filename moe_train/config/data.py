@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moe_train.config.base import Section
 
-SourceKind = Literal["python_stdlib", "text", "jsonl", "parquet", "huggingface"]
+SourceKind = Literal["python_stdlib", "text", "jsonl", "parquet", "huggingface", "synthetic"]
 FILE_KINDS = ("text", "jsonl", "parquet")
 COLUMN_KINDS = ("jsonl", "parquet", "huggingface")
 
@@ -80,6 +80,9 @@ class DataConfig(SourceConfig):
     """Share of the documents that is held out, if no validation files or split are given."""
     validation_max_bytes: PositiveInt = 4 * 2**20
     """Most bytes of held-out text; the documents of the held-out part that exceed it are used for training."""
+    ignored_targets: float = Field(0.0, ge=0.0, lt=1.0)
+    """Largest share of a sequence's targets that is ignored, as in chat data; each sequence has a share between 0 and
+    this, and one of eight has no target at all. Only for source synthetic."""
     cache_dir: str | None = None
     """Folder for tokenized data; None: $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train."""
 
@@ -89,6 +92,15 @@ class DataConfig(SourceConfig):
         both = sorted(name for name in named if self.differs(name))
         if self.mixture and both:
             raise ValueError(f"mixture and {both[0]} ({getattr(self, both[0])!r}) both name the data: give one of them")
+        if self.ignored_targets and self.source != "synthetic":
+            raise ValueError(
+                f"ignored_targets ({self.ignored_targets}) has no effect with source {self.source!r}: it is for "
+                "synthetic"
+            )
+        if any(entry.source == "synthetic" for entry in self.mixture):
+            raise ValueError("mixture: source 'synthetic' is random and no part of a mixture: use it alone")
+        if self.source == "synthetic" and self.tokenizer != "bytes":
+            raise ValueError(f"source 'synthetic' makes bytes: tokenizer ({self.tokenizer!r}) must be bytes")
         if self.differs("bpe_vocab_size") and self.tokenizer != "bpe":
             raise ValueError(
                 f"bpe_vocab_size ({self.bpe_vocab_size}) has no effect with tokenizer {self.tokenizer!r}: it is for bpe"

@@ -212,7 +212,7 @@ class MoEConfig(SectionWithParts):
             raise ValueError(
                 f"balance_scope ({self.balance_scope!r}) has no effect: importance_cv2_coef and load_cv2_coef are 0"
             )
-        if self.differs("switch_scope") and not self.switch_aux_coef:
+        if self.switch_scope not in ("step", "global") and not self.switch_aux_coef:  # global was the default once
             raise ValueError(f"switch_scope ({self.switch_scope!r}) has no effect: switch_aux_coef is 0")
 
     def _check_schedules(self) -> None:

@@ -15,6 +15,7 @@ from moe_train.data.folders import build_once, cache_root, replaced_folder
 from moe_train.data.report import say
 from moe_train.data.sequences import HeldOut, TrainEntry, TrainingSequences, join_held_out
 from moe_train.data.sources import check_source, open_corpus
+from moe_train.data.synthetic import synthetic_entry
 from moe_train.data.tokenizers import (
     BPE_PATTERN,
     ByteTokenizer,
@@ -92,6 +93,9 @@ def prepare_data(
         UsageError: If the data cannot be read or is too small. Every process raises the same error.
     """
     check_data(config)
+    if config.source == "synthetic" and not config.mixture:
+        entry = synthetic_entry(sequence_length, config.ignored_targets)
+        return PreparedData(ByteTokenizer(), TrainingSequences((entry,), sequence_length, seed), None, ())
     wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0
     folder = CacheFolder(cache_root(config.cache_dir), wait_seconds, show_progress)
     named_sources = zip(config.sources, source_fields(config), strict=True)

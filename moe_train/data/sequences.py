@@ -1,7 +1,8 @@
 """Token sequences for training and evaluation, cut from token streams. Legend: B sequences, S tokens per sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,12 @@ class TrainEntry:
     Attributes:
         tokens: Token stream, one-dimensional.
         weight: Share of the training sequences that come from this entry, relative to the other entries.
+        is_target: bool, the tokens that are to be predicted; None: all.
     """
 
     tokens: np.ndarray
     weight: float = 1.0
+    is_target: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,32 @@ class TrainingSequences:
         """Number of sequences of all entries: the samples per epoch where there is one entry."""
         return sum(self.entry_sequences)
 
+    @property
+    def ignores_targets(self) -> bool:
+        """Whether some tokens are not to be predicted."""
+        return any(entry.is_target is not None for entry in self.entries)
+
+    def inputs_and_targets(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sequences of given global samples as a model takes them.
+
+        Args:
+            indices: Global sample indices, as for `batch`.
+
+        Returns:
+            Inputs and targets, both int64 [B, S]; a target that is not to be predicted is IGNORED_TARGET.
+        """
+        tokens_BS, targets_BS = self.batch(indices), None
+        if self.ignores_targets:
+            is_target_BS = self._cut(indices, lambda entry: entry.is_target, dtype=np.bool_, missing=True)
+            targets_BS = np.where(is_target_BS[:, 1:], tokens_BS[:, 1:], IGNORED_TARGET)
+        return tokens_BS[:, :-1], tokens_BS[:, 1:] if targets_BS is None else targets_BS
+
+    def num_targets(self, indices: np.ndarray) -> int:
+        """Count the targets of given global samples that are to be predicted."""
+        if not self.ignores_targets:
+            return len(indices) * self.sequence_length
+        return int(self._cut(indices, lambda entry: entry.is_target, dtype=np.bool_, missing=True)[:, 1:].sum())
+
     def batch(self, indices: np.ndarray) -> np.ndarray:
         """Return the sequences of given global samples.
 
@@ -67,14 +96,21 @@ class TrainingSequences:
         Returns:
             int64 [B, S + 1]: inputs are [:, :-1], targets are [:, 1:]. Row i depends on indices[i] alone.
         """
+        return self._cut(indices, lambda entry: entry.tokens, dtype=np.int64)
+
+    def _cut(
+        self, indices: np.ndarray, stream_of: Callable[[TrainEntry], np.ndarray | None], dtype: Any, missing: Any = 0
+    ) -> np.ndarray:
+        """Cut the sequences of given global samples out of one stream per entry. [B, S + 1]."""
         length = self.sequence_length
         weights = [entry.weight for entry in self.entries]
         found = locate_samples(indices, weights, self.entry_sequences, self.seed)
-        tokens_BS = np.empty((len(found.entry), length + 1), dtype=np.int64)
+        cut_BS = np.full((len(found.entry), length + 1), missing, dtype=dtype)
         for row, (entry, sequence) in enumerate(zip(found.entry.tolist(), found.sequence.tolist(), strict=True)):
-            start = sequence * length
-            tokens_BS[row] = self.entries[entry].tokens[start : start + length + 1]
-        return tokens_BS
+            stream = stream_of(self.entries[entry])
+            if stream is not None:
+                cut_BS[row] = stream[sequence * length : (sequence + 1) * length + 1]
+        return cut_BS
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from moe_train.plan.loads import RowLoads
 from moe_train.plan.shapes import ModelShape
 from moe_train.plan.states import ModelStates
 
-_COUNT_BYTES, _SUM_BYTES = 8, 4
+_COUNT_BYTES, _SUM_BYTES, _WIDE_BYTES = 8, 4, 8
+_STEP_SUMS = 4  # of an expert over a step: importance, load, probability, count
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,9 @@ def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> 
         times = 2 * terms * layout.accumulation  # forward and backward pass
         size = _SUM_BYTES * shape.num_moe_layers * moe.num_experts
         found.append(Reduction("all_reduce", layout.world, float(times * size), times))
+    if shape.num_moe_layers and any(kind.remembers(moe, section) for _, kind, section in balance_kinds(moe)):
+        size = _STEP_SUMS * _WIDE_BYTES * shape.num_moe_layers * moe.num_experts
+        found.append(Reduction("all_reduce", layout.world, float(size), 1))  # once per step
     norms = len(states.groups) + 2
     found.append(Reduction("all_reduce", layout.world, float(_SUM_BYTES * norms), norms))
     return found

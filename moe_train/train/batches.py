@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_train.data import TrainingSequences, document_ids
+from moe_train.distributed.collectives import all_reduce_sum, world_group
 from moe_train.model.step_size import StepSize
 from moe_train.model.transformer import Tokens
 from moe_train.train.progress import Progress
@@ -39,10 +40,11 @@ class BatchPlan:
         """Number of micro-steps of one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
-    def step_size(self, sequence_length: int) -> StepSize:
-        """Sizes of a step in which every token has a target."""
+    def step_size(self, sequence_length: int, num_targets: int | None = None) -> StepSize:
+        """Sizes of a step; num_targets None: every token has a target."""
         tokens = self.global_batch_size * sequence_length
-        return StepSize(self.num_micro_steps * self.world_size, tokens, tokens)
+        targets = tokens if num_targets is None else num_targets
+        return StepSize(self.num_micro_steps * self.world_size, tokens, targets)
 
     def indices(self, first_sequence: int, micro_step: int) -> np.ndarray:
         """Compute the global indices of this rank's sequences in a micro-step. int64 [micro_batch_size].
@@ -96,6 +98,24 @@ def micro_batches(
     """
     for micro_step in range(plan.num_micro_steps):
         indices = plan.indices(progress.consumed_sequences, micro_step)
-        ids = sequences.batch(indices)
-        targets_BS = torch.from_numpy(np.ascontiguousarray(ids[:, 1:])).to(device)
-        yield make_tokens(ids[:, :-1], indices, progress.step, end_of_document, device), targets_BS
+        ids_BS, targets = sequences.inputs_and_targets(indices)
+        targets_BS = torch.from_numpy(np.ascontiguousarray(targets)).to(device)
+        yield make_tokens(ids_BS, indices, progress.step, end_of_document, device), targets_BS
+
+
+def size_of_step(sequences: TrainingSequences, plan: BatchPlan, progress: Progress) -> StepSize:
+    """Find the sizes of a step over all ranks, before its first pass.
+
+    Args:
+        sequences: Training data.
+        plan: Sizes and rank.
+        progress: Progress before the step.
+
+    Collective: All ranks, if the data ignores targets.
+    """
+    if not sequences.ignores_targets:
+        return plan.step_size(sequences.sequence_length)
+    mine = (plan.indices(progress.consumed_sequences, micro_step) for micro_step in range(plan.num_micro_steps))
+    # fp64 holds whole numbers of this size exactly.
+    own = torch.tensor(float(sum(sequences.num_targets(indices) for indices in mine)), dtype=torch.float64)
+    return plan.step_size(sequences.sequence_length, int(all_reduce_sum(own, world_group())))

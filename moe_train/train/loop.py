@@ -11,7 +11,7 @@ from moe_train.config.resolve import ResolvedConfig
 from moe_train.data import PreparedData
 from moe_train.distributed.flight_recorder import FlightRecorder
 from moe_train.liveness.watchdog import Watchdog
-from moe_train.train.batches import BatchPlan, micro_batches
+from moe_train.train.batches import BatchPlan, micro_batches, size_of_step
 from moe_train.train.console import RunConsole
 from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.progress import Progress
@@ -142,7 +142,7 @@ def _take_step(run: Run, progress: Progress, rate: float) -> tuple[StepResult, S
     run.flight_recorder.at("data", progress.step + 1)
     with run.watchdog.watching(f"step {progress.step + 1}"), run.tracer.step(), run.recorder.step():
         batches = micro_batches(run.data.train, run.plan, progress, run.isolation_mark, run.device)
-        size = run.plan.step_size(run.config.train.sequence_length)
+        size = size_of_step(run.data.train, run.plan, progress)
         result = run.engine.train_step(batches, size, rate, run.step_control.should_skip)
         run.recorder.add(result)
     decision = run.step_control.conclude(progress, run.plan.global_batch_size)

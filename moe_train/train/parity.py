@@ -6,81 +6,82 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moe_train.config.errors import UsageError
+from moe_train.config.root import Config
 from moe_train.train.telemetry.records import Record
 
 LOSS_TOLERANCE = 1e-4  # relative, at every step: fp32 sums in another order, grown by 20 steps of training
 GRAD_NORM_TOLERANCE = 1e-3  # relative
+# In bf16 a sum's order decides more: a layout may differ by three times the spread of one process over its own splits.
+SPREADS, MOST_IN_BF16 = 3.0, 2e-2
 NUM_STEPS = 20
-_GLOBAL_BATCH = 16
+GLOBAL_BATCH = 16
 _NODE_SIZE = 2  # ranks
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of a run over ranks.
+    """One way to spread a run.
 
     Attributes:
-        world_size: Number of ranks.
-        expert_parallel_size: Number of ranks that share the experts.
+        world_size: Ranks.
+        expert_parallel_size: Ranks that share the experts.
         zero_stage: Stage of DeepSpeed ZeRO.
-        accumulation: Number of micro-steps of a step, with the same global batch.
-        balance: Whether the CV^2 terms are on. They depend on the tokens of a micro-step, so that layouts with
-            different accumulation are compared without them.
-        dispatch: Name of the dispatcher; two_level takes two ranks as a node.
-        chunks: Number of chunks in which tokens travel.
+        accumulation: Micro-steps of one step of the same global batch.
+        dispatch: Name of the dispatcher; two_level with two ranks per node.
+        chunks: Chunks in which rows travel.
+        ignores: Whether the data has targets that are ignored, up to 90% of a sequence's, and sequences without any.
     """
 
     world_size: int
     expert_parallel_size: int
     zero_stage: int
     accumulation: int
-    balance: bool
     dispatch: str = "flat"
     chunks: int = 1
+    ignores: bool = False
 
     @property
     def name(self) -> str:
-        """Name of the layout, for people."""
-        terms = "with" if self.balance else "without"
+        """Name for people."""
         way = f", {self.dispatch} in {self.chunks}" if self.expert_parallel_size > 1 else ""
         return (
-            f"{self.world_size} ranks, EP {self.expert_parallel_size}{way}, ZeRO {self.zero_stage}, "
-            f"accumulation {self.accumulation}, {terms} CV^2"
+            f"{self.world_size} ranks, EP {self.expert_parallel_size}{way}, ZeRO {self.zero_stage}, accumulation "
+            f"{self.accumulation}{', ignored targets' if self.ignores else ''}"
         )
 
     def options(self) -> list[str]:
-        """Return the training options of the layout."""
-        coefficient = 0.1 if self.balance else 0.0
-        micro = _GLOBAL_BATCH // (self.world_size * self.accumulation)
+        """Training options of the layout."""
         return [
             f"--parallel.expert_parallel_size={self.expert_parallel_size}",
             f"--parallel.zero_stage={self.zero_stage}",
-            f"--train.micro_batch_size={micro}",
-            f"--train.global_batch_size={_GLOBAL_BATCH}",
-            f"--model.moe.importance_cv2_coef={coefficient}",
-            f"--model.moe.load_cv2_coef={coefficient}",
+            f"--train.micro_batch_size={GLOBAL_BATCH // (self.world_size * self.accumulation)}",
+            f"--train.global_batch_size={GLOBAL_BATCH}",
             f"--parallel.dispatch={self.dispatch}",
             f"--parallel.chunks={self.chunks}",
             *([f"--parallel.ranks_per_node={_NODE_SIZE}"] if self.dispatch == "two_level" else []),
+            *(["--data.source=synthetic", "--data.ignored_targets=0.9"] if self.ignores else []),
         ]
 
 
-# The first layout of each kind, with and without CV^2, is the reference of the others.
+# The first of each kind, without and with ignored targets, is what the others are compared with.
 LAYOUTS = (
-    Layout(1, 1, 1, 2, balance=True),
-    Layout(2, 2, 1, 2, balance=True, dispatch="unique", chunks=3),
-    Layout(2, 1, 2, 2, balance=True),
-    Layout(4, 2, 3, 2, balance=True, chunks=2),
-    Layout(4, 4, 1, 2, balance=True, dispatch="two_level", chunks=2),
-    Layout(1, 1, 1, 1, balance=False),
-    Layout(2, 2, 1, 2, balance=False),
-    Layout(2, 1, 2, 4, balance=False),
-    Layout(4, 2, 3, 1, balance=False, dispatch="unique"),
+    Layout(1, 1, 1, 1),
+    Layout(2, 2, 1, 2, dispatch="unique", chunks=3),
+    Layout(2, 1, 2, 4),
+    Layout(4, 2, 3, 2, chunks=2),
+    Layout(4, 4, 1, 1, dispatch="two_level", chunks=2),
+    Layout(1, 1, 1, 4),
+    Layout(1, 1, 2, 16),
+    Layout(4, 2, 3, 4, dispatch="unique"),
+    Layout(1, 1, 1, 1, ignores=True),
+    Layout(2, 2, 1, 8, ignores=True),  # micro-batches of one sequence: some have no target
 )
+# One process with every split of a step: their spread is what bf16 gives beside the layout.
+SPLITS = tuple(Layout(1, 1, 1, accumulation) for accumulation in (1, 2, 4, 8, 16))
 
 
 def choose_layouts(numbers: str | None) -> list[Layout]:
-    """Choose layouts by their numbers, and add their references.
+    """Choose layouts by their numbers, together with those they are compared with.
 
     Args:
         numbers: Numbers such as "1,3", counted from 0; None: all.
@@ -95,7 +96,7 @@ def choose_layouts(numbers: str | None) -> list[Layout]:
         if number not in known:
             raise UsageError(f"--layouts ({numbers!r}): {number!r} is not a number from 0 to {len(LAYOUTS) - 1}")
     chosen = [known[number] for number in numbers.split(",")]
-    references = [next(layout for layout in LAYOUTS if layout.balance == each.balance) for each in chosen]
+    references = [next(layout for layout in LAYOUTS if layout.ignores == each.ignores) for each in chosen]
     return [layout for layout in LAYOUTS if layout in chosen or layout in references]
 
 
@@ -109,6 +110,11 @@ OPTIONS = (
     "--model.intermediate_size=128",
     "--model.moe.num_experts=8",
     "--model.moe.router=noisy_topk",
+    "--model.moe.importance_cv2_coef=0.1",
+    "--model.moe.load_cv2_coef=0.1",
+    "--model.moe.switch_aux_coef=0.01",
+    "--model.moe.z_loss_coef=0.001",
+    "--model.moe.bias_update_rate=0.001",
     "--data.source=python_stdlib",
     "--data.validation_fraction=0",
     "--optim.learning_rate=3e-3",
@@ -126,6 +132,64 @@ OPTIONS = (
 )
 
 
+# What a user's own model is trained with beside its shapes, precision and terms.
+RUN_OPTIONS = (
+    "--data.source=synthetic",
+    "--optim.learning_rate=1e-3",
+    "--optim.warmup_steps=5",
+    "--optim.schedule=constant",
+    "--train.sample_tokens=0",
+    f"--train.steps={NUM_STEPS}",
+    "--train.seed=1",
+    "--telemetry.tensorboard=false",
+    "--telemetry.every=1",
+)
+_OWN_SEQUENCE_LENGTH = 64  # tokens at most
+
+
+def own_model(config: Config, layers: int | None) -> dict[str, Any]:
+    """Take from a configuration what decides the numbers of its model, for a short run on synthetic tokens.
+
+    Args:
+        config: Configuration as loaded.
+        layers: Number of layers instead of the configuration's; None: all.
+
+    Returns:
+        Values of a configuration.
+
+    Raises:
+        UsageError: If layers is more than the model has.
+    """
+    values = config.model_dump(mode="json")
+    model, train = values["model"], values["train"]
+    if layers is not None:
+        if not 1 <= layers <= model["num_layers"]:
+            raise UsageError(f"--layers ({layers}) must be 1 to model.num_layers ({model['num_layers']})")
+        model["num_layers"] = layers
+        for name in ("moe_layers", "kv_layers"):
+            if isinstance(model[name], list):
+                model[name] = [layer for layer in model[name] if layer < layers]
+            elif isinstance(model[name], int):
+                model[name] = min(model[name], layers)
+    kept = {name: train[name] for name in ("precision", "recompute_activations", "compile")}
+    kept |= {"run_dir": train["run_dir"], "sequence_length": min(train["sequence_length"], _OWN_SEQUENCE_LENGTH)}
+    parallel = {"payload": values["parallel"]["payload"]}
+    return {"model": model, "train": kept, "parallel": parallel, "deepspeed": values["deepspeed"]}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative differences that are rounding.
+
+    Attributes:
+        loss: Bound of train/loss.
+        grad_norm: Bound of train/grad_norm.
+    """
+
+    loss: float = LOSS_TOLERANCE
+    grad_norm: float = GRAD_NORM_TOLERANCE
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Comparison of a layout's run with the reference.
@@ -135,39 +199,64 @@ class Comparison:
         loss_difference: Largest relative difference of train/loss over the steps.
         grad_norm_difference: Largest relative difference of train/grad_norm over the steps.
         steps: Number of compared steps.
+        bounds: Differences that pass.
+        precision: Precision of the run.
     """
 
     layout: Layout
     loss_difference: float
     grad_norm_difference: float
     steps: int
+    bounds: Bounds = Bounds()
+    precision: str = "fp32"
 
     @property
     def passed(self) -> bool:
-        """Whether both differences stay within their tolerances at every step of the run."""
+        """Whether both differences stay within their bounds at every step of the run."""
         return (
             self.steps == NUM_STEPS
-            and self.loss_difference <= LOSS_TOLERANCE
-            and self.grad_norm_difference <= GRAD_NORM_TOLERANCE
+            and self.loss_difference <= self.bounds.loss
+            and self.grad_norm_difference <= self.bounds.grad_norm
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self.layout) | {
+            "precision": self.precision,
             "steps": self.steps,
             "loss_difference": self.loss_difference,
+            "loss_bound": self.bounds.loss,
             "grad_norm_difference": self.grad_norm_difference,
+            "grad_norm_bound": self.bounds.grad_norm,
             "passed": self.passed,
         }
 
 
-def compare(layout: Layout, records: Sequence[Record], reference: Sequence[Record]) -> Comparison:
+def bounds_of_spread(splits: Sequence[Comparison]) -> Bounds:
+    """Make bounds from one process with several splits of the same steps: a multiple of their spread, and not too much.
+
+    Args:
+        splits: Comparisons of the other splits with the first.
+    """
+    loss, norm = (max(getattr(split, f"{name}_difference") for split in splits) for name in ("loss", "grad_norm"))
+    return Bounds(min(SPREADS * loss, MOST_IN_BF16), min(SPREADS * norm, MOST_IN_BF16))
+
+
+def compare(
+    layout: Layout,
+    records: Sequence[Record],
+    reference: Sequence[Record],
+    bounds: Bounds = Bounds(),
+    precision: str = "fp32",
+) -> Comparison:
     """Compare a run with the reference, step by step.
 
     Args:
         layout: Layout of the run.
         records: Records of the run.
         reference: Records of the reference.
+        bounds: Differences that pass.
+        precision: Precision of the run.
     """
     here, there = ({r["step"]: r for r in run if "train/loss" in r} for run in (records, reference))
     steps = sorted(here.keys() & there.keys())
@@ -175,7 +264,7 @@ def compare(layout: Layout, records: Sequence[Record], reference: Sequence[Recor
         key: max((_relative(here[step][key], there[step][key]) for step in steps), default=math.inf)
         for key in ("train/loss", "train/grad_norm")
     }
-    return Comparison(layout, worst["train/loss"], worst["train/grad_norm"], len(steps))
+    return Comparison(layout, worst["train/loss"], worst["train/grad_norm"], len(steps), bounds, precision)
 
 
 def _relative(value: float | None, expected: float | None) -> float:

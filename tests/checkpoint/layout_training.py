@@ -87,8 +87,9 @@ class LayoutTraining:
     def _train(self, engine: TrainEngine, progress: Progress, num_steps: int) -> tuple[Progress, list[float]]:
         losses = []
         for _ in range(num_steps):
+            size = self._plan.step_size(self._config.train.sequence_length)
             batches = micro_batches(self._data, self._plan, progress, None, _DEVICE)
-            loss = engine.train_step(batches, _LEARNING_RATE).loss.detach().clone()
+            loss = engine.train_step(batches, size, _LEARNING_RATE).loss.detach().clone()
             losses.append(float(all_reduce_sum(loss, world_group())) / self._plan.world_size)
             progress = Progress(progress.step + 1, progress.consumed_sequences + self._plan.global_batch_size)
         return progress, losses

@@ -1,4 +1,4 @@
-"""A balance term: the squared deviation of the mean distribution from the even one."""
+"""A balance term: what experts had more than their share of in the last step, times their probability in this one."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,6 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_train.config.base import Section
-from moe_train.distributed.collectives import all_reduce_sum
 from moe_train.model.moe.balance.base import BalanceContext, BalanceKind
 from moe_train.model.moe.steps import RoutingSums
 
@@ -20,20 +19,25 @@ class EvenConfig(Section):
 
 @dataclass(frozen=True)
 class EvenTerm:
-    """coef * sum over experts of (E p - 1)^2, p being the mean probability over all ranks."""
+    """coef * sum over experts of (E f - 1) p, f being the share of the last step and p the mean probability."""
 
     coef: float
 
     def loss(self, sums: RoutingSums, context: BalanceContext) -> Tensor:
-        probability_LE = all_reduce_sum(sums.probability, context.group)
-        mean_LE = probability_LE / probability_LE.sum(-1, keepdim=True)
-        return self.coef * (mean_LE * mean_LE.shape[-1] - 1).square().sum()
+        excess_LE = context.last.share_LE * sums.probability.shape[-1] - context.last.known_L.unsqueeze(-1)
+        parts = (excess_LE.to(sums.probability.dtype) * sums.probability).sum()
+        return self.coef * context.size.num_parts / context.size.num_tokens * parts
+
+    def value_of_step(self, sums: RoutingSums) -> Tensor:
+        share_LE = sums.counts / sums.counts.sum(-1, keepdim=True)
+        probability_LE = sums.probability / sums.probability.sum(-1, keepdim=True)
+        return self.coef * ((share_LE * share_LE.shape[-1] - 1) * probability_LE).sum()
 
 
 KIND = BalanceKind(
     weight=lambda moe, section: section.coef,
     term=lambda moe, section: EvenTerm(section.coef),
     sums=lambda moe, section: frozenset({"probability"}),
-    reduces=lambda moe, section: True,
+    remembers=lambda moe, section: frozenset({"share"}),
     section=EvenConfig,
 )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.plan_check.memory import make_batches, peak_bytes, state_bytes
+from benchmarks.plan_check.memory import make_batches, peak_bytes, size_of, state_bytes
 from moe_train.config.load import load_config
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.plan.devices import DEVICES
@@ -53,7 +53,7 @@ def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
             batches = make_batches(config, rank, world_size, step)
             meter.reset()
             with meter.counting(), torch.profiler.record_function("plan_check/step"):
-                engine.train_step(batches, 1e-4)
+                engine.train_step(batches, size_of(config), 1e-4)
     return {"states": state_bytes(engine), "peak": peak_bytes(profile), "bytes": meter.read().num_bytes}
 
 
@@ -117,7 +117,7 @@ def count_zero_bytes(rank: int, world_size: int, given: list[str]) -> dict[str, 
     engine = make_engine(config, device, TrafficMeter(device))
     for step in range(3):  # stage 3 goes by its record of the first step, and gathers as it will from the third on
         with RingBytes() as counted:
-            engine.train_step(make_batches(config, rank, world_size, step), 1e-4)
+            engine.train_step(make_batches(config, rank, world_size, step), size_of(config), 1e-4)
     return counted.sent
 
 

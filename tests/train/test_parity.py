@@ -11,7 +11,21 @@ from safetensors import safe_open
 from moe_train.checkpoint.folders import list_checkpoints
 from moe_train.checkpoint.manifest import read_manifest
 from moe_train.config.errors import UsageError
-from moe_train.train.parity import LAYOUTS, NUM_STEPS, Layout, choose_layouts, compare
+from moe_train.config.load import load_config
+from moe_train.config.registry import load_part, part_names
+from moe_train.model.moe.balance.build import balance_kinds
+from moe_train.train.parity import (
+    GLOBAL_BATCH,
+    LAYOUTS,
+    NUM_STEPS,
+    OPTIONS,
+    Bounds,
+    Layout,
+    bounds_of_spread,
+    choose_layouts,
+    compare,
+    own_model,
+)
 from moe_train.train.telemetry.records import EXPERT_FIGURES, read_records
 from tests.processes import run_process
 from tests.train.conftest import ParityRuns
@@ -42,15 +56,23 @@ def test_all_layouts_give_the_same_losses_and_gradient_norms(parity_runs: Parity
 
 
 def test_the_layouts_asked_for_are_compared() -> None:
-    with_terms = {(x.world_size, x.expert_parallel_size, x.zero_stage) for x in LAYOUTS if x.balance}
-    assert with_terms == {(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 3), (4, 4, 1)}
-    assert {x.accumulation for x in LAYOUTS if x.balance} == {2}
-    assert {x.accumulation for x in LAYOUTS if not x.balance} == {1, 2, 4}
+    spread = {(x.world_size, x.expert_parallel_size, x.zero_stage) for x in LAYOUTS if not x.ignores}
+    assert spread >= {(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 3), (4, 4, 1)}
+    assert {x.accumulation for x in LAYOUTS} == {1, 2, 4, 8, 16}
+    assert {x.dispatch for x in LAYOUTS} == {"flat", "unique", "two_level"}
+    # A micro-batch of one sequence, of which some have no target.
+    assert any(x.ignores and x.world_size * x.accumulation == GLOBAL_BATCH for x in LAYOUTS)
+
+
+def test_every_balance_term_is_on() -> None:
+    config = load_config([*OPTIONS, "--train.run_dir=unused"], program="t")
+    kinds = {load_part("balance", name).field for name in part_names("balance")}
+    assert {name for name, _, _ in balance_kinds(config.model.moe)} == kinds
 
 
 @pytest.mark.parametrize("index", [i for i, layout in enumerate(LAYOUTS) if layout.world_size > 1])
 def test_expert_figures_are_those_of_one_process(parity_runs: ParityRuns, index: int) -> None:
-    first = next(i for i, layout in enumerate(LAYOUTS) if layout.balance == LAYOUTS[index].balance)
+    first = next(i for i, layout in enumerate(LAYOUTS) if layout.ignores == LAYOUTS[index].ignores)
     ours, reference = (read_records(parity_runs.folders[i] / "metrics.jsonl") for i in (index, first))
     assert len(ours) == len(reference) == NUM_STEPS
     # Before anything was learned every number is the same to the last bit of a sum; counts are whole numbers.
@@ -90,7 +112,7 @@ def test_final_weights_and_moments_agree(parity_runs: ParityRuns, index: int) ->
 
 
 def test_compare_finds_a_difference_and_a_missing_step() -> None:
-    layout = Layout(2, 2, 1, 2, balance=True)
+    layout = Layout(2, 2, 1, 2)
     reference = [{"step": i, "train/loss": 2.0, "train/grad_norm": 1.0} for i in range(1, NUM_STEPS + 1)]
     changed = [record | {"train/loss": 2.001} if record["step"] == 7 else record for record in reference]
     assert compare(layout, reference, reference).passed
@@ -101,7 +123,7 @@ def test_compare_finds_a_difference_and_a_missing_step() -> None:
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_never_the_same(value: float | None) -> None:
-    layout = Layout(2, 2, 1, 2, balance=True)
+    layout = Layout(2, 2, 1, 2)
     reference = [{"step": i, "train/loss": 2.0, "train/grad_norm": 1.0} for i in range(1, NUM_STEPS + 1)]
     broken = [record | {"train/loss": value} if record["step"] > 6 else record for record in reference]
     assert not compare(layout, broken, reference).passed
@@ -121,12 +143,45 @@ def test_under_a_launcher_its_ranks_are_what_is_checked(tmp_path: Path) -> None:
 
 def test_layouts_are_chosen_with_their_references() -> None:
     assert choose_layouts(None) == list(LAYOUTS)
-    assert choose_layouts("3,6") == [LAYOUTS[0], LAYOUTS[3], LAYOUTS[5], LAYOUTS[6]]
-    for wrong in ("9", "x", "1,", "-1"):
+    assert choose_layouts("3,9") == [LAYOUTS[0], LAYOUTS[3], LAYOUTS[8], LAYOUTS[9]]
+    for wrong in ("10", "x", "1,", "-1"):
         with pytest.raises(UsageError, match="--layouts"):
             choose_layouts(wrong)
 
 
 def test_nothing_to_compare_is_not_a_pass() -> None:
-    result = run_process([sys.executable, "-m", "moe_train", "parity", "--max-ranks=1"], timeout=60, env=CPU, cwd=ROOT)
+    result = run_process(
+        [sys.executable, "-m", "moe_train", "parity", "--max-ranks=1", "--layouts=1"], timeout=60, env=CPU, cwd=ROOT
+    )
     assert result.returncode == 2 and "nothing can be compared" in result.stderr, result
+
+
+def test_bounds_in_bf16_are_three_spreads_and_not_too_much() -> None:
+    reference = [{"step": i, "train/loss": 2.0, "train/grad_norm": 1.0} for i in range(1, NUM_STEPS + 1)]
+    near = [record | {"train/loss": 2.002, "train/grad_norm": 1.5} for record in reference]
+    bounds = bounds_of_spread([compare(LAYOUTS[0], near, reference), compare(LAYOUTS[0], reference, reference)])
+    assert bounds == Bounds(pytest.approx(3e-3), 2e-2)
+    assert compare(LAYOUTS[1], [r | {"train/grad_norm": 1.0} for r in near], reference, bounds, "bf16").passed
+    assert not compare(LAYOUTS[1], near, reference, bounds, "bf16").passed
+
+
+def test_the_users_model_keeps_its_shapes_precision_and_terms() -> None:
+    options = ["--config=configs/moe_7b_a1b_mlkv.yaml", "--train.run_dir=r"]
+    config = load_config(options, program="t")
+    values = own_model(config, layers=3)
+    assert values["model"]["num_layers"] == 3 and values["model"]["hidden_size"] == config.model.hidden_size
+    assert values["model"]["moe"] == config.model_dump(mode="json")["model"]["moe"]
+    assert values["train"]["precision"] == config.train.precision and values["train"]["sequence_length"] == 64
+    assert "data" not in values and "optim" not in values
+    with pytest.raises(UsageError, match=r"--layers \(99\).*num_layers"):
+        own_model(config, layers=99)
+
+
+@pytest.mark.slow
+def test_a_users_model_in_both_precisions(tmp_path: Path) -> None:
+    options = ["--config=configs/quickstart.yaml", "--layers=2", "--layouts=1,9", "--json", f"--keep={tmp_path}"]
+    result = run_process([sys.executable, "-m", "moe_train", "parity", *options], timeout=300, env=CPU, cwd=ROOT)
+    assert result.returncode == 0, result
+    rows = json.loads(result.stdout.splitlines()[-1])["layouts"]
+    assert {row["precision"] for row in rows} >= {"fp32"} and len(rows) % 4 == 0
+    assert all(row["loss_bound"] <= 2e-2 and row["passed"] for row in rows)
