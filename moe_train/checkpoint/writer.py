@@ -58,6 +58,7 @@ class CheckpointWriter:
         """
         self._checkpoints, self._rank, self._group, self._retention = checkpoints, rank, group, retention
         self._memory = HostMemory()
+        self._began = time.monotonic()
         self._thread: threading.Thread | None = None
         self._outcome: SaveOutcome | None = None
 
@@ -75,12 +76,18 @@ class CheckpointWriter:
         Collective: All ranks.
         """
         before = self.wait()
+        self._began = time.monotonic()
         snapshot = self._memory.take(state)
         self._thread = threading.Thread(
             target=self._save, args=(snapshot, dict(values)), name="checkpoint writer", daemon=True
         )
         self._thread.start()
         return before
+
+    @property
+    def seconds_since_start(self) -> float:
+        """Seconds since the last save began on this rank; before the first save, since the writer was created."""
+        return time.monotonic() - self._began
 
     @property
     def is_done(self) -> bool:

@@ -161,7 +161,10 @@ class CheckpointConfig(Section):
     """Saving and resuming."""
 
     every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: steps cause none, only every_minutes and the end do."""
+    every_minutes: float = Field(30.0, ge=0.0, allow_inf_nan=False)
+    """Minutes of training after which a checkpoint is saved, counted from the last save, by the clock of rank 0; 0:
+    time causes none. It acts beside every."""
     keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep; older ones are removed after a newer one is complete."""
     keep_every: int = Field(0, ge=0)
@@ -180,7 +183,7 @@ class CheckpointConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.keep_every and self.every == 0:
-            raise ValueError(f"keep_every ({self.keep_every}) has no effect with every (0): only the end is saved")
+            raise ValueError(f"keep_every ({self.keep_every}) has no effect with every (0): no save is at a known step")
         if self.every and self.keep_every % self.every:
             raise ValueError(f"keep_every ({self.keep_every}) must be a multiple of every ({self.every})")
         return self

@@ -119,11 +119,8 @@ def train(run: Run, first: Progress) -> TrainResult:
                 recorder.measure(progress, rate, result, is_shown)
             if is_written:  # before the checkpoint: a run that resumes from it does not take this step again
                 recorder.write(done, recorder.take(done))
-            if (
-                is_last
-                or stopped is not None
-                or (_is_due(config.checkpoint.every, done) and not run.step_control.streak)
-            ):
+            is_due = decision.save_is_due or _is_due(config.checkpoint.every, done)
+            if is_last or stopped is not None or (is_due and not run.step_control.streak):
                 run.flight_recorder.at("save")
                 run.saver.save(progress)
             if is_last or (stopped is None and _is_due(config.train.validate_every, done)):

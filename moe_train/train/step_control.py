@@ -51,12 +51,14 @@ class StepDecision:
         is_exhausted: Whether so many steps in a row were skipped that the run must not continue like this.
         stop: Signal that a rank got, and the rank, in words; None: continue.
         save_ended: Whether a save in the background has ended on every rank, and its outcome is not known yet.
+        save_is_due: Whether rank 0 finds that it is time to save.
     """
 
     skipped: SkippedStep | None
     is_exhausted: bool
     stop: str | None
     save_ended: bool
+    save_is_due: bool
 
 
 class _Fault(IntEnum):
@@ -77,6 +79,7 @@ class _Judged:
         rank: Rank that found it; of several, the last.
         signalled: Stop signal and its rank as one number; 0: no signal.
         save_ended: Whether no save is running on any rank.
+        save_is_due: Whether a rank finds that it is time to save.
         loss: Loss of this rank.
         norm: Global gradient norm.
     """
@@ -85,6 +88,7 @@ class _Judged:
     rank: int = 0
     signalled: float = 0.0
     save_ended: bool = False
+    save_is_due: bool = False
     loss: float = 0.0
     norm: float = 0.0
 
@@ -100,6 +104,7 @@ class StepControl:
         rank: int,
         received: Callable[[], signal.Signals | None],
         save_is_done: Callable[[], bool],
+        save_is_due: Callable[[], bool],
         state: StepControlState | None = None,
     ) -> None:
         """Start with a new state, or with the state of a checkpoint.
@@ -110,10 +115,11 @@ class StepControl:
             rank: Rank of this process.
             received: Function that returns the stop signal that this rank got; None: no signal.
             save_is_done: Function that returns whether a save has ended on this rank.
+            save_is_due: Function that returns whether it is time to save; if one rank says so, all save.
             state: State from a checkpoint; None: a new state.
         """
         self._max_norm_ratio, self._max_skipped, self._rank = max_norm_ratio, max_skipped, rank
-        self._received, self._save_is_done = received, save_is_done
+        self._received, self._save_is_done, self._save_is_due = received, save_is_done, save_is_due
         self._judged = _Judged()
         self._num_skipped = 0
         self.restore(state or StepControlState())
@@ -148,19 +154,21 @@ class StepControl:
         """
         received = self._received()
         stop = 0 if received is None else int(received) * _RANKS + self._rank + 1
-        own = torch.stack(
+        known = [float(stop), float(not self._save_is_done()), float(self._save_is_due())]
+        own = torch.cat(
             [
-                self._find_fault(gradients).double() * _RANKS + self._rank,
-                torch.tensor(float(stop), dtype=torch.float64, device=gradients.loss.device),
-                torch.tensor(float(not self._save_is_done()), dtype=torch.float64, device=gradients.loss.device),
+                torch.tensor(known, dtype=torch.float64, device=gradients.loss.device),
+                (self._find_fault(gradients).double() * _RANKS + self._rank).reshape(1),
                 # Norms are the same on all ranks but for rounding; the largest is what all remember.
-                gradients.grad_norm.double().to(gradients.loss.device),
+                gradients.grad_norm.double().to(gradients.loss.device).reshape(1),
             ]
         )
         # Host synchronisation: whether the update is made is decided here, and once more for this rank's own loss.
-        code, signalled, save_is_running, norm = all_reduce_max(own, world_group()).tolist()
+        signalled, save_is_running, save_is_due, code, norm = all_reduce_max(own, world_group()).tolist()
         fault, rank = divmod(int(code), _RANKS)
-        found = _Judged(_Fault(fault), rank, signalled, not save_is_running, float(gradients.loss), norm)
+        found = _Judged(
+            _Fault(fault), rank, signalled, not save_is_running, save_is_due > 0, float(gradients.loss), norm
+        )
         self._judged = found
         if not gradients.overflowed and found.fault == _Fault.NONE:
             self._norms.append(norm)
@@ -191,7 +199,8 @@ class StepControl:
         if judged.signalled:
             number, stopped_rank = divmod(int(judged.signalled) - 1, _RANKS)
             stop = f"{signal.Signals(number).name} on rank {stopped_rank}"
-        return StepDecision(skipped, len(self._streak) >= self._max_skipped, stop, judged.save_ended)
+        is_exhausted = len(self._streak) >= self._max_skipped
+        return StepDecision(skipped, is_exhausted, stop, judged.save_ended, judged.save_is_due)
 
     def _describe(self, judged: _Judged) -> str:
         if judged.fault == _Fault.LOSS_NOT_FINITE:

@@ -170,6 +170,8 @@ def _build(
     reference = FlopsReference(flops, peak_flops(device, config.train.precision))
     plan = BatchPlan(config.train.micro_batch_size, config.train.global_batch_size, world.rank, world.world_size)
     recorder = StepRecorder(config, plan, console, meter, metrics, alarms, reference)
+    # Rank 0's clock decides for all: clocks differ, and a save needs all ranks.
+    longest = 60 * config.checkpoint.every_minutes if world.rank == 0 else 0.0
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
     writer = CheckpointWriter(folder.checkpoints, world.rank, group, retention)
     step_control = StepControl(
@@ -178,6 +180,7 @@ def _build(
         rank=world.rank,
         received=lambda: signals.received,
         save_is_done=lambda: writer.is_done,
+        save_is_due=lambda: 0 < longest <= writer.seconds_since_start,
         state=point.manifest.step_control if point.manifest is not None else None,
     )
     saver = Saver(config, engine, writer, step_control, plan, prepared.data.tokenizer.fingerprint, console)

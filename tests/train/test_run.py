@@ -7,9 +7,11 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moe_train.checkpoint.folders import list_checkpoints
+from moe_train.checkpoint.manifest import read_manifest
 from moe_train.config.load import validate_config
 from tests.processes import ProcessResult
-from tests.train.runs import SMALL, records, train_alone, train_forked
+from tests.train.runs import SMALL, losses, records, train_alone, train_forked
 
 NAMES = (
     "train/loss",
@@ -123,3 +125,17 @@ def test_the_same_command_goes_on_and_a_longer_run_continues(tmp_path: Path) -> 
     again = train_forked(1, *base, "--train.steps=5")
     assert again.returncode == 0 and "0 to do" in again.stdout
     assert [line["step"] for line in records(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_time_causes_saves_too(tmp_path: Path) -> None:
+    """A save after every minute, here of a few milliseconds: whole checkpoints, and the same losses as without."""
+    options = [*SMALL, "--train.steps=30", "--checkpoint.keep_last=99"]
+    saved, unsaved = tmp_path / "saved", tmp_path / "unsaved"
+    result = train_forked(2, *options, "--checkpoint.every_minutes=0.001", f"--train.run_dir={saved}")
+    assert result.returncode == 0, result
+    result = train_forked(2, *options, "--checkpoint.every_minutes=0", f"--train.run_dir={unsaved}")
+    assert result.returncode == 0, result
+    steps = [read_manifest(folder).step for folder in list_checkpoints(saved / "checkpoints")]
+    assert len(steps) >= 3 and steps[-1] == 30
+    assert [read_manifest(folder).step for folder in list_checkpoints(unsaved / "checkpoints")] == [30]
+    assert losses(saved) == losses(unsaved)

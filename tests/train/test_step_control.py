@@ -17,7 +17,13 @@ from tests.ranks import RankPool
 
 def make_step_control(ratio: float | None = 10.0, received=lambda: None, is_done=lambda: False, **more) -> StepControl:
     return StepControl(
-        max_norm_ratio=ratio, max_skipped=3, rank=more.pop("rank", 0), received=received, save_is_done=is_done, **more
+        max_norm_ratio=ratio,
+        max_skipped=3,
+        rank=more.pop("rank", 0),
+        received=received,
+        save_is_done=is_done,
+        save_is_due=more.pop("is_due", lambda: False),
+        **more,
     )
 
 
@@ -80,15 +86,24 @@ def test_an_overflow_of_the_loss_scale_is_no_fault() -> None:
 
 
 def decide(rank: int, world_size: int) -> tuple:
-    """Rank 1 has a bad loss and a signal; its save has ended, rank 0's has not."""
+    """Rank 1 has a bad loss and a signal; its save has ended, rank 0's has not, but rank 0 finds another one due."""
     step_control = make_step_control(
-        rank=rank, received=lambda: signal.SIGUSR1 if rank == 1 else None, is_done=lambda: rank == 1 or world_size == 0
+        rank=rank,
+        received=lambda: signal.SIGUSR1 if rank == 1 else None,
+        is_done=lambda: rank == 1 or world_size == 0,
+        is_due=lambda: rank == 0,
     )
     skip = step_control.should_skip(gradients(2.0, loss=float("nan") if rank == 1 else 1.0))
     decision = step_control.conclude(Progress(7, 28), 4)
-    return skip, decision.stop, decision.save_ended, decision.skipped.reason if decision.skipped else None
+    return (
+        skip,
+        decision.stop,
+        decision.save_ended,
+        decision.save_is_due,
+        decision.skipped.reason if decision.skipped else None,
+    )
 
 
 def test_ranks_decide_together(pool2: RankPool) -> None:
-    expected = (True, "SIGUSR1 on rank 1", False, "the loss of rank 1 is not finite")
+    expected = (True, "SIGUSR1 on rank 1", False, True, "the loss of rank 1 is not finite")
     assert pool2.run(decide) == [expected, expected]
