@@ -152,10 +152,11 @@ def run_training(config: Config) -> "TrainResult":
     if config.train.run_dir == _NO_RUN_DIR:
         raise UsageError('train.run_dir is missing: load_config(..., train={"run_dir": "runs/mine"})')
     from moe_train.distributed.bootstrap import discover_world
+    from moe_train.plan.room import check_room
     from moe_train.train.preparation import prepare_run
     from moe_train.train.run_folder import redirected_output
 
-    prepared = prepare_run(config, discover_world())
+    prepared = prepare_run(config, discover_world(), check_room)
     with redirected_output(prepared.folder.log(prepared.world.rank)) as (output, errors):
         from moe_train.infer.closing_sample import sample_text  # imports DeepSpeed: after the device is chosen
         from moe_train.train.engine.groups import leave_process_groups

@@ -18,6 +18,7 @@ from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.bootstrap import discover_world, init_process_group, leave_process_group
 from moe_train.distributed.collectives import barrier, gather_objects
 from moe_train.distributed.traffic import TrafficMeter
+from moe_train.plan.room import check_room
 from moe_train.train.batches import BatchPlan, micro_batches
 from moe_train.train.console import RunConsole
 from moe_train.train.engine.build import make_engine
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     folder, num_pairs = Path(arguments[0]), int(arguments[1])
     config = load_config([*arguments[2:], f"--train.run_dir={folder}"], program="benchmarks.telemetry")
-    prepared = prepare_run(config, discover_world())
+    prepared = prepare_run(config, discover_world(), check_room)
     init_process_group(prepared.world, prepared.device, config.parallel.timeout_seconds)
     costs = measure(prepared, num_pairs)
     if prepared.world.rank == 0:

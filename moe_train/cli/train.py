@@ -38,10 +38,11 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
 
         return _code_of(run_training(config))
     from moe_train.distributed.bootstrap import discover_world
+    from moe_train.plan.room import check_room
     from moe_train.train.preparation import prepare_run
     from moe_train.train.run_folder import redirect_output
 
-    prepared = prepare_run(config, discover_world())
+    prepared = prepare_run(config, discover_world(), check_room)
     log = prepared.folder.log(prepared.world.rank)
     output, errors = redirect_output(log)  # until the process ends, because libraries print until then
     faulthandler.enable(errors)

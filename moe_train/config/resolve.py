@@ -183,7 +183,10 @@ def resolve_sizes(config: Config, world: WorldSize, device: Device, kinds: Kinds
     if size == "auto":
         size = _largest_expert_parallel_size(config, world, passes_nodes)
     if world.world_size % size:
-        raise UsageError(f"world size ({world.world_size}) must be divisible by parallel.expert_parallel_size ({size})")
+        raise UsageError(
+            f"world size ({world.world_size}) must be divisible by parallel.expert_parallel_size ({size}): start "
+            f"{size} ranks or a multiple, or find another layout: moe-train plan --config FILE --search --device DEVICE"
+        )
     micro, batch = _batch_sizes(config, world.world_size)
     per_node, node_size = config.parallel.ranks_per_node, None
     if passes_nodes:

@@ -203,15 +203,29 @@ def plan_layout(config: Config, cluster: Cluster, vocab_size: int) -> tuple[Reso
     ranks = Ranks(cluster.world_size, cluster.gpus_per_node)
     device = Device(machine.device, has_bf16="bf16" in machine.flops_per_second)
     resolved = resolve(config, ranks, device, vocab_size, load_kinds(config))
-    parallel, train = resolved.parallel, resolved.train
+    train = resolved.train
     if train.precision not in machine.flops_per_second:
         known = ", ".join(machine.flops_per_second)
         raise UsageError(
             f"train.precision ({train.precision}): nothing is known of it for {machine.name}, only {known}"
         )
-    return resolved, Layout(
-        world_size=cluster.world_size,
-        node_size=cluster.gpus_per_node,
+    return resolved, layout_of(resolved, cluster.gpus_per_node)
+
+
+def layout_of(resolved: ResolvedConfig, node_size: int) -> Layout:
+    """Compute the layout of a resolved configuration.
+
+    Args:
+        resolved: Resolved configuration.
+        node_size: Ranks per node.
+
+    Raises:
+        UsageError: If the plan does not support a setting of DeepSpeed.
+    """
+    parallel, train = resolved.parallel, resolved.train
+    return Layout(
+        world_size=resolved.world_size,
+        node_size=node_size,
         ep_size=parallel.expert_parallel_size,
         zero_stage=parallel.zero_stage,
         micro_batch=train.micro_batch_size,

@@ -4,6 +4,7 @@ All that can be wrong is checked here, so that every rank finds the same error a
 must not import DeepSpeed, which looks for a device as soon as it is imported.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +43,17 @@ class PreparedRun:
     data: PreparedData
 
 
-def prepare_run(config: Config, world: World) -> PreparedRun:
+RoomCheck = Callable[[ResolvedConfig, World, torch.device], None]
+"""Check that the model fits on the ranks; it raises UsageError. It is in moe_train.plan, which knows the states."""
+
+
+def prepare_run(config: Config, world: World, check_room: RoomCheck) -> PreparedRun:
     """Check a configuration, choose the device, prepare the data and resolve every size.
 
     Args:
         config: Configuration as loaded.
         world: Place of this process among the ranks.
+        check_room: Check of the memory, made before the data is read.
 
     Raises:
         UsageError: If the run cannot work.
@@ -60,6 +66,7 @@ def prepare_run(config: Config, world: World) -> PreparedRun:
     kinds, described = load_kinds(config), describe_device(device)
     sizes = resolve_sizes(config, world, described, kinds)
     check_sizes(config, sizes, world.world_size)
+    check_room(resolve(config, world, described, config.model.vocab_size or 1, kinds), world, device)
     folder = open_run_folder(config.train.run_dir)
     set_threads(config.parallel.threads_per_rank, world)
     if device.type == "cpu":
