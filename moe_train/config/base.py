@@ -3,10 +3,19 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from moe_train.config.registry import PartGroup, is_part
+from moe_train.config.values import read_value
 
 
 class Section(BaseModel):
@@ -20,6 +29,12 @@ class Section(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read a value by the type of its field."""
+        return read_value(value, cls.model_fields[info.field_name or ""].annotation)
 
     def differs(self, name: str) -> bool:
         """Return whether the value of a field differs from its default.
@@ -50,11 +65,13 @@ class SectionWithParts(Section):
         """Refuse keys that are neither fields nor parts, together with whatever else is wrong."""
         if not isinstance(values, dict):
             return handler(values)
+        parts = {name for name in values if name not in cls.model_fields and is_part(cls.part_group, name)}
+        values = {name: {} if value is None and name in parts else value for name, value in values.items()}
         faults = {}
         for name, value in values.items():
             if name in cls.model_fields:
                 continue
-            if not is_part(cls.part_group, name):
+            if name not in parts:
                 faults[name] = PydanticCustomError("extra_forbidden", "unknown key")
             elif not isinstance(value, dict):
                 faults[name] = PydanticCustomError("value_error", "must be a mapping: the settings of a part")
@@ -81,14 +98,16 @@ _SAME = {"mixer": "mixers", "mixers": "mixer"}  # two names of one field: the on
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Merge two nested mappings; if both have a value, the one of `above` counts.
 
-    A schedule is one value: points of one file make no sense among the points of another.
+    A schedule is one value: points of one file make no sense among the points of another. An empty section of `above`
+    says nothing, so that the section of `below` stays.
     """
     merged = {key: value for key, value in below.items() if _SAME.get(key) not in above or key in above}
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = (
-            merge(old, value) if key not in _WHOLE and isinstance(old, dict) and isinstance(value, dict) else value
-        )
+        if key in _WHOLE or not isinstance(old, dict):
+            merged[key] = value
+        elif value is not None:
+            merged[key] = merge(old, value) if isinstance(value, dict) else value
     return merged
 
 

@@ -1,9 +1,22 @@
 """Messages for validation errors: each names its field and value, and what would be right."""
 
 import difflib
+import reprlib
+from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
+from moe_train.config.values import plain_types
+
+# What pydantic says of Python's types, in the words of a file.
+_WORDS = {
+    "tuple_type": "must be a list, such as [a, b]",
+    "model_type": "must be a mapping: the settings of a section",
+    "dict_type": "must be a mapping",
+}
+_values = reprlib.Repr()
+_values.maxstring = _values.maxother = _values.maxlong = 120
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
@@ -18,34 +31,59 @@ def describe_errors(error: ValidationError, model: type[BaseModel], prefix: str 
 
 
 def _describe(error: Any, model: type[BaseModel], prefix: str) -> str:
-    # Parts of a union's branch names ("int", "literal['auto']") are not field names.
-    path = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
-    path = [part for part in path if part not in ("int", "float", "bool", "str", "constrained")]
+    path, section = _field_path(model, error["loc"])
     name = ".".join(str(part) for part in [*([prefix] if prefix else []), *path])
+    value = _values.repr(error["input"])
     if error["type"] == "extra_forbidden":
-        value = error["input"]
-        known = _fields_at(model, path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {name} (value {value!r}); {hint}"
+        return f"unknown key {name} (value {value}); {_hint(str(path[-1]), section)}"
     if error["type"] == "missing":
-        required = _fields_at(model, path, only_required=True)
-        name = ".".join([name, *required[:1]])
+        inner = section.model_fields[str(path[-1])].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            name = ".".join([name, *_fields(inner, only_required=True)[:1]])
         return f"{name} is missing: give it as --{name}=... or in the configuration file"
-    message = error["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(error["type"], error["msg"].removeprefix("Value error, "))
     if error["type"] == "value_error":
         return f"{name}: {message}" if name else message
-    return f"{name} ({error['input']!r}): {message}"
+    if error["input"] is None:
+        message = f"has no value; give one, or leave the key out for its default: {message}"
+    elif error["type"] == "string_type" and isinstance(error["input"], bool | int | float):
+        message += "; put quotes around it"
+    return f"{name} ({value}): {message}"
 
 
-def _fields_at(section: type[BaseModel], path: list[Any], only_required: bool = False) -> list[str]:
-    for part in path:
-        if isinstance(part, int):  # a place in a list of sections
-            continue
-        annotation: Any = section.model_fields[part].annotation if part in section.model_fields else None
-        if get_origin(annotation) is tuple:
-            annotation = get_args(annotation)[0]
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
+def _hint(key: str, section: type[BaseModel]) -> str:
+    known = _fields(section)
+    first, dot, rest = key.partition(".")
+    if dot and first in known:
+        return f"did you mean {first}: {{{rest.replace('.', ': {')}: ...{'}' * (rest.count('.') + 1)}?"
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def _field_path(section: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str | int], type[BaseModel]]:
+    """Find the keys in an error's location, which also names branches of unions, and the section of the last key."""
+    path: list[str | int] = []
+    annotation: Any = section
+    for part in location:
+        types = [kind for kind in plain_types(annotation) if get_origin(kind) in (tuple, dict) or _is_section(kind)]
+        if not types:
+            break  # what follows is the name of a type, such as "int"
+        kind = types[0]
+        if _is_section(kind):
+            section = kind
+            field = section.model_fields.get(str(part))
+            annotation = field.annotation if field is not None else None
+        elif get_origin(kind) is tuple and not isinstance(part, int):
+            break
+        else:
+            annotation = get_args(kind)[-1 if get_origin(kind) is dict else 0]
+        path.append(part)
+    return path, section
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _fields(section: type[BaseModel], only_required: bool = False) -> list[str]:
     return [name for name, field in section.model_fields.items() if field.is_required() or not only_required]

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moe_train.config.base import SectionWithParts
 from moe_train.config.moe import MoEConfig
-from moe_train.config.registry import check_part
+from moe_train.config.registry import PartName, check_part
 
 
 class ModelConfig(SectionWithParts):
@@ -46,7 +46,7 @@ class ModelConfig(SectionWithParts):
     """The Mixture-of-Experts layers."""
     mixer: str | None = None
     """Mixer of all layers; it is the same as mixers with one name."""
-    mixers: tuple[str, ...] = Field(("attention",), min_length=1)
+    mixers: tuple[PartName, ...] = Field(("attention",), min_length=1)
     """Sequence mixers by layer: a pattern that repeats over the layers; its length must divide num_layers. A mixer's
     own settings are under its name, beside this field."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"

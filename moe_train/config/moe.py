@@ -234,4 +234,5 @@ def _is_point(value: Any) -> bool:
     if not (isinstance(value, list | tuple) and len(value) == 2) or any(isinstance(part, bool) for part in value):
         return False
     step, factor = value
-    return isinstance(step, int) and isinstance(factor, int | float) and step >= 0 and factor >= 0
+    is_whole = isinstance(step, int) or (isinstance(step, float) and step.is_integer())  # 1e3 is a float in YAML, JSON
+    return is_whole and isinstance(factor, int | float) and step >= 0 and factor >= 0

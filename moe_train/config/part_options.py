@@ -7,11 +7,10 @@ import.
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from moe_train.config.base import merge
 from moe_train.config.errors import UsageError
 from moe_train.config.registry import PartGroup, is_part
+from moe_train.config.yaml_text import parse_yaml
 
 # Sections that contain settings of parts, with the group of these parts.
 PLACES: dict[str, PartGroup] = {
@@ -47,9 +46,9 @@ def take_part_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, An
             continue
         if not equals:
             if not left or left[0].startswith("--"):
-                raise UsageError(f"{option}: has no value")
+                raise UsageError(f"{option}: has no value; write {option}=VALUE")
             text = left.pop(0)
-        values = merge(values, _nested(path, _read(option, text)))
+        values = merge(values, nested(path, _read(option, text)))
     return others, values
 
 
@@ -65,12 +64,13 @@ def _part_path(option: str) -> list[str] | None:
 
 def _read(option: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{option} ({text!r}): cannot be read as YAML") from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{option} ({text!r}): {error}") from error
 
 
-def _nested(path: list[str], value: Any) -> dict[str, Any]:
+def nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Put a value into nested mappings with one key each."""
     for key in reversed(path):
         value = {key: value}
     return value

@@ -12,9 +12,11 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from moe_train.config.errors import UsageError
+
+PartName = Annotated[str, "name of a part"]  # it has no comma, so that a row with commas is a list of them
 
 PartGroup = Literal["mixers", "routers", "balance", "dispatchers", "optimizers", "sinks"]
 

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moe_train.config.base import Section, SectionWithParts
-from moe_train.config.registry import check_part
+from moe_train.config.registry import PartName, check_part
 
 ALARM_FIELDS = ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps")  # in telemetry
 
@@ -197,7 +197,7 @@ class TelemetryConfig(SectionWithParts):
     every: PositiveInt = 10
     """Steps between written records. Tokens per expert, and the figures computed from them, cover all steps since the
     last record. For a step that is neither written nor shown, telemetry reduces nothing and waits for nothing."""
-    sinks: tuple[str, ...] = ("tensorboard",)
+    sinks: tuple[PartName, ...] = ("tensorboard",)
     """Sinks that get the records, besides metrics.jsonl: tensorboard, and sinks of other packages, by their names. A
     sink's own settings are under its name, beside this field."""
     tensorboard: bool = True

@@ -1,0 +1,124 @@
+"""YAML as it was written: the words of YAML 1.2, every key once, and no key that is not text.
+
+YAML 1.1, which PyYAML reads, makes 8 of 010, True of yes, 90 of 1:30 and a date of 2024-01-05, and of two equal keys it
+drops the first. Here such words stay text, and the field that they are for decides what they mean.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+_MOST_VALUES = 100_000  # values of a file; aliases can stand for more than memory holds
+_DEEPEST = 50  # nesting of a file: code that walks values is recursive
+NULL_WORDS = ("None", "null", "Null", "NULL", "~")  # in a file and on the command line
+_STR, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_UNTYPED = "deepspeed"  # section without a schema: no field decides what a word means
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader with the words of YAML 1.2, and None for null; it makes no other objects than JSON has."""
+
+    # Of the parent's, which has dates, binary values and sets too.
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012  # declared so by PyYAML
+    yaml_constructors = {  # noqa: RUF012
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (
+            *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")),
+            None,
+        )
+    }
+
+
+for _tag, _words, _first in (
+    ("null", r"None|null|Null|NULL|~|", [*"Nn~", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", [*"-+0123456789"]),
+    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_words})\Z"), _first)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse one YAML document.
+
+    Args:
+        text: The document.
+
+    Returns:
+        Values as JSON has them. Top-level keys that begin with "x-", which may hold anchors, are left out.
+
+    Raises:
+        ValueError: If it is not YAML, if a key is there twice or is not text, or if it is nested too deeply; the
+            message names the line.
+    """
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check(root)
+        value = loader.construct_document(root)
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"is nested deeper than {_DEEPEST}") from error
+    finally:
+        loader.dispose()
+    if isinstance(value, dict):
+        return {key: each for key, each in value.items() if not key.startswith("x-")}
+    return value
+
+
+def _check(root: yaml.Node) -> None:
+    """Refuse what could be misread, before values are made of it."""
+    count = 0
+    left = [(root, 0, "", False)]
+    while left:
+        node, depth, place, is_untyped = left.pop()
+        count += 1
+        if depth > _DEEPEST:  # also where an anchor contains itself
+            raise ValueError(f"line {_line(node)}: is nested deeper than {_DEEPEST}")
+        if count > _MOST_VALUES:
+            raise ValueError(f"line {_line(node)}: aliases make more than {_MOST_VALUES:,} values of it")
+        if isinstance(node, yaml.MappingNode):
+            for key, child in _pairs(node, place):
+                name = f"{place}.{key}" if place else key
+                left.append((child, depth + 1, name, is_untyped or (depth == 0 and key == _UNTYPED)))
+        elif isinstance(node, yaml.SequenceNode):
+            left += [(child, depth + 1, f"{place}.{i}", is_untyped) for i, child in enumerate(node.value)]
+        elif is_untyped:
+            _check_word(node, place)
+
+
+def _pairs(node: yaml.MappingNode, place: str) -> Iterator[tuple[str, yaml.Node]]:
+    """Yield the keys of a mapping with their values, after a look at the keys."""
+    lines: dict[str, int] = {}
+    for key, child in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in (_STR, _MERGE):
+            written = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            where = f" of {place}" if place else ""
+            raise ValueError(f"line {_line(key)}: a key{where} is no name: {written}; names are text, such as 'steps'")
+        if key.value in lines:
+            name = f"{place}.{key.value}" if place else key.value
+            hint = "give one list of them: <<: [*a, *b]" if key.tag == _MERGE else "put both together"
+            raise ValueError(f"key {name} is there twice, in line {lines[key.value]} and in line {_line(key)}; {hint}")
+        lines[key.value] = _line(key)
+        yield key.value, child
+
+
+def _check_word(node: yaml.Node, place: str) -> None:
+    """Refuse a word without quotes that YAML 1.1 does not read as text, where no field says what it means."""
+    is_plain = node.style is None and node.tag == _STR
+    if is_plain and yaml.SafeLoader("").resolve(yaml.ScalarNode, node.value, (True, False)) != _STR:
+        raise ValueError(
+            f"line {_line(node)}: {place} ({node.value}) may be a number, a switch, a date or text: write true, false "
+            "or the number in plain digits, or put quotes around a text"
+        )
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
