@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from moe_train.config.errors import EXIT_STOPPED, RunFailed, UsageError
 from moe_train.config.load import load_config
+from moe_train.distributed.bootstrap import is_first_rank
 
 if TYPE_CHECKING:
     from moe_train.train.loop import TrainResult
@@ -32,7 +33,7 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
 
     Collective: All ranks.
     """
-    config = load_config(arguments, program=program, description=DESCRIPTION)
+    config = load_config(arguments, program=program, description=DESCRIPTION, say=_say_once)
     if not _has_descriptors():  # a notebook called this
         from moe_train.api import run_training
 
@@ -62,6 +63,12 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
     with contextlib.suppress(OSError):  # a closed output ends no run
         output.flush()
     return _code_of(result)
+
+
+def _say_once(line: str) -> None:
+    if is_first_rank():
+        with contextlib.suppress(OSError):  # a closed output ends no run
+            print(f"moe_train: {line}", flush=True)
 
 
 def _has_descriptors() -> bool:

@@ -56,6 +56,11 @@ class SourceConfig(Section):
                 )
         return self
 
+    @property
+    def names_held_out(self) -> bool:
+        """Whether the held-out text is named, rather than a part of the documents."""
+        return bool(self.validation_paths) or self.validation_split is not None
+
 
 class MixtureEntry(SourceConfig):
     """One source of a mixture."""

@@ -56,6 +56,7 @@ class Config(Section):
                 f"telemetry.max_violation_alarm ({alarm}) has no effect: MaxVio is at most "
                 f"num_experts / top_k - 1 ({most:g})"
             )
+        self._check_held_out()
         size, experts = self.parallel.expert_parallel_size, self.model.moe.num_experts
         if isinstance(size, int):
             if size > 1 and not self.model.moe_layer_indices:
@@ -73,3 +74,20 @@ class Config(Section):
                 "compiled: take zero_stage 1 or 2"
             )
         return self
+
+    def _check_held_out(self) -> None:
+        """Refuse settings of held-out text, or of its validation, that no source can give an effect."""
+        data, every = self.data, self.train.validate_every
+        if data.source == "synthetic":
+            nothing = "source 'synthetic' is random"
+        elif data.validation_fraction == 0 and not any(source.names_held_out for source in data.sources):
+            nothing = "data.validation_fraction is 0, and no source names validation_paths or a validation_split"
+        else:
+            nothing = ""
+        if every and nothing:
+            raise ValueError(f"train.validate_every ({every}) has no effect: nothing is held out; {nothing}")
+        is_named = all(source.names_held_out for source in data.sources)
+        why = "every source names its held-out text" if is_named else nothing
+        for name in ("validation_fraction", "validation_max_bytes"):
+            if why and data.differs(name) and getattr(data, name) != 0:
+                raise ValueError(f"data.{name} ({getattr(data, name)}) has no effect: {why}")

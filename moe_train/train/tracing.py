@@ -7,6 +7,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 _WARM_UP_STEPS = 2  # of this process: they allocate memory and load kernels
+FIRST_TRACED_STEP = _WARM_UP_STEPS + 1  # of this process
 
 
 class StepTracer:

@@ -40,6 +40,7 @@ from moe_train.train.loop import Run, TrainResult, train
 from moe_train.train.preparation import PreparedRun
 from moe_train.train.progress import Progress
 from moe_train.train.recovery import Recovery
+from moe_train.train.remarks import remarks
 from moe_train.train.resume import changed_fields, check_resumable
 from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
 from moe_train.train.saving import Saver
@@ -75,6 +76,8 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     layout = f"{world.world_size} x {prepared.device.type} ({world.launcher}), {config.train.precision}"
     layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
+    for line in remarks(config, has_held_out=prepared.data.held_out is not None):
+        console.say(f"remark: {line}")
     init_process_group(world, prepared.device, config.parallel.timeout_seconds)
     if config.train.compile:
         run_on_all_ranks(lambda: check_compiler(prepared.device))

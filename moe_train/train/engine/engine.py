@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 
 from moe_train.checkpoint.sharded_state import Fragment, squares_and_faults
@@ -21,6 +20,7 @@ from moe_train.model.transformer import Tokens, Transformer
 from moe_train.train.engine.fragments import MappedState, PartitionedState, ZeroState
 from moe_train.train.engine.groups import ExpertEngine, join_process_groups, mark_experts, parameter_groups
 from moe_train.train.engine.optimizers.base import OptimizerKind
+from moe_train.train.engine.reading import read_by_deepspeed
 from moe_train.train.engine.tuple_objective import TupleObjective
 from moe_train.train.engine.update_gate import UpdateGate
 from moe_train.train.step_result import SkipRule, StepResult
@@ -64,7 +64,7 @@ class TrainEngine:
             model=TupleObjective(objective),
             optimizer=self._kind.build(parameter_groups(objective.model, optim), optim, section),
             config=settings,
-            config_class=DeepSpeedConfig(settings),
+            config_class=read_by_deepspeed(settings),
         )
         self._zero = self._engine.optimizer
         state_of = PartitionedState if stage == 3 else MappedState
