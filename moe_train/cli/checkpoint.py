@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moe-train checkpoint",
         description="Look after the checkpoints of a run, also while it runs. "
         "moe-train checkpoint SUBCOMMAND --help tells the options.",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_train.cli.trained import add_run_option, check_positive
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moe-train convert-attention",
         description="Reduce the keys and values of a trained model, MHA to GQA, MQA or MLKV: a new head is the mean of "
         "the heads of its group, over all layers that are to share it. What is written is a new run folder at step 0, "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_train.config.base import field_values, merge
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
 from moe_train.config.parts import load_kinds
@@ -133,7 +134,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moe-train doctor", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="moe-train doctor", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--shared-dir", metavar="DIR", help="folder that all hosts should share (default: where train.run_dir is)")
     add("--sizes", metavar="N,N", help="bytes of collective operations, as 1K,4M (default: 1K to 16M; CUDA: to 256M)")

@@ -20,6 +20,7 @@ from moe_train.cli.trained import (
     names_other_data,
     open_from_options,
 )
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.data import Domain, open_domains
 
@@ -80,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moe-train evaluate",
         description="Measure a trained model on the held-out text of its run, or on any other text: loss, perplexity, "
         "bits per byte, and the load of every expert by source. The result is the same every time and, within "

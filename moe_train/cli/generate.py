@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_train.cli.trained import add_trained_options, check_positive, open_from_options
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.moe import DROPLESS
 from moe_train.data import Tokenizer
@@ -108,7 +109,7 @@ def _report(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moe-train generate",
         description="Go on with one prompt or several by a trained model. A prompt follows an end-of-document mark, as "
         "documents do in training. The text goes to the standard output as it comes, speed and cache size to the "

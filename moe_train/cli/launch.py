@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.distributed.rendezvous import LAUNCH_MARK
 from moe_train.launch.commands import LAUNCHERS, PASSED_ON, LaunchPlan, launch_commands, passed_environment
@@ -84,7 +85,7 @@ def _launch(options: argparse.Namespace, hosts: Sequence[HostLine], words: Seque
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moe-train launch",
         description="Start ranks on the hosts of a hostfile over ssh, with the launcher of your choice.",
         epilog=f"Handed on to the ranks: {', '.join(PASSED_ON)}, and the lines of .deepspeed_env or DS_ENV_FILE.",

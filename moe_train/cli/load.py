@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.train.telemetry.load_report import expert_load, layer_table, load_table
 from moe_train.train.telemetry.records import read_records
@@ -26,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UsageError: If an argument is wrong, or the run has no records of experts.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moe-train load",
         description="Show the load of every expert over the last steps of a run, the worst layers first.",
         allow_abbrev=False,

@@ -1,9 +1,9 @@
 """Command `moe-train params`: count the parameters of a configuration, total and active, without allocating them."""
 
-import argparse
 import json
 from collections.abc import Sequence
 
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
 from moe_train.config.root import Config
@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UsageError: If an argument is wrong, or the size of the vocabulary is unknown.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, rest = parser.parse_known_args(list(arguments))
     config = load_config(

@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
 from moe_train.distributed.addresses import free_port
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
 
     Collective: All ranks of a launcher.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moe-train parity",
         description="Check that every layout of ranks gives the same losses and gradient norms. "
         "Any training option may follow; moe-train train --help lists them.",

@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
 from moe_train.cli.params import known_vocab_size
+from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml, load_config
 from moe_train.config.root import Config
@@ -28,13 +29,6 @@ DESCRIPTION = """Say what a configuration takes on a cluster: memory of a rank b
 time of a step. Nothing is allocated and no rank is started; paths under data need not exist. Any training option may
 follow; moe-train train --help lists them. Exit code 0: planned, whether or not it fits ("fits" in the JSON); 1:
 --search found nothing that fits; 2: bad input."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that raises UsageError, so that an error is one message."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="moe-train plan", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="moe-train plan", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of the run")
     add("--nodes", default="1", metavar="N", help="nodes (default: 1)")

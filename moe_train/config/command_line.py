@@ -33,13 +33,13 @@ class Parser(argparse.ArgumentParser):
         option, _, rest = message.removeprefix("argument ").partition(": ")
         if rest.startswith("expected one argument"):
             option = option.partition("/")[0]
-            raise UsageError(f"{option}: has no value; write {option}=VALUE{_example(option)}")
+            raise UsageError(f"{option}: has no value; write {_example(option)}")
         raise UsageError(message)
 
 
 def _example(option: str) -> str:
     is_switch = any(f"--{name}" == option and bool in plain_types(field.annotation) for name, field in _fields())
-    return f", here {option}=true or {option}=false" if is_switch else ""
+    return f"{option}=true or {option}=false" if is_switch else f"{option}=VALUE"
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,10 @@ def _read_items(name: str, item: Any, text: str, may_be_one: bool = False) -> An
         found = None
     if isinstance(found, list):
         return found
-    if "," in text and (item is PartName or int in plain_types(item)):
+    is_row = item is PartName or int in plain_types(item)  # no path, which may have any character
+    if is_row and text.startswith("["):
+        raise UsageError(f"{name} ({text!r}): must be a JSON list: texts in double quotes, numbers without")
+    if is_row and "," in text:
         return [_read_text(part.strip()) for part in text.split(",")]
     return _read_text(text) if may_be_one else [_read_text(text)]
 

@@ -59,8 +59,8 @@ def _on_schedule(config: ResolvedConfig) -> Iterator[str]:
     elif optim.schedule == "wsd" and learning_rate(optim.warmup_steps, steps, optim) < optim.learning_rate:
         yield (
             f"optim.warmup_steps ({optim.warmup_steps}) ends after the decay of schedule wsd begins, with "
-            f"decay_fraction ({optim.decay_fraction}) of train.steps ({steps}): the learning rate never is optim.learning_rate "
-            f"({optim.learning_rate:g})"
+            f"decay_fraction ({optim.decay_fraction}) of train.steps ({steps}): the learning rate never is "
+            f"optim.learning_rate ({optim.learning_rate:g})"
         )
     for name, points in config.model.moe.coef_schedules.items():
         if points[-1][0] >= steps:

@@ -69,6 +69,6 @@ def _describe(settings: dict[str, Any], error: Exception) -> str:
 def _is_read(settings: dict[str, Any]) -> bool:
     try:
         DeepSpeedConfig(settings)
-    except Exception:  # noqa: BLE001  # as above
+    except Exception:  # as above
         return False
     return True
