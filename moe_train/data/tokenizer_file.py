@@ -39,6 +39,25 @@ def library_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {error}") from error
 
 
+def parse_tokenizer_file(text: str) -> dict[str, Any]:
+    """Parse the contents of a file as JSON, and refuse merges on which the library panics.
+
+    Args:
+        text: Contents of the file.
+
+    Raises:
+        ValueError: If the contents are no JSON object, or a merge does not fit the vocabulary.
+    """
+    with library_errors("not a file of the tokenizers library"):
+        contents = json.loads(text)
+        if not isinstance(contents, dict):
+            raise ValueError("not a JSON object")
+        model = contents.get("model")
+        if isinstance(model, dict) and isinstance(model.get("merges"), list):
+            _check_merges(model)
+        return contents
+
+
 def open_library_tokenizer(text: str) -> Any:
     """Open the contents of a file, without truncation or padding; added special tokens are not looked for in text.
 
@@ -54,7 +73,6 @@ def open_library_tokenizer(text: str) -> Any:
     import tokenizers
 
     with library_errors("not a file of the tokenizers library"):
-        _check_merges(json.loads(text))
         inner = tokenizers.Tokenizer.from_str(text)
         inner.no_truncation()
         inner.no_padding()
@@ -88,27 +106,23 @@ def check_ids(inner: Any, mark: str) -> int:
     return int(vocabulary[largest]) + 1
 
 
-def hide_token(inner: Any, text: str, name: str) -> str:
+def hide_token(inner: Any, contents: dict[str, Any], name: str) -> None:
     """Rename a token, so that no text is encoded to it. All ids stay.
 
-    A single character of a BPE without byte fallback stays: its model would drop such characters without a trace.
+    A single character of the vocabulary of a BPE without byte fallback stays: the model would drop it from all text.
 
     Args:
         inner: `tokenizers.Tokenizer` of the file.
-        text: Contents of the file.
+        contents: Contents of the file, which are changed.
         name: Name of the token.
-
-    Returns:
-        The new contents.
     """
-    contents = json.loads(text)
     model = contents["model"]
     vocabulary = model["vocab"]
     is_bpe = type(inner.model).__name__ == "BPE"
     # The digest makes it a name that no document holds by chance.
-    hidden = f"\0end of document {digest_of([text, name])}\0"
-    if is_bpe and len(name) == 1 and not model.get("byte_fallback"):
-        return text
+    hidden = f"\0end of document {digest_of([contents, name])}\0"
+    if is_bpe and len(name) == 1 and name in vocabulary and not model.get("byte_fallback"):
+        return
     if isinstance(vocabulary, dict):
         model["vocab"] = {hidden if each == name else each: value for each, value in vocabulary.items()}
     else:  # a Unigram model: a list of names with their scores, whose places are the ids
@@ -124,30 +138,32 @@ def hide_token(inner: Any, text: str, name: str) -> str:
     for added in contents.get("added_tokens") or ():
         if added["content"] == name:
             added |= {"content": hidden, "special": True}
-    return json.dumps(contents, ensure_ascii=False)
 
 
-def unknown_token(inner: Any, text: str) -> int | None:
-    """Find the id of the token that stands for unknown parts of a text; None if there is none."""
+def unknown_token(inner: Any, contents: dict[str, Any]) -> int | None:
+    """Find the id of the token that stands for unknown parts of a text; None if there is none.
+
+    Args:
+        inner: `tokenizers.Tokenizer` of the file.
+        contents: Contents of the file.
+    """
     name = getattr(inner.model, "unk_token", None)
     if name is not None:
         found: int | None = inner.token_to_id(name)
         return found
-    given: int | None = json.loads(text)["model"].get("unk_id")  # Unigram models give it in no other way
+    given: int | None = contents["model"].get("unk_id")  # Unigram models give it in no other way
     return given
 
 
-def _check_merges(contents: Any) -> None:
-    """Refuse merges whose second part lacks the prefix of continuing parts, on which the library panics."""
-    model = contents.get("model") if isinstance(contents, dict) else None
-    merges = model.get("merges") if isinstance(model, dict) else None
-    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
-    if not isinstance(merges, list) or not isinstance(prefix, str):
-        return
-    for merge in merges:
-        _, right = _pair(merge)
+def _check_merges(model: dict[str, Any]) -> None:
+    """Refuse merges whose second part lacks the prefix of continuing parts, or whose result has no token."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model["merges"]:
+        left, right = _pair(merge)
         if not right.startswith(prefix):
             raise ValueError(f"merge {merge!r}: its second part does not begin with {prefix!r}")
+        if left + right[len(prefix) :] not in model["vocab"]:
+            raise ValueError(f"merge {merge!r}: the vocabulary has no token {left + right[len(prefix) :]!r}")
 
 
 def _pair(merge: Any) -> tuple[str, str]:

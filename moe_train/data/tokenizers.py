@@ -1,5 +1,6 @@
 """Tokenizers: bytes, a file of the `tokenizers` library, or a byte-level BPE trained on the data."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,14 @@ import numpy as np
 
 from moe_train.config.errors import UsageError
 from moe_train.data.digests import digest_of
-from moe_train.data.tokenizer_file import check_ids, hide_token, library_errors, open_library_tokenizer, unknown_token
+from moe_train.data.tokenizer_file import (
+    check_ids,
+    hide_token,
+    library_errors,
+    open_library_tokenizer,
+    parse_tokenizer_file,
+    unknown_token,
+)
 
 BPE_END_OF_DOCUMENT = "<|endoftext|>"
 USUAL_END_OF_DOCUMENT = (
@@ -211,12 +219,15 @@ def load_tokenizer_file(path: Path, end_of_document: str | None, field: str = "d
     where = f"{field} ({str(path)!r})"
     try:
         text = path.read_text(encoding="utf-8")
+        contents = parse_tokenizer_file(text)
         inner = open_library_tokenizer(text)
         wanted = USUAL_END_OF_DOCUMENT if end_of_document is None else (end_of_document,)
         mark = next((name for name in wanted if inner.token_to_id(name) is not None), None)
         if mark is not None:
             vocab_size, token = check_ids(inner, mark), inner.token_to_id(mark)
-            inner = open_library_tokenizer(hide_token(inner, text, mark))
+            hide_token(inner, contents, mark)
+            inner = open_library_tokenizer(json.dumps(contents, ensure_ascii=False))
+            unknown = unknown_token(inner, contents)
     except OSError as error:
         raise UsageError(f"{where}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -229,7 +240,6 @@ def load_tokenizer_file(path: Path, end_of_document: str | None, field: str = "d
             f"data.end_of_document ({end_of_document!r}): {where} {reason}; "
             "name the token that marks the end of a document"
         )
-    unknown = unknown_token(inner, text)
     return SubwordTokenizer(inner, vocab_size, token, mark, unknown, digest_of([text, token]), text)
 
 

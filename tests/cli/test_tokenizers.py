@@ -1,4 +1,4 @@
-"""Tokenizers through the commands: no bits per byte of lost text, marks that are text, damaged files that are refused."""
+"""Tokenizers through the commands: no bits per byte of lost text, marks that are text, damaged files refused."""
 
 import json
 

@@ -107,6 +107,15 @@ def test_a_document_that_needs_the_mark_is_named(tmp_path, write_files, make_con
     assert "good.txt" not in message and "\n" not in message
 
 
+def test_a_single_character_that_was_added_is_text_too(tmp_path):
+    inner = byte_bpe()
+    inner.add_tokens(["\u20ac"])
+    tokenizer = loaded(tmp_path, inner, "\u20ac")
+    assert inner.encode("see \u20ac 2").ids.count(tokenizer.end_of_document) == 1
+    ids = tokenizer.encode_batch(["see \u20ac 2"])
+    assert tokenizer.end_of_document not in ids[0] and tokenizer.recover_batch(ids) == ["see \u20ac 2"]
+
+
 def test_merges_that_go_past_the_mark_are_left_out_and_others_keep_their_order(tmp_path):
     raw, tokenizer = byte_bpe(merges=MERGES_TO_THE_MARK), loaded(tmp_path, byte_bpe(merges=MERGES_TO_THE_MARK))
     assert raw.encode("</s>s").tokens == ["</s>s"] and raw.encode("page").tokens == ["p", "ag", "e"]

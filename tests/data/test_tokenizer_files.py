@@ -40,7 +40,7 @@ def damaged(contents: Any, changes: list[tuple[int, Any, bool]]) -> Any:
         if is_removed:
             del holder[last]
         else:
-            holder[last] = odd
+            holder[last] = copy.deepcopy(odd)
     return contents
 
 
@@ -116,6 +116,7 @@ BROKEN = {
     "a huge id": (changed("words", vocab={**VOCABULARY, "far": 2**32 - 1}), "token 'far' has id 4294967295, beyond"),
     "a huge end mark": (changed("words", vocab={**VOCABULARY, MARK: 2**24}), "token '</s>' has id 16777216, beyond"),
     "an id twice": (changed("words", vocab={**VOCABULARY, "a": VOCABULARY[MARK]}), "'</s>' and 'a' both have id"),
+    "merges to no token": (changed("bpe, merges", merges=[["s", "<first of all>"]]), "has no token 's<first of all>'"),
     "merges of unknown parts": (changed("bpe, merges", merges=[["no", "way"]]), "not a file of the tokenizers library"),
     "a prefix that merges lack": (
         changed("bpe, merges", continuing_subword_prefix="####"),
