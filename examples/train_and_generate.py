@@ -19,7 +19,7 @@ def main(run_dir: str = "runs/train_and_generate", steps: str = "100") -> None:
     config = moe_train.load_config(CONFIG, train={"run_dir": run_dir, "steps": int(steps)})
 
     result = moe_train.run_training(config)
-    if result.validation is not None:
+    if result.validation is not None and result.validation.bits_per_byte is not None:
         print(f"\nheld-out text: {result.validation.bits_per_byte:.3f} bits per byte")
 
     run = moe_train.load_run(run_dir)

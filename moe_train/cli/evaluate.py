@@ -160,6 +160,8 @@ def _show(
     console.print(f"{trained.manifest.folder} ({trained.manifest.step} steps)", markup=False)
     console.print(_loss_table(shown, bool(layers)), markup=False)
     for domain in domains:
+        if domain.text.unrecovered:
+            console.print(f"{domain.name}: no bits per byte: {domain.text.describe_loss()}", markup=False)
         for name, bits in domain.text.reference_bits_per_byte.items():
             console.print(f"{domain.name}: {name} {bits:.3f} bits/byte", markup=False)
     if layers:
@@ -173,7 +175,8 @@ def _loss_table(results: "Sequence[Evaluation]", has_experts: bool) -> Table:
     for column in ("tokens", "loss", "perplexity", "bits/byte", *(["dropped", "MaxVio"] if has_experts else [])):
         table.add_column(column, justify="right")
     for result in results:
-        cells = [f"{result.tokens:,}", f"{result.loss:.4f}", f"{result.perplexity:,.2f}", f"{result.bits_per_byte:.4f}"]
+        bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+        cells = [f"{result.tokens:,}", f"{result.loss:.4f}", f"{result.perplexity:,.2f}", bits]
         if result.max_violation is not None:
             cells += [f"{result.dropped_fraction:.2%}", f"{result.max_violation:.2f}"]
         table.add_row(result.name, *cells)

@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     help_text = "draw from the fewest likeliest tokens that together have this probability"
     group.add_argument("--top-p", type=float, metavar="P", help=help_text)
     group.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
-    help_text = "end before this text; may be given again"
+    help_text = "end before this text, taken as it is (a line end: --stop $'\\n'); may be given again"
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=help_text)
     group.add_argument("--ignore-end", action="store_true", help="go on past the end-of-document mark")
     group = parser.add_argument_group("cache")

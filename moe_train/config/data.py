@@ -76,11 +76,12 @@ class DataConfig(SourceConfig):
     """Several sources with weights, instead of data.source (in YAML, or as JSON on the command line)."""
     tokenizer: str = "bytes"
     """bytes (256 values and an end-of-document mark), bpe (trained on the data), or the path of a `tokenizers` JSON
-    file."""
+    file. Bits per byte are given where decoding the tokens gives the text back."""
     bpe_vocab_size: int = Field(4096, ge=257)
     """Vocabulary size of the trained BPE, including the end-of-document mark; only for tokenizer bpe."""
     end_of_document: str | None = None
-    """Token of a tokenizer file that marks the end of a document; None: a token with one of the usual names."""
+    """Token of a tokenizer file that marks the end of a document; None: a token with one of the usual names. Text that
+    holds its name is encoded like other text, never to this token."""
     validation_fraction: float = Field(0.02, ge=0.0, lt=1.0)
     """Share of the documents that is held out, if no validation files or split are given."""
     validation_max_bytes: PositiveInt = 4 * 2**20

@@ -9,7 +9,9 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from moe_train.config.errors import UsageError
 from moe_train.data.corpus import Corpus
+from moe_train.data.recovery import ALL_RECOVERED, Unrecovered, unrecovered
 from moe_train.data.report import PreparationReport
 from moe_train.data.tokenizers import Tokenizer, token_dtype
 
@@ -32,6 +34,7 @@ class Stream:
         tokens: Tokens written so far, end-of-document tokens included.
         documents: Documents written so far.
         num_bytes: Bytes of the documents written so far, as UTF-8.
+        unrecovered: What decoding does not give back of the documents written so far.
     """
 
     file: BinaryIO
@@ -40,13 +43,15 @@ class Stream:
     tokens: int = 0
     documents: int = 0
     num_bytes: int = 0
+    unrecovered: Unrecovered = ALL_RECOVERED
 
-    def write(self, pieces: list[np.ndarray], num_bytes: int) -> int:
+    def write(self, pieces: list[np.ndarray], num_bytes: int, lost: Unrecovered) -> int:
         """Append a document.
 
         Args:
             pieces: Token ids of the document, in consecutive arrays.
             num_bytes: Bytes of the document as UTF-8.
+            lost: What decoding does not give back of the document.
 
         Returns:
             The number of tokens that were appended, end-of-document tokens included.
@@ -58,6 +63,7 @@ class Stream:
         self.tokens += len(ids)
         self.documents += 1
         self.num_bytes += num_bytes
+        self.unrecovered += lost
         return len(ids)
 
 
@@ -106,7 +112,7 @@ def tokenize_corpus(
         text.
 
     Raises:
-        UsageError: If a document cannot be read.
+        UsageError: If a document cannot be read, or cannot be encoded without the end-of-document token.
     """
     dtype = token_dtype(tokenizer.vocab_size).name
     reference = ReferenceCompression()
@@ -119,31 +125,58 @@ def tokenize_corpus(
         held_out = Stream(held_out_file, tokenizer.end_of_document, dtype)
         for batch in groups(corpus.documents(), lambda document: len(document.text)):
             cuts = [cut(document.text, PIECE_CHARACTERS) for document in batch]
-            ids = encoded((piece for pieces in cuts for piece in pieces), tokenizer)
+            named = [(document.name, piece) for document, pieces in zip(batch, cuts, strict=True) for piece in pieces]
+            found = encoded(named, tokenizer, corpus.description)
             tokens = num_bytes = 0
             for document, pieces in zip(batch, cuts, strict=True):
                 text = document.text.encode("utf-8")
                 if document.held_out:
                     reference.feed(text)
                 stream = held_out if document.held_out else train
-                tokens += stream.write([next(ids) for _ in pieces], len(text))
+                ids, recovered = zip(*(next(found) for _ in pieces), strict=True)
+                tokens += stream.write(list(ids), len(text), unrecovered(pieces, recovered))
                 num_bytes += len(text)
             report.advance(len(batch), tokens, num_bytes)
     return {"train": train, "held_out": held_out}, reference.bits_per_byte()
 
 
-def encoded(pieces: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Encode texts in groups, because a document of gigabytes has many pieces.
+def encoded(
+    pieces: Iterable[tuple[str, str]], tokenizer: Tokenizer, description: str
+) -> Iterator[tuple[np.ndarray, str]]:
+    """Encode texts in groups, because a document of gigabytes has many pieces, and decode them again.
+
+    Decoding every text takes about a sixth of the time of encoding it (a BPE of 4096 entries on two cores: 3.0 MB/s to
+    encode, 19 MB/s to decode), so no text is left out.
 
     Args:
-        pieces: Texts to encode.
+        pieces: Name of the document and text of each piece.
         tokenizer: Tokenizer that encodes them.
+        description: Name of the corpus, for messages.
 
     Yields:
-        Token ids of each text, in order.
+        Token ids of each text, in order, and the text that they decode to.
+
+    Raises:
+        UsageError: If a text cannot be encoded. The message names its document.
     """
-    for group in groups(pieces, len):
-        yield from tokenizer.encode_batch(group)
+    for group in groups(pieces, lambda piece: len(piece[1])):
+        try:
+            ids = tokenizer.encode_batch([text for _, text in group])
+            recovered = tokenizer.recover_batch(ids)
+        except ValueError as error:
+            name, reason = _failing(group, tokenizer) or (group[0][0], error)
+            raise UsageError(f"{description}: document {name!r}: {reason}") from error
+        yield from zip(ids, recovered, strict=True)
+
+
+def _failing(group: list[tuple[str, str]], tokenizer: Tokenizer) -> tuple[str, ValueError] | None:
+    """Find the first document of a group that fails, and its error; None if each goes well alone."""
+    for name, text in group:
+        try:
+            tokenizer.recover_batch(tokenizer.encode_batch([text]))
+        except ValueError as error:
+            return name, error
+    return None
 
 
 def groups(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:

@@ -4,18 +4,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_train.config.errors import UsageError
-from moe_train.data.build import TOKEN_FILES, tokenize_corpus
+from moe_train.data.build import TOKEN_FILES, Stream, tokenize_corpus
 from moe_train.data.corpus import Corpus
 from moe_train.data.digests import digest_of, file_digests
 from moe_train.data.files import CorpusFile
 from moe_train.data.folders import build_once, replaced_folder, write_json
+from moe_train.data.recovery import ALL_RECOVERED, Unrecovered
 from moe_train.data.tokenizers import Tokenizer
 
-FORMAT_VERSION = 1  # version of the files below; part of every key, so that caches of other versions are built anew
+FORMAT_VERSION = 2  # version of the files below; part of every key, so that caches of other versions are built anew
 META_FILE = "meta.json"
 
 
@@ -27,11 +29,13 @@ class StreamSize:
         tokens: Number of tokens, end-of-document tokens included.
         documents: Number of documents.
         num_bytes: Bytes of the documents as UTF-8.
+        unrecovered: What decoding the tokens does not give back.
     """
 
     tokens: int
     documents: int
     num_bytes: int
+    unrecovered: Unrecovered = ALL_RECOVERED
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,13 @@ class CacheFolder:
 
         def build() -> TokenCache:
             with replaced_folder(folder) as temporary:
-                sizes, reference = tokenize_corpus(corpus, tokenizer, temporary, self.show_bar)
+                streams, reference = tokenize_corpus(corpus, tokenizer, temporary, self.show_bar)
                 meta = {
                     "format_version": FORMAT_VERSION,
                     "source": corpus.description,
                     "tokenizer_fingerprint": tokenizer.fingerprint,
-                    "dtype": sizes["train"].dtype,
-                    **{name: asdict(StreamSize(s.tokens, s.documents, s.num_bytes)) for name, s in sizes.items()},
+                    "dtype": streams["train"].dtype,
+                    **{name: asdict(_size_of(stream)) for name, stream in streams.items()},
                     "reference_bits_per_byte": reference,
                 }
                 write_json(temporary / META_FILE, meta)
@@ -133,12 +137,20 @@ def open_token_cache(folder: Path) -> TokenCache | None:
         if meta["format_version"] != FORMAT_VERSION:
             return None
         dtype = np.dtype(meta["dtype"])
-        sizes = {name: StreamSize(**meta[name]) for name in TOKEN_FILES}
+        sizes = {name: _read_size(meta[name]) for name in TOKEN_FILES}
         maps = {name: _map_tokens(folder / file, dtype, sizes[name].tokens) for name, file in TOKEN_FILES.items()}
         reference = {str(name): float(bits) for name, bits in meta["reference_bits_per_byte"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return TokenCache(folder, maps["train"], maps["held_out"], sizes["train"], sizes["held_out"], reference)
+
+
+def _size_of(stream: Stream) -> StreamSize:
+    return StreamSize(stream.tokens, stream.documents, stream.num_bytes, stream.unrecovered)
+
+
+def _read_size(values: dict[str, Any]) -> StreamSize:
+    return StreamSize(**{**values, "unrecovered": Unrecovered(**values["unrecovered"])})
 
 
 def _map_tokens(path: Path, dtype: np.dtype, tokens: int) -> np.ndarray:

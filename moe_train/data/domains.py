@@ -7,7 +7,8 @@ from moe_train.config.data import DataConfig, SourceConfig
 from moe_train.config.errors import UsageError
 from moe_train.data.cache import CacheFolder, TokenCache
 from moe_train.data.folders import cache_root
-from moe_train.data.prepare import OTHER_RANKS_WAIT_SECONDS, source_fields
+from moe_train.data.prepare import OTHER_RANKS_WAIT_SECONDS, source_fields, warn_of_loss
+from moe_train.data.recovery import ALL_RECOVERED
 from moe_train.data.sequences import HeldOut, join_streams
 from moe_train.data.sources import check_source, open_corpus
 from moe_train.data.tokenizers import Tokenizer
@@ -64,6 +65,8 @@ def open_domains(
     for source, field in named_sources:
         corpus = open_corpus(source, config, field)
         cache = folder.tokens(corpus, corpus.fingerprint(folder.digest_files), tokenizer)
+        if show_progress:
+            warn_of_loss(corpus, cache)
         text = _text_of(cache, split, sequence_length, tokenizer.end_of_document)
         if text.num_bytes == 0:
             raise UsageError(f"{corpus.description} has no text in --split ({split}): {_reason(split)}")
@@ -78,13 +81,15 @@ def _text_of(cache: TokenCache, split: Split, sequence_length: int, end_of_docum
         "all": [(cache.train_tokens, cache.train), (cache.held_out_tokens, cache.held_out)],
     }[split]
     parts = [(tokens, size) for tokens, size in parts if size.documents]
+    lost = sum((size.unrecovered for _, size in parts), ALL_RECOVERED)
     return HeldOut(
         tokens=join_streams([tokens for tokens, _ in parts]),
         sequence_length=sequence_length,
         end_of_document=end_of_document,
         num_documents=sum(size.documents for _, size in parts),
         num_bytes=sum(size.num_bytes for _, size in parts),
-        reference_bits_per_byte=cache.reference_bits_per_byte if split == "held_out" else {},
+        reference_bits_per_byte=cache.reference_bits_per_byte if split == "held_out" and not lost else {},
+        unrecovered=lost,
     )
 
 

@@ -105,6 +105,9 @@ def prepare_data(
     caches = [folder.tokens(corpus, mark, tokenizer) for corpus, mark in zip(corpora, fingerprints, strict=True)]
     _check_enough(corpora, caches, sequence_length, min_sequences)
     _check_held_out(corpora, caches)
+    if show_progress:
+        for corpus, cache in zip(corpora, caches, strict=True):
+            warn_of_loss(corpus, cache)
     entries = tuple(
         TrainEntry(cache.train_tokens, source.weight) for cache, source in zip(caches, config.sources, strict=True)
     )
@@ -142,6 +145,16 @@ def find_tokenizer(config: DataConfig, *, local_rank: int = 0) -> Tokenizer:
 def source_fields(config: DataConfig) -> list[str]:
     """Name the place of each source in the configuration, for messages ("data" or "data.mixture[0]")."""
     return [f"data.mixture[{i}]" for i in range(len(config.mixture))] or ["data"]
+
+
+def warn_of_loss(corpus: Corpus, cache: TokenCache) -> None:
+    """Print a warning if decoding the tokens of a corpus does not give its text back."""
+    lost = cache.train.unrecovered + cache.held_out.unrecovered
+    if lost:
+        documents = cache.train.documents + cache.held_out.documents
+        num_bytes = cache.train.num_bytes + cache.held_out.num_bytes
+        told = lost.describe(documents, num_bytes)
+        say(f"warning: the tokenizer does not keep all text of {corpus.description}: {told}; so no bits per byte of it")
 
 
 def _check_enough(

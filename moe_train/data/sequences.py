@@ -1,5 +1,6 @@
 """Token sequences for training and evaluation, cut from token streams. Legend: B sequences, S tokens per sequence."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from moe_train.data.cache import TokenCache
 from moe_train.data.order import locate_samples
+from moe_train.data.recovery import ALL_RECOVERED, Unrecovered
 
 IGNORED_TARGET = -100  # the target that torch's cross entropy ignores
 
@@ -124,7 +126,8 @@ class HeldOut:
         num_documents: Number of documents.
         num_bytes: Bytes of the documents as UTF-8, without end-of-document tokens.
         reference_bits_per_byte: Bits per byte of general compressors on the text ("gzip -9", "xz -9"). Several entries
-            are compressed separately.
+            are compressed separately. Empty where decoding does not give the text back: there is nothing to compare.
+        unrecovered: What decoding the tokens does not give back. If there is any, bits per byte mean nothing.
     """
 
     tokens: np.ndarray
@@ -133,6 +136,7 @@ class HeldOut:
     num_documents: int
     num_bytes: int
     reference_bits_per_byte: dict[str, float]
+    unrecovered: Unrecovered = ALL_RECOVERED
 
     @property
     def num_tokens(self) -> int:
@@ -143,6 +147,14 @@ class HeldOut:
     def num_sequences(self) -> int:
         """Number of sequences of S tokens, the padded last one included."""
         return -(-self.num_tokens // self.sequence_length)
+
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
+        """Convert a mean cross-entropy to bits per byte of text; None where decoding does not give the text back."""
+        return None if self.unrecovered else nats_per_token / math.log(2) * self.num_tokens / self.num_bytes
+
+    def describe_loss(self) -> str:
+        """Say what of the text decoding does not give back."""
+        return self.unrecovered.describe(self.num_documents, self.num_bytes)
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return given sequences, which are numbered in the order of the text.
@@ -196,8 +208,9 @@ def join_held_out(caches: Sequence[TokenCache], sequence_length: int, end_of_doc
     if not parts:
         return None
     num_bytes = sum(part.held_out.num_bytes for part in parts)
+    lost = sum((part.held_out.unrecovered for part in parts), ALL_RECOVERED)
     weighted: dict[str, float] = {}
-    for part in parts:
+    for part in [] if lost else parts:
         for name, bits_per_byte in part.reference_bits_per_byte.items():
             weighted[name] = weighted.get(name, 0.0) + bits_per_byte * part.held_out.num_bytes / num_bytes
     return HeldOut(
@@ -207,6 +220,7 @@ def join_held_out(caches: Sequence[TokenCache], sequence_length: int, end_of_doc
         num_documents=sum(part.held_out.documents for part in parts),
         num_bytes=num_bytes,
         reference_bits_per_byte=weighted,
+        unrecovered=lost,
     )
 
 

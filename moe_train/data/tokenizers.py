@@ -10,6 +10,14 @@ import numpy as np
 
 from moe_train.config.errors import UsageError
 from moe_train.data.digests import digest_of
+from moe_train.data.tokenizer_file import (
+    check_ids,
+    hide_token,
+    library_errors,
+    open_library_tokenizer,
+    parse_tokenizer_file,
+    unknown_token,
+)
 
 BPE_END_OF_DOCUMENT = "<|endoftext|>"
 USUAL_END_OF_DOCUMENT = (
@@ -49,7 +57,11 @@ class Tokenizer(Protocol):
         """Digest of everything that determines the encoding of text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode texts to token ids without end-of-document tokens, in `token_dtype(vocab_size)`."""
+        """Encode texts to token ids without end-of-document tokens, in `token_dtype(vocab_size)`.
+
+        Raises:
+            ValueError: If a text cannot be encoded, or only to the end-of-document token. It may be any of the texts.
+        """
 
     def encode_known(self, text: str) -> list[int]:
         """Encode a text to token ids without end-of-document tokens, and refuse unknown parts.
@@ -62,6 +74,13 @@ class Tokenizer(Protocol):
         """Decode token ids to text.
 
         End-of-document tokens and ids without text are left out. Invalid UTF-8 becomes U+FFFD.
+        """
+
+    def recover_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+        """Decode the token ids of whole texts, without the tokens that stand for unknown parts.
+
+        Raises:
+            ValueError: If a text cannot be decoded.
         """
 
 
@@ -101,15 +120,21 @@ class ByteTokenizer:
         values = np.asarray(ids, dtype=np.int64)
         return values[values < self.end_of_document].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
+    def recover_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+        """Decode the ids of whole texts."""
+        return [self.decode(ids) for ids in batch]
+
 
 @dataclass(frozen=True)
 class SubwordTokenizer:
     """Tokenizer of the `tokenizers` library.
 
     Attributes:
-        inner: The `tokenizers.Tokenizer`.
+        inner: The `tokenizers.Tokenizer`, in which the end-of-document token has a name that no text holds.
         vocab_size: One more than the largest id, added tokens included.
         end_of_document: Id of the end-of-document token.
+        mark: Name of the end-of-document token in the file.
+        unknown: Id of the token that stands for unknown parts of a text; None if there is none.
         fingerprint: Digest of the file and the end-of-document token.
         text: Contents of the file.
     """
@@ -117,14 +142,24 @@ class SubwordTokenizer:
     inner: Any
     vocab_size: int
     end_of_document: int
+    mark: str
+    unknown: int | None
     fingerprint: str
     text: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode texts to token ids in parallel."""
+        """Encode texts to token ids in parallel.
+
+        Raises:
+            ValueError: If a text cannot be encoded, or only to the end-of-document token.
+        """
         dtype = token_dtype(self.vocab_size)
-        encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+        with library_errors("cannot be encoded"):
+            encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        batch = [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+        if any((ids == self.end_of_document).any() for ids in batch):
+            raise ValueError(self._meets_mark)
+        return batch
 
     def encode_known(self, text: str) -> list[int]:
         """Encode a text to token ids, and refuse a text that needs the unknown token.
@@ -133,30 +168,38 @@ class SubwordTokenizer:
             ValueError: If the vocabulary has no token for a part of the text.
         """
         text.encode("utf-8")  # raises for half a surrogate pair, which makes the library panic
-        try:
+        with library_errors("cannot be encoded"):  # for example a word without a token
             encoding = self.inner.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library raises a bare Exception, for example for a word without a token
-            raise ValueError(f"cannot be encoded: {error}") from error
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token == self._unknown:
+            if token == self.unknown:
                 raise ValueError(f"the vocabulary has no token for {text[start:end]!r} (character {start})")
         if text and not encoding.ids:
             raise ValueError(f"the vocabulary has no token for {text!r}")
+        if self.end_of_document in encoding.ids:
+            raise ValueError(self._meets_mark)
         return list(encoding.ids)
 
     @property
-    def _unknown(self) -> int | None:
-        """Id of the unknown token; None if there is none."""
-        model = self.inner.model
-        name = getattr(model, "unk_token", None)
-        if name is not None:
-            return self.inner.token_to_id(name)
-        return json.loads(self.text)["model"].get("unk_id")  # Unigram models give it in no other way
+    def _meets_mark(self) -> str:
+        return (
+            f"a part of it is encoded to {self.mark!r} (id {self.end_of_document}), which marks the end of a document, "
+            "and the vocabulary has no other token for that part"
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decode ids to text, without end-of-document tokens."""
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.end_of_document]
         return self.inner.decode(kept, skip_special_tokens=False)
+
+    def recover_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+        """Decode the ids of whole texts in parallel, without the unknown token.
+
+        Raises:
+            ValueError: If the library fails.
+        """
+        known = [(ids if self.unknown is None else ids[ids != self.unknown]).tolist() for ids in batch]
+        with library_errors("its tokens cannot be decoded"):
+            return list(self.inner.decode_batch(known, skip_special_tokens=False))
 
 
 def load_tokenizer_file(path: Path, end_of_document: str | None, field: str = "data.tokenizer") -> SubwordTokenizer:
@@ -173,28 +216,31 @@ def load_tokenizer_file(path: Path, end_of_document: str | None, field: str = "d
     Raises:
         UsageError: If the file does not exist, is not a tokenizer, or has no such token.
     """
-    import tokenizers
-
+    where = f"{field} ({str(path)!r})"
     try:
         text = path.read_text(encoding="utf-8")
-        inner = tokenizers.Tokenizer.from_str(text)
+        contents = parse_tokenizer_file(text)
+        inner = open_library_tokenizer(text)
+        wanted = USUAL_END_OF_DOCUMENT if end_of_document is None else (end_of_document,)
+        mark = next((name for name in wanted if inner.token_to_id(name) is not None), None)
+        if mark is not None:
+            vocab_size, token = check_ids(inner, mark), inner.token_to_id(mark)
+            hide_token(inner, contents, mark)
+            inner = open_library_tokenizer(json.dumps(contents, ensure_ascii=False))
+            unknown = unknown_token(inner, contents)
     except OSError as error:
-        raise UsageError(f"{field} ({str(path)!r}): cannot be read: {error.strerror}") from error
-    except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
-        raise UsageError(f"{field} ({str(path)!r}): not a file of the tokenizers library: {error}") from error
-    inner.no_truncation()
-    inner.no_padding()
-    inner.encode_special_tokens = True  # otherwise "</s>" in the text of a document would end it
-    wanted = USUAL_END_OF_DOCUMENT if end_of_document is None else (end_of_document,)
-    mark = next((found for token in wanted if (found := inner.token_to_id(token)) is not None), None)
+        raise UsageError(f"{where}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: not a file of the tokenizers library: not UTF-8 at byte {error.start}") from error
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
     if mark is None:
         reason = f"has none of {', '.join(wanted)}" if end_of_document is None else "is not in its vocabulary"
         raise UsageError(
-            f"data.end_of_document ({end_of_document!r}): {field} ({str(path)!r}) {reason}; "
+            f"data.end_of_document ({end_of_document!r}): {where} {reason}; "
             "name the token that marks the end of a document"
         )
-    vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-    return SubwordTokenizer(inner, vocab_size, mark, digest_of([text, mark]), text)
+    return SubwordTokenizer(inner, vocab_size, token, mark, unknown, digest_of([text, token]), text)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:

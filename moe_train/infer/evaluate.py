@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_train.data import Domain
+from moe_train.data.recovery import ALL_RECOVERED, Unrecovered
 from moe_train.distributed.collectives import Group, all_reduce_sum, group_rank, group_size
 from moe_train.model.transformer import Transformer
 from moe_train.ops.cross_entropy import IGNORED_TARGET, token_cross_entropy
@@ -49,6 +50,8 @@ class Evaluation:
             evaluated.
         counts: Assignments per expert and MoE layer, L tuples of E.
         dropped: Dropped assignments per expert and MoE layer, for which the expert had no room; L tuples of E.
+        text_bytes: Bytes of the whole text as UTF-8, evaluated or not.
+        unrecovered: What decoding the tokens of the whole text does not give back.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Evaluation:
     num_bytes: float
     counts: tuple[tuple[int, ...], ...]
     dropped: tuple[tuple[int, ...], ...]
+    text_bytes: int
+    unrecovered: Unrecovered = ALL_RECOVERED
 
     @property
     def loss(self) -> float:
@@ -70,9 +75,12 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700.0 else math.inf  # exp(710) overflows
 
     @property
-    def bits_per_byte(self) -> float:
-        """Cross-entropy in bits per byte of text, which is comparable between tokenizers."""
-        return self.loss_sum / math.log(2) / self.num_bytes
+    def bits_per_byte(self) -> float | None:
+        """Cross-entropy in bits per byte of text, which is comparable between tokenizers.
+
+        None where decoding does not give the text back, because the model then predicts another, shorter text.
+        """
+        return None if self.unrecovered else self.loss_sum / math.log(2) / self.num_bytes
 
     @property
     def dropped_fraction(self) -> float:
@@ -111,6 +119,7 @@ class Evaluation:
             "tokens": self.tokens,
             "sequences": self.sequences,
             "bytes": round(self.num_bytes),
+            "lost_bytes_share": self.unrecovered.num_bytes / self.text_bytes,
             "dropped_fraction": self.dropped_fraction,
             "max_violation": self.max_violation,
             "experts": [
@@ -182,6 +191,8 @@ def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
         num_bytes=sum(each.num_bytes for each in evaluations),
         counts=add([each.counts for each in evaluations]),
         dropped=add([each.dropped for each in evaluations]),
+        text_bytes=sum(each.text_bytes for each in evaluations),
+        unrecovered=sum((each.unrecovered for each in evaluations), ALL_RECOVERED),
     )
 
 
@@ -228,6 +239,8 @@ def _evaluate_domain(
         num_bytes=text.num_bytes * tokens / text.num_tokens,
         counts=counts,
         dropped=dropped,
+        text_bytes=text.num_bytes,
+        unrecovered=text.unrecovered,
     )
 
 

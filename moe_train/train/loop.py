@@ -159,9 +159,10 @@ def _validate(run: Run, done: int, num_sequences: int | None) -> ValidationResul
     result = validate(
         run.engine, run.data.held_out, run.plan, num_sequences, run.isolation_mark, run.device, run.watchdog.watching
     )
-    run.console.say(
-        f"step {done:6d}  held out: {result.bits_per_byte:.4f} bits/byte, {result.cross_entropy:.4f} nats/token"
-    )
-    figures = {"val/bits_per_byte": result.bits_per_byte, "val/cross_entropy": result.cross_entropy}
+    bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits/byte, "
+    run.console.say(f"step {done:6d}  held out: {bits}{result.cross_entropy:.4f} nats/token")
+    figures = {"val/cross_entropy": result.cross_entropy}
+    if result.bits_per_byte is not None:
+        figures["val/bits_per_byte"] = result.bits_per_byte
     run.recorder.complete(done, figures)
     return result

@@ -42,6 +42,7 @@ def make_summary(run: Run, result: TrainResult, parameters: ParameterCount, samp
         "train/cross_entropy": steps[-1]["train/cross_entropy"] if steps else None,
         "val/cross_entropy": validation.cross_entropy if validation else None,
         "val/bits_per_byte": validation.bits_per_byte if validation else None,
+        "val/lost_bytes_share": held_out.unrecovered.num_bytes / held_out.num_bytes if held_out else None,
         "reference_bits_per_byte": dict(held_out.reference_bits_per_byte) if held_out else {},
         "perf/tokens_per_second": rates[len(rates) // 2] if rates else None,
         "moe/max_violation": load.max_violation if load else None,
@@ -77,6 +78,9 @@ def show_summary(run: Run, summary: dict[str, Any]) -> None:
     if summary["val/bits_per_byte"] is not None:
         beside = "".join(f", {name} {value:.3f}" for name, value in summary["reference_bits_per_byte"].items())
         say(f"held-out text, bits per byte: this model {summary['val/bits_per_byte']:.3f}{beside}")
+    elif run.data.held_out is not None and summary["val/cross_entropy"] is not None:
+        lost = run.data.held_out.describe_loss()
+        say(f"held-out text: {summary['val/cross_entropy']:.4f} nats/token; no bits per byte: {lost}")
     load = expert_load(read_records(run.folder.metrics))
     if load is not None:
         say(load_table(load))

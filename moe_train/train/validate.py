@@ -1,6 +1,5 @@
 """Validation: the loss on the held-out text."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ class ValidationResult:
 
     Attributes:
         cross_entropy: Mean cross-entropy, in nats per token.
-        bits_per_byte: cross_entropy / ln 2 x tokens / bytes of the held-out text.
+        bits_per_byte: cross_entropy / ln 2 x tokens / bytes of the held-out text; None where decoding the tokens does
+            not give the text back, because the model then predicts another, shorter text.
         num_tokens: Number of predicted tokens.
     """
 
     cross_entropy: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     num_tokens: int
 
 
@@ -69,4 +69,4 @@ def validate(
             sums[1] += (targets_BS != IGNORED_TARGET).sum()
     total, count = all_reduce_sum(sums, world_group()).tolist()
     mean = total / count
-    return ValidationResult(mean, mean / math.log(2) * held_out.num_tokens / held_out.num_bytes, int(count))
+    return ValidationResult(mean, held_out.bits_per_byte(mean), int(count))

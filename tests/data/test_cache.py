@@ -69,6 +69,7 @@ def test_a_cache_is_built_once_and_described(tokenized, builds):
         "tokens": first.train.tokens,
         "documents": first.train.documents,
         "num_bytes": first.train.num_bytes,
+        "unrecovered": {"documents": 0, "num_bytes": 0},
     }
     assert meta["reference_bits_per_byte"] == first.reference_bits_per_byte
 

@@ -81,7 +81,7 @@ def test_bpe_is_the_same_each_time_and_smaller_where_text_runs_out(tmp_path):
     small = load_tokenizer_file(tmp_path / "small", None)
     assert 257 <= small.vocab_size <= 259
     assert small.decode(small.encode_batch(["never seen: ß"])[0]) == "never seen: ß"
-    assert small.inner.token_to_id(BPE_END_OF_DOCUMENT) == small.end_of_document
+    assert small.mark == BPE_END_OF_DOCUMENT
 
 
 def test_a_file_encodes_whole_texts_without_its_special_tokens(tmp_path):
