@@ -62,7 +62,10 @@ def open_domains(
     domains = []
     corpora, fingerprints = open_corpora(config, folder)
     for source, corpus, fingerprint in zip(config.sources, corpora, fingerprints, strict=True):
-        cache = folder.tokens(corpus, fingerprint, tokenizer)
+        if split == "all":  # also what training leaves out, and no document in two parts
+            cache = folder.tokens(corpus.corpus, corpus.corpus.fingerprint(folder.digest_files), tokenizer)
+        else:
+            cache = folder.tokens(corpus, fingerprint, tokenizer)
         text = _text_of(cache, split, sequence_length, tokenizer.end_of_document)
         if text.num_bytes == 0:
             raise UsageError(f"{corpus.description} has no text in --split ({split}): {_reason(split)}")

@@ -28,10 +28,12 @@ class InnerCut:
     Attributes:
         document: Number of the document in the corpus, from 0.
         characters: Characters before the cut.
+        whole_hash: `text_hash` of the whole document; a copy of it has the held-out end too.
     """
 
     document: int
     characters: int
+    whole_hash: int
 
     def documents(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Cut the document in two. All others are trained on."""
@@ -63,8 +65,9 @@ class DocumentIndex:
 
     @property
     def held_out_hashes(self) -> np.ndarray:
-        """Sorted distinct hashes of held-out text."""
-        held_out = np.unique(self.hashes[self.is_held_out])
+        """Sorted distinct hashes of held-out documents, and of one whose end is held out."""
+        whole = [] if self.cut is None else [self.cut.whole_hash]
+        held_out = np.unique(np.append(self.hashes[self.is_held_out], np.array(whole, dtype=np.uint64)))
         return held_out[held_out != NO_TEXT]
 
 
@@ -168,4 +171,4 @@ def _cut_inside(text: str, number: int, num_bytes: int, rule: HeldOutSplit) -> I
         start += 1
     characters = len(data[:start].decode("utf-8"))
     has_text = text[:characters].strip() and text[characters:].strip()
-    return InnerCut(number, characters) if has_text else None
+    return InnerCut(number, characters, text_hash(text)) if has_text else None

@@ -97,7 +97,7 @@ def _unpacked(raw: BinaryIO, packing: str) -> BufferedReader:
     elif packing == "bzip2":
         source = bz2.BZ2File(raw)
     elif packing == "xz":
-        source = lzma.LZMAFile(raw)
+        source = lzma.LZMAFile(raw)  # noqa: SIM115  the reader below closes it
     else:
         options = {int(zstd.DecompressionParameter.window_log_max): LARGEST_ZSTD_WINDOW_LOG}
         source = zstd.ZstdFile(raw, options=options)

@@ -72,8 +72,10 @@ class SelectedCorpus:
 
     def fingerprint(self, digest_files: DigestFiles) -> str:
         """Compute a digest of the documents, their order, the split and what is left out."""
-        cut = None if self.index.cut is None else [self.index.cut.document, self.index.cut.characters]
-        return digest_of([self.corpus.fingerprint(digest_files), cut, self.left_out_digest])
+        fingerprint, cut = self.corpus.fingerprint(digest_files), self.index.cut
+        if cut is None and not self.num_left_out:
+            return fingerprint
+        return digest_of([fingerprint, None if cut is None else [cut.document, cut.characters], self.left_out_digest])
 
     @property
     def left_out_digest(self) -> str:
@@ -110,10 +112,16 @@ def select_documents(corpora: Sequence[Corpus], indexes: Sequence[DocumentIndex]
         The corpora as they are trained on and held out.
     """
     held_out = np.unique(np.concatenate([index.held_out_hashes for index in indexes]))
-    return tuple(
-        SelectedCorpus(corpus, index, ~index.is_held_out & _is_among(index.hashes, held_out))
-        for corpus, index in zip(corpora, indexes, strict=True)
-    )
+    first_cuts: dict[int, int] = {}
+    for cut in (index.cut for index in indexes if index.cut is not None):
+        first_cuts[cut.whole_hash] = min(cut.characters, first_cuts.get(cut.whole_hash, cut.characters))
+    selected = []
+    for corpus, index in zip(corpora, indexes, strict=True):
+        is_left_out = ~index.is_held_out & _is_among(index.hashes, held_out)
+        if index.cut is not None and index.cut.characters > first_cuts[index.cut.whole_hash]:
+            is_left_out[index.cut.document] = True  # it goes on into the end that another source holds out
+        selected.append(SelectedCorpus(corpus, index, is_left_out))
+    return tuple(selected)
 
 
 def _is_among(hashes: np.ndarray, values: np.ndarray) -> np.ndarray:
