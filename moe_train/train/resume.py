@@ -106,7 +106,7 @@ def changed_data(manifest: Manifest, sources: Sequence[SourceIdentity]) -> list[
     """
     try:
         before = [SourceIdentity.from_json(value) for value in manifest.data]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return [f"the data of {manifest.folder} is described in a form that this version cannot read: not compared"]
     changes = data_changes(before, sources)
     if changes:

@@ -1,4 +1,4 @@
-"""Data files of random bytes and mutated good ones: documents, or one message that names the file; never a traceback."""
+"""Data files of random bytes and mutated good ones: documents, or one message that names the file."""
 
 import bz2
 import gzip
@@ -84,7 +84,7 @@ BAD = {
     "latin.jsonl": '{"text": "Größe"}'.encode("latin-1"),
     "half.jsonl": LINES.decode().encode("utf-16")[:-1],
     "short.parquet": GOOD["parquet"][:-50],
-    "middle.parquet": GOOD["parquet"][:200] + bytes(100) + GOOD["parquet"][300:],
+    "middle.parquet": GOOD["parquet"][:20] + b"\xff" * 80 + GOOD["parquet"][100:],
     "packed.parquet.gz": gzip.compress(GOOD["parquet"]),
     "empty.parquet": b"",
     "latin.txt": "Größe".encode("latin-1"),
