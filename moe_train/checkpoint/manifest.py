@@ -105,6 +105,7 @@ class Manifest:
         layout: world_size, expert_parallel_size and zero_stage that wrote it; empty in old checkpoints.
         config: Resolved configuration of the run.
         moments: Names of the optimizer's state tensors.
+        data: Identity of each source of data, as JSON values; empty in old checkpoints.
     """
 
     folder: Path
@@ -122,6 +123,7 @@ class Manifest:
     layout: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     moments: tuple[str, ...] = ADAM_MOMENTS
+    data: tuple[dict[str, Any], ...] = ()
 
     @property
     def optimizer(self) -> str:
@@ -261,6 +263,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Manifest:
         layout={str(name): _whole(path, f"layout.{name}", value) for name, value in layout.items()},
         config=config,
         moments=_read_moments(path, raw.get("moments", ADAM_MOMENTS)),
+        data=_read_data(path, raw.get("data", [])),
     )
 
 
@@ -321,6 +324,12 @@ def _read_moments(path: Path, names: Any) -> tuple[str, ...]:
     if not are_names or "weight" in names or len(set(names)) != len(names):
         raise DamagedCheckpoint(f"{path}: moments ({reprlib.repr(names)}) are not names of optimizer states")
     return tuple(names)
+
+
+def _read_data(path: Path, sources: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        raise DamagedCheckpoint(f"{path}: data ({reprlib.repr(sources)}) is not a list of sources")
+    return tuple(sources)
 
 
 def _read_buffers(path: Path, raw: Any) -> dict[str, list[float]]:

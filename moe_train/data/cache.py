@@ -14,11 +14,14 @@ from moe_train.data.corpus import Corpus
 from moe_train.data.digests import digest_of, file_digests
 from moe_train.data.files import CorpusFile
 from moe_train.data.folders import build_once, replaced_folder, write_json
+from moe_train.data.index import INDEX_VERSION, DocumentIndex, open_index, write_index
 from moe_train.data.recovery import ALL_RECOVERED, Unrecovered
+from moe_train.data.report import say
 from moe_train.data.tokenizers import Tokenizer
 
 FORMAT_VERSION = 2  # version of the files below; part of every key, so that caches of other versions are built anew
 META_FILE = "meta.json"
+LONG_READ_BYTES = 2**28  # a longer first pass over the documents is announced: it takes more than some seconds
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,30 @@ class CacheFolder:
             return _opened(folder)
 
         return build_once(folder, lambda: open_token_cache(folder), build, self.wait_seconds)
+
+    def index(self, corpus: Corpus, fingerprint: str) -> DocumentIndex:
+        """Open the index of a corpus; one process reads the corpus first if the cache does not have it.
+
+        Args:
+            corpus: Corpus to index.
+            fingerprint: Fingerprint of the corpus.
+
+        Raises:
+            UsageError: If a document cannot be read, or a file changed while it was read.
+        """
+        folder = self.root / "documents" / digest_of([INDEX_VERSION, fingerprint])
+
+        def build() -> DocumentIndex:
+            if corpus.size_bytes > LONG_READ_BYTES:
+                say(f"reading {corpus.description}: up to {corpus.size_bytes / 1e6:,.0f} MB, for what is held out")
+            with replaced_folder(folder) as temporary:
+                write_index(corpus, temporary)
+                self.check_unchanged(corpus, fingerprint)
+            index = open_index(folder)
+            assert index is not None, f"{folder} was just written and cannot be opened"
+            return index
+
+        return build_once(folder, lambda: open_index(folder), build, self.wait_seconds)
 
     def check_unchanged(self, corpus: Corpus, fingerprint: str) -> None:
         """Check that the corpus still has the fingerprint that was taken before.

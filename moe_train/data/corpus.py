@@ -73,6 +73,17 @@ class Corpus(Protocol):
     def size_bytes(self) -> int:
         """Upper bound of the size of the text in bytes, known without reading it."""
 
+    @property
+    def rule(self) -> HeldOutSplit | None:
+        """Rule that holds documents out; None where they are named, or nothing is to be held out."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines about what was found and left out, for the user."""
+
+    def files(self, digest_files: DigestFiles) -> dict[str, str]:
+        """Digest of each file by its name; empty for a corpus without files."""
+
     def fingerprint(self, digest_files: DigestFiles) -> str:
         """Compute a digest of the documents, their order and the split.
 

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,8 @@ CHUNK_BYTES = 2**20
 SETTLED_SECONDS = 2.0
 
 Result = TypeVar("Result")
-Record = tuple[int, int, str]  # size in bytes, mtime in ns, digest
+Stamp = tuple[int, ...]  # size in bytes, mtime in ns, ctime in ns, inode
+Record = tuple[Stamp, str]  # stamp and digest
 
 
 def digest_of(value: object) -> str:
@@ -35,7 +37,9 @@ def file_digests(files: Sequence[CorpusFile], folder: Path, wait_seconds: float)
 
     Args:
         files: Files to digest.
-        folder: Folder of the stored digests, which are valid for a path, size and time of modification.
+        folder: Folder of the stored digests, which are valid for a path and a stamp: size, time of modification, time
+            of change and inode. Programs set the time of modification as they like; the time of change is the file
+            system's own, and moves with every write.
         wait_seconds: Seconds to wait before reading, so that another process can begin first.
 
     Returns:
@@ -56,9 +60,9 @@ def file_digests(files: Sequence[CorpusFile], folder: Path, wait_seconds: float)
         records = _load(memory)
         digests, settled = [], {}
         for path in paths:
-            record = _record(path, records.get(path))
-            digests.append(record[2])
-            if time.time() - record[1] / 1e9 > SETTLED_SECONDS:
+            stamp, digest = record = _record(path, records.get(path))
+            digests.append(digest)
+            if time.time() - max(stamp[1:3]) / 1e9 > SETTLED_SECONDS:
                 settled[path] = record
         write_json(memory, settled)
         return digests
@@ -66,26 +70,34 @@ def file_digests(files: Sequence[CorpusFile], folder: Path, wait_seconds: float)
     return build_once(memory, find, build, wait_seconds)
 
 
+def read_digests(files: Sequence[CorpusFile]) -> list[str]:
+    """Compute the digest of each file's contents by reading it; see `file_digests`."""
+    return [_readable(str(file.path), partial(_digest_file, str(file.path))) for file in files]
+
+
 def _load(memory: Path) -> dict[str, Record]:
     try:
-        return {path: tuple(record) for path, record in json.loads(memory.read_bytes()).items()}
+        records = json.loads(memory.read_bytes()).items()
+        return {path: (tuple(stamp), str(digest)) for path, (stamp, digest) in records}
     except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # not written yet, or damaged: the files are read again
+        return {}  # not written yet, damaged, or of an earlier version: the files are read again
 
 
 def _known_digest(path: str, records: dict[str, Record]) -> str | None:
     record = records.get(path)
-    if record is None:
-        return None
-    status = _readable(path, lambda: os.stat(path))
-    return record[2] if record[:2] == (status.st_size, status.st_mtime_ns) else None
+    return record[1] if record is not None and record[0] == _stamp(path) else None
 
 
 def _record(path: str, known: Record | None) -> Record:
-    status = _readable(path, lambda: os.stat(path))
-    if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
+    stamp = _stamp(path)
+    if known is not None and known[0] == stamp:
         return known
-    return status.st_size, status.st_mtime_ns, _readable(path, lambda: _digest_file(path))
+    return stamp, _readable(path, lambda: _digest_file(path))
+
+
+def _stamp(path: str) -> Stamp:
+    status = _readable(path, lambda: os.stat(path))
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _digest_file(path: str) -> str:

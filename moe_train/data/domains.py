@@ -7,10 +7,10 @@ from moe_train.config.data import DataConfig, SourceConfig
 from moe_train.config.errors import UsageError
 from moe_train.data.cache import CacheFolder, TokenCache
 from moe_train.data.folders import cache_root
-from moe_train.data.prepare import OTHER_RANKS_WAIT_SECONDS, source_fields, warn_of_loss
+from moe_train.data.prepare import OTHER_RANKS_WAIT_SECONDS, open_corpora, source_fields, warn_of_loss
 from moe_train.data.recovery import ALL_RECOVERED
 from moe_train.data.sequences import HeldOut, join_streams
-from moe_train.data.sources import check_source, open_corpus
+from moe_train.data.sources import check_source
 from moe_train.data.tokenizers import Tokenizer
 
 Split = Literal["held_out", "train", "all"]
@@ -56,15 +56,17 @@ def open_domains(
     Raises:
         UsageError: If a source cannot be read, or has no text in the split. Every process raises the same error.
     """
-    named_sources = list(zip(config.sources, source_fields(config), strict=True))
-    for source, field in named_sources:
+    for source, field in zip(config.sources, source_fields(config), strict=True):
         check_source(source, field)
     wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0
     folder = CacheFolder(cache_root(config.cache_dir), wait_seconds, show_progress)
     domains = []
-    for source, field in named_sources:
-        corpus = open_corpus(source, config, field)
-        cache = folder.tokens(corpus, corpus.fingerprint(folder.digest_files), tokenizer)
+    corpora, fingerprints = open_corpora(config, folder)
+    for source, corpus, fingerprint in zip(config.sources, corpora, fingerprints, strict=True):
+        if split == "all":  # also what training leaves out, and no document in two parts
+            cache = folder.tokens(corpus.corpus, corpus.corpus.fingerprint(folder.digest_files), tokenizer)
+        else:
+            cache = folder.tokens(corpus, fingerprint, tokenizer)
         if show_progress:
             warn_of_loss(corpus, cache)
         text = _text_of(cache, split, sequence_length, tokenizer.end_of_document)

@@ -3,14 +3,26 @@
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moe_train.config.errors import UsageError
 
-SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "parquet": (".parquet",)}
+SUFFIXES = {
+    "text": (".txt", ".text", ".md", ".markdown", ".rst"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet", ".pq"),
+}
+PACKED_SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
+# Files that `datasets` writes beside the data.
+DATA_SET_RECORDS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+SHOWN_NAMES = 3  # of what is left out for one reason
 STDLIB_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+LeftOut = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -26,30 +38,59 @@ class CorpusFile:
     name: str
 
 
-def find_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -> tuple[CorpusFile, ...]:
+@dataclass(frozen=True)
+class FoundFiles:
+    """Files that paths name, and an account of what was met and left out.
+
+    Attributes:
+        files: Files that are taken, in their order.
+        left_out: Names of what was left out, by the reason.
+        searched: Whether a folder or a pattern was searched; False where each file was named.
+    """
+
+    files: tuple[CorpusFile, ...]
+    left_out: Mapping[str, tuple[str, ...]]
+    searched: bool
+
+    def account(self, field: str) -> str:
+        """Say how many files are taken and left out, and why."""
+        count = sum(len(names) for names in self.left_out.values())
+        reasons = "; ".join(f"{len(names)} {reason} ({_some(names)})" for reason, names in self.left_out.items())
+        return f"{field}: {len(self.files):,} files taken, {count:,} left out{': ' + reasons if reasons else ''}"
+
+
+def find_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -> FoundFiles:
     """Find the files that paths name: files as given, files in folders, and matches of glob patterns.
 
     Args:
         patterns: Files, folders or glob patterns. Folders are searched for files with one of the suffixes, except names
-            that begin with a dot. In a glob pattern, `**` matches folders at any depth; only files count.
-        suffixes: File name endings that are taken from folders.
+            that begin with a dot; links are followed. In a glob pattern, `**` matches folders at any depth; only files
+            count.
+        suffixes: File name endings that are taken from folders, also with an ending of packed files behind them.
+            Capital letters count as small ones.
         field: Name of the setting, for messages.
 
     Returns:
         The files in the order of the patterns, sorted by name within a pattern. A file that is reached twice is listed
-        once.
+        once. With them, all that was left out.
 
     Raises:
-        UsageError: If a path does not exist, a pattern matches no file or a folder holds none of the files.
+        UsageError: If a path does not exist, a pattern matches no file, or a folder holds none of the files or cannot
+            be read.
     """
     found: dict[Path, CorpusFile] = {}
+    left_out: LeftOut = {}
     for pattern in patterns:
-        matches = sorted(_expand(pattern, suffixes), key=lambda file: file.name)
+        matches = sorted(_expand(pattern, suffixes, field, left_out), key=lambda file: file.name)
         if not matches:
             raise UsageError(_nothing_found(pattern, suffixes, field))
         for file in matches:
-            found.setdefault(file.path.resolve(), file)
-    return tuple(found.values())
+            if found.setdefault(file.path.resolve(), file) is not file:
+                left_out.setdefault("reached twice", []).append(file.name)
+    searched = any(not Path(pattern).expanduser().is_file() for pattern in patterns)
+    return FoundFiles(
+        tuple(found.values()), {reason: tuple(sorted(names)) for reason, names in left_out.items()}, searched
+    )
 
 
 def check_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -> None:
@@ -64,7 +105,7 @@ def check_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) 
         UsageError: If a path does not exist, a pattern matches no file or a folder holds none of the files.
     """
     for pattern in patterns:
-        if next(_expand(pattern, suffixes), None) is None:
+        if next(_expand(pattern, suffixes, field, {}), None) is None:
             raise UsageError(_nothing_found(pattern, suffixes, field))
 
 
@@ -78,18 +119,40 @@ def stdlib_files() -> tuple[CorpusFile, ...]:
         UsageError: If the interpreter was installed without its sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = tuple(sorted(_walk(root, (".py",), STDLIB_SKIPPED_FOLDERS), key=lambda file: file.name))
+    files = tuple(sorted(_walk(root, (".py",), "data.source", {}, STDLIB_SKIPPED_FOLDERS), key=lambda file: file.name))
     if not files:
         raise UsageError(f"data.source ('python_stdlib'): {root} holds no .py files; name another source")
     return files
 
 
-def _expand(pattern: str, suffixes: tuple[str, ...]) -> Iterator[CorpusFile]:
+def files_below(root: Path, field: str) -> tuple[CorpusFile, ...]:
+    """Find all files in a folder at any depth, except names that begin with a dot; links to folders are not followed.
+
+    Args:
+        root: Folder to search.
+        field: Name of the setting, for messages.
+
+    Raises:
+        UsageError: If a folder cannot be read.
+    """
+    files = []
+    for folder, folders, names in os.walk(root, onerror=partial(_unreadable, field)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        files += [CorpusFile(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
+    return tuple(sorted(files, key=lambda file: file.name))
+
+
+def _expand(pattern: str, suffixes: tuple[str, ...], field: str, left_out: LeftOut) -> Iterator[CorpusFile]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        yield from _walk(path, suffixes)
-    elif path.exists():
+        yield from _walk(path, suffixes, field, left_out)
+    elif path.is_file():
         yield CorpusFile(path, path.name)
+    elif path.exists():
+        raise UsageError(
+            f"{field} ({pattern!r}): is a pipe or a device: data is read more than once, save it as a file"
+        )
     elif glob.has_magic(pattern):
         root = _fixed_root(path)
         for match in glob.iglob(str(path), recursive=True):
@@ -105,19 +168,63 @@ def _fixed_root(pattern: Path) -> Path:
     return pattern.parent
 
 
-def _walk(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = frozenset()) -> Iterator[CorpusFile]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
-        for name in names:
-            if name.endswith(suffixes) and not name.startswith("."):
-                path = Path(folder, name)
-                yield CorpusFile(path, path.relative_to(root).as_posix())
+def _walk(
+    root: Path, suffixes: tuple[str, ...], field: str, left_out: LeftOut, skipped: frozenset[str] = frozenset()
+) -> Iterator[CorpusFile]:
+    """Walk a folder: the folders in it first, then those that links lead to, each of them once."""
+    waiting, seen = deque([root]), set[Path]()
+
+    def leave_out(reason: str, path: Path) -> None:
+        left_out.setdefault(reason, []).append(path.relative_to(root).as_posix())
+
+    while waiting:
+        for folder, folders, names in os.walk(waiting.popleft(), onerror=partial(_unreadable, field)):
+            if (real := Path(folder).resolve()) in seen:
+                leave_out("folders reached twice", Path(folder))
+                folders.clear()
+                continue
+            seen.add(real)
+            for path in (Path(folder, name) for name in sorted(folders)):
+                if path.name.startswith(".") or path.name in skipped:
+                    leave_out("hidden folders" if path.name.startswith(".") else "skipped folders", path)
+                elif path.is_symlink():
+                    waiting.append(path)
+            folders[:] = [n for n in folders if not n.startswith(".") and n not in skipped]  # os.walk enters no links
+            for path in (Path(folder, name) for name in names):
+                if reason := _why_left_out(path, suffixes):
+                    leave_out(reason, path)
+                else:
+                    yield CorpusFile(path, path.relative_to(root).as_posix())
+
+
+def _why_left_out(path: Path, suffixes: tuple[str, ...]) -> str:
+    """Say why a file of a folder is not taken; empty if it is taken."""
+    name = path.name.lower()
+    if name.startswith("."):
+        return "hidden"
+    for packed in PACKED_SUFFIXES:
+        name = name.removesuffix(packed)
+    if name in DATA_SET_RECORDS:
+        return "about a data set"
+    if not name.endswith(suffixes):
+        return f"without an ending of this source ({', '.join(suffixes)})"
+    if not path.exists():
+        return "links that lead nowhere"
+    return "" if path.is_file() else "neither files nor folders"
+
+
+def _unreadable(field: str, error: OSError) -> None:
+    raise UsageError(f"{field}: {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def _nothing_found(pattern: str, suffixes: tuple[str, ...], field: str) -> str:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        return f"{field} ({pattern!r}): the folder holds no {' or '.join('*' + suffix for suffix in suffixes)} file"
+        return f"{field} ({pattern!r}): the folder holds no file with one of the endings {', '.join(suffixes)}"
     if glob.has_magic(pattern):
         return f"{field} ({pattern!r}): the pattern matches no file"
     return f"{field} ({pattern!r}): no such file or folder"

@@ -9,6 +9,7 @@ from moe_train.config.data import SourceConfig
 from moe_train.config.errors import UsageError
 from moe_train.data.corpus import DigestFiles, Document, HeldOutSplit
 from moe_train.data.digests import digest_of
+from moe_train.data.files import CorpusFile, files_below
 from moe_train.data.readers import check_column, checked_text
 
 BATCH_ROWS = 1000  # rows decoded at a time
@@ -26,6 +27,7 @@ class HubCorpus:
         held_out_rows: Held-out split; None where documents are held out by their row number.
         split: Rule that holds documents out where no held-out split is named.
         description: Name of the corpus in messages.
+        local_files: Files of a data set in a local folder; empty for one of the hub.
     """
 
     column: str
@@ -33,18 +35,32 @@ class HubCorpus:
     held_out_rows: Any
     split: HeldOutSplit
     description: str
+    local_files: tuple[CorpusFile, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rule(self) -> HeldOutSplit | None:
+        """Rule that holds documents out; None where a held-out split is named, or nothing is to be held out."""
+        return self.split if self.split.fraction > 0 and self.held_out_rows is None else None
 
     @property
     def size_bytes(self) -> int:
         """Size of the Arrow table in memory, in bytes."""
         return self.rows.data.nbytes + (0 if self.held_out_rows is None else self.held_out_rows.data.nbytes)
 
+    def files(self, digest_files: DigestFiles) -> dict[str, str]:
+        """Digest of each file of a local folder by its name."""
+        return dict(zip((file.name for file in self.local_files), digest_files(self.local_files), strict=True))
+
     def fingerprint(self, digest_files: DigestFiles) -> str:
-        """Compute a digest of the fingerprints that `datasets` gives, the column and the split."""
-        held_out: object = [self.split.fraction, self.split.max_bytes]
-        if self.held_out_rows is not None:
-            held_out = self.held_out_rows._fingerprint
-        return digest_of(["huggingface", self.rows._fingerprint, self.column, held_out])
+        """Compute a digest of the contents, the splits and the column.
+
+        The contents of a local folder are those of its files; of a data set of the hub, `datasets` gives a fingerprint.
+        """
+        rule = [self.split.fraction, self.split.max_bytes]
+        held_out: object = rule if self.held_out_rows is None else self.held_out_rows._fingerprint
+        contents = [self.rows._fingerprint, held_out, sorted(self.files(digest_files).items())]
+        return digest_of(["huggingface", self.column, contents])
 
     def documents(self) -> Iterator[Document]:
         """Iterate over the documents, one per row, named by their row number."""
@@ -63,13 +79,14 @@ class HubCorpus:
                 row += 1
 
 
-def open_hub_corpus(source: SourceConfig, split: HeldOutSplit, field: str) -> HubCorpus:
+def open_hub_corpus(source: SourceConfig, split: HeldOutSplit, field: str, digest_files: DigestFiles) -> HubCorpus:
     """Load a data set by hub name, from a folder of data files, or from a folder written by `save_to_disk`.
 
     Args:
         source: Settings of the source; its name is a hub name or a local folder.
         split: Rule that holds documents out where no held-out split is named.
         field: Name of the source in the configuration, for messages.
+        digest_files: Called with the files of a local folder; returns the digest of each file's contents.
 
     Returns:
         A corpus whose rows are memory-mapped.
@@ -77,27 +94,32 @@ def open_hub_corpus(source: SourceConfig, split: HeldOutSplit, field: str) -> Hu
     Raises:
         UsageError: If the data set, its subset, a split or the column does not exist.
     """
-    rows = _load(source, source.split, f"{field}.split", field)
-    held_out = None
-    if source.validation_split is not None:
-        held_out = _load(source, source.validation_split, f"{field}.validation_split", field)
+    folder = Path(str(source.name)).expanduser()
+    files = files_below(folder, f"{field}.name") if folder.is_dir() else ()
+    content = digest_of(digest_files(files)) if files else None
+
+    def load(name: str, split_field: str) -> Any:
+        rows = _load(source, name, f"{field}.{split_field}", field, content)
+        check_column(source.text_column, rows.column_names, description)
+        # The fingerprint of a local folder changes with the time of its files; the corpus adds their contents.
+        fingerprint = rows._fingerprint if content is None else digest_of([source.subset, name])
+        return _only_column(rows, source.text_column, fingerprint)
+
     description = f"{field}.name ({source.name}, split {source.split!r})"
-    for part in (rows, held_out):
-        if part is not None:
-            check_column(source.text_column, part.column_names, description)
-    rows = _only_column(rows, source.text_column)
-    held_out = None if held_out is None else _only_column(held_out, source.text_column)
-    return HubCorpus(source.text_column, rows, held_out, split, description)
+    rows = load(source.split, "split")
+    held_out = None if source.validation_split is None else load(source.validation_split, "validation_split")
+    return HubCorpus(source.text_column, rows, held_out, split, description, files)
 
 
-def _only_column(rows: Any, column: str) -> Any:
+def _only_column(rows: Any, column: str, fingerprint: str) -> Any:
     """Select one column of a data set, with a fingerprint made from the data set's own."""
     selected = rows.with_format(None).select_columns([column])
-    selected._fingerprint = digest_of([rows._fingerprint, column])  # select_columns documents no stable one
+    selected._fingerprint = digest_of([fingerprint, column])  # select_columns documents no stable one
     return selected
 
 
-def _load(source: SourceConfig, split: str, split_field: str, field: str) -> Any:
+def _load(source: SourceConfig, split: str, split_field: str, field: str, content: str | None) -> Any:
+    """Load a split. `content` is the digest of a local folder's contents; None for a data set of the hub."""
     import datasets
 
     folder = Path(str(source.name)).expanduser()
@@ -107,9 +129,12 @@ def _load(source: SourceConfig, split: str, split_field: str, field: str) -> Any
     try:
         if is_dataset or is_splits:
             saved = datasets.load_from_disk(str(folder))
+        elif content is not None:
+            # `datasets` takes its own copy for as long as the files keep their times. So each content has its own copy.
+            copies = Path(datasets.config.HF_DATASETS_CACHE, "by_content", content)
+            return datasets.load_dataset(str(folder), source.subset, split=split, cache_dir=str(copies))
         else:
-            name = str(folder) if folder.is_dir() else source.name
-            return datasets.load_dataset(name, source.subset, split=split)
+            return datasets.load_dataset(source.name, source.subset, split=split)
     except Exception as error:  # anything that the hub, the network, the file system or a builder's script raises
         reason = " ".join(str(error).split()) or type(error).__name__
         subset = "" if source.subset is None else f", {field}.subset ({source.subset!r})"

@@ -12,7 +12,9 @@ from moe_train.data.cache import FORMAT_VERSION, CacheFolder, TokenCache
 from moe_train.data.corpus import Corpus
 from moe_train.data.digests import digest_of
 from moe_train.data.folders import build_once, cache_root, replaced_folder
+from moe_train.data.identity import SourceIdentity, identify
 from moe_train.data.report import say
+from moe_train.data.selection import SelectedCorpus, select_documents
 from moe_train.data.sequences import HeldOut, TrainEntry, TrainingSequences, join_held_out
 from moe_train.data.sources import check_source, open_corpus
 from moe_train.data.synthetic import synthetic_entry
@@ -41,12 +43,14 @@ class PreparedData:
         train: Training sequences by global sample index.
         held_out: Held-out sequences; None when nothing is held out.
         cache_dirs: Folder of each source's tokens, in the order of the mixture.
+        sources: Identity of each source, which a checkpoint keeps; in the same order.
     """
 
     tokenizer: Tokenizer
     train: TrainingSequences
     held_out: HeldOut | None
     cache_dirs: tuple[Path, ...]
+    sources: tuple[SourceIdentity, ...] = ()
 
 
 def check_data(config: DataConfig) -> None:
@@ -98,9 +102,9 @@ def prepare_data(
         return PreparedData(ByteTokenizer(), TrainingSequences((entry,), sequence_length, seed), None, ())
     wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0
     folder = CacheFolder(cache_root(config.cache_dir), wait_seconds, show_progress)
-    named_sources = zip(config.sources, source_fields(config), strict=True)
-    corpora = [open_corpus(source, config, field) for source, field in named_sources]
-    fingerprints = [corpus.fingerprint(folder.digest_files) for corpus in corpora]
+    corpora, fingerprints = open_corpora(config, folder)
+    for note in (note for corpus in corpora if not local_rank for note in corpus.notes):
+        say(note)
     tokenizer = _given_tokenizer(config) or _trained_bpe(config, corpora, fingerprints, folder)
     caches = [folder.tokens(corpus, mark, tokenizer) for corpus, mark in zip(corpora, fingerprints, strict=True)]
     _check_enough(corpora, caches, sequence_length, min_sequences)
@@ -116,6 +120,7 @@ def prepare_data(
         train=TrainingSequences(entries, sequence_length, seed),
         held_out=join_held_out(caches, sequence_length, tokenizer.end_of_document),
         cache_dirs=tuple(cache.folder for cache in caches),
+        sources=tuple(identify(corpus, folder.digest_files) for corpus in corpora),
     )
 
 
@@ -137,9 +142,28 @@ def find_tokenizer(config: DataConfig, *, local_rank: int = 0) -> Tokenizer:
         return given
     check_data(config)
     folder = CacheFolder(cache_root(config.cache_dir), OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0, False)
+    corpora, fingerprints = open_corpora(config, folder)
+    return _trained_bpe(config, corpora, fingerprints, folder)
+
+
+def open_corpora(config: DataConfig, folder: CacheFolder) -> tuple[tuple[SelectedCorpus, ...], list[str]]:
+    """Open all sources, and leave out of training what any of them holds out.
+
+    Args:
+        config: Data settings.
+        folder: Cache folder, which keeps the index of each source.
+
+    Returns:
+        The corpora in the order of the mixture, and the fingerprint of each.
+
+    Raises:
+        UsageError: If a source cannot be read.
+    """
     named_sources = zip(config.sources, source_fields(config), strict=True)
-    corpora = [open_corpus(source, config, field) for source, field in named_sources]
-    return _trained_bpe(config, corpora, [corpus.fingerprint(folder.digest_files) for corpus in corpora], folder)
+    corpora = [open_corpus(source, config, field, folder.digest_files) for source, field in named_sources]
+    indexes = [folder.index(corpus, corpus.fingerprint(folder.digest_files)) for corpus in corpora]
+    selected = select_documents(corpora, indexes)
+    return selected, [corpus.fingerprint(folder.digest_files) for corpus in selected]
 
 
 def source_fields(config: DataConfig) -> list[str]:
@@ -158,7 +182,7 @@ def warn_of_loss(corpus: Corpus, cache: TokenCache) -> None:
 
 
 def _check_enough(
-    corpora: Sequence[Corpus], caches: Sequence[TokenCache], sequence_length: int, min_sequences: int
+    corpora: Sequence[SelectedCorpus], caches: Sequence[TokenCache], sequence_length: int, min_sequences: int
 ) -> None:
     counts = [max(0, (cache.train.tokens - 1) // sequence_length) for cache in caches]
     for corpus, cache, count in zip(corpora, caches, counts, strict=True):
@@ -166,7 +190,8 @@ def _check_enough(
             raise UsageError(
                 f"{corpus.description} has 0 sequences of {sequence_length} tokens (train.sequence_length): "
                 f"{cache.train.documents} documents to train on hold {cache.train.tokens} tokens, "
-                f"and {cache.held_out.documents} are held out"
+                f"{cache.held_out.documents} are held out, and {corpus.num_left_out} are left out because the same "
+                "text is held out"
             )
     if sum(counts) < min_sequences:
         raise UsageError(

@@ -1,11 +1,17 @@
 """Readers of file formats: each reads one file as (document name, text) pairs, and reports what is wrong with it."""
 
+import io
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
 
 from moe_train.config.errors import UsageError
-from moe_train.data.files import CorpusFile
+from moe_train.data.files import PACKED_SUFFIXES, CorpusFile
+from moe_train.data.opening import HEAD_BYTES, encoding_of, open_data_file, packing_of
 
+MOST_LINE_BYTES = 2**30  # a longer line is no row of text but another format, and would fill the memory
 PARQUET_BATCH_ROWS = 256  # rows decoded at a time; bounds memory where documents are long
 
 Reader = Callable[[CorpusFile, str], Iterator[tuple[str, str]]]
@@ -27,9 +33,11 @@ def read_python(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
         UsageError: If the file cannot be read.
     """
     try:
-        yield file.name, _read_bytes(file).decode("utf-8")
+        yield file.name, file.path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
         return
+    except OSError as error:
+        raise UsageError(f"{file.path}: cannot be read: {error.strerror}") from error
 
 
 def read_text(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
@@ -40,16 +48,20 @@ def read_text(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
         column: Has no effect for this format.
 
     Yields:
-        Name and text of the file.
+        Name and text of the file, without its byte order mark.
 
     Raises:
-        UsageError: If the file cannot be read or is not UTF-8.
+        UsageError: If the file cannot be read, or is not UTF-8 (UTF-16 and UTF-32 are recognised).
     """
-    yield file.name, _decode(_read_bytes(file), str(file.path))
+    with open_data_file(file.path) as stream:
+        text = _whole_text(stream, str(file.path))
+    yield file.name, text
 
 
 def read_jsonl(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
     """Read a file of JSON lines as one document per line; blank lines are skipped.
+
+    A file named .json (also packed, as .json.gz) may hold one JSON value instead: an object, or a list of objects.
 
     Args:
         file: File to read.
@@ -59,23 +71,77 @@ def read_jsonl(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
         Name ("file:row", rows counted from 0 without blank lines) and text of each document.
 
     Raises:
-        UsageError: If the file cannot be read, or if a line is not UTF-8, is not a JSON object, has no such key, or its
+        UsageError: If the file cannot be read, or if a line is not text, is not a JSON object, has no such key, or its
             value is not a string.
     """
-    row = 0
-    offset = 0
+    for row, (where, record) in enumerate(_json_records(file)):
+        yield f"{file.name}:{row}", _column_text(record, column, where)
+
+
+def _json_records(file: CorpusFile) -> Iterator[tuple[str, object]]:
+    """Parse the rows of a JSON file, each with its place for messages."""
+    with open_data_file(file.path) as stream:
+        if _may_be_one_value(file.name) and not _begins_with_object(stream):
+            value = _parsed(_whole_text(stream, str(file.path)), str(file.path))
+            rows = value if isinstance(value, list) else [value]
+            yield from ((f"{file.path}: row {row}", record) for row, record in enumerate(rows))
+            return
+        for number, line in _lines(stream, file.path):
+            where = f"{file.path}:{number}"
+            if line.strip() not in ("", "\ufeff"):
+                yield where, _parsed(line.removeprefix("\ufeff").rstrip("\r\n"), where)
+
+
+def _may_be_one_value(name: str) -> bool:
+    suffixes = [suffix for suffix in PurePath(name.lower()).suffixes if suffix not in PACKED_SUFFIXES]
+    return suffixes[-1:] == [".json"]
+
+
+def _begins_with_object(stream: io.BufferedReader) -> bool:
+    """Tell whether the first line that is not blank is a complete object, so that the file is one of JSON lines.
+
+    What the stream's buffer does not hold is not looked at: a longer first line is taken for one of several if it does
+    not begin like an indented value or a list.
+    """
+    head = stream.peek(HEAD_BYTES)
+    encoding, mark_bytes = encoding_of(head[:HEAD_BYTES])
+    text = head[mark_bytes:].decode(encoding, "ignore").lstrip()
+    if not text:
+        return True  # no rows
+    line, end, _ = text.partition("\n")
+    if not end:
+        return text.startswith("{") and len(head) >= HEAD_BYTES
     try:
-        with open(file.path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file.path}:{number}"
-                text = _decode(line, where, offset)
-                offset += len(line)
-                if text.strip() in ("", "\ufeff"):
-                    continue
-                yield f"{file.name}:{row}", _json_text(text, column, where)
-                row += 1
-    except OSError as error:
-        raise UsageError(f"{file.path}: cannot be read: {error.strerror}") from error
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lines(stream: io.BufferedReader, path: Path) -> Iterator[tuple[int, str]]:
+    """Decode the lines of a file, numbered from 1, with their line ends."""
+    encoding, mark_bytes = encoding_of(stream.peek(HEAD_BYTES)[:HEAD_BYTES])
+    if encoding == "utf-8":
+        offset = 0
+        for number in itertools.count(1):
+            line = stream.readline(MOST_LINE_BYTES)
+            if not line:
+                return
+            if len(line) == MOST_LINE_BYTES:
+                raise UsageError(f"{path}:{number}: a line of {MOST_LINE_BYTES / 2**30:g} GiB or more: not JSON lines")
+            yield number, _decode(line, "utf-8", f"{path}:{number}", offset)
+            offset += len(line)
+    stream.read(mark_bytes)
+    number = 0
+    decoded = io.TextIOWrapper(stream, encoding, newline="\n")
+    try:
+        for number, text in enumerate(decoded, 1):
+            yield number, text
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path}:{number + 1}: not {encoding.upper()} in this line or soon after it: {error.reason}"
+        ) from error
+    finally:
+        decoded.detach()
 
 
 def read_parquet(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
@@ -100,13 +166,71 @@ def read_parquet(file: CorpusFile, column: str) -> Iterator[tuple[str, str]]:
         with parquet.ParquetFile(file.path) as reader:
             check_column(column, reader.schema_arrow.names, str(file.path))
             for batch in reader.iter_batches(PARQUET_BATCH_ROWS, columns=[column]):
-                for value in batch.column(0).to_pylist():
+                # "a.b" also selects the field b of a column a: the column of this name is the one that is meant.
+                for value in batch.column(batch.schema.get_field_index(column)).to_pylist():
                     yield f"{file.name}:{row}", checked_text(value, f"{file.path}: row {row}: column {column!r}")
                     row += 1
     except UnicodeDecodeError as error:
         raise UsageError(f"{file.path}: column {column!r}: not UTF-8 in the {row}th or a later row") from error
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"{file.path}: cannot be read as Parquet: {error}") from error
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, OverflowError, MemoryError, pyarrow.ArrowException) as error:
+        packing = _packing(file.path)
+        if packing is not None:
+            raise UsageError(
+                f"{file.path}: is packed by {packing}: unpack it (Parquet packs its columns itself)"
+            ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{file.path}: cannot be read as Parquet in row {row} or later: {reason}") from error
+
+
+def ambiguous_columns(files: Sequence[CorpusFile], column: str) -> list[str]:
+    """Say which column is read where a name with dots also names a field inside another column.
+
+    Args:
+        files: Parquet files; one that cannot be read is passed over here, and reported when it is read.
+        column: Column that holds the text.
+
+    Returns:
+        A line per choice; most often none.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    notes: dict[str, None] = {}
+    for file in files if "." in column else ():
+        try:
+            schema = parquet.read_schema(file.path)
+            outer, names = _outer_column(schema, column), schema.names
+        except (OSError, ValueError, pyarrow.ArrowException):
+            continue
+        if outer is not None and column in names:
+            field = column.removeprefix(f"{outer}.")
+            notes[
+                f"text_column ({column!r}): the column of this name is read, not the field {field!r} of {outer!r}"
+            ] = None
+    return list(notes)
+
+
+def _outer_column(schema: Any, column: str) -> str | None:
+    """Name the column that holds a field of this dotted path; None if there is none."""
+    for split in (i for i, letter in enumerate(column) if letter == "."):
+        outer, path = column[:split], column[split + 1 :]
+        if outer in schema.names and _has_field(schema.field(outer).type, path):
+            return outer
+    return None
+
+
+def _has_field(kind: Any, path: str) -> bool:
+    import pyarrow
+
+    if not pyarrow.types.is_struct(kind):
+        return False
+    for field in (kind.field(i) for i in range(kind.num_fields)):
+        rest = path.removeprefix(f"{field.name}.")
+        if path == field.name or (rest != path and _has_field(field.type, rest)):
+            return True
+    return False
 
 
 READERS: dict[str, Reader] = {
@@ -152,28 +276,38 @@ def checked_text(value: object, where: str) -> str:
     return value
 
 
-def _json_text(line: str, column: str, where: str) -> str:
+def _parsed(text: str, where: str) -> object:
     try:
-        record = json.loads(line.removeprefix("\ufeff").rstrip("\r\n"))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{where}: not valid JSON: {error.msg} at character {error.pos}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
         raise UsageError(f"{where}: JSON that cannot be read: {error}") from error
+
+
+def _column_text(record: object, column: str, where: str) -> str:
     if not isinstance(record, dict):
         raise UsageError(f"{where}: a JSON {type(record).__name__}, not an object with a {column!r} key (text_column)")
     check_column(column, list(record), where)
     return checked_text(record[column], f"{where}: column {column!r}")
 
 
-def _read_bytes(file: CorpusFile) -> bytes:
+def _packing(path: Path) -> str | None:
     try:
-        return file.path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{file.path}: cannot be read: {error.strerror}") from error
+        with open(path, "rb") as file:
+            return packing_of(file.read(HEAD_BYTES))
+    except OSError:
+        return None
 
 
-def _decode(data: bytes, where: str, offset: int = 0) -> str:
+def _whole_text(stream: io.BufferedReader, where: str) -> str:
+    data = stream.read()
+    encoding, mark_bytes = encoding_of(data[:HEAD_BYTES])
+    return _decode(data[mark_bytes:], encoding, where, mark_bytes)
+
+
+def _decode(data: bytes, encoding: str, where: str, offset: int = 0) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: not UTF-8 at byte {offset + error.start}: {error.reason}") from error
+        raise UsageError(f"{where}: not {encoding.upper()} at byte {offset + error.start}: {error.reason}") from error

@@ -1,5 +1,6 @@
 """Checks of a run that resumes from a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from moe_train.config.base import field_values
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import ResolvedConfig
+from moe_train.data.identity import SourceIdentity, data_changes
 from moe_train.model.build import mixer_of
 from moe_train.model.moe.routers.build import router_shapes
 
@@ -93,6 +95,26 @@ def saved_global_batch_size(setting: str, checkpoints: Path) -> int | None:
             continue  # reported later, when the checkpoint is loaded
         return size if type(size) is int and 0 < size <= _MOST_SEQUENCES else None
     return None
+
+
+def changed_data(manifest: Manifest, sources: Sequence[SourceIdentity]) -> list[str]:
+    """List how the data differs from that of the checkpoint, and what follows; empty if it is the same.
+
+    Args:
+        manifest: Manifest of the checkpoint; an old one knows nothing of its data.
+        sources: Sources of this run.
+    """
+    try:
+        before = [SourceIdentity.from_json(value) for value in manifest.data]
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        return [f"the data of {manifest.folder} is described in a form that this version cannot read: not compared"]
+    changes = data_changes(before, sources)
+    if changes:
+        changes.append(
+            "the order of the data is another from here on: some text is repeated, some is left out. For the same "
+            "order put the data back; to train on new data from its start give a new train.run_dir"
+        )
+    return changes
 
 
 def changed_fields(manifest: Manifest, config: ResolvedConfig) -> list[str]:

@@ -6,6 +6,7 @@ import torch
 
 from moe_train.checkpoint.writer import CheckpointWriter, SaveOutcome
 from moe_train.config.resolve import ResolvedConfig
+from moe_train.data import PreparedData
 from moe_train.distributed.collectives import all_reduce_sum, world_group
 from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole
@@ -28,7 +29,7 @@ class Saver:
         writer: CheckpointWriter,
         step_control: StepControl,
         plan: BatchPlan,
-        tokenizer: str,
+        data: PreparedData,
         console: RunConsole,
     ) -> None:
         """Prepare for saves.
@@ -39,11 +40,11 @@ class Saver:
             writer: Writer of checkpoints.
             step_control: Step control, whose state is saved too.
             plan: Sizes of a batch and this rank's place in it.
-            tokenizer: Fingerprint of the tokenizer.
+            data: Data of the run; a checkpoint keeps its tokenizer's fingerprint and its sources' identity.
             console: Console for warnings about failed saves.
         """
         self._config, self._engine, self._writer, self._step_control = config, engine, writer, step_control
-        self._plan, self._tokenizer, self._console = plan, tokenizer, console
+        self._plan, self._data, self._console = plan, data, console
         self._last: SaveOutcome | None = None
 
     def save(self, progress: Progress) -> None:
@@ -65,7 +66,8 @@ class Saver:
         values = {
             "step": progress.step,
             "consumed_sequences": progress.consumed_sequences,
-            "tokenizer": self._tokenizer,
+            "tokenizer": self._data.tokenizer.fingerprint,
+            "data": [source.to_json() for source in self._data.sources],
             "guard": {"grad_norms": list(step_control.grad_norms), "skipped_steps": step_control.skipped_steps},
             "layout": {
                 "world_size": self._plan.world_size,

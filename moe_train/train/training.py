@@ -41,7 +41,7 @@ from moe_train.train.preparation import PreparedRun
 from moe_train.train.progress import Progress
 from moe_train.train.recovery import Recovery
 from moe_train.train.remarks import remarks
-from moe_train.train.resume import changed_fields, check_resumable
+from moe_train.train.resume import changed_data, changed_fields, check_resumable
 from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
 from moe_train.train.saving import Saver
 from moe_train.train.step_control import StepControl
@@ -186,7 +186,7 @@ def _build(
         save_is_due=lambda: 0 < longest <= writer.seconds_since_start,
         state=point.manifest.step_control if point.manifest is not None else None,
     )
-    saver = Saver(config, engine, writer, step_control, plan, prepared.data.tokenizer.fingerprint, console)
+    saver = Saver(config, engine, writer, step_control, plan, prepared.data, console)
     return Run(
         config=config,
         folder=folder,
@@ -221,6 +221,8 @@ def _restore(
     console.say(f"going on from {manifest.folder}: {manifest.step} steps done, {left} to do")
     for change in changed_fields(manifest, config):
         console.say(f"  changed since: {change}")
+    for change in changed_data(manifest, prepared.data.sources):
+        console.say(f"  data changed since: {change}")
     return Progress(manifest.step, manifest.consumed_sequences)
 
 

@@ -13,7 +13,8 @@ from moe_train.data.files import CorpusFile
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Names of the files whose contents are read, in order."""
+    """Names of the files whose contents are read, in order; files written just now are trusted."""
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", 0.0)
     names: list[str] = []
     read = digests._digest_file
 
@@ -52,7 +53,47 @@ def test_only_what_changed_is_read(corpus, tmp_path, reads):
     assert [x == y for x, y in zip(first, second, strict=True)] == [True, False, True]
 
 
-def test_a_file_written_just_now_is_not_trusted(corpus, tmp_path, reads):
+def put_back(path, status):
+    """Give a file the times that it had, as rsync, tar and cp -p do."""
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def overwrite(path):
+    path.write_text("TWO")
+
+
+def overwrite_in_place(path):
+    with open(path, "r+b") as file:
+        file.write(b"T")
+
+
+def replace(path):
+    new = path.with_name("new")
+    new.write_text("TWO")
+    new.replace(path)
+
+
+def swap_in_a_link(path):
+    other = path.with_name("other")
+    other.write_text("TWO")
+    path.unlink()
+    path.symlink_to(other)
+
+
+@pytest.mark.parametrize("change", [overwrite, overwrite_in_place, replace, swap_in_a_link])
+def test_the_same_size_and_time_prove_nothing(corpus, tmp_path, reads, change):
+    path = corpus[1].path
+    first, status = file_digests(corpus, tmp_path / "digests", 0.0), path.stat()
+    assert file_digests(corpus, tmp_path / "digests", 0.0) == first
+    reads.clear()
+    change(path)
+    put_back(path, status)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert file_digests(corpus, tmp_path / "digests", 0.0)[1] != first[1]
+    assert reads == ["b.txt"]
+
+
+def test_a_file_written_just_now_is_not_trusted(corpus, tmp_path):
     """A second write within one tick of the clock would leave size and time as they were."""
     corpus[1].path.write_text("new")
     status = corpus[1].path.stat()

@@ -1,5 +1,6 @@
 """Which files a source is made of."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ TEXT = SUFFIXES["text"]
 
 
 def names(patterns: list[str]) -> list[str]:
-    return [file.name for file in find_files(patterns, TEXT, "data.paths")]
+    return [file.name for file in find_files(patterns, TEXT, "data.paths").files]
 
 
 def test_a_folder_is_walked_in_sorted_order_for_its_suffixes(write_files):
@@ -38,13 +39,74 @@ def test_a_file_whose_name_looks_like_a_pattern_is_itself(write_files):
     assert names([f"{folder}/[a].txt"]) == ["[a].txt"]
 
 
+def test_every_file_is_accounted_for(write_files, tmp_path):
+    folder = write_files(
+        {
+            **{
+                f"{i}{suffix}": "x"
+                for i, suffix in enumerate((".txt", ".TXT", ".Md", ".text", ".rst", ".txt.gz", ".TXT.ZST"))
+            },
+            **{"a.csv": "1", "b": "2", "c.png": "3", "d.pdf": "4", ".hidden.txt": "5", "deep/er/f.txt": "6"},
+            **{".git/g.txt": "7", "dataset_info.json": "8"},
+        }
+    )
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "far.txt").write_text("far")
+    (folder / "link").symlink_to(outside)
+    (folder / "deep" / "loop").symlink_to(folder)
+    (outside / "back").symlink_to(folder / "deep")
+    (folder / "copy.txt").symlink_to(folder / "0.txt")
+    (folder / "lost.txt").symlink_to(tmp_path / "nowhere.txt")
+    os.mkfifo(folder / "pipe.txt")
+    found = find_files([str(folder)], TEXT, "data.paths")
+    assert [file.name for file in found.files] == sorted(
+        [f"{i}{suffix}" for i, suffix in enumerate((".txt", ".TXT", ".Md", ".text", ".rst", ".txt.gz", ".TXT.ZST"))]
+        + ["deep/er/f.txt", "link/far.txt"]
+    )
+    left_out = {reason.split(" (")[0]: names for reason, names in found.left_out.items()}
+    assert left_out == {
+        "without an ending of this source": ("a.csv", "b", "c.png", "d.pdf"),
+        "hidden": (".hidden.txt",),
+        "hidden folders": (".git",),
+        "about a data set": ("dataset_info.json",),
+        "folders reached twice": ("deep/loop", "link/back"),
+        "reached twice": ("copy.txt",),
+        "links that lead nowhere": ("lost.txt",),
+        "neither files nor folders": ("pipe.txt",),
+    }
+    account = found.account("data.paths")
+    assert account.startswith("data.paths: 9 files taken, 12 left out: ")
+    assert "(a.csv, b, c.png, ...)" in account
+
+
+def test_a_folder_that_cannot_be_read_is_named(write_files, monkeypatch):
+    folder = write_files({"a.txt": "a", "closed/b.txt": "b"})
+    scandir = os.scandir
+
+    def refuse(path):  # root may read everything
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"data\.paths: .*closed cannot be read: Permission denied"):
+        names([str(folder)])
+
+
+def test_a_pipe_is_no_corpus(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="is a pipe or a device: data is read more than once"):
+        names([str(tmp_path / "pipe")])
+
+
 @pytest.mark.parametrize("find", [find_files, check_files])
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [
         ("{}/missing.txt", "no such file or folder"),
         ("{}/*.zip", "the pattern matches no file"),
-        ("{}/empty", r"the folder holds no \*.txt or \*.md file"),
+        ("{}/empty", r"the folder holds no file with one of the endings \.txt, \.text, \.md"),
     ],
 )
 def test_nothing_found_names_field_path_and_reason(write_files, find, pattern, reason):

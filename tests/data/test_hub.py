@@ -1,11 +1,15 @@
 """Hugging Face data sets from local folders: saved ones and folders of data files. No network."""
 
+import itertools
 import json
+import os
 
+import numpy as np
 import pytest
 
 from moe_train.config.errors import UsageError
 from moe_train.data import check_data, prepare_data
+from moe_train.data.digests import read_digests
 from moe_train.data.sources import open_corpus
 
 datasets = pytest.importorskip("datasets")
@@ -29,7 +33,7 @@ def saved(tmp_path):
 
 def read(config):
     corpus = open_corpus(config.sources[0], config, "data")
-    return [(d.name, d.text, d.held_out) for d in corpus.documents()], corpus.fingerprint(lambda files: [])
+    return [(d.name, d.text, d.held_out) for d in corpus.documents()], corpus.fingerprint(read_digests)
 
 
 def hub_config(make_config, folder, **fields):
@@ -59,6 +63,45 @@ def test_a_folder_of_data_files(make_config, write_files):
     found, key = read(config)
     assert found == [(str(i), text, False) for i, text in enumerate(TEXTS)] + [("0", "held out", True)]
     assert read(config)[1] == key
+
+
+def test_a_folder_that_changes_is_loaded_anew_though_size_and_time_stay(make_config, write_files):
+    folder = write_files({"train.jsonl": '{"body": "one"}\n{"body": "two"}\n'})
+    config, status = hub_config(make_config, folder, validation_fraction=0.0), (folder / "train.jsonl").stat()
+    found, key = read(config)
+    assert [text for _, text, _ in found] == ["one", "two"]
+    os.utime(folder / "train.jsonl", (1e9, 1e9))
+    assert read(config)[1] == key  # touched, not changed
+    (folder / "train.jsonl").write_text('{"body": "ONE"}\n{"body": "two"}\n')
+    os.utime(folder / "train.jsonl", ns=(status.st_atime_ns, status.st_mtime_ns))
+    found, changed = read(config)
+    assert [text for _, text, _ in found] == ["ONE", "two"]
+    assert changed != key
+
+
+@pytest.mark.parametrize("held_out", ["train[:20%]", "train[5:13]", "train[-8:]", "train[:4]+train[-4:]"])
+def test_rows_of_a_slice_are_held_out_and_not_trained_on(make_config, write_files, held_out, capfd):
+    folder = write_files({"train.jsonl": "".join(json.dumps({"body": text}) + "\n" for text in TEXTS)})
+    data = prepare_data(
+        hub_config(make_config, folder, validation_split=held_out), sequence_length=8, seed=0, min_sequences=4
+    )
+    texts = [set(rows(tokens)) for tokens in (data.train.entries[0].tokens, data.held_out.tokens)]
+    assert [len(found) for found in texts] == [32, 8]
+    assert texts[0] | texts[1] == set(TEXTS)
+    assert "8 of 40 documents to train on are left out: the same text is held out" in capfd.readouterr().err
+
+
+def rows(tokens):
+    """Texts of a stream of bytes."""
+    marks = np.flatnonzero(tokens == 256)
+    return [bytes(tokens[a + 1 : b].tolist()).decode() for a, b in itertools.pairwise(marks)]
+
+
+def test_a_slice_that_is_everything_leaves_nothing_to_train_on(make_config, write_files):
+    folder = write_files({"train.jsonl": "".join(json.dumps({"body": text}) + "\n" for text in TEXTS)})
+    config = hub_config(make_config, folder, validation_split="train[:100%]")
+    with pytest.raises(UsageError, match=r"has 0 sequences .* 40 are left out because the same text is held out"):
+        prepare_data(config, sequence_length=8, seed=0, min_sequences=4)
 
 
 def test_prepared_from_a_saved_data_set(make_config, saved):

@@ -80,6 +80,7 @@ def test_nothing_held_out_is_none(fields, make_config):
 
 
 def test_a_second_start_reads_nothing_but_the_cache(fields, make_config, monkeypatch):
+    monkeypatch.setattr("moe_train.data.digests.SETTLED_SECONDS", 0.0)
     config = make_config(**fields, tokenizer="bpe", bpe_vocab_size=300)
     first = prepared(config)
 
@@ -88,6 +89,7 @@ def test_a_second_start_reads_nothing_but_the_cache(fields, make_config, monkeyp
 
     monkeypatch.setattr(cache, "tokenize_corpus", fail)
     monkeypatch.setattr(prepare, "train_bpe", fail)
+    monkeypatch.setattr(cache, "write_index", fail)
     monkeypatch.setattr("moe_train.data.digests._digest_file", fail)
     second = prepared(config)
     assert second.cache_dirs == first.cache_dirs
@@ -251,6 +253,7 @@ def test_a_killed_build_is_no_cache_and_blocks_nobody(fields):
     tokens = Path(fields["cache_dir"]) / "tokens"
     process = start(fields, sleep=DEADLINE_SECONDS)
     try:
+        assert "30 files taken, 0 left out" in process.stderr.readline()
         assert process.stderr.readline().startswith("tokenizing")  # inside the build, under the lock
         os.kill(process.pid, signal.SIGKILL)
     finally:

@@ -16,9 +16,10 @@ def read(kind: str, path: Path, column: str = "text") -> list[tuple[str, str]]:
     return list(READERS[kind](CorpusFile(path, path.name), column))
 
 
-def test_text_is_kept_byte_for_byte(write_files):
-    text = "\ufeffone\r\ntwo\x00\tGröße\u2028\n"
-    assert read("text", write_files({"a.txt": text}) / "a.txt") == [("a.txt", text)]
+def test_text_is_kept_byte_for_byte_but_for_its_byte_order_mark(write_files):
+    text = "one\r\ntwo\x00\tGröße\u2028\ufeff\n"
+    folder = write_files({"a.txt": text, "marked.txt": f"\ufeff{text}"})
+    assert [read("text", folder / name)[0][1] for name in ("a.txt", "marked.txt")] == [text, text]
 
 
 def test_text_that_is_not_utf8_names_file_and_byte(write_files):
