@@ -312,8 +312,13 @@ def destroy_process_groups() -> None:
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process prints messages before the ranks have met, according to its environment."""
+    return rank_number(environ) == "0"
+
+
+def rank_number(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the rank of this process for messages before the ranks have met, according to its environment."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((environ[name] for name in names if name in environ), "0") == "0"
+    return next((environ[name] for name in names if name in environ), "0")
 
 
 def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

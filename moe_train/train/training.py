@@ -110,10 +110,14 @@ def _train_watched(
             print(f"rank {prepared.world.rank}: {text}", file=errors, flush=True)
 
     with StopSignals(say) as signals:
-        group = create_background_group()
-        point = _agree(prepared, group)
-        run, first = _build(prepared, point, health, signals, console, group)
-        result = train(run, first)
+        try:
+            group = create_background_group()
+            point = _agree(prepared, group)
+            run, first = _build(prepared, point, health, signals, console, group)
+            result = train(run, first)
+        except BaseException:
+            signals.ignore()  # this rank has yet to say why it ends
+            raise
         if result.stopped is not None:
             signals.ignore()
     if result.stopped is not None:
