@@ -36,6 +36,20 @@ def command_line(pid: int) -> str:
         return ""
 
 
+def environment_of(pid: int) -> list[bytes]:
+    """Return the words NAME=VALUE with which a process was started; [] if it cannot be read."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def processes_with(variable: str) -> list[int]:
+    """Find the processes that were started with a word NAME=VALUE in their environment."""
+    wanted = variable.encode()
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and wanted in environment_of(int(name))]
+
+
 def process_mark(pid: int) -> str:
     """Build a mark that no other process has: process id, time of its start, name space of processes, and boot."""
     found = status(pid)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from moe_train.distributed.rendezvous import RANK_ENDED
 from moe_train.host.processes import (
     Watched,
     command_line,
@@ -151,11 +152,13 @@ class Sentinel:
 
     Attributes:
         task: Task, to which the rank adds.
+        owner: Process that started the launcher; None: not known.
         stopped: Last signal that this process got together with its rank.
         memory_kills: Kills for lack of memory before the rank began.
     """
 
     task: Task
+    owner: Watched | None = None
     stopped: signal.Signals | None = None
     memory_kills: int | None = field(default_factory=count_memory_kills)
     _unread: bytes = b""
@@ -205,6 +208,9 @@ class Sentinel:
     def end_rank(self) -> None:
         """End the rank and all that it has started, but for this process."""
         self.say(f"is ended, because its launcher ({self.task.launcher}) is gone")
+        if self.owner is not None:
+            with contextlib.suppress(OSError):  # it is the launcher that is gone
+                os.kill(self.owner.pid, RANK_ENDED)
         end_processes(pid for pid in [self.task.pid, *descendants(self.task.pid)] if pid != os.getpid())
 
 
@@ -252,9 +258,9 @@ def main() -> None:
     launchers, current = launcher_chain(task.parent), status(task.pid)
     is_orphan = launchers is None or (current is not None and current.parent != task.parent)
     if task.owner and is_of_this_host(task.owner) and launchers is not None:
-        owner = Watched.of(int(task.owner.split()[0]))
+        sentinel.owner = owner = Watched.of(int(task.owner.split()[0]))
         if owner is None or process_mark(owner.pid) != task.owner:
-            is_orphan = True
+            is_orphan, sentinel.owner = True, None
         else:
             launchers.append(owner)
     if launchers is None or is_orphan:

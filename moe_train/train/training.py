@@ -75,7 +75,12 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     layout = f"{world.world_size} x {prepared.device.type} ({world.launcher}), {config.train.precision}"
     layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
-    init_process_group(world, prepared.device, config.parallel.timeout_seconds)
+
+    def warn(text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print(text, file=errors, flush=True)
+
+    init_process_group(world, prepared.device, config.parallel.timeout_seconds, warn)
     if config.train.compile:
         run_on_all_ranks(lambda: check_compiler(prepared.device))
     health = connect(
