@@ -71,23 +71,31 @@ def train(arguments: Sequence[str], program: str = "moe-train train") -> int:
     Returns:
         The exit code.
     """
-    sentinel, rank = start_sentinel(environment()), rank_number()
-    with contextlib.ExitStack() as stack:
-        if has_descriptors():  # not a notebook, whose process must go on
-            errors = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
+    sentinel = start_sentinel(environment())
+    # A notebook's process goes on after the command: there, signals stay as they are.
+    early = early_stop(sentinel) if has_descriptors() else contextlib.nullcontext()
 
-            def end(code: int) -> None:
-                sentinel.leave()
-                end_processes(set(descendants(os.getpid())) - {sentinel.pid})
-                os._exit(code)
+    def run(words: Sequence[str]) -> int:
+        with early:
+            return int(importlib.import_module("moe_train.cli.train").run(words, program, sentinel))
 
-            def say(text: str) -> None:
-                with contextlib.suppress(OSError):  # nobody may read it any more
-                    print(f"rank {rank}: {text}", file=errors, flush=True)
+    return run_command(run, arguments, program, sentinel)
 
-            stack.enter_context(EarlyStop(say, end))
-        command = importlib.import_module("moe_train.cli.train")
-        return run_command(lambda words: command.run(words, program, sentinel), arguments, program, sentinel)
+
+def early_stop(sentinel: RankSentinel) -> EarlyStop:
+    """Make what takes signals before this rank's training begins, and after it."""
+    rank, errors = rank_number(), os.dup(2)  # later, the error stream goes to the log
+
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            os.write(errors, f"rank {rank}: {text}\n".encode())
+
+    def end(code: int) -> None:
+        sentinel.leave()
+        end_processes(set(descendants(os.getpid())) - {sentinel.pid})
+        os._exit(code)
+
+    return EarlyStop(say, end)
 
 
 def run_command(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Self
 
-from moe_train.config.errors import EXIT_STOPPED
+from moe_train.config.errors import EXIT_STOPPED, RunFailed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes on its own signals as SIGTERM. So Ctrl-C reaches a rank as SIGINT from the terminal, and soon after
@@ -43,10 +43,11 @@ class _SignalReader:
         threading.Thread(target=self._read, args=(read,), name="stop signals", daemon=True).start()
 
     def stop(self, *, ignore: bool) -> None:
-        """Put the handlers back as they were; or ignore the signals from now on."""
+        """Put the handlers back as they were; or ignore the signals from now on. What is ignored now stays ignored."""
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if ignore else handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_IGN if ignore else handler)
         os.close(self._write)  # ends the thread
 
     def _read(self, pipe: int) -> None:
@@ -76,9 +77,9 @@ class EarlyStop:
         self._reader.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._reader is not None:
-            self._reader.stop(ignore=False)
+            self._reader.stop(ignore=isinstance(error, RunFailed))  # this rank has yet to say why it ends
 
     def _take(self, received: signal.Signals) -> None:
         self._say(f"{received.name}: ended at once, as no step is under way; the same command goes on from here")
