@@ -176,6 +176,11 @@ class Sentinel:
                 setattr(self.task, name, value)
         return bool(piece)
 
+    def hear_last_words(self) -> None:
+        """Read what the rank has said and this process has not read yet; wait for nothing."""
+        while select.select([0], [], [], 0)[0] and self.hear():
+            pass
+
     def say(self, text: str) -> None:
         """Write a line to the terminal and to the rank's log."""
         task = self.task
@@ -230,8 +235,7 @@ def watch(sentinel: Sentinel, rank: Watched, launchers: list[Watched]) -> None:
                 poll.unregister(0)
         if rank.has_ended:
             found = status(rank.pid)
-            while hears and poll.poll(0) and (hears := sentinel.hear()):
-                pass  # its last words
+            sentinel.hear_last_words()
             sentinel.report_end(found.exit_status if found is not None and found.started == rank.started else None)
             return
         if gone_at is None and any(each.has_ended for each in launchers):
@@ -253,6 +257,7 @@ def main() -> None:
     task = sentinel.task
     rank = Watched.of(task.pid)
     if rank is None:
+        sentinel.hear_last_words()
         sentinel.report_end(None)
         return
     launchers, current = launcher_chain(task.parent), status(task.pid)
