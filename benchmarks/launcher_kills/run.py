@@ -125,65 +125,74 @@ def last_step(folder: Path) -> int:
         return 0
 
 
-def try_launcher(launcher: str, scratch: Path, num_kills: int, draw: random.Random, steps: int) -> dict[str, Any]:
-    """Kill one launcher again and again.
+class Trials:
+    """Trials of launchers with one short run.
 
     Args:
-        launcher: Name of the launcher.
-        scratch: Folder for run folders.
-        num_kills: Number of kills.
-        draw: Source of the moments.
+        scratch: Folder for run folders and logs.
         steps: Steps of a run.
-
-    Returns:
-        Plain values, with the lives; "passed" if nothing was left, and every run was completed with the same losses.
-
-    Raises:
-        RuntimeError: If a run ends with an error by itself.
+        draw: Source of the moments.
     """
-    log, arguments = scratch / f"{launcher}.log", [*OPTIONS, f"--train.steps={steps}"]
 
-    def start(folder: Path) -> Launch:
-        command = launcher_command(launcher, [*arguments, f"--train.run_dir={folder}"], scratch)
-        return Launch(command, log)
+    def __init__(self, scratch: Path, steps: int, draw: random.Random) -> None:
+        self._scratch, self._draw, self._arguments = scratch, draw, [*OPTIONS, f"--train.steps={steps}"]
+        self._log = scratch / "log"
+        for name in ("first", "whole"):  # the first one prepares the data
+            seconds = self.complete(LAUNCHERS[0], scratch / name)
+        self.seconds, self.expected = seconds, losses(scratch / "whole")
 
-    def complete(folder: Path) -> float:
-        launch, began = start(folder), time.monotonic()
+    def start(self, launcher: str, folder: Path) -> Launch:
+        """Start the run, or go on with it."""
+        command = launcher_command(launcher, [*self._arguments, f"--train.run_dir={folder}"], self._scratch)
+        return Launch(command, self._log)
+
+    def complete(self, launcher: str, folder: Path) -> float:
+        """Let the run come to its end, and return the seconds that it took. RuntimeError if it fails."""
+        launch, began = self.start(launcher, folder), time.monotonic()
         code = launch.process.wait(RUN_TIMEOUT_SECONDS)
         if code:
-            raise RuntimeError(f"{launcher}: a run ended with code {code}: {log.read_text(errors='replace')[-3000:]}")
+            raise RuntimeError(f"{launcher}: a run ended with code {code}: {self._last_words()}")
         return time.monotonic() - began
 
-    whole = scratch / f"{launcher}_whole"
-    complete(whole)  # prepares the data
-    shutil.rmtree(whole)
-    seconds = complete(whole)
-    expected, lives, different, number = losses(whole), list[Life](), 0, 0
-    while len(lives) < num_kills:
-        folder, is_complete = scratch / f"{launcher}_{number}", False
-        number += 1
-        while not is_complete and len(lives) < num_kills:
-            launch, moment = start(folder), draw.uniform(0.0, seconds)
-            try:
-                is_complete = launch.process.wait(moment) == 0
-                if not is_complete:
-                    raise RuntimeError(f"{launcher}: ended by itself: {log.read_text(errors='replace')[-3000:]}")
-            except subprocess.TimeoutExpired:
-                lives.append(Life(launcher, moment, last_step(folder), *launch.kill()))
-                say(f"{lives[-1]}")
-        complete(folder)
-        different += losses(folder) != expected
-    return {
-        "launcher": launcher,
-        "kills": len(lives),
-        "runs": number,
-        "seconds_of_a_run": seconds,
-        "slowest_end_seconds": max(life.seconds_to_end for life in lives),
-        "left": sum(life.left for life in lives),
-        "runs_with_other_losses": different,
-        "passed": not different and not any(life.left for life in lives) and len(expected) == steps,
-        "lives": lives,
-    }
+    def kill_in(self, launcher: str, folder: Path) -> Life | None:
+        """Start the run, or go on with it, and kill the launcher at a random moment; None if the run ended before."""
+        launch, moment = self.start(launcher, folder), self._draw.uniform(0.0, self.seconds)
+        try:
+            code = launch.process.wait(moment)
+        except subprocess.TimeoutExpired:
+            life = Life(launcher, moment, last_step(folder), *launch.kill())
+            say(f"{life}")
+            return life
+        if code:
+            raise RuntimeError(f"{launcher}: ended by itself with code {code}: {self._last_words()}")
+        return None
+
+    def try_launcher(self, launcher: str, num_kills: int) -> dict[str, Any]:
+        """Kill one launcher again and again.
+
+        Returns:
+            Plain values; "passed" if nothing was left, and every run came to its end with the same losses.
+        """
+        lives, different, number = list[Life](), 0, 0
+        while len(lives) < num_kills:
+            folder, number = self._scratch / f"{launcher}_{number}", number + 1
+            while len(lives) < num_kills and (life := self.kill_in(launcher, folder)) is not None:
+                lives.append(life)
+            self.complete(launcher, folder)
+            different += losses(folder) != self.expected
+        return {
+            "launcher": launcher,
+            "kills": len(lives),
+            "runs": number,
+            "slowest_end_seconds": max(life.seconds_to_end for life in lives),
+            "left": sum(life.left for life in lives),
+            "runs_with_other_losses": different,
+            "passed": not different and not any(life.left for life in lives),
+            "lives": lives,
+        }
+
+    def _last_words(self) -> str:
+        return self._log.read_text(errors="replace")[-3000:]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,12 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--launchers ({options.launchers}): must be some of {', '.join(LAUNCHERS)}")
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="moe_train_launcher_kills_") as scratch:
-        found = [try_launcher(name, Path(scratch), options.kills, draw, options.steps) for name in names]
+        trials = Trials(Path(scratch), options.steps, draw)
+        found = [trials.try_launcher(name, options.kills) for name in names]
     for each in found:
         print(
             f"{each['launcher']}: {each['kills']} kills in {each['runs']} runs, everything ended within "
             f"{each['slowest_end_seconds']:.1f} s, {each['left']} processes left after {LIMIT_SECONDS:.0f} s, "
             f"{each['runs_with_other_losses']} runs with other losses"
         )
-    print_json(options, {"launchers": found})
+    print_json(options, {"seconds_of_a_run": trials.seconds, "launchers": found})
     return 0 if all(each["passed"] for each in found) else 1

@@ -53,9 +53,13 @@ class Notice:
         self._world, self._environ, self._say = world, environ, say
         self._is_said = False
 
+    def is_due(self, seconds: float) -> bool:
+        """Return whether the wait has become long, and nothing has been said yet."""
+        return seconds >= NOTICE_SECONDS and not self._is_said
+
     def give(self, missing: Sequence[int], seconds: float) -> None:
-        """Say who is missing after so many seconds, if they are many and it has not been said."""
-        if seconds >= NOTICE_SECONDS and missing and not self._is_said:
+        """Say who is missing after so many seconds, if it is due."""
+        if missing and self.is_due(seconds):
             self._is_said = True
             text = describe_missing(missing, self._world, self._environ)
             self._say(f"rank {self._world.rank} waits since {seconds:.0f} s: {text}")

@@ -282,13 +282,17 @@ def _meet(store: Any, world: World, timeout: timedelta, notice: Notice) -> str:
         name = store.get(f"answer/{own}").decode()
         store.set(f"heard/{name}/{world.rank}", "")
         return name
-    started, questions = time.monotonic(), {rank: f"ask/{rank}" for rank in range(1, world.world_size)}
-    while missing := [rank for rank in questions if not store.check([f"heard/{own}/{rank}"])]:
-        asked = [question for question in questions.values() if store.check([question])]
-        asking = [f"answer/{name.decode()}" for name in store.multi_get(asked)]
-        store.multi_set(asking, [own] * len(asking))
-        notice.give(missing, passed := time.monotonic() - started)
-        if passed > timeout.total_seconds():
-            raise notice.timeout(missing, passed)
+    started, others = time.monotonic(), range(1, world.world_size)
+    questions, heard = [f"ask/{rank}" for rank in others], [f"heard/{own}/{rank}" for rank in others]
+    while not store.check(heard):
+        if store.check(questions):
+            asking = [f"answer/{name.decode()}" for name in store.multi_get(questions)]
+            store.multi_set(asking, [own] * len(asking))
+        passed, limit = time.monotonic() - started, timeout.total_seconds()
+        if notice.is_due(passed) or passed > limit:  # asked seldom: it takes a request per rank
+            missing = [rank for rank in others if not store.check([f"heard/{own}/{rank}"])]
+            notice.give(missing, passed)
+            if passed > limit:
+                raise notice.timeout(missing, passed)
         time.sleep(0.02)
     return own
