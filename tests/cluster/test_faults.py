@@ -42,7 +42,7 @@ class Running:
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
         """Until so many steps are on record, and a checkpoint is there."""
-        self.wait_until(lambda: _last_step(run_dir) >= step and (run_dir / "checkpoints" / "latest").exists(), 60)
+        self.wait_until(lambda: _last_step(run_dir) >= step and (run_dir / "checkpoints" / "latest").exists(), 180)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> float:
         """Until something holds; the seconds that it took."""
@@ -193,7 +193,7 @@ def test_a_killed_launch_leaves_nothing(
         command.wait_for_step(run_dir, 6)
     else:
         starts = moment == "at the start"
-        command.wait_until(lambda: bool(cluster.hosts[1].processes() if starts else rank_pids(cluster.hosts[1])), 60)
+        command.wait_until(lambda: bool(cluster.hosts[1].processes() if starts else rank_pids(cluster.hosts[1])), 180)
     send(cluster.hosts[0], signal.SIGKILL)
     assert cluster.wait_until_idle(NOTICE_SECONDS) == {}
     last = max(losses(run_dir), default=0) + 2 if (run_dir / "metrics.jsonl").exists() else 2
