@@ -15,7 +15,6 @@ LAUNCH_ARGS ?= $(if $(filter cpu,$(DS_ACCELERATOR)),--num_gpus 2)
 
 # The virtual environment first on PATH, as if it were activated: launchers start further programs by name.
 ACTIVATE = export PATH="$(CURDIR)/.venv/bin:$$PATH"
-FREE_PORT = import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])
 
 help:
 	@echo 'make setup                build or update .venv (every target below does this first)'
@@ -40,12 +39,11 @@ setup: venv
 venv:
 	@PYTHON='$(PYTHON)' TORCH_INDEX_URL='$(TORCH_INDEX_URL)' PIP_ARGS='$(PIP_ARGS)' GPU='$(GPU)' sh requirements/setup.sh
 
-# Ctrl-C reaches every process of the terminal. The shell and deepspeed's front end ignore it and wait for its launcher,
-# which stops the ranks; otherwise the prompt would be back, with a traceback, while they are still running.
+# `exec` and the pid of make: when make ends, in whatever way, so does everything that was started.
 train: venv
-	@$(ACTIVATE) $(if $(DS_ACCELERATOR),DS_ACCELERATOR=$(DS_ACCELERATOR)); trap '' INT; \
-	.venv/bin/python .venv/bin/deepspeed --log_level critical \
-	    --master_port "$$(.venv/bin/python -c "$(FREE_PORT)")" $(LAUNCH_ARGS) launch/train.py --config $(CONFIG) $(ARGS)
+	@$(ACTIVATE) $(if $(DS_ACCELERATOR),DS_ACCELERATOR=$(DS_ACCELERATOR)); \
+	exec .venv/bin/python -m moe_train.launch.local --parent $$PPID -- \
+	    $(LAUNCH_ARGS) launch/train.py --config $(CONFIG) $(ARGS)
 
 # Two files of tests at once; with -m slow one, for those tests start several ranks and hosts each.
 WORKERS ?= $(if $(findstring slow,$(ARGS)),0,2)

@@ -6,6 +6,7 @@ expert_parallel  bytes and time of each dispatch over several ranks
 house            size and order of the source, and what one needs to read and change in it
 kills            a run that is killed again and again, against one that never is
 kv_cache         cache size and decoding speed when fewer layers and heads own keys and values
+launcher_kills   launchers that are killed at random moments: what is left of them, and whether the run goes on
 layout_matrix    every layout's checkpoint loaded in every layout
 moe_layer        one MoE layer beside DeepSpeed's, Hugging Face's and a dense bound
 pictures         the README's pictures of TensorBoard

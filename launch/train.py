@@ -8,8 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a checkout that is not installed
 
-from moe_train.cli.main import run_command
-from moe_train.cli.train import run
+from moe_train.cli.main import train
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda arguments: run(arguments, "train.py"), sys.argv[1:], "train.py"))
+    sys.exit(train(sys.argv[1:], "train.py"))

@@ -9,7 +9,11 @@ from collections.abc import Callable, Sequence
 
 from moe_train.config.errors import EXIT_USAGE, RunFailed, UsageError
 from moe_train.config.version import VERSION
-from moe_train.distributed.bootstrap import is_first_rank, leave_process_group
+from moe_train.distributed.bootstrap import environment, is_first_rank, leave_process_group, rank_number
+from moe_train.host.descriptors import has_descriptors
+from moe_train.host.processes import descendants, end_processes
+from moe_train.liveness.sentinel import RankSentinel, start_sentinel
+from moe_train.liveness.signals import EarlyStop
 
 SUBCOMMANDS = {
     "train": "train a model (start it with deepspeed, torchrun, mpirun or srun for more than one process)",
@@ -50,11 +54,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in SUBCOMMANDS:
         print(f"moe-train: unknown subcommand {name!r}; known: {', '.join(SUBCOMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
+    if name == "train":
+        return train(arguments[1:])
+    sentinel = start_sentinel(environment()) if name != "launch" else RankSentinel(None)
     command = importlib.import_module(f"moe_train.cli.{name.replace('-', '_')}")
-    return run_command(command.run, arguments[1:], f"moe-train {name}")
+    return run_command(command.run, arguments[1:], f"moe-train {name}", sentinel)
 
 
-def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
+def train(arguments: Sequence[str], program: str = "moe-train train") -> int:
+    """Train on this rank. From its first lines on, signals are taken in order and the launcher is watched.
+
+    Args:
+        arguments: Command line of the command.
+        program: Name of the command in messages.
+
+    Returns:
+        The exit code.
+    """
+    sentinel = start_sentinel(environment())
+    # A notebook's process goes on after the command: there, signals stay as they are.
+    early = early_stop(sentinel) if has_descriptors() else contextlib.nullcontext()
+
+    def run(words: Sequence[str]) -> int:
+        with early:
+            return int(importlib.import_module("moe_train.cli.train").run(words, program, sentinel))
+
+    return run_command(run, arguments, program, sentinel)
+
+
+def early_stop(sentinel: RankSentinel) -> EarlyStop:
+    """Make what takes signals before this rank's training begins, and after it."""
+    rank, errors = rank_number(), os.dup(2)  # later, the error stream goes to the log
+
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            os.write(errors, f"rank {rank}: {text}\n".encode())
+
+    def end(code: int) -> None:
+        sentinel.leave()
+        end_processes(set(descendants(os.getpid())) - {sentinel.pid})
+        os._exit(code)
+
+    return EarlyStop(say, end)
+
+
+def run_command(
+    run: Callable[[Sequence[str]], int],
+    arguments: Sequence[str],
+    program: str,
+    sentinel: RankSentinel | None = None,
+) -> int:
     """Run a command, and turn an error that carries an exit code into one message and that code.
 
     If several ranks raise the same error, only the first rank prints it. The other ranks wait a little, because
@@ -64,6 +113,7 @@ def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], p
         run: Called with the arguments; returns an exit code.
         arguments: Command line of the command.
         program: Name of the command in messages.
+        sentinel: Sentinel of this rank, which is told that the rank leaves.
 
     Returns:
         The exit code.
@@ -88,6 +138,8 @@ def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], p
         with contextlib.suppress(OSError):  # a closed output changes no exit code
             print(error, file=sys.stderr, flush=True)
         code = error.exit_code  # and out, without waiting for ranks that wait for this one
+    if sentinel is not None:
+        sentinel.leave()
     leave_process_group(code)
     return code
 

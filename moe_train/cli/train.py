@@ -5,11 +5,14 @@ import faulthandler
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_train.config.errors import EXIT_STOPPED, RunFailed, UsageError
 from moe_train.config.load import load_config
 from moe_train.distributed.bootstrap import is_first_rank
+from moe_train.host.descriptors import has_descriptors
+from moe_train.liveness.sentinel import RankSentinel
 
 if TYPE_CHECKING:
     from moe_train.train.loop import TrainResult
@@ -17,12 +20,13 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train a Mixture-of-Experts language model. Dotted options override the fields of the YAML file."
 
 
-def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
+def run(arguments: Sequence[str], program: str = "moe-train train", sentinel: RankSentinel | None = None) -> int:
     """Train a model on this rank, as the command line says.
 
     Args:
         arguments: Command line after the name of the command.
         program: Name for messages and help.
+        sentinel: Sentinel of this rank, which is told where the run folder is.
 
     Returns:
         Exit code: 0, or 75 if a signal stopped the run after saving.
@@ -34,16 +38,20 @@ def run(arguments: Sequence[str], program: str = "moe-train train") -> int:
     Collective: All ranks.
     """
     config = load_config(arguments, program=program, description=DESCRIPTION, say=_say_once)
-    if not _has_descriptors():  # a notebook called this
+    if not has_descriptors():  # a notebook called this
         from moe_train.api import run_training
 
         return _code_of(run_training(config))
     from moe_train.distributed.bootstrap import discover_world
     from moe_train.plan.room import check_room
     from moe_train.train.preparation import prepare_run
-    from moe_train.train.run_folder import redirect_output
+    from moe_train.train.run_folder import RunFolder, redirect_output
 
-    prepared = prepare_run(config, discover_world(), check_room)
+    world = discover_world()
+    if sentinel is not None:
+        folder = RunFolder(Path(config.train.run_dir))
+        sentinel.tell_run_folder(folder.log(world.rank), folder.checkpoints)
+    prepared = prepare_run(config, world, check_room)
     log = prepared.folder.log(prepared.world.rank)
     output, errors = redirect_output(log)  # until the process ends, because libraries print until then
     faulthandler.enable(errors)
@@ -69,14 +77,6 @@ def _say_once(line: str) -> None:
     if is_first_rank():
         with contextlib.suppress(OSError):  # a closed output ends no run
             print(f"moe_train: {line}", flush=True)
-
-
-def _has_descriptors() -> bool:
-    """Return whether the output goes to file descriptors, which can be redirected for libraries not in Python."""
-    try:
-        return all(stream.fileno() >= 0 for stream in (sys.stdout, sys.stderr))
-    except (OSError, AttributeError):  # a stream of a notebook, or none at all
-        return False
 
 
 def _code_of(result: "TrainResult") -> int:

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,8 @@ from moe_train.distributed.addresses import (
     interface_value,
     route_interface,
 )
-from moe_train.distributed.rendezvous import join_group, open_store
+from moe_train.distributed.missing_ranks import say_error
+from moe_train.distributed.rendezvous import join_group, open_store, wait_for_ranks
 from moe_train.distributed.world import (
     LOOPBACK,
     Launcher,
@@ -87,10 +88,7 @@ def discover_world(environ: Mapping[str, str] = os.environ) -> World:
 
 
 def _ask_mpi(environ: Mapping[str, str], manager: Manager) -> World:
-    """Find the world of mpirun's tasks through MPI.
-
-    Collective: All tasks.
-    """
+    """Find the world of mpirun's tasks through MPI. Collective: All tasks."""
     mpi = _import_mpi(manager)
     world = mpi.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
@@ -259,13 +257,16 @@ def export_world(
         environ["DS_ACCELERATOR"] = "cpu"
 
 
-def init_process_group(world: World, device: torch.device, timeout_seconds: float) -> None:
+def init_process_group(
+    world: World, device: torch.device, timeout_seconds: float, say: Callable[[str], None] = say_error
+) -> None:
     """Join torch.distributed with gloo, and on CUDA also NCCL, so that tensors on both devices can be reduced.
 
     Args:
         world: Place of this process among the ranks.
         device: Device of this rank, from `choose_device`.
         timeout_seconds: Timeout of a collective operation.
+        say: Called with a message if ranks are missing after a while.
 
     Raises:
         UsageError: On every rank, if the master's port is taken.
@@ -278,7 +279,9 @@ def init_process_group(world: World, device: torch.device, timeout_seconds: floa
         return
     timeout = timedelta(seconds=timeout_seconds)
     export_world(world, device)
-    join_group(open_store(world, timeout, os.environ), world, device, timeout)
+    store = open_store(world, timeout, os.environ, say)
+    wait_for_ranks(store, world, timeout, os.environ, say)
+    join_group(store, world, device, timeout)
 
 
 def leave_process_group(code: int) -> None:
@@ -286,9 +289,6 @@ def leave_process_group(code: int) -> None:
 
     The interpreter's own exit destroys the groups while their threads still run, and sometimes aborts (gloo of torch
     2.13: "terminate called without an active exception", after all work was done).
-
-    Args:
-        code: Exit code.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
@@ -300,10 +300,7 @@ def leave_process_group(code: int) -> None:
 
 
 def destroy_process_groups() -> None:
-    """Destroy all process groups, if there are any, so that another run can begin in this process.
-
-    Collective: All ranks.
-    """
+    """Destroy all process groups, so that another run can begin in this process. Collective: All ranks."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -311,24 +308,29 @@ def destroy_process_groups() -> None:
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process prints messages before the ranks have met, according to its environment."""
+    """Return whether this process prints messages before the ranks have met."""
+    return rank_number(environ) == "0"
+
+
+def rank_number(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the rank of this process for messages before the ranks have met, according to its environment."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((environ[name] for name in names if name in environ), "0") == "0"
+    return next((environ[name] for name in names if name in environ), "0")
 
 
 def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Build the environment of a child process that takes a place in another world.
+    """Build the environment of a child process at a place in a world, without the variables of this one's launcher.
 
     Args:
         world: Place of the child process.
-        one_thread: Whether each rank gets one CPU thread, because several ranks share few cores.
-        environ: Environment variables of this process; those of its launcher are left out.
+        one_thread: Whether it gets one CPU thread, because several ranks share few cores.
+        environ: Environment variables of this process.
     """
     launchers = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
     kept = {name: value for name, value in environ.items() if not name.startswith(launchers)}
     kept |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.world_size), "LOCAL_RANK": str(world.local_rank)}
-    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size), "MASTER_ADDR": world.master_addr}
-    kept |= {"MASTER_PORT": str(world.master_port)}
+    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size)}
+    kept |= {"MASTER_ADDR": world.master_addr, "MASTER_PORT": str(world.master_port)}
     return kept | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
 
 

@@ -6,16 +6,18 @@ torch is imported inside the functions, so that a wrong setting is reported befo
 from __future__ import annotations
 
 import queue
+import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from moe_train.config.errors import UsageError
 from moe_train.distributed.addresses import accepts_connections
+from moe_train.distributed.missing_ranks import NOTICE_SECONDS, Notice, say_error
 from moe_train.distributed.world import World
 
 if TYPE_CHECKING:
@@ -26,23 +28,28 @@ _NAME_SECONDS = 10.0  # for rank 0 to write the launch's name, which it does fir
 _ASK_SECONDS = 0.1  # between two polls whether rank 0 listens yet
 _RESOLVE_SECONDS = 30.0  # for the master's name to resolve: Kubernetes creates a pod's name as the pod starts
 LAUNCH_MARK = "MOE_TRAIN_LAUNCH"  # environment variable of all processes of a `moe-train launch`
+LAUNCH_OWNER = "MOE_TRAIN_LAUNCH_OWNER"  # environment variable: mark of the process that started the launcher
+RANK_ENDED = signal.SIGUSR2  # to that process, when a rank had to be ended because its launcher was gone
 _LAUNCH_KEY, _SEATS = "moe_train/launch", "moe_train/seat"
 
 
-def open_store(world: World, timeout: timedelta, environ: Mapping[str, str]) -> Any:
+def open_store(
+    world: World, timeout: timedelta, environ: Mapping[str, str], say: Callable[[str], None] = say_error
+) -> Any:
     """Open the store in which the ranks of this launch meet.
 
     Args:
         world: Place of this process among the ranks.
         timeout: Time to wait for the other ranks, here and in operations of the store.
         environ: Environment variables of this process.
+        say: Called with a message if ranks are missing after a while.
 
     Returns:
         Store of torch.distributed.
 
     Raises:
         UsageError: On every rank, if the master's port is taken, or its name does not resolve.
-        TimeoutError: If nothing listens at the master's port.
+        TimeoutError: If nothing listens at the master's port, or a rank does not come.
         ConnectionError: If rank 0 was lost meanwhile.
 
     Collective: All ranks.
@@ -52,8 +59,44 @@ def open_store(world: World, timeout: timedelta, environ: Mapping[str, str]) -> 
     if world.world_size == 1:
         return dist.HashStore()  # no port: nothing can clash
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return join_agent(world, timeout)
-    return open_rendezvous(world, timeout, environ)
+        return join_agent(world, timeout, Notice(world, environ, say))
+    return open_rendezvous(world, timeout, environ, say)
+
+
+def wait_for_ranks(
+    store: Any, world: World, timeout: timedelta, environ: Mapping[str, str], say: Callable[[str], None] = say_error
+) -> None:
+    """Wait until every rank has opened the store of `open_store`, and say after a while which ranks have not.
+
+    Args:
+        store: The store.
+        world: Place of this process among the ranks.
+        timeout: Time to wait for the other ranks.
+        environ: Environment variables of this process.
+        say: Called with the message.
+
+    Raises:
+        TimeoutError: On rank 0, if a rank does not come.
+    """
+    import torch.distributed as dist
+
+    if world.rank > 0 or not isinstance(store, dist.TCPStore):  # others wait for rank 0; under torchrun all have met
+        return
+    notice, started = Notice(world, environ, say), time.monotonic()
+    seats = {rank: f"{_SEATS}/{rank}" for rank in range(1, world.world_size)}
+    while True:
+        passed = time.monotonic() - started
+        limit = (NOTICE_SECONDS if passed < NOTICE_SECONDS else timeout.total_seconds()) - passed
+        try:
+            store.wait(list(seats.values()), timedelta(seconds=max(_ASK_SECONDS, limit)))
+        except dist.DistStoreError as error:  # the time is over
+            passed = time.monotonic() - started
+            missing = [rank for rank, seat in seats.items() if not store.check([seat])]
+            if missing and passed >= timeout.total_seconds():
+                raise notice.timeout(missing, passed) from error
+            notice.give(missing, passed)
+        else:
+            return
 
 
 def join_group(store: Any, world: World, device: torch.device, timeout: timedelta) -> None:
@@ -77,7 +120,9 @@ def join_group(store: Any, world: World, device: torch.device, timeout: timedelt
     dist.init_process_group(rank=world.rank, world_size=world.world_size, store=store, timeout=timeout, **options)
 
 
-def open_rendezvous(world: World, timeout: timedelta, environ: Mapping[str, str]) -> Any:
+def open_rendezvous(
+    world: World, timeout: timedelta, environ: Mapping[str, str], say: Callable[[str], None] = say_error
+) -> Any:
     """Open the store that rank 0 holds at the master's address and port.
 
     Another launch may hold a store there. So rank 0 writes its launch's name into its store. Each other rank continues
@@ -88,18 +133,19 @@ def open_rendezvous(world: World, timeout: timedelta, environ: Mapping[str, str]
         world: Place of this process among the ranks.
         timeout: Time to wait for the other ranks, here and in operations of the store.
         environ: Environment variables of this process.
+        say: Called with a message if ranks are missing after a while.
 
     Raises:
         UsageError: If the master's name does not resolve, or its port is taken. Rank 0 raises at once; the other ranks
             raise when the port gives no answer, or another launch's.
-        TimeoutError: If nothing listens at the master's port.
+        TimeoutError: If nothing listens at the master's port, or a rank does not come.
         ConnectionError: If rank 0 was lost meanwhile.
 
     Collective: All ranks.
     """
     import torch.distributed as dist
 
-    name = launch_name(world, environ)
+    name, notice = launch_name(world, environ), Notice(world, environ, say)
     _resolve(world, min(timeout.total_seconds(), _RESOLVE_SECONDS))
     if world.rank == 0:
         try:
@@ -110,15 +156,16 @@ def open_rendezvous(world: World, timeout: timedelta, environ: Mapping[str, str]
             raise _taken(world, str(error).splitlines()[0]) from error
         store.set(_LAUNCH_KEY, name)
         return store
-    deadline = time.monotonic() + timeout.total_seconds()
+    started = time.monotonic()
     while not accepts_connections(world.master_addr, world.master_port):  # rank 0 may be late
-        if time.monotonic() > deadline:
+        notice.give([0], time.monotonic() - started)
+        if time.monotonic() - started > timeout.total_seconds():
             raise TimeoutError(
                 f"nothing listened at {world.master_addr}, port {world.master_port}, for {timeout.total_seconds():.0f} "
                 "s: rank 0 has not come, or a firewall is between the hosts"
             )
         time.sleep(_ASK_SECONDS)
-    store = _connect(world, min(timeout.total_seconds(), _ANSWER_SECONDS))
+    store = _connect(world, min(timeout.total_seconds(), _ANSWER_SECONDS), lambda reason: _taken(world, reason))
     try:
         store.wait([_LAUNCH_KEY], timedelta(seconds=min(timeout.total_seconds(), _NAME_SECONDS)))
         seat = f"{_SEATS}/{world.rank}"
@@ -160,8 +207,8 @@ def _resolve(world: World, seconds: float) -> None:
             return
 
 
-def _connect(world: World, seconds: float) -> Any:
-    """Connect to the store at the master's port. Raises UsageError if what listens there gives no answer."""
+def _connect(world: World, seconds: float, failure: Callable[[str], Exception]) -> Any:
+    """Connect to the store at the master's port. Raises what `failure` makes of a reason."""
     import torch.distributed as dist
 
     # In a thread: torch (2.13) waits without end for the answer of a process that accepts connections and says nothing.
@@ -182,9 +229,9 @@ def _connect(world: World, seconds: float) -> Any:
     try:
         answer = answers.get(timeout=seconds)
     except queue.Empty:
-        raise _taken(world, "what listens there gives no answer") from None
+        raise failure("what listens there gives no answer") from None
     if isinstance(answer, RuntimeError):
-        raise _taken(world, "what listens there is not rank 0's store") from answer
+        raise failure("what listens there is not rank 0's store") from answer
     return answer
 
 
@@ -195,22 +242,31 @@ def _taken(world: World, reason: str) -> UsageError:
     )
 
 
-def join_agent(world: World, timeout: timedelta) -> Any:
+def join_agent(world: World, timeout: timedelta, notice: Notice) -> Any:
     """Join the store that a torchrun agent holds, under a name for this start of the ranks.
 
     Args:
         world: Place of this process among the ranks.
-        timeout: Time to wait for the store.
+        timeout: Time to wait for the other ranks, here and in operations of the store.
+        notice: Message about ranks that are missing.
+
+    Raises:
+        ConnectionError: If the agent does not answer.
+        TimeoutError: If a rank does not come.
 
     Collective: All ranks.
     """
     import torch.distributed as dist
 
-    held = dist.TCPStore(world.master_addr, world.master_port, is_master=False, timeout=timeout)
-    return dist.PrefixStore(_meet(held, world), held)
+    def gone(reason: str) -> ConnectionError:
+        return ConnectionError(f"torchrun's agent at {world.master_addr}, port {world.master_port}: {reason}")
+
+    held = _connect(world, min(timeout.total_seconds(), _ANSWER_SECONDS), gone)
+    held.set_timeout(timeout)
+    return dist.PrefixStore(_meet(held, world, timeout, notice), held)
 
 
-def _meet(store: Any, world: World) -> str:
+def _meet(store: Any, world: World, timeout: timedelta, notice: Notice) -> str:
     """Agree with the ranks of this start on a name, for a store that torchrun's agent holds.
 
     The agent keeps one store for all restarts, and torch 2.13 adds no prefix per restart. So restarted ranks would read
@@ -224,11 +280,19 @@ def _meet(store: Any, world: World) -> str:
     if world.rank > 0:
         store.set(f"ask/{world.rank}", own)
         name = store.get(f"answer/{own}").decode()
-        store.add(f"heard/{name}", 1)
+        store.set(f"heard/{name}/{world.rank}", "")
         return name
-    questions = [f"ask/{rank}" for rank in range(1, world.world_size)]
-    while store.add(f"heard/{own}", 0) < len(questions):
-        asking = [f"answer/{name.decode()}" for name in store.multi_get(questions)]
-        store.multi_set(asking, [own] * len(asking))
+    started, others = time.monotonic(), range(1, world.world_size)
+    questions, heard = [f"ask/{rank}" for rank in others], [f"heard/{own}/{rank}" for rank in others]
+    while not store.check(heard):
+        if store.check(questions):
+            asking = [f"answer/{name.decode()}" for name in store.multi_get(questions)]
+            store.multi_set(asking, [own] * len(asking))
+        passed, limit = time.monotonic() - started, timeout.total_seconds()
+        if notice.is_due(passed) or passed > limit:  # asked seldom: it takes a request per rank
+            missing = [rank for rank in others if not store.check([f"heard/{own}/{rank}"])]
+            notice.give(missing, passed)
+            if passed > limit:
+                raise notice.timeout(missing, passed)
         time.sleep(0.02)
     return own

@@ -183,7 +183,8 @@ def check_manager(environ: Mapping[str, str], manager: Manager) -> None:
         if counted is not None and (counted.value == 0 or counted.value % manager.size.value):
             raise UsageError(
                 f"{counted} is no multiple of {manager.size}: {world_size}, but the agents of all tasks must form one "
-                "world; give torchrun --nnodes and --rdzv-endpoint, or start one task"
+                "world; give torchrun --nnodes and --rdzv-endpoint, or start one task; in a shell inside srun, "
+                "unset SLURM_PROCID"
             )
         return
     require_equal(world_size, manager.size)

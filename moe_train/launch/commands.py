@@ -73,7 +73,7 @@ class LaunchPlan:
     def hostfile(self) -> Path:
         """Write a hostfile with exactly these hosts, and return its path."""
         path = self.scratch / "hostfile"
-        path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in self.hosts))
+        path.write_text("".join(f"{host.target} slots={host.slots}\n" for host in self.hosts))
         return path
 
 
@@ -120,10 +120,15 @@ def launch_commands(launcher: LaunchBy, plan: LaunchPlan) -> tuple[list[list[str
         Commands to start on this host, all at once, and environment variables to add for them.
 
     Raises:
-        UsageError: If the launcher is not installed here.
+        UsageError: If the launcher is not installed here, or cannot take the user of a host.
     """
     if launcher == "torchrun":
         return _torchrun(plan), {}
+    user = next((host for host in plan.hosts if host.user is not None), None)
+    if launcher in ("openmpi", "mpirun") and user is not None:
+        raise UsageError(
+            f"{user.place}: {user.target}: --launcher {launcher} takes no user; name the user in ~/.ssh/config"
+        )
     if launcher == "mpirun":
         command, extra = _mpirun(plan)
         return [command], extra
@@ -206,7 +211,7 @@ def _torchrun(plan: LaunchPlan) -> list[list[str]]:
         agent += ["--rdzv-id", plan.environment[LAUNCH_MARK], *([] if plan.is_script else ["--no-python"])]
         variables = [f"{name}={value}" for name, value in plan.environment.items()]
         words = ["/usr/bin/env", *variables, *agent, plan.program, *plan.arguments]
-        commands.append([*SSH, host.name, shell_command(plan.folder, words)])
+        commands.append([*SSH, host.target, shell_command(plan.folder, words)])
     return commands
 
 

@@ -153,7 +153,7 @@ def start_agents(hosts: Sequence[HostLine], task: Mapping[str, Any], folder: Pat
     try:
         for host in hosts:
             own = json.dumps({**task, "port": port})  # for each host: if the first does not answer, another is master
-            command = [*SSH, host.name, shell_command(folder, [task["python"], "-c", source, own])]
+            command = [*SSH, host.target, shell_command(folder, [task["python"], "-c", source, own])]
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

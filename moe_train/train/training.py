@@ -78,7 +78,12 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
     for line in remarks(config, has_held_out=prepared.data.held_out is not None):
         console.say(f"remark: {line}")
-    init_process_group(world, prepared.device, config.parallel.timeout_seconds)
+
+    def warn(text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print(text, file=errors, flush=True)
+
+    init_process_group(world, prepared.device, config.parallel.timeout_seconds, warn)
     if config.train.compile:
         run_on_all_ranks(lambda: check_compiler(prepared.device))
     health = connect(
@@ -113,10 +118,14 @@ def _train_watched(
             print(f"rank {prepared.world.rank}: {text}", file=errors, flush=True)
 
     with StopSignals(say) as signals:
-        group = create_background_group()
-        point = _agree(prepared, group)
-        run, first = _build(prepared, point, health, signals, console, group)
-        result = train(run, first)
+        try:
+            group = create_background_group()
+            point = _agree(prepared, group)
+            run, first = _build(prepared, point, health, signals, console, group)
+            result = train(run, first)
+        except BaseException:
+            signals.ignore()  # this rank has yet to say why it ends
+            raise
         if result.stopped is not None:
             signals.ignore()
     if result.stopped is not None:

@@ -42,7 +42,7 @@ class Running:
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
         """Until so many steps are on record, and a checkpoint is there."""
-        self.wait_until(lambda: _last_step(run_dir) >= step and (run_dir / "checkpoints" / "latest").exists(), 60)
+        self.wait_until(lambda: _last_step(run_dir) >= step and (run_dir / "checkpoints" / "latest").exists(), 180)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> float:
         """Until something holds; the seconds that it took."""
@@ -179,6 +179,29 @@ def test_a_failed_rank_is_never_a_success(
     print(f"{launcher}: exit code {command.process.returncode}")
     assert command.process.returncode not in (0, 2, 75), command.text()
     assert cluster.wait_until_idle(20) == {}
+    who_why_which = rf"rank {2 * host + 1} \(pid \d+ on host{host + 1}\) .*signal 9 .*last checkpoint: step \d+"
+    assert re.search(who_why_which, command.text()), command.text()
+
+
+@pytest.mark.parametrize("moment", ["at the start", "as the ranks start", "in training"])
+def test_a_killed_launch_leaves_nothing(
+    cluster: VirtualCluster, training: Training, tmp_path: Path, running: list[Running], moment: str
+) -> None:
+    command, run_dir = start_with("torchrun", cluster, training, tmp_path)
+    running.append(command)
+    if moment == "in training":
+        command.wait_for_step(run_dir, 6)
+    else:
+        starts = moment == "at the start"
+        command.wait_until(lambda: bool(cluster.hosts[1].processes() if starts else rank_pids(cluster.hosts[1])), 180)
+    send(cluster.hosts[0], signal.SIGKILL)
+    assert cluster.wait_until_idle(NOTICE_SECONDS) == {}
+    last = max(losses(run_dir), default=0) + 2 if (run_dir / "metrics.jsonl").exists() else 2
+    again = run(
+        cluster.hosts[0], "torchrun", "--nproc-per-node", "4", *training.arguments(run_dir, f"--train.steps={last}")
+    )
+    assert again.returncode == 0, again
+    assert set(losses(run_dir)) == set(range(1, last + 1))
 
 
 def start_with(launcher: str, cluster: VirtualCluster, training: Training, folder: Path) -> tuple[Running, Path]:

@@ -15,10 +15,10 @@ import pytest
 import torch.distributed as dist
 
 from moe_train.config.errors import UsageError
-from moe_train.distributed import rendezvous
+from moe_train.distributed import missing_ranks, rendezvous
 from moe_train.distributed.addresses import free_port
 from moe_train.distributed.rendezvous import LAUNCH_MARK, launch_name, open_rendezvous
-from moe_train.distributed.world import World
+from moe_train.distributed.world import Launcher, World
 from tests.processes import ProcessResult, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,3 +132,41 @@ def test_doctor_ends_on_all_ranks_where_its_port_is_taken() -> None:
         assert result.returncode == 2, result
         assert result.seconds < 40, result
     assert sum(result.stderr.count(f"MASTER_PORT ({port})") for result in results) == 1, results
+
+
+def test_missing_ranks_are_named_with_what_made_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "NOTICE_SECONDS", 0.3)
+    monkeypatch.setattr(missing_ranks, "NOTICE_SECONDS", 0.3)
+    port, said = free_port(), list[str]()
+    environ = {"RANK": "0", "WORLD_SIZE": "4"}
+    stores = [open_rendezvous(world(rank, port), LIMIT, environ) for rank in (0, 2)]
+    with pytest.raises(TimeoutError, match=r"after 1 s .*ranks 1, 3 of 4 have not come.*WORLD_SIZE \(4\)"):
+        rendezvous.wait_for_ranks(stores[0], world(0, port), timedelta(seconds=1), environ, said.append)
+    assert len(said) == 1 and "unset WORLD_SIZE RANK" in said[0]
+    late = [open_rendezvous(world(rank, port), LIMIT, environ) for rank in (1, 3)]
+    rendezvous.wait_for_ranks(stores[0], world(0, port), LIMIT, environ, said.append)
+    assert len(said) == 1 and len(late) == 2
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environ", "unset"),
+    [
+        ("srun", {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, "unset SLURM_PROCID"),
+        ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2"}, "unset OMPI_COMM_WORLD_SIZE"),
+        ("torchrun", {"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, "unset TORCHELASTIC_RUN_ID"),
+        ("deepspeed", {"WORLD_SIZE": "2", "RANK": "0", "CROSS_SIZE": "1"}, "unset WORLD_SIZE RANK CROSS_SIZE"),
+    ],
+)
+def test_what_to_unset(launcher: Launcher, environ: dict[str, str], unset: str) -> None:
+    place = replace(world(0, 1, 2), launcher=launcher)
+    text = missing_ranks.describe_missing([1], place, environ)
+    assert "rank 1 of 2 has not come" in text and unset in text
+    assert all(f"{name} ({value})" in text for name, value in environ.items())
+
+
+def test_an_agent_that_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = world(1, server.getsockname()[1])
+        with pytest.raises(ConnectionError, match=r"torchrun's agent at .* gives no answer"):
+            rendezvous.open_store(place, LIMIT, {"TORCHELASTIC_USE_AGENT_STORE": "True"})

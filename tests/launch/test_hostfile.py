@@ -23,6 +23,52 @@ def test_hostfile(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "user", "slots"),
+    [
+        ("a slots=2 # rack 1", None, 2),
+        ("a slots=2# rack 1", None, 2),
+        ("a slots=2 max_slots=4", None, 2),
+        ("a max-slots=4 slots=2", None, 2),
+        ("a slots = 2", None, 2),
+        ("a\tslots=2\r", None, 2),
+        ("a:3", None, 3),
+        ("me@a slots=2", "me", 2),
+        ("me@a:2", "me", 2),
+        ("\ufeffa slots=2", None, 2),
+    ],
+)
+def test_hostfiles_of_others(tmp_path: Path, line: str, user: str | None, slots: int) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(f"{line}\n", encoding="utf-8")
+    host = HostLine("a", slots, f"--hostfile {path}, line 1", user)
+    assert read_hostfile(path) == [host]
+    assert host.target == (f"{user}@a" if user else "a")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("fd00::1 slots=2", "an IPv6 address needs a name"),
+        ("a slots=4 max_slots=2", r"slots \(4\) must be at most max_slots \(2\)"),
+        ("a slots=2 slots=3", "must be a name and slots=N"),
+        ("a slots=2 cores=3", "must be a name and slots=N"),
+        ("a:x", r"slots \('x'\)"),
+        ("@a slots=2", "is no host name"),
+    ],
+)
+def test_lines_of_others_that_are_named(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "hosts").write_text(line)
+    with pytest.raises(UsageError, match=f"line 1.*{said}"):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_a_host_stands_there_once(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\nme@a slots=1\n")
+    with pytest.raises(UsageError, match="line 2: a stands in line 1 already"):
+        read_hostfile(tmp_path / "hosts")
+
+
 @pytest.mark.parametrize("line", ["a", "a slots=0", "a slots=-1", "a slots=²", "-o slots=1", "a slots=1 b"])
 def test_lines_that_are_no_hosts(tmp_path: Path, line: str) -> None:
     (tmp_path / "hosts").write_text(f"good slots=1\n{line}\n")
