@@ -1,6 +1,5 @@
 """Files of a source: folders are walked and patterns expanded, always in the same order."""
 
-import glob
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -8,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_train.config.errors import UsageError
+from moe_train.config.paths import expand_user, is_remote, unreplaced_variable
+from moe_train.data.folders import cache_root
+from moe_train.data.patterns import has_wildcard, match_paths
+from moe_train.data.remote import RemoteFile, fetch, list_remote
 
 SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "parquet": (".parquet",)}
 STDLIB_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -26,14 +29,17 @@ class CorpusFile:
     name: str
 
 
-def find_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -> tuple[CorpusFile, ...]:
-    """Find the files that paths name: files as given, files in folders, and matches of glob patterns.
+def find_files(
+    patterns: Sequence[str], suffixes: tuple[str, ...], field: str, cache_dir: str | None = None
+) -> tuple[CorpusFile, ...]:
+    """Find the files that paths name: files, folders, matches of patterns, and copies of remote files.
 
     Args:
-        patterns: Files, folders or glob patterns. Folders are searched for files with one of the suffixes, except names
-            that begin with a dot. In a glob pattern, `**` matches folders at any depth; only files count.
+        patterns: Files, folders or patterns. Folders, also those that a pattern matches, are searched for files with
+            one of the suffixes, except names that begin with a dot. `**` matches folders at any depth.
         suffixes: File name endings that are taken from folders.
         field: Name of the setting, for messages.
+        cache_dir: Setting of the cache, which remote files are copied into.
 
     Returns:
         The files in the order of the patterns, sorted by name within a pattern. A file that is reached twice is listed
@@ -44,10 +50,11 @@ def find_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -
     """
     found: dict[Path, CorpusFile] = {}
     for pattern in patterns:
-        matches = sorted(_expand(pattern, suffixes), key=lambda file: file.name)
+        matches = sorted(_expand(pattern, suffixes, field), key=lambda file: file.name)
         if not matches:
             raise UsageError(_nothing_found(pattern, suffixes, field))
-        for file in matches:
+        for match in matches:
+            file = _copy_of(match, cache_dir) if isinstance(match, RemoteFile) else match
             found.setdefault(file.path.resolve(), file)
     return tuple(found.values())
 
@@ -64,7 +71,7 @@ def check_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) 
         UsageError: If a path does not exist, a pattern matches no file or a folder holds none of the files.
     """
     for pattern in patterns:
-        if next(_expand(pattern, suffixes), None) is None:
+        if next(_expand(pattern, suffixes, field), None) is None:
             raise UsageError(_nothing_found(pattern, suffixes, field))
 
 
@@ -84,25 +91,21 @@ def stdlib_files() -> tuple[CorpusFile, ...]:
     return files
 
 
-def _expand(pattern: str, suffixes: tuple[str, ...]) -> Iterator[CorpusFile]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        yield from _walk(path, suffixes)
-    elif path.exists():
-        yield CorpusFile(path, path.name)
-    elif glob.has_magic(pattern):
-        root = _fixed_root(path)
-        for match in glob.iglob(str(path), recursive=True):
-            if os.path.isfile(match):
-                yield CorpusFile(Path(match), os.path.relpath(match, root))
+def _expand(pattern: str, suffixes: tuple[str, ...], field: str) -> Iterator[CorpusFile | RemoteFile]:
+    pattern = expand_user(pattern)
+    if is_remote(pattern):
+        yield from list_remote(pattern, suffixes, field)
+        return
+    for path, name in match_paths(pattern, field):
+        if not path.is_dir():
+            yield CorpusFile(path, name)
+            continue
+        inside = "" if path == Path(pattern) else f"{name}/"  # of several folders, each file has the name of its own
+        yield from (CorpusFile(file.path, f"{inside}{file.name}") for file in _walk(path, suffixes))
 
 
-def _fixed_root(pattern: Path) -> Path:
-    """Return the folder before the first part of a pattern that can match several names."""
-    for parent in reversed(pattern.parents):
-        if glob.has_magic(str(parent)):
-            return parent.parent
-    return pattern.parent
+def _copy_of(file: RemoteFile, cache_dir: str | None) -> CorpusFile:
+    return CorpusFile(fetch(file, cache_root(cache_dir)), file.name)
 
 
 def _walk(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = frozenset()) -> Iterator[CorpusFile]:
@@ -115,9 +118,11 @@ def _walk(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = froze
 
 
 def _nothing_found(pattern: str, suffixes: tuple[str, ...], field: str) -> str:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
+    path = expand_user(pattern)
+    if os.path.isdir(path):
         return f"{field} ({pattern!r}): the folder holds no {' or '.join('*' + suffix for suffix in suffixes)} file"
-    if glob.has_magic(pattern):
+    if variable := unreplaced_variable(path):
+        return f"{field} ({pattern!r}): {variable}"
+    if has_wildcard(path):
         return f"{field} ({pattern!r}): the pattern matches no file"
     return f"{field} ({pattern!r}): no such file or folder"

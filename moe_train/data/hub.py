@@ -100,7 +100,7 @@ def _only_column(rows: Any, column: str) -> Any:
 def _load(source: SourceConfig, split: str, split_field: str, field: str) -> Any:
     import datasets
 
-    folder = Path(str(source.name)).expanduser()
+    folder = Path(str(source.name))
     is_dataset, is_splits = ((folder / name).is_file() for name in (SAVED_DATASET_FILE, SAVED_SPLITS_FILE))
     if (is_dataset or is_splits) and source.subset is not None:
         raise UsageError(f"{field}.subset ({source.subset!r}) has no effect: {folder} holds one saved data set")
