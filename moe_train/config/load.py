@@ -47,7 +47,8 @@ def load_config(
         if number:
             say(_describe_merge(line.files[number - 1], file, values, added))
         values = merge(values, added)
-        naming = file if "run_dir" in (added.get("train") or {}) else naming
+        if isinstance(section := added.get("train"), dict) and "run_dir" in section:
+            naming = file
     origin = " + ".join(line.files) or None
     config = validate_config(merge(merge(defaults or {}, values), line.values), origin=origin)
     if naming is not None and "run_dir" not in line.values.get("train", {}):

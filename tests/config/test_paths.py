@@ -135,3 +135,11 @@ def test_a_link_to_the_run_folder_is_the_same_folder(tmp_path: Path) -> None:
     assert not load_config(["--config=runs/a/config.yaml"], program="x").moved_run
     (tmp_path / "first.yaml").write_text("train:\n  run_dir: elsewhere\n")  # no run's own file
     assert not load_config(["--config=first.yaml"], program="x").moved_run
+
+
+def test_of_several_files_the_one_that_names_the_folder_counts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs/b", "runs/a")
+    for text, is_moved in (("train:\n  run_dir: runs/c\n", False), ("train:\n  steps: 5\n", True)):
+        (tmp_path / "more.yaml").write_text(text)
+        config = load_config([f"--config={run}", "--config=more.yaml"], program="x")
+        assert bool(config.moved_run) == is_moved
