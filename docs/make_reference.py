@@ -35,6 +35,12 @@ Every field of a configuration file, from the schema in `moe_train/config/`. A f
 on the command line a field is `--section.field=value` (or `--section.field value`), which stands above the file. Lists
 and mappings are JSON there. `None` unsets a field that may be unset.
 
+Paths are relative to the folder in which the command was started, also those in a file. `~` and `~name` are home
+folders in every field and option; `$NAME` is replaced by the shell alone, and refused where it is left. Remote paths by
+fsspec (`s3://`, `gs://`, `hf://`; a message names the package to install) are taken by `data.paths` and by
+`moe-train checkpoint export`; everything else must be on a mounted file system. A configuration that lies in the folder
+of a run which was moved or copied is refused until `--train.run_dir` says which folder is meant.
+
 Unknown keys are refused, and so is a field that has no effect in the mode that the others choose. A run writes the
 resolved configuration, with every default in it, to `config.yaml` of its folder.
 """

@@ -59,9 +59,12 @@ def load_config(file: str | Path | None = None, **sections: Mapping[str, Any]) -
     """
     values = read_yaml(Path(file), "the configuration") if file is not None else {}
     defaults = {"train": {"run_dir": _NO_RUN_DIR}}
-    return validate_config(
+    config = validate_config(
         merge(merge(defaults, values), _plain(sections)), origin=str(file) if file is not None else None
     )
+    if file is not None and "run_dir" not in sections.get("train", {}):
+        config.note_moved_run(str(file))
+    return config
 
 
 def _plain(value: Any) -> Any:

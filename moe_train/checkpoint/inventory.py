@@ -11,6 +11,7 @@ from typing import Any
 from moe_train.checkpoint.folders import LATEST, list_checkpoints, list_leftovers
 from moe_train.checkpoint.manifest import MANIFEST, read_manifest, read_regular_file
 from moe_train.config.errors import UsageError
+from moe_train.config.paths import local_path
 
 _LATEST_ATTEMPTS = 3  # `latest` is replaced shortly after its checkpoint has got its name
 _LATEST_WAIT_SECONDS = 0.2
@@ -57,7 +58,7 @@ def checkpoints_folder(run_dir: str, option: str = "RUN_DIR") -> Path:
     Raises:
         UsageError: If the path is neither.
     """
-    given = Path(run_dir)
+    given = local_path(run_dir, option)
     inside = given / "checkpoints"
     if inside.is_dir():
         return inside
@@ -78,20 +79,23 @@ def find_checkpoint_folder(path: str, option: str) -> Path:
     """Find a checkpoint's folder: the given one, or the newest one of the given run.
 
     Args:
-        path: Folder of a checkpoint, or of a run.
+        path: Folder of a checkpoint, of a run, or of a run's checkpoints, or `latest` in the last.
         option: Name of this argument on the command line, for messages.
 
     Raises:
         UsageError: If there is none.
     """
-    given = Path(path)
+    given = local_path(path, option)
+    if given.name == LATEST and given.is_file():
+        given = given.parent / (named_by_latest(given.parent) or LATEST)
     if is_checkpoint(given):
         if stat_of(given / MANIFEST) is None:
             raise UsageError(f"{option} ({path!r}) has no {MANIFEST}: give a checkpoint that was completed")
         return given
     if not given.is_dir():
-        raise UsageError(f"{option} ({path!r}) is not a folder: give a checkpoint (step_NNNNNNNN), or a run's folder")
-    found = list_checkpoints(checkpoints_folder(path, option))
+        what = "names no checkpoint that is there" if Path(path).name == LATEST else "is not a folder"
+        raise UsageError(f"{option} ({path!r}) {what}: give a checkpoint (step_NNNNNNNN), or a run's folder")
+    found = list_checkpoints(checkpoints_folder(str(given), option))
     if not found:
         raise UsageError(f"{option} ({path!r}) has no checkpoint: give the train.run_dir of a run that has saved")
     return found[-1]

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_train.checkpoint.files import verify_files
 from moe_train.checkpoint.folders import list_checkpoints, point_latest, quarantine, step_folder, step_of
+from moe_train.checkpoint.inventory import find_checkpoint_folder
 from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest
 from moe_train.config.errors import UsageError
 from moe_train.distributed.collectives import Group, gather_objects
@@ -45,8 +46,8 @@ def find_resume_point(
     """Find the checkpoint that checkpoint.resume names. All ranks together read all its bytes.
 
     Args:
-        setting: checkpoint.resume. A path counts only until the run has a checkpoint of its own. The same command,
-            started again, then resumes from the run's own checkpoint.
+        setting: checkpoint.resume. A path, in the way of --run, counts only until the run has a checkpoint of its own.
+            The same command, started again, then resumes from the run's own checkpoint.
         checkpoints: Folder of the run's checkpoints.
         rank: Rank of this process.
         world_size: Number of ranks.
@@ -161,11 +162,7 @@ def _find_named(setting: str, checkpoints: Path, rank: int, world_size: int, gro
         return own
 
     def read() -> Manifest:
-        folder = Path(setting)
-        if not folder.is_dir():
-            raise UsageError(
-                f"checkpoint.resume ({setting!r}): no such folder; give auto, never or a checkpoint's folder"
-            )
+        folder = find_checkpoint_folder(setting, "checkpoint.resume")
         manifest = _read_valid(folder, rank, world_size)
         others = [other for other in list_checkpoints(checkpoints) if not other.samefile(folder)]
         is_inside = folder.resolve().parent == checkpoints.resolve()

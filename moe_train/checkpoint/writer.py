@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,14 @@ class SaveOutcome:
 class CheckpointWriter:
     """Writer of a run's checkpoints, one at a time."""
 
-    def __init__(self, checkpoints: Path, rank: int, group: Group | None, retention: Retention) -> None:
+    def __init__(
+        self,
+        checkpoints: Path,
+        rank: int,
+        group: Group | None,
+        retention: Retention,
+        writing: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         """Create a writer without a save under way.
 
         Args:
@@ -55,8 +62,11 @@ class CheckpointWriter:
             rank: Rank of this process.
             group: All ranks, for this writer alone, from `create_background_group`; None: one process.
             retention: Rule for which checkpoints are kept.
+            writing: Called around every change of the folder; it raises a RuntimeError if another run has taken the
+                folder over.
         """
         self._checkpoints, self._rank, self._group, self._retention = checkpoints, rank, group, retention
+        self._writing = writing
         self._memory = HostMemory()
         self._began = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -112,16 +122,22 @@ class CheckpointWriter:
         except Exception as problem:  # any error: `SaveOutcome` reports it, because this thread's end is not observed
             error = f"{problem}" if str(problem) else type(problem).__name__
             if self._rank == 0:  # the disk may be full
-                shutil.rmtree(self._part(step), ignore_errors=True)
+                with contextlib.suppress(OSError, RuntimeError), self._writing():  # else it is another run's now
+                    shutil.rmtree(self._part(step), ignore_errors=True)
         self._outcome = SaveOutcome(step, folder, error, time.monotonic() - began, num_bytes)
 
     def _write_files(self, step: int, snapshot: Snapshot) -> WrittenFile:
-        begin = lambda: begin_checkpoint(self._checkpoints, step) if self._rank == 0 else None  # noqa: E731
-        run_on_all_ranks(begin, group=self._group)
+        self._run_on_first_rank(lambda: begin_checkpoint(self._checkpoints, step))
         path = self._part(step) / self._file
-        if not snapshot.ranges:  # other ranks own all elements of the model
-            return run_on_all_ranks(lambda: WrittenFile("", 0), group=self._group)
-        return run_on_all_ranks(lambda: write_tensor_file(path, snapshot.tensors), group=self._group)
+
+        def write() -> WrittenFile:
+            if not snapshot.ranges:  # other ranks own all elements of the model
+                return WrittenFile("", 0)
+            with self._writing():
+                path.touch()  # the long write goes into a file that was still this run's
+            return write_tensor_file(path, snapshot.tensors)
+
+        return run_on_all_ranks(write, group=self._group)
 
     def _complete(self, step: int, snapshot: Snapshot, values: dict[str, Any], written: WrittenFile) -> Path:
         entry = {"xxh3_128": written.digest, "bytes": written.num_bytes, "ranges": snapshot.ranges}
@@ -137,12 +153,23 @@ class CheckpointWriter:
             "tensors": {name: list(shape) for _, _, shapes in everyone for name, shape in shapes.items()},
             "files": {file: entry for file, entry, _ in everyone if entry["ranges"]},
         }
-        run_on_all_ranks(lambda: complete_checkpoint(part, manifest) if self._rank == 0 else None, group=self._group)
+        self._run_on_first_rank(lambda: complete_checkpoint(part, manifest))
         if self._rank == 0:
             with contextlib.suppress(OSError):  # a removal that fails does not make the save fail
                 for folder in superfluous(self._checkpoints, self._retention):
-                    remove_checkpoint(folder)
+                    with self._writing():
+                        remove_checkpoint(folder)
         return part.with_suffix("")
+
+    def _run_on_first_rank(self, change: Callable[[], object]) -> None:
+        """Change the folder on rank 0; raise on all ranks if that fails."""
+
+        def act() -> None:
+            if self._rank == 0:
+                with self._writing():
+                    change()
+
+        run_on_all_ranks(act, group=self._group)
 
     def _part(self, step: int) -> Path:
         return part_folder(self._checkpoints, step)

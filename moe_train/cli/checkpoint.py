@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_train.cli.paths import path_argument, url_argument
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 
@@ -64,23 +65,25 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return command
 
-    run_dir = {"metavar": "RUN_DIR", "help": "the run's folder (train.run_dir), or its folder of checkpoints"}
+    help_text = "the run's folder (train.run_dir), or its folder of checkpoints"
+    run_dir: dict[str, Any] = {"type": path_argument, "metavar": "RUN_DIR", "help": help_text}
     one = "a checkpoint's folder (step_NNNNNNNN), or a run's folder, which means its newest"
     command = add(
         "list", _list, "list the checkpoints of a run", "Also those set aside as damaged, and unfinished ones."
     )
     command.add_argument("run_dir", **run_dir)
     command = add("verify", _verify, "read every byte of checkpoints and find damage", "Exit code 1 if there is any.")
-    command.add_argument("paths", metavar="PATH", nargs="+", help="a checkpoint's folder, or a run's for all it has")
+    help_text = "a checkpoint's folder, or a run's for all it has"
+    command.add_argument("paths", type=path_argument, metavar="PATH", nargs="+", help=help_text)
     command = add("inspect", _inspect, "show what a checkpoint holds")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help=one)
+    command.add_argument("checkpoint", type=path_argument, metavar="CHECKPOINT", help=one)
     which = command.add_mutually_exclusive_group()
     which.add_argument("--tensor", metavar="NAME", help="show statistics of a tensor's weight and moments")
     which.add_argument("--config", action="store_true", help="print the configuration that wrote it, as YAML")
     more = "Their layouts may differ. Exit code 1 if weights, moments or buffers do."
     command = add("diff", _diff, "compare two checkpoints", more)
-    command.add_argument("a", metavar="A", help=one)
-    command.add_argument("b", metavar="B", help="the other")
+    command.add_argument("a", type=path_argument, metavar="A", help=one)
+    command.add_argument("b", type=path_argument, metavar="B", help="the other")
     help_text = "relative L2 of a tensor's difference that counts as equal (default: equal bit for bit)"
     command.add_argument("--tolerance", type=float, metavar="X", help=help_text)
     more = "The newest whole one always stays. What killed saves left is removed, unless it is younger than 10 minutes."
@@ -92,8 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     more = "As safetensors files of whole tensors, with an index and the model's configuration. It is verified first."
     command = add("export", _export, "write a checkpoint's weights alone", more)
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help=one)
-    command.add_argument("folder", metavar="FOLDER", help="the new folder")
+    command.add_argument("checkpoint", type=path_argument, metavar="CHECKPOINT", help=one)
+    command.add_argument(
+        "folder", type=url_argument, metavar="FOLDER", help="the new folder, also a remote one (s3://...)"
+    )
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights (default: fp32)")
     help_text = "most bytes of a file (default: 5000000000); a larger tensor has a file of its own"
     command.add_argument("--max-shard-bytes", type=int, metavar="N", help=help_text)
@@ -193,13 +198,16 @@ def _prune(options: argparse.Namespace, show: Show) -> int:
     from moe_train.checkpoint.inventory import checkpoints_folder
     from moe_train.checkpoint.tools.pruning import prune
     from moe_train.checkpoint.tools.tables import as_bytes, plain
+    from moe_train.train.run_lock import hold_checkpoints
 
     for name, least in (("keep_last", 1), ("keep_every", 0)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be {least} or more")
     folder = checkpoints_folder(options.run_dir)
-    with _progress("verifying the newest", lambda: None) as advance:
-        found = prune(folder, Retention(options.keep_last, options.keep_every), options.dry_run, advance)
+    retention = Retention(options.keep_last, options.keep_every)
+    with contextlib.nullcontext() if options.dry_run else hold_checkpoints(folder):
+        with _progress("verifying the newest", lambda: None) as advance:
+            found = prune(folder, retention, options.dry_run, advance)
     for name, problem in found.damaged.items():
         show(plain(f"{name} is damaged: {problem}"))
     if found.damaged:
@@ -228,7 +236,7 @@ def _export(options: argparse.Namespace, show: Show) -> int:
         raise UsageError(f"--max-shard-bytes ({limit}) must be 1 or more")
     manifest = _read(options.checkpoint, "CHECKPOINT")
     with _progress("verifying", lambda: readable_bytes([manifest.folder])) as advance:
-        done = export_weights(manifest, Path(options.folder), options.dtype, limit, advance)
+        done = export_weights(manifest, options.folder, options.dtype, limit, advance)
     show(plain(f"{done.folder}: {done.tensors} tensors, {as_bytes(done.bytes)}, {done.shards} files"))
     _print_json(options, done.as_dict() | {"checkpoint": str(manifest.folder), "dtype": options.dtype})
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_train.cli.paths import path_argument
 from moe_train.cli.trained import add_run_option, check_positive
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_run_option(parser)
-    parser.add_argument("--output", required=True, metavar="NEW_RUN_DIR", help="the new run's folder")
+    parser.add_argument(
+        "--output", type=path_argument, required=True, metavar="NEW_RUN_DIR", help="the new run's folder"
+    )
     help_text = "heads of keys and values; must divide the source's (default: as many as it has)"
     parser.add_argument("--num-kv-heads", type=int, metavar="G", help=help_text)
     help_text = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_train.cli.paths import path_argument
 from moe_train.config.base import field_values, merge
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
@@ -136,13 +137,23 @@ def _check_numbers(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="moe-train doctor", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
-    add("--shared-dir", metavar="DIR", help="folder that all hosts should share (default: where train.run_dir is)")
+    add(
+        "--shared-dir",
+        type=path_argument,
+        metavar="DIR",
+        help="folder that all hosts should share (default: where train.run_dir is)",
+    )
     add("--sizes", metavar="N,N", help="bytes of collective operations, as 1K,4M (default: 1K to 16M; CUDA: to 256M)")
     add("--quick", action="store_true", help="a third of the time for measurements")
     add("--timeout", type=float, default=20.0, metavar="S", help="a link or rank is broken after these seconds (20)")
     add("--expect-bandwidth", type=float, metavar="GB/S", help="problem if two hosts send each other less than that")
     add("--json", action="store_true", help="print one JSON object as the last line")
-    add("--output", metavar="FILE", help="write that object to a file, for moe-train plan --device FILE")
+    add(
+        "--output",
+        type=path_argument,
+        metavar="FILE",
+        help="write that object to a file, for moe-train plan --device FILE",
+    )
     return parser
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_train.cli.paths import path_argument
 from moe_train.cli.trained import add_trained_options, check_positive, open_from_options
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("prompts (of none of these, all of the standard input is one prompt)")
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     help_text = 'a file that is a prompt, or, named .jsonl, has one a line: {"prompt": "..."}; -: the standard input'
-    group.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help=help_text)
+    group.add_argument("--prompt-file", type=path_argument, action="append", default=[], metavar="FILE", help=help_text)
     help_text = "a prompt as token ids, separated by commas; no mark is put before them"
     group.add_argument("--prompt-tokens", action="append", default=[], metavar="IDS", help=help_text)
     group = parser.add_argument_group("how it goes on")

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_train.cli.paths import path_argument
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.distributed.rendezvous import LAUNCH_MARK
@@ -90,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Start ranks on the hosts of a hostfile over ssh, with the launcher of your choice.",
         epilog=f"Handed on to the ranks: {', '.join(PASSED_ON)}, and the lines of .deepspeed_env or DS_ENV_FILE.",
     )
-    parser.add_argument("--hostfile", type=Path, required=True, help="lines NAME slots=N; the first is the master")
+    parser.add_argument(
+        "--hostfile",
+        type=lambda text: Path(path_argument(text)),
+        required=True,
+        help="lines NAME slots=N; the first is the master",
+    )
     parser.add_argument(
         "--launcher",
         choices=LAUNCHERS,

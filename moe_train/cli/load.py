@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moe_train.cli.paths import path_argument
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.train.telemetry.load_report import expert_load, layer_table, load_table
@@ -32,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         description="Show the load of every expert over the last steps of a run, the worst layers first.",
         allow_abbrev=False,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder (train.run_dir)")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="the run's folder (train.run_dir)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps to cover (default: the last 100)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--layers", type=int, metavar="N", help="show only the N worst layers")

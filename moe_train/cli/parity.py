@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from moe_train.cli.paths import path_argument
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
@@ -74,12 +75,14 @@ def run(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     help_text = "check the model of this file, its shapes, precision and losses, in place of a small one"
-    parser.add_argument("--config", metavar="FILE", help=help_text)
+    parser.add_argument("--config", type=path_argument, metavar="FILE", help=help_text)
     parser.add_argument("--layers", type=int, metavar="N", help="with --config: only so many layers of the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--max-ranks", type=int, help="leave out layouts of more ranks (default: 4, or the devices)")
     parser.add_argument("--layouts", metavar="N,N", help="run only these, counted from 0, with their references")
-    parser.add_argument("--keep", metavar="DIR", help="folder for the run folders, which are removed otherwise")
+    parser.add_argument(
+        "--keep", type=path_argument, metavar="DIR", help="folder for the run folders, which are removed otherwise"
+    )
     options, extra = parser.parse_known_args(list(arguments))
     world = discover_world()
     if world.num_nodes > 1 and options.keep is None:

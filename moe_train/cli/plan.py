@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 
 from moe_train.cli.params import known_vocab_size
+from moe_train.cli.paths import path_argument
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml, load_config
@@ -63,15 +64,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="YAML file of the run")
     add("--nodes", default="1", metavar="N", help="nodes (default: 1)")
     add("--gpus-per-node", default="1", metavar="G", help="ranks of a node (default: 1)")
-    add("--device", metavar="NAME", help="h100, h200, a100, mi300x, or a file of moe-train doctor --json")
+    add(
+        "--device",
+        type=path_argument,
+        metavar="NAME",
+        help="h100, h200, a100, mi300x, or a file of moe-train doctor --json",
+    )
     add("--inter-node-gbps", metavar="X", help="gigabits a second of each device's port between nodes (400)")
     add("--imbalance", default="0", metavar="X", help="coefficient of variation of the experts' loads (0: by chance)")
-    add("--loads", metavar="RUN_DIR", help="loads of the experts as a run had them, in place of --imbalance")
+    add(
+        "--loads",
+        type=path_argument,
+        metavar="RUN_DIR",
+        help="loads of the experts as a run had them, in place of --imbalance",
+    )
     add("--seed", default="0", metavar="N", help="of the draws of loads (default: 0)")
     add("--decode", nargs=2, metavar=("BATCH", "LENGTH"), help="keys and values of these sequences beside training")
     add("--search", action="store_true", help="find the fastest layout that fits, with the same global batch")
     add("--margin", metavar="X", help="share of the memory that --search leaves free (0.05)")
-    add("--output", metavar="FILE", help="write the configuration that --search found, in place of printing it")
+    add(
+        "--output",
+        type=path_argument,
+        metavar="FILE",
+        help="write the configuration that --search found, in place of printing it",
+    )
     add("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 

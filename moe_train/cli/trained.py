@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_train.cli.paths import path_argument
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config, validate_config
 from moe_train.config.root import Config
@@ -20,7 +21,9 @@ def add_run_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that names the checkpoint, for `find_checkpoint_folder(options.run, "--run")`."""
     # torchrun takes --run for one of its own options, wherever it stands; it leaves --run-dir alone.
     help_text = "a run's folder (its newest checkpoint), or a checkpoint's"
-    parser.add_argument("--run", "--run-dir", dest="run", required=True, metavar="DIR", help=help_text)
+    parser.add_argument(
+        "--run", "--run-dir", dest="run", type=path_argument, required=True, metavar="DIR", help=help_text
+    )
 
 
 def check_positive(options: argparse.Namespace, *names: str) -> None:

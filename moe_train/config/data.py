@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moe_train.config.base import Section
+from moe_train.config.paths import UserPath
 
 SourceKind = Literal["python_stdlib", "text", "jsonl", "parquet", "huggingface", "synthetic"]
 FILE_KINDS = ("text", "jsonl", "parquet")
@@ -17,12 +18,13 @@ class SourceConfig(Section):
     source: SourceKind = "python_stdlib"
     """python_stdlib: the standard library of the running Python; text: each file is one document; jsonl, parquet: each
     row is one document; huggingface: a data set, by its hub name or local folder."""
-    paths: tuple[str, ...] = ()
-    """Files, folders or glob patterns of a text, jsonl or parquet source."""
-    validation_paths: tuple[str, ...] = ()
+    paths: tuple[UserPath, ...] = ()
+    """Files, folders or patterns (`*`, `?`, `[...]`, `**`, `{a,b}`) of a text, jsonl or parquet source; what exists by
+    that very name is taken. Remote files (`s3://`, `gs://`, `hf://`) are copied into the cache."""
+    validation_paths: tuple[UserPath, ...] = ()
     """Held-out files, folders or glob patterns; empty: a fixed part of the documents, chosen by a hash of their
     names."""
-    name: str | None = None
+    name: UserPath | None = None
     """Hub name or local folder of a huggingface data set."""
     subset: str | None = None
     """Configuration (subset) of a huggingface data set."""
@@ -74,7 +76,7 @@ class DataConfig(SourceConfig):
 
     mixture: tuple[MixtureEntry, ...] = ()
     """Several sources with weights, instead of data.source (in YAML, or as JSON on the command line)."""
-    tokenizer: str = "bytes"
+    tokenizer: UserPath = "bytes"
     """bytes (256 values and an end-of-document mark), bpe (trained on the data), or the path of a `tokenizers` JSON
     file. Bits per byte are given where decoding the tokens gives the text back."""
     bpe_vocab_size: int = Field(4096, ge=257)
@@ -89,8 +91,9 @@ class DataConfig(SourceConfig):
     ignored_targets: float = Field(0.0, ge=0.0, lt=1.0)
     """Largest share of a sequence's targets that is ignored, as in chat data; each sequence has a share between 0 and
     this, and one of eight has no target at all. Only for source synthetic."""
-    cache_dir: str | None = None
-    """Folder for tokenized data; None: $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train."""
+    cache_dir: UserPath | None = None
+    """Folder for tokenized data and copies of remote files; None: $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train;
+    without a home folder that can be written to, one under TMPDIR."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -11,6 +11,7 @@ from moe_train.config.base import field_values, merge
 from moe_train.config.command_line import read_command_line
 from moe_train.config.errors import UsageError
 from moe_train.config.messages import describe_errors
+from moe_train.config.paths import local_path
 from moe_train.config.root import Config
 from moe_train.config.yaml_text import parse_yaml
 
@@ -40,13 +41,19 @@ def load_config(
     """
     line = read_command_line(arguments, program=program, description=description)
     values: dict[str, Any] = {}
+    naming = None  # file that train.run_dir comes from
     for number, file in enumerate(line.files):
         added = read_yaml(Path(file))
         if number:
             say(_describe_merge(line.files[number - 1], file, values, added))
         values = merge(values, added)
+        if isinstance(section := added.get("train"), dict) and "run_dir" in section:
+            naming = file
     origin = " + ".join(line.files) or None
-    return validate_config(merge(merge(defaults or {}, values), line.values), origin=origin)
+    config = validate_config(merge(merge(defaults or {}, values), line.values), origin=origin)
+    if naming is not None and "run_dir" not in line.values.get("train", {}):
+        config.note_moved_run(naming)
+    return config
 
 
 def _describe_merge(below: str, file: str, old: dict[str, Any], added: dict[str, Any]) -> str:
@@ -76,6 +83,7 @@ def read_yaml(path: Path, what: str = "--config") -> dict[str, Any]:
     Raises:
         UsageError: If the file cannot be read, is not YAML, has a key twice, or is not a mapping of names.
     """
+    path = local_path(str(path), what)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have

@@ -1,12 +1,16 @@
 """The whole configuration, and the checks that need more than one section."""
 
+import os
+import shlex
+from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from moe_train.config.base import Section
 from moe_train.config.data import DataConfig
 from moe_train.config.model import ModelConfig
+from moe_train.config.paths import expand_user
 from moe_train.config.run import (
     ALARM_FIELDS,
     CheckpointConfig,
@@ -37,6 +41,27 @@ class Config(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Raw additions to DeepSpeed's configuration (as JSON on the command line); they must not contradict a field
     above."""
+
+    _moved_run: str = PrivateAttr("")
+
+    @property
+    def moved_run(self) -> str:
+        """Why no run may begin with this configuration: its file is that of a moved run; empty: one may."""
+        return self._moved_run
+
+    def note_moved_run(self, file: str) -> None:
+        """Note whether a configuration file is that of a run whose folder was moved or copied.
+
+        Args:
+            file: Configuration file that train.run_dir comes from.
+        """
+        folder, run_dir = Path(expand_user(file)).absolute().parent, self.train.run_dir
+        if any(folder.glob("checkpoints/step_*")) and os.path.realpath(folder) != os.path.realpath(run_dir):
+            self._moved_run = (
+                f"--config {file} lies in a folder with checkpoints, but its train.run_dir ({run_dir!r}) is another "
+                f"folder, {os.path.realpath(run_dir)}: give --train.run_dir={shlex.quote(str(folder))} to go on with "
+                f"the run there, or --train.run_dir={shlex.quote(run_dir)} to use the other folder"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

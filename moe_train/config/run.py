@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moe_train.config.base import Section, SectionWithParts
+from moe_train.config.paths import UserPath
 from moe_train.config.registry import PartName, check_part
 
 ALARM_FIELDS = ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps")  # in telemetry
@@ -101,7 +102,7 @@ class OptimConfig(SectionWithParts):
 class TrainConfig(Section):
     """The training loop."""
 
-    run_dir: str
+    run_dir: UserPath
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
@@ -144,6 +145,9 @@ class TrainConfig(Section):
     step_timeout_seconds: PositiveInt = 600
     """Seconds after which a step that has not ended counts as hanging: every rank writes where it is, and the run ends
     with exit code 70, so that a launcher can start it again."""
+    lock_wait_seconds: float = Field(90.0, ge=0.0)
+    """Longest time that a start waits for a run folder in which another run is at work; then it ends with exit code 2.
+    A run that is dead on this host is replaced at once, one on another host after 60 seconds without a sign of life."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -176,9 +180,10 @@ class CheckpointConfig(Section):
     """What happens after a failed save, for example on a full disk. continue: the error is reported, the last good
     checkpoint stays, and the next save is tried when it is due (the last save of the run must succeed); stop: the run
     ends."""
-    resume: str = "auto"
+    resume: UserPath = "auto"
     """Checkpoint to resume from. auto: the newest valid checkpoint of the run folder, if there is one; never: none, and
-    a run folder with checkpoints is refused; or the path of a checkpoint."""
+    a run folder with checkpoints is refused; or a path: the folder of a run or of its checkpoints (the newest one),
+    latest in the latter, or the folder of one checkpoint."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

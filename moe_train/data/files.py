@@ -1,15 +1,18 @@
 """Files of a source: folders are walked and patterns expanded, always in the same order."""
 
-import glob
 import os
 import sysconfig
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moe_train.config.errors import UsageError
+from moe_train.config.paths import expand_user, is_remote, unreplaced_variable
+from moe_train.data.folders import cache_root
+from moe_train.data.patterns import has_wildcard, match_paths
+from moe_train.data.remote import RemoteFile, fetch, list_remote
 
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".markdown", ".rst"),
@@ -59,16 +62,19 @@ class FoundFiles:
         return f"{field}: {len(self.files):,} files taken, {count:,} left out{': ' + reasons if reasons else ''}"
 
 
-def find_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -> FoundFiles:
-    """Find the files that paths name: files as given, files in folders, and matches of glob patterns.
+def find_files(
+    patterns: Sequence[str], suffixes: tuple[str, ...], field: str, cache_dir: str | None = None
+) -> FoundFiles:
+    """Find the files that paths name: files, folders, matches of patterns, and copies of remote files.
 
     Args:
-        patterns: Files, folders or glob patterns. Folders are searched for files with one of the suffixes, except names
-            that begin with a dot; links are followed. In a glob pattern, `**` matches folders at any depth; only files
-            count.
+        patterns: Files, folders or patterns. Folders, also those that a pattern matches, are searched for files with
+            one of the suffixes, except names that begin with a dot; links are followed. `**` matches folders at any
+            depth.
         suffixes: File name endings that are taken from folders, also with an ending of packed files behind them.
             Capital letters count as small ones.
         field: Name of the setting, for messages.
+        cache_dir: Setting of the cache, which remote files are copied into.
 
     Returns:
         The files in the order of the patterns, sorted by name within a pattern. A file that is reached twice is listed
@@ -84,10 +90,12 @@ def find_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -
         matches = sorted(_expand(pattern, suffixes, field, left_out), key=lambda file: file.name)
         if not matches:
             raise UsageError(_nothing_found(pattern, suffixes, field))
-        for file in matches:
+        for match in matches:
+            file = _copy_of(match, cache_dir) if isinstance(match, RemoteFile) else match
             if found.setdefault(file.path.resolve(), file) is not file:
                 left_out.setdefault("reached twice", []).append(file.name)
-    searched = any(not Path(pattern).expanduser().is_file() for pattern in patterns)
+    named = [pattern for pattern in patterns if is_remote(pattern) or Path(expand_user(pattern)).is_file()]
+    searched = len(named) < len(patterns) or bool(left_out)
     return FoundFiles(
         tuple(found.values()), {reason: tuple(sorted(names)) for reason, names in left_out.items()}, searched
     )
@@ -143,29 +151,32 @@ def files_below(root: Path, field: str) -> tuple[CorpusFile, ...]:
     return tuple(sorted(files, key=lambda file: file.name))
 
 
-def _expand(pattern: str, suffixes: tuple[str, ...], field: str, left_out: LeftOut) -> Iterator[CorpusFile]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        yield from _walk(path, suffixes, field, left_out)
-    elif path.is_file():
-        yield CorpusFile(path, path.name)
-    elif path.exists():
-        raise UsageError(
-            f"{field} ({pattern!r}): is a pipe or a device: data is read more than once, save it as a file"
-        )
-    elif glob.has_magic(pattern):
-        root = _fixed_root(path)
-        for match in glob.iglob(str(path), recursive=True):
-            if os.path.isfile(match):
-                yield CorpusFile(Path(match), os.path.relpath(match, root))
+def _expand(
+    pattern: str, suffixes: tuple[str, ...], field: str, left_out: LeftOut
+) -> Iterator[CorpusFile | RemoteFile]:
+    pattern = expand_user(pattern)
+    if is_remote(pattern):
+        for remote in list_remote(pattern, field):
+            if reason := _why_name_left_out(remote.name, suffixes) if remote.is_in_folder else "":
+                left_out.setdefault(reason, []).append(remote.name)
+            else:
+                yield remote
+        return
+    for path, name in match_paths(pattern, field):
+        if path.is_dir():
+            inside = "" if path == Path(pattern) else f"{name}/"  # of several folders, a file has the name of its own
+            for file in _walk(path, suffixes, field, left_out):
+                yield CorpusFile(file.path, f"{inside}{file.name}")
+        elif path.is_file():
+            yield CorpusFile(path, name)
+        elif path.exists():
+            raise UsageError(
+                f"{field} ({pattern!r}): is a pipe or a device: data is read more than once, save it as a file"
+            )
 
 
-def _fixed_root(pattern: Path) -> Path:
-    """Return the folder before the first part of a pattern that can match several names."""
-    for parent in reversed(pattern.parents):
-        if glob.has_magic(str(parent)):
-            return parent.parent
-    return pattern.parent
+def _copy_of(file: RemoteFile, cache_dir: str | None) -> CorpusFile:
+    return CorpusFile(fetch(file, cache_root(cache_dir)), file.name)
 
 
 def _walk(
@@ -199,18 +210,25 @@ def _walk(
 
 def _why_left_out(path: Path, suffixes: tuple[str, ...]) -> str:
     """Say why a file of a folder is not taken; empty if it is taken."""
-    name = path.name.lower()
-    if name.startswith("."):
+    if reason := _why_name_left_out(path.name, suffixes):
+        return reason
+    if not path.exists():
+        return "links that lead nowhere"
+    return "" if path.is_file() else "neither files nor folders"
+
+
+def _why_name_left_out(path: str, suffixes: tuple[str, ...]) -> str:
+    """Say why a file of a folder is not taken, by its path inside of the folder; empty if the path is no reason."""
+    if any(part.startswith(".") for part in PurePosixPath(path).parts):
         return "hidden"
+    name = PurePosixPath(path).name.lower()
     for packed in PACKED_SUFFIXES:
         name = name.removesuffix(packed)
     if name in DATA_SET_RECORDS:
         return "about a data set"
     if not name.endswith(suffixes):
         return f"without an ending of this source ({', '.join(suffixes)})"
-    if not path.exists():
-        return "links that lead nowhere"
-    return "" if path.is_file() else "neither files nor folders"
+    return ""
 
 
 def _unreadable(field: str, error: OSError) -> None:
@@ -222,9 +240,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _nothing_found(pattern: str, suffixes: tuple[str, ...], field: str) -> str:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
+    path = expand_user(pattern)
+    if os.path.isdir(path):
         return f"{field} ({pattern!r}): the folder holds no file with one of the endings {', '.join(suffixes)}"
-    if glob.has_magic(pattern):
+    if variable := unreplaced_variable(path):
+        return f"{field} ({pattern!r}): {variable}"
+    if has_wildcard(path):
         return f"{field} ({pattern!r}): the pattern matches no file"
     return f"{field} ({pattern!r}): no such file or folder"

@@ -4,13 +4,15 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from moe_train.config.errors import UsageError
+from moe_train.config.paths import home_folder, local_path
 
 Result = TypeVar("Result")
 
@@ -19,7 +21,8 @@ def cache_root(setting: str | None) -> Path:
     """Find the folder of tokenized data, and create it if it does not exist.
 
     Args:
-        setting: Value of data.cache_dir; None takes $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train.
+        setting: Value of data.cache_dir; None takes $XDG_CACHE_HOME/moe_train or ~/.cache/moe_train, or a folder of
+            this user under TMPDIR if there is no home folder that can be written to, as in a container.
 
     Returns:
         An absolute path.
@@ -27,11 +30,7 @@ def cache_root(setting: str | None) -> Path:
     Raises:
         UsageError: If the folder cannot be created or written to.
     """
-    if setting is None:
-        base = os.path.expandvars("${XDG_CACHE_HOME}")  # the text stays unchanged where the variable is not set
-        root = Path(base if os.path.isabs(base) else "~/.cache").expanduser() / "moe_train"
-    else:
-        root = Path(setting).expanduser().absolute()
+    root = _default_cache() if setting is None else local_path(setting, "data.cache_dir").absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -39,6 +38,23 @@ def cache_root(setting: str | None) -> Path:
     if not os.access(root, os.W_OK | os.X_OK):
         raise UsageError(f"data.cache_dir ({str(root)!r}) cannot be written to")
     return root
+
+
+def _default_cache() -> Path:
+    base, home = os.path.expandvars("${XDG_CACHE_HOME}"), home_folder()  # the text stays where the variable is not set
+    if os.path.isabs(base):
+        return Path(base) / "moe_train"
+    if home is not None:
+        root = Path(home, ".cache", "moe_train")
+        with suppress(OSError):  # a container's home folder may be missing or read-only
+            root.mkdir(parents=True, exist_ok=True)
+            if os.access(root, os.W_OK | os.X_OK):
+                return root
+    own = Path(tempfile.gettempdir(), f"moe_train-{os.getuid()}")
+    own.mkdir(mode=0o700, exist_ok=True)
+    if own.stat().st_uid != os.getuid():  # others may write there, and could plant tokens
+        raise UsageError(f"data.cache_dir (None): there is no home folder, and {own} is another user's: give a folder")
+    return own
 
 
 def build_once(

@@ -122,7 +122,7 @@ def _load(source: SourceConfig, split: str, split_field: str, field: str, conten
     """Load a split. `content` is the digest of a local folder's contents; None for a data set of the hub."""
     import datasets
 
-    folder = Path(str(source.name)).expanduser()
+    folder = Path(str(source.name))
     is_dataset, is_splits = ((folder / name).is_file() for name in (SAVED_DATASET_FILE, SAVED_SPLITS_FILE))
     if (is_dataset or is_splits) and source.subset is not None:
         raise UsageError(f"{field}.subset ({source.subset!r}) has no effect: {folder} holds one saved data set")

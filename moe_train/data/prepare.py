@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_train.config.data import DataConfig
 from moe_train.config.errors import UsageError
+from moe_train.config.paths import local_path
 from moe_train.data.build import cut
 from moe_train.data.cache import FORMAT_VERSION, CacheFolder, TokenCache
 from moe_train.data.corpus import Corpus
@@ -64,7 +65,7 @@ def check_data(config: DataConfig) -> None:
     """
     for source, field in zip(config.sources, source_fields(config), strict=True):
         check_source(source, field)
-    if config.tokenizer not in ("bytes", "bpe") and not Path(config.tokenizer).expanduser().is_file():
+    if config.tokenizer not in ("bytes", "bpe") and not local_path(config.tokenizer, "data.tokenizer").is_file():
         raise UsageError(f"data.tokenizer ({config.tokenizer!r}): neither bytes nor bpe nor the path of a file")
 
 
@@ -215,7 +216,7 @@ def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
         return ByteTokenizer()
     if config.tokenizer == "bpe":
         return None
-    return load_tokenizer_file(Path(config.tokenizer).expanduser(), config.end_of_document)
+    return load_tokenizer_file(local_path(config.tokenizer, "data.tokenizer"), config.end_of_document)
 
 
 def _trained_bpe(

@@ -98,8 +98,8 @@ def open_corpus(
     if source.source == "python_stdlib":
         return FileCorpus(source.source, "", stdlib_files(), (), split, f"{field}.source (python_stdlib)")
     suffixes = SUFFIXES[source.source]
-    found = find_files(source.paths, suffixes, f"{field}.paths")
-    held_out = find_files(source.validation_paths, suffixes, f"{field}.validation_paths")
+    found = find_files(source.paths, suffixes, f"{field}.paths", config.cache_dir)
+    held_out = find_files(source.validation_paths, suffixes, f"{field}.validation_paths", config.cache_dir)
     # A folder may contain the held-out files; these are not trained on.
     kept_away = {file.path.resolve() for file in held_out.files}
     training = tuple(file for file in found.files if file.path.resolve() not in kept_away)
@@ -135,8 +135,8 @@ def check_source(source: SourceConfig, field: str) -> None:
         check_files(source.paths, SUFFIXES[source.source], f"{field}.paths")
         check_files(source.validation_paths, SUFFIXES[source.source], f"{field}.validation_paths")
     if source.source == "huggingface" and source.name is not None:
-        local = source.name.startswith(("/", "./", "../", "~"))
-        if local and not Path(source.name).expanduser().is_dir():
+        local = source.name.startswith(("/", "./", "../"))
+        if local and not Path(source.name).is_dir():
             raise UsageError(f"{field}.name ({source.name!r}): no such folder")
         if source.validation_split == source.split:
             raise UsageError(

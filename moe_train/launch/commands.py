@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_train.config.errors import UsageError
+from moe_train.config.paths import home_folder
 from moe_train.distributed.rendezvous import LAUNCH_MARK
 from moe_train.launch.host_agents import SSH, shell_command
 from moe_train.launch.hostfile import HostLine
@@ -96,7 +97,7 @@ def passed_environment(
     """
     kept = {name: value for name, value in environ.items() if any(fnmatch.fnmatch(name, each) for each in PASSED_ON)}
     own_file = environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for path in (Path.home() / own_file, Path.cwd() / own_file):
+    for path in (Path(folder, own_file) for folder in (home_folder(), os.getcwd()) if folder is not None):
         if path.is_file():
             lines = [line.strip() for line in path.read_text().splitlines()]
             kept |= dict(line.split("=", 1) for line in lines if "=" in line)

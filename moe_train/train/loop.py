@@ -17,6 +17,7 @@ from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.progress import Progress
 from moe_train.train.recovery import Recovery
 from moe_train.train.run_folder import RunFolder
+from moe_train.train.run_lock import RunLock
 from moe_train.train.saving import Saver
 from moe_train.train.schedule import learning_rate
 from moe_train.train.step_control import StepControl, StepDecision
@@ -33,6 +34,7 @@ class Run:
     Attributes:
         config: Resolved configuration.
         folder: Folder of the run.
+        lock: Lock of that folder.
         data: Training and held-out sequences.
         engine: Engine with the model and its optimizer.
         plan: Sizes of a batch and this rank's place in it.
@@ -49,6 +51,7 @@ class Run:
 
     config: ResolvedConfig
     folder: RunFolder
+    lock: RunLock
     data: PreparedData
     engine: TrainEngine
     plan: BatchPlan
@@ -101,12 +104,14 @@ def train(run: Run, first: Progress) -> TrainResult:
     validation, stopped = None, None
     with run.console.progress(first.step, num_steps):
         while progress.step < num_steps and stopped is None:
+            run.lock.check_known()
             rate = learning_rate(progress.step, num_steps, config.optim)
             result, decision = _take_step(run, progress, rate)
             if decision.save_ended:
                 run.saver.settle()
             if decision.is_exhausted:
                 run.flight_recorder.at("recover")
+                run.lock.check()
                 progress = run.recovery.go_back(progress, result)
                 continue
             progress, num_taken, stopped = progress.after(run.plan.global_batch_size), num_taken + 1, decision.stop

@@ -4,13 +4,15 @@ All that can be wrong is checked here, so that every rank finds the same error a
 must not import DeepSpeed, which looks for a device as soon as it is imported.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from moe_train.config.errors import UsageError
 from moe_train.config.parts import load_kinds
+from moe_train.config.paths import local_path
 from moe_train.config.resolve import ResolvedConfig, resolve, resolve_sizes
 from moe_train.config.root import Config
 from moe_train.data import PreparedData, check_data, prepare_data
@@ -20,7 +22,7 @@ from moe_train.distributed.world import World
 from moe_train.host.memory import keep_freed_memory
 from moe_train.host.precision import describe_device
 from moe_train.train.engine.settings import check_sizes
-from moe_train.train.resume import saved_global_batch_size
+from moe_train.train.resume import saved_global_batch
 from moe_train.train.run_folder import RunFolder, open_run_folder
 
 
@@ -58,8 +60,10 @@ def prepare_run(config: Config, world: World, check_room: RoomCheck) -> Prepared
     Raises:
         UsageError: If the run cannot work.
     """
+    if config.moved_run:
+        raise UsageError(config.moved_run)
     check_data(config.data)
-    config = _with_saved_batch(config)
+    config = _with_saved_batch(config, world.world_size)
     device = choose_device(config.parallel.device, world)
     choose_interface(config.parallel.network_interface, environment())
     export_world(world, device)  # before DeepSpeed is imported
@@ -83,11 +87,33 @@ def prepare_run(config: Config, world: World, check_room: RoomCheck) -> Prepared
     return PreparedRun(resolved, world, device, folder, data)
 
 
-def _with_saved_batch(config: Config) -> Config:
-    """Take the checkpoint's global batch if none is given, so that a run keeps it on any number of ranks."""
-    checkpoints = Path(config.train.run_dir) / "checkpoints"
-    is_resumable = checkpoints.is_dir() or Path(config.checkpoint.resume).is_dir()
-    if config.train.global_batch_size is not None or not is_resumable:
+def _with_saved_batch(config: Config, world_size: int) -> Config:
+    """Take the checkpoint's global batch if none is given, so that a run keeps it on any number of ranks.
+
+    The micro batch, if it is not given either, becomes the largest that divides a rank's share of it.
+
+    Raises:
+        UsageError: If the ranks, or the given micro batch, do not divide the checkpoint's global batch.
+    """
+    train = config.train
+    if train.global_batch_size is not None:
         return config
-    saved = saved_global_batch_size(config.checkpoint.resume, checkpoints)
-    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": saved})})
+    checkpoints = RunFolder(local_path(train.run_dir, "train.run_dir")).checkpoints
+    saved = saved_global_batch(config.checkpoint.resume, checkpoints)
+    if saved is None:
+        return config
+    size, folder = saved
+    is_given = "micro_batch_size" in train.model_fields_set and train.micro_batch_size != "auto"
+    micro = int(train.micro_batch_size) if is_given else 1
+    if size % (micro * world_size):
+        sizes = f"train.micro_batch_size x ranks ({micro} x {world_size} = {micro * world_size})"
+        largest = max((each for each in range(1, micro + 1) if size % (each * world_size) == 0), default=None)
+        first = f"give --train.micro_batch_size={largest}" if largest else f"take ranks that divide {size}"
+        multiple = math.ceil(size / (micro * world_size)) * micro * world_size
+        raise UsageError(
+            f"the global batch of {size} sequences, which comes from {folder} because no train.global_batch_size is "
+            f"given, must be divisible by {sizes if is_given else f'the ranks ({world_size})'}: {first}, or change the "
+            f"steps that follow by --train.global_batch_size={multiple}"
+        )
+    changes = {"global_batch_size": size} | ({} if is_given else {"micro_batch_size": "auto"})
+    return config.model_copy(update={"train": train.model_copy(update=changes)})

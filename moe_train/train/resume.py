@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_train.checkpoint.folders import list_checkpoints
+from moe_train.checkpoint.inventory import find_checkpoint_folder
 from moe_train.checkpoint.manifest import Manifest, read_manifest
 from moe_train.config.base import field_values
 from moe_train.config.errors import UsageError
@@ -80,20 +81,29 @@ def _shape_fields(model: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def saved_global_batch_size(setting: str, checkpoints: Path) -> int | None:
-    """Read the global batch size of the newest checkpoint that a run would resume from; None: no readable checkpoint.
+def saved_global_batch(setting: str, checkpoints: Path) -> tuple[int, Path] | None:
+    """Read the global batch size of the newest checkpoint that a run would resume from, with its folder.
 
     It is the default if no global batch size is given, so that steps stay the same on another number of ranks.
+
+    Args:
+        setting: checkpoint.resume.
+        checkpoints: Folder of the run's checkpoints.
+
+    Returns:
+        The size and the checkpoint's folder; None: there is no readable checkpoint.
     """
-    folders = list(reversed(list_checkpoints(checkpoints))) if setting == "auto" else []
-    if setting not in ("auto", "never"):
-        folders = [Path(setting)]
-    for folder in folders:
+    try:
+        is_named = setting not in ("auto", "never")
+        named = [find_checkpoint_folder(setting, "checkpoint.resume")] if is_named else []
+    except UsageError:
+        return None  # reported later, when the checkpoint is loaded
+    for folder in named or (list(reversed(list_checkpoints(checkpoints))) if setting == "auto" else []):
         try:
             size = read_manifest(folder).config["train"]["global_batch_size"]
         except (UsageError, LookupError, TypeError):
-            continue  # reported later, when the checkpoint is loaded
-        return size if type(size) is int and 0 < size <= _MOST_SEQUENCES else None
+            continue  # reported later, too
+        return (size, folder) if type(size) is int and 0 < size <= _MOST_SEQUENCES else None
     return None
 
 

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml
+from moe_train.config.paths import local_path
 from moe_train.config.root import Config
 from moe_train.data import SubwordTokenizer, Tokenizer
 
@@ -61,7 +62,7 @@ def open_run_folder(run_dir: str) -> RunFolder:
     Raises:
         UsageError: If the folder cannot be written.
     """
-    folder = RunFolder(Path(run_dir))
+    folder = RunFolder(local_path(run_dir, "train.run_dir"))
     try:
         folder.log(0).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

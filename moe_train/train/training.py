@@ -43,6 +43,7 @@ from moe_train.train.recovery import Recovery
 from moe_train.train.remarks import remarks
 from moe_train.train.resume import changed_data, changed_fields, check_resumable
 from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
+from moe_train.train.run_lock import RunLock, acquire_together
 from moe_train.train.saving import Saver
 from moe_train.train.step_control import StepControl
 from moe_train.train.summary import make_summary, show_summary, write_summary
@@ -86,6 +87,7 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     init_process_group(world, prepared.device, config.parallel.timeout_seconds, warn)
     if config.train.compile:
         run_on_all_ranks(lambda: check_compiler(prepared.device))
+    lock = RunLock(prepared.folder.root)
     health = connect(
         world.master_addr,
         world.rank,
@@ -95,7 +97,7 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
         streams=(sys.stderr, errors),
     )
     try:
-        result = _train_watched(prepared, health, console, errors, sample)
+        result = _train_watched(prepared, lock, health, console, errors, sample)
     except UsageError as error:
         health.peers.fail(str(error))  # most often all ranks find the error; none must wait for one that has left
         raise
@@ -106,12 +108,13 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
         raise RunFailed(f"rank {world.rank}: {reason}; its log is {prepared.folder.log(world.rank)}", code) from error
     finally:
         health.watchdog.stop()
+        lock.release()
     health.leave()
     return result
 
 
 def _train_watched(
-    prepared: PreparedRun, health: Health, console: RunConsole, errors: TextIO, sample: Sampler
+    prepared: PreparedRun, lock: RunLock, health: Health, console: RunConsole, errors: TextIO, sample: Sampler
 ) -> TrainResult:
     def say(text: str) -> None:
         with contextlib.suppress(OSError):  # nobody may read it any more
@@ -120,8 +123,16 @@ def _train_watched(
     with StopSignals(say) as signals:
         try:
             group = create_background_group()
+            waited_for = acquire_together(
+                lock, prepared.world.rank, prepared.config.train.lock_wait_seconds, console.say
+            )
             point = _agree(prepared, group)
-            run, first = _build(prepared, point, health, signals, console, group)
+            if waited_for and point.manifest is not None and point.manifest.step == prepared.config.train.steps:
+                raise UsageError(
+                    f"train.run_dir ({prepared.config.train.run_dir!r}): another run ({waited_for}) took all "
+                    f"{point.manifest.step} steps (train.steps) while this start waited for it; nothing is left to do"
+                )
+            run, first = _build(prepared, lock, point, health, signals, console, group)
             result = train(run, first)
         except BaseException:
             signals.ignore()  # this rank has yet to say why it ends
@@ -164,6 +175,7 @@ def _agree(prepared: PreparedRun, group: Group | None) -> ResumePoint:
 
 def _build(
     prepared: PreparedRun,
+    lock: RunLock,
     point: ResumePoint,
     health: Health,
     signals: StopSignals,
@@ -175,8 +187,8 @@ def _build(
     layers = config.model.moe_layer_indices
     meter = TrafficMeter(device) if config.telemetry.experts and layers else None
     engine = make_engine(config, device, meter, health.flight_recorder)
-    first = _restore(prepared, point, engine, console, group)
-    metrics, alarms = _open_metrics(prepared, first.step, console) if world.rank == 0 else (None, None)
+    first = _restore(prepared, lock, point, engine, console, group)
+    metrics, alarms = _open_metrics(prepared, lock, first.step, console) if world.rank == 0 else (None, None)
     flops = training_flops_per_token(config.model, config.model.vocab_size, config.train.sequence_length)
     # On all ranks at once: those of a CPU share its cores.
     reference = FlopsReference(flops, peak_flops(device, config.train.precision))
@@ -185,7 +197,7 @@ def _build(
     # Rank 0's clock decides for all: clocks differ, and a save needs all ranks.
     longest = 60 * config.checkpoint.every_minutes if world.rank == 0 else 0.0
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
-    writer = CheckpointWriter(folder.checkpoints, world.rank, group, retention)
+    writer = CheckpointWriter(folder.checkpoints, world.rank, group, retention, lock.writing)
     step_control = StepControl(
         max_norm_ratio=config.train.max_grad_norm_ratio,
         max_skipped=config.train.max_skipped_steps,
@@ -199,6 +211,7 @@ def _build(
     return Run(
         config=config,
         folder=folder,
+        lock=lock,
         data=prepared.data,
         engine=engine,
         plan=plan,
@@ -217,13 +230,19 @@ def _build(
 
 
 def _restore(
-    prepared: PreparedRun, point: ResumePoint, engine: TrainEngine, console: RunConsole, group: Group | None
+    prepared: PreparedRun,
+    lock: RunLock,
+    point: ResumePoint,
+    engine: TrainEngine,
+    console: RunConsole,
+    group: Group | None,
 ) -> Progress:
     """Load the checkpoint, if there is one. Collective: All ranks."""
     manifest, config = point.manifest, prepared.config
     if manifest is None:
         return Progress()
     load_checkpoint(engine, manifest, group)
+    lock.check()
     for line in quarantine_damaged(point, prepared.world.rank):
         console.say(line)
     left = config.train.steps - manifest.step
@@ -236,12 +255,14 @@ def _restore(
 
 
 def _open_metrics(
-    prepared: PreparedRun, first_step: int, console: RunConsole
+    prepared: PreparedRun, lock: RunLock, first_step: int, console: RunConsole
 ) -> tuple[MetricsWriter, LoadAlarms | None]:
     config, folder, layers = prepared.config, prepared.folder, prepared.config.model.moe_layer_indices
-    save_config(folder, config)
-    save_tokenizer(folder, prepared.data.tokenizer)
-    writer = MetricsWriter(folder.root, first_step, open_sinks(config.telemetry, folder, first_step), console.say)
+    with lock.writing():
+        save_config(folder, config)
+        save_tokenizer(folder, prepared.data.tokenizer)
+        sinks = open_sinks(config.telemetry, folder, first_step)
+        writer = MetricsWriter(folder.root, first_step, sinks, console.say, lock.writing)
     # Fields for the comparison of runs: without the run's folder, and without fields that are None.
     fields = {
         name: value
@@ -285,7 +306,8 @@ def _conclude(run: Run, result: TrainResult, sample: str | None) -> None:
         model = run.config.model
         summary = make_summary(run, result, count_parameters(model, model.vocab_size), sample)
         try:
-            write_summary(run.folder.summary, summary)
+            with run.lock.writing():
+                write_summary(run.folder.summary, summary)
         except OSError as error:  # all that was trained is saved
             run.console.say(f"warning: {run.folder.summary} could not be written: {error}")
         show_summary(run, summary)

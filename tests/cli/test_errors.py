@@ -1,11 +1,13 @@
 """What a user gets wrong: exit code 2, one message naming both values, quickly, and no rank left behind."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import ProcessResult
-from tests.train.runs import SMALL, train_alone, train_under_deepspeed
+from tests.processes import ProcessResult, run_process
+from tests.train.runs import CPU, ROOT, SMALL, train_alone, train_under_deepspeed
 
 SECONDS = 60  # a bound on hanging; on a quiet machine the slowest, under `deepspeed`, takes under 10
 
@@ -94,3 +96,18 @@ def test_fewer_sequences_than_a_batch(tmp_path: Path) -> None:
     assert result.returncode == 2, result
     message = result.stderr.splitlines()[-1]
     assert "train.global_batch_size" in message and "tiny.txt" in message and "1 sequences" in message, message
+
+
+def test_without_a_home_folder_a_run_needs_no_setting(tmp_path: Path) -> None:
+    """As a container's user without an entry: neither HOME nor a list of users names a home folder."""
+    unshare = ["unshare", "--user", "--map-user=54321"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    (tmp_path / "t.txt").write_text("a text to be read, and some more of it\n" * 200)
+    options = [*SMALL, "--data.source=text", f"--data.paths={tmp_path}/t.txt", "--data.validation_fraction=0"]
+    options += ["--train.steps=1", f"--train.run_dir={tmp_path}/run", "--train.sample_tokens=0"]
+    environment = CPU | dict.fromkeys(("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME")) | {"TMPDIR": str(tmp_path)}
+    command = [*unshare, sys.executable, "-m", "moe_train", "train", *options]
+    result = run_process(command, 120, environment, cwd=ROOT)
+    assert result.returncode == 0, result
+    assert (tmp_path / "moe_train-54321").is_dir() and not (ROOT / "~").exists()

@@ -1,6 +1,7 @@
 """Things built once: locks, folders that appear whole, and where the cache lies."""
 
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -110,3 +111,21 @@ def test_a_cache_that_cannot_be_made_or_written_to_is_named(tmp_path, monkeypatc
     monkeypatch.setattr(os, "access", lambda *_: False)  # the test may run as root, whom no mode stops
     with pytest.raises(UsageError, match=r"data\.cache_dir .* cannot be written to"):
         cache_root(str(tmp_path))
+
+
+def test_without_a_home_folder_the_cache_is_under_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = tmp_path / f"moe_train-{os.getuid()}"
+    homes = ["", "/proc/none"]  # not known, and one that nobody can write to
+    for home in homes:
+        monkeypatch.setenv("HOME", home)
+        assert cache_root(None) == own and own.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(UsageError, match="home folder is not known"):
+        monkeypatch.setenv("HOME", "")
+        cache_root("~/here")
+    other = os.getuid() + 1
+    own.rename(tmp_path / f"moe_train-{other}")  # made by this user, who is another one now
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(UsageError, match="is another user's: give a folder"):
+        cache_root(None)

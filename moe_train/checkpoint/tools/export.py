@@ -1,8 +1,11 @@
 """Export of weights alone: complete tensors in shards, with the index that Hugging Face's tools read."""
 
+import contextlib
 import json
 import math
 import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from moe_train.checkpoint.manifest import DamagedCheckpoint, Manifest
 from moe_train.checkpoint.ranges import RangeReader
 from moe_train.checkpoint.tools.inspection import CHUNK
 from moe_train.config.errors import UsageError
+from moe_train.config.paths import is_remote, local_path
+from moe_train.host.remote_files import open_remote, remote_errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SHARD_BYTES = 5_000_000_000  # the size that Hugging Face's tools write
@@ -60,7 +65,7 @@ class _Item:
 
 def export_weights(
     manifest: Manifest,
-    folder: Path,
+    folder: Path | str,
     dtype: str = "fp32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Advance | None = None,
@@ -69,7 +74,7 @@ def export_weights(
 
     Args:
         manifest: Manifest of the checkpoint; every byte of the checkpoint is read and verified first.
-        folder: Folder to create.
+        folder: Folder to create; a URL: by fsspec, one file after the other by way of TMPDIR, and the index last.
         dtype: Dtype of the weights: fp32, bf16 or fp16; buffers are fp32.
         max_shard_bytes: Largest number of tensor bytes in a shard; a larger tensor gets a shard of its own.
         advance: Called with the number of bytes after each block that verification reads.
@@ -79,13 +84,14 @@ def export_weights(
         DamagedCheckpoint: If the checkpoint is damaged.
         OSError: If the folder cannot be written.
     """
+    if isinstance(folder, str) and is_remote(folder):
+        return _export_remote(manifest, folder, _plan_shards(_items(manifest, DTYPES[dtype]), max_shard_bytes), advance)
+    folder = local_path(str(folder), "FOLDER")
     part = folder.with_name(f"{folder.name}.part")
     for path, why in ((folder, "exists"), (part, "exists, of an export under way or killed")):
         if path.exists() or path.is_symlink():
             raise UsageError(f"FOLDER ({str(path)!r}) {why}: give a new one, or remove it")
-    for _, damage in check_files(manifest, manifest.files, advance):
-        if damage is not None:
-            raise damage
+    _check_whole(manifest, advance)
     shards = _plan_shards(_items(manifest, DTYPES[dtype]), max_shard_bytes)
     part.mkdir(parents=True)
     try:
@@ -96,6 +102,37 @@ def export_weights(
         raise
     sync_folder(folder.parent)
     return Exported(str(folder), *exported)
+
+
+def _export_remote(manifest: Manifest, url: str, shards: list[list["_Item"]], advance: Advance | None) -> Exported:
+    """Write an export to a remote file system, which renames no folder: only the index, the last file, completes it."""
+    filesystem, root = open_remote(url, "FOLDER")
+    with remote_errors(url, "FOLDER", "cannot be asked for"):
+        if filesystem.exists(root):
+            raise UsageError(f"FOLDER ({url!r}) exists: give a new one, or remove it")
+    _check_whole(manifest, advance)
+
+    def send(path: Path) -> None:
+        with remote_errors(url, "FOLDER", f"{path.name} cannot be written"):
+            filesystem.put_file(str(path), f"{root.rstrip('/')}/{path.name}")
+        path.unlink()
+
+    with tempfile.TemporaryDirectory(prefix="moe_train-export-") as scratch:
+        with remote_errors(url, "FOLDER", "cannot be made"):
+            filesystem.makedirs(root, exist_ok=True)  # object stores have no folders: nothing happens there
+        try:
+            exported = _write(manifest, Path(scratch), shards, send)
+        except BaseException:  # also an interrupt
+            with contextlib.suppress(Exception):  # the first error counts; the rest has no index
+                filesystem.rm(root, recursive=True)
+            raise
+    return Exported(url, *exported)
+
+
+def _check_whole(manifest: Manifest, advance: Advance | None) -> None:
+    for _, damage in check_files(manifest, manifest.files, advance):
+        if damage is not None:
+            raise damage
 
 
 def _items(manifest: Manifest, dtype: torch.dtype) -> list[_Item]:
@@ -118,18 +155,23 @@ def _plan_shards(items: list[_Item], max_bytes: int) -> list[list[_Item]]:
     return shards
 
 
-def _write(manifest: Manifest, part: Path, shards: list[list[_Item]]) -> tuple[int, int, int]:
+def _write(
+    manifest: Manifest, part: Path, shards: list[list[_Item]], finish: Callable[[Path], object] = lambda path: None
+) -> tuple[int, int, int]:
+    """Write the files of an export, the index last; `finish` is called with each of them."""
     weight_map: dict[str, str] = {}
     with RangeReader(manifest) as reader:
         for number, items in enumerate(shards, start=1):
             path = part / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             _write_shard(path, {item.name: _read(manifest, reader, item) for item in items})
+            finish(path)
             weight_map |= {item.name: path.name for item in items}
     total = sum(item.num_bytes for items in shards for item in items)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_durably(part / INDEX, json.dumps(index, indent=2) + "\n")
     model = yaml.safe_dump({"model": manifest.config.get("model", {})}, sort_keys=False)
-    write_durably(part / "config.yaml", model)
+    for name, text in (("config.yaml", model), (INDEX, json.dumps(index, indent=2) + "\n")):
+        write_durably(part / name, text)
+        finish(part / name)
     sync_folder(part)
     return len(weight_map), total, len(shards)
 

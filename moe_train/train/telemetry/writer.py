@@ -1,5 +1,6 @@
 """Writer of a run's records to metrics.jsonl and to the sinks that the configuration names."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,14 @@ from moe_train.train.telemetry.sinks.base import Sink
 class MetricsWriter:
     """Writer of records to metrics.jsonl and to sinks. A full disk does not end the run: there is one warning."""
 
-    def __init__(self, run_dir: Path, first_step: int, sinks: Mapping[str, Sink], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        first_step: int,
+        sinks: Mapping[str, Sink],
+        say: Callable[[str], None],
+        writing: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         """Open the run's records, and drop those of steps from first_step on, because they are made again.
 
         Args:
@@ -26,8 +34,9 @@ class MetricsWriter:
             first_step: Step that the run begins or resumes with, from 0.
             sinks: Opened sinks by their names.
             say: Function that gets a message if records cannot be written.
+            writing: Called around every write; it raises a RuntimeError if another run has taken the folder over.
         """
-        self._path, self._say = run_dir / "metrics.jsonl", say
+        self._path, self._say, self._writing = run_dir / "metrics.jsonl", say, writing
         self._sinks = dict(sinks)
         self._num_lost = 0
         drop_records_from(self._path, first_step)
@@ -55,7 +64,8 @@ class MetricsWriter:
     def rewind(self, step: int) -> None:
         """Drop the records after a step, because they are made again."""
         try:
-            drop_records_from(self._path, step)
+            with self._writing():
+                drop_records_from(self._path, step)
         except OSError as error:
             self._say(f"warning: {self._path}: records behind step {step} could not be dropped ({error})")
         self._tell(f"behind step {step}", lambda sink: sink.rewind(step))
@@ -69,7 +79,8 @@ class MetricsWriter:
     def _write(self, step: int, record: Record, write: Callable[[Path, Record], None]) -> None:
         finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
         try:
-            write(self._path, {"step": step} | finite)
+            with self._writing():
+                write(self._path, {"step": step} | finite)
         except OSError as error:
             if self._num_lost == 0:
                 self._say(f"warning: step {step}: {self._path} cannot be written ({error}); the run goes on")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -79,3 +80,30 @@ def test_a_failure_to_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space"):
         export_weights(read_manifest(make_checkpoint(tmp_path)), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_remote_export_has_the_files_of_a_local_one(tmp_path: Path) -> None:
+    manifest = read_manifest(make_checkpoint(tmp_path))
+    filesystem = fsspec.filesystem("memory")
+    local = export_weights(manifest, tmp_path / "out", "bf16", 60)
+    remote = export_weights(manifest, "memory://exports/out", "bf16", 60)
+    assert (remote.tensors, remote.bytes, remote.shards) == (local.tensors, local.bytes, local.shards)
+    found = {path.rpartition("/")[2]: filesystem.cat(path) for path in filesystem.find("/exports/out")}
+    assert found == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UsageError, match=r"FOLDER .'memory://exports/out'. exists"):
+        export_weights(manifest, "memory://exports/out")
+
+
+def test_a_remote_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filesystem, sent = fsspec.filesystem("memory"), []
+
+    def put_file(self: object, path: str, target: str) -> None:
+        sent.append(target)
+        if target.endswith("index.json"):
+            raise OSError("the link is down")
+        filesystem.pipe(target, Path(path).read_bytes())
+
+    monkeypatch.setattr(type(filesystem), "put_file", put_file)
+    with pytest.raises(UsageError, match=r"index.json cannot be written: OSError: the link is down"):
+        export_weights(read_manifest(make_checkpoint(tmp_path)), "memory://exports/broken")
+    assert len(sent) == 3 and not filesystem.find("/exports/broken")
