@@ -124,9 +124,11 @@ OPTIONS = (
     "--train.precision=fp32",
     "--train.sample_tokens=0",
     f"--train.steps={NUM_STEPS}",
-    # With seed 0 the gradient of step 20 is ill-conditioned: in one process, a learning rate that is 1e-7 larger
-    # changes its norm by 1.9e-3. With seed 1 the change is 3e-7 at most, so that a difference of a layout is seen.
-    "--train.seed=1",
+    # A run must not stand on a knife's edge, where rounding decides. With seed 0 the gradient of step 20 is
+    # ill-conditioned: a learning rate that is 1e-7 larger changes its norm by 1.9e-3. With seed 1 a token is sent
+    # elsewhere in step 23, an expert's count crosses the mean, and the sign in the loss-free bias turns: the loss
+    # changes by 2e-4. With seed 2 layouts agree within 2.4e-7 (loss) and 6.1e-6 (norm) over 28 steps.
+    "--train.seed=2",
     "--telemetry.tensorboard=false",
     "--telemetry.every=1",
 )
