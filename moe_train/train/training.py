@@ -40,7 +40,7 @@ from moe_train.train.loop import Run, TrainResult, train
 from moe_train.train.preparation import PreparedRun
 from moe_train.train.progress import Progress
 from moe_train.train.recovery import Recovery
-from moe_train.train.resume import changed_fields, check_resumable
+from moe_train.train.resume import changed_fields, check_resumable, split_warnings
 from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
 from moe_train.train.saving import Saver
 from moe_train.train.step_control import StepControl
@@ -164,6 +164,8 @@ def _build(
     meter = TrafficMeter(device) if config.telemetry.experts and layers else None
     engine = make_engine(config, device, meter, health.flight_recorder)
     first = _restore(prepared, point, engine, console, group)
+    for warning in split_warnings(config, point.manifest):
+        console.say(f"warning: {warning}")
     metrics, alarms = _open_metrics(prepared, first.step, console) if world.rank == 0 else (None, None)
     flops = training_flops_per_token(config.model, config.model.vocab_size, config.train.sequence_length)
     # On all ranks at once: those of a CPU share its cores.
