@@ -106,7 +106,7 @@ def split_warnings(config: ResolvedConfig, manifest: Manifest | None) -> list[st
     Returns:
         A warning where accumulation is above 1, and another where it is not that of the checkpoint.
     """
-    settings = split_settings(config.model.moe) if config.model.moe_layer_indices else []
+    settings = split_settings(config.model.moe)
     if not settings:
         return []
     now, before = config.accumulation, _accumulation(manifest) if manifest is not None else None
