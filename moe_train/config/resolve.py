@@ -19,8 +19,9 @@ Precision = Literal["bf16", "fp16", "fp32"]
 MOST_CHUNKS = 4  # parallel.chunks auto: of n chunks, 1/n of the traffic is not hidden
 # parallel.chunks auto: with fewer rows, of all experts or of one, a chunk's own work costs more than it hides.
 ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT = 16384, 256
-# optim.router_lr_factor auto, with CV^2 terms: this over hidden_size. `python -m benchmarks.balance_scope` measures it.
-ROUTER_LR_WIDTH = 16
+# optim.router_lr_factor auto: how far one update may move a logit if the CV^2 terms lag by a step; measured by
+# `python -m benchmarks.balance_scope`.
+MOST_LOGIT_MOVE = 0.05
 AUTO_MICRO_BATCH = 8  # most sequences of one rank in one pass, with train.micro_batch_size auto
 
 
@@ -238,8 +239,10 @@ def router_lr_factor(config: Config) -> float:
     setting, moe = config.optim.router_lr_factor, config.model.moe
     has_routers = bool(config.model.moe_layer_indices)
     if setting == "auto":
-        is_thrown = has_routers and bool(moe.importance_cv2_coef or moe.load_cv2_coef)
-        return min(1.0, ROUTER_LR_WIDTH / config.model.hidden_size) if is_thrown else 1.0
+        has_terms = has_routers and bool(moe.importance_cv2_coef or moe.load_cv2_coef)
+        if not has_terms or moe.balance_scope != "step":
+            return 1.0
+        return min(1.0, MOST_LOGIT_MOVE / (config.optim.learning_rate * config.model.hidden_size))
     if setting != 1.0 and not has_routers:
         raise UsageError(f"optim.router_lr_factor ({setting}) has no effect: no layer of the model has a router")
     return setting

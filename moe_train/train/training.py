@@ -75,6 +75,8 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     layout = f"{world.world_size} x {prepared.device.type} ({world.launcher}), {config.train.precision}"
     layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
+    if config.optim.router_lr_factor != 1.0:
+        console.say(f"learning rate of the routers: {config.optim.router_lr_factor:.3g} x optim.learning_rate")
     init_process_group(world, prepared.device, config.parallel.timeout_seconds)
     if config.train.compile:
         run_on_all_ranks(lambda: check_compiler(prepared.device))
