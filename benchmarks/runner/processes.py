@@ -87,7 +87,12 @@ class TrainingRun:
 
 
 def run_training(
-    runs: Sequence[TrainingRun], jobs: int, timeout_seconds: float, when_done: Callable[[TrainingRun, float], None]
+    runs: Sequence[TrainingRun],
+    jobs: int,
+    timeout_seconds: float,
+    when_done: Callable[[TrainingRun, float], None],
+    *,
+    allowed: Sequence[int] = (0,),
 ) -> None:
     """Train, several runs at a time.
 
@@ -96,6 +101,7 @@ def run_training(
         jobs: Most runs at the same time.
         timeout_seconds: Most time of one run.
         when_done: Called with each run that ended well, and its seconds.
+        allowed: Exit codes with which a run ends well.
 
     Raises:
         RunFailed: The first run that did not end well; the others are ended.
@@ -111,7 +117,7 @@ def run_training(
         for run in runs
     ]
     by_name = {run.name: run for run in runs}
-    _run(processes, jobs, timeout_seconds, (0,), lambda name, seconds: when_done(by_name[name], seconds))
+    _run(processes, jobs, timeout_seconds, allowed, lambda name, seconds: when_done(by_name[name], seconds))
 
 
 @contextlib.contextmanager

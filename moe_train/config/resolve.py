@@ -6,19 +6,22 @@ After it, training, evaluation, doctor, planner and parity read only numbers.
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.parts import Kinds
 from moe_train.config.root import Config
-from moe_train.config.run import ParallelConfig, TrainConfig
+from moe_train.config.run import OptimConfig, ParallelConfig, TrainConfig
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
 MOST_CHUNKS = 4  # parallel.chunks auto: of n chunks, 1/n of the traffic is not hidden
 # parallel.chunks auto: with fewer rows, of all experts or of one, a chunk's own work costs more than it hides.
 ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT = 16384, 256
+# optim.router_lr_factor auto: how far one update may move a logit if the CV^2 terms lag by a step; measured by
+# `python -m benchmarks.balance_scope`.
+MOST_LOGIT_MOVE = 0.05
 AUTO_MICRO_BATCH = 8  # most sequences of one rank in one pass, with train.micro_batch_size auto
 
 
@@ -78,6 +81,13 @@ class ResolvedParallel(ParallelConfig):
     """Ranks of a node, if rows go across nodes first; None: they do not."""
 
 
+class ResolvedOptim(OptimConfig):
+    """The optim section with its factor."""
+
+    router_lr_factor: PositiveFloat
+    """Factor of the learning rate of the routers' maps."""
+
+
 class ResolvedTrain(TrainConfig):
     """The train section with its sizes."""
 
@@ -96,6 +106,8 @@ class ResolvedConfig(Config):
     """The model."""
     parallel: ResolvedParallel
     """Layout of the model over ranks."""
+    optim: ResolvedOptim
+    """The optimizer and the schedule of its learning rate."""
     train: ResolvedTrain
     """The training loop."""
     world_size: int = Field(exclude=True)
@@ -156,6 +168,7 @@ def resolve(config: Config, world: WorldSize, device: Device, vocab_size: int, k
     for section, fields in sizes.updates().items():
         values[section] |= fields
     values["parallel"]["node_size"] = sizes.node_size
+    values["optim"]["router_lr_factor"] = router_lr_factor(config)
     values["model"]["vocab_size"] = given if given is not None else vocab_size
     return ResolvedConfig.model_validate(values | {"world_size": world.world_size})
 
@@ -218,6 +231,24 @@ def choose_precision(setting: Precision | Literal["auto"], device: Device) -> Pr
     if setting == "fp16" and device.type == "cpu":
         raise UsageError("train.precision (fp16) needs parallel.device cuda: on a CPU it is bf16 or fp32")
     return setting if setting != "auto" else ("bf16" if device.has_bf16 else "fp32")
+
+
+def router_lr_factor(config: Config) -> float:
+    """Choose the factor of the routers' learning rate for optim.router_lr_factor.
+
+    Raises:
+        UsageError: If there is one and no router.
+    """
+    setting, moe = config.optim.router_lr_factor, config.model.moe
+    has_routers = bool(config.model.moe_layer_indices)
+    if setting == "auto":
+        has_terms = has_routers and bool(moe.importance_cv2_coef or moe.load_cv2_coef)
+        if not has_terms or moe.balance_scope != "step":
+            return 1.0
+        return min(1.0, MOST_LOGIT_MOVE / (config.optim.learning_rate * config.model.hidden_size))
+    if setting != 1.0 and not has_routers:
+        raise UsageError(f"optim.router_lr_factor ({setting}) has no effect: no layer of the model has a router")
+    return setting
 
 
 def _batch_sizes(config: Config, world_size: int) -> tuple[int, int]:

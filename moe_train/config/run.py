@@ -62,6 +62,10 @@ class OptimConfig(SectionWithParts):
     own settings are under that name, beside this field."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
+    router_lr_factor: PositiveFloat | Literal["auto"] = "auto"
+    """Factor of the learning rate of the routers' maps. auto: with CV^2 terms of balance_scope step, 0.05 /
+    (learning_rate x model.hidden_size), or 1 if that is less; otherwise 1. An update of Adam moves a logit by up to
+    learning_rate x hidden_size. With the lag of scope step, larger moves than 0.05 throw the load from side to side."""
     min_learning_rate_ratio: float = Field(0.1, ge=0.0, le=1.0)
     """Learning rate at the end, as a share of the peak; not for schedule constant."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"

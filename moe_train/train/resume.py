@@ -15,6 +15,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import ResolvedConfig
 from moe_train.data.identity import SourceIdentity, data_changes
 from moe_train.model.build import mixer_of
+from moe_train.model.moe.balance.build import split_settings
 from moe_train.model.moe.routers.build import router_shapes
 
 # Fields whose changes since the checkpoint are not reported.
@@ -125,6 +126,40 @@ def changed_data(manifest: Manifest, sources: Sequence[SourceIdentity]) -> list[
             "order put the data back; to train on new data from its start give a new train.run_dir"
         )
     return changes
+
+
+def split_warnings(config: ResolvedConfig, manifest: Manifest | None) -> list[str]:
+    """Warn of balance losses that depend on how a step is split into micro-batches, if the split matters here.
+
+    Args:
+        config: Configuration of this run.
+        manifest: Manifest of the checkpoint that it resumes from; None: it starts anew.
+
+    Returns:
+        A warning where accumulation is above 1, and another where it is not that of the checkpoint.
+    """
+    settings = split_settings(config.model.moe)
+    if not settings:
+        return []
+    now, before = config.accumulation, _accumulation(manifest) if manifest is not None else None
+    verb = "make" if len(settings) > 1 else "makes"
+    depends = f"{' and '.join(settings)} {verb} the objective depend on it; scope step does not"
+    warnings = [f"a step has {now} micro-batches per rank: {depends}"] if now > 1 else []
+    if manifest is not None and before is not None and before != now:
+        warnings.append(
+            f"{manifest.folder} was trained with {before} micro-batches per rank in a step, this run has {now}: "
+            f"{depends}"
+        )
+    return warnings
+
+
+def _accumulation(manifest: Manifest) -> int | None:
+    """Compute the micro-batches per rank and step of a checkpoint's run; None: it does not say."""
+    try:
+        train = manifest.config["train"]
+        return int(train["global_batch_size"]) // (int(train["micro_batch_size"]) * manifest.layout["world_size"])
+    except (LookupError, TypeError, ValueError, ZeroDivisionError):
+        return None  # written by an early version
 
 
 def changed_fields(manifest: Manifest, config: ResolvedConfig) -> list[str]:

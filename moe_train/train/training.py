@@ -41,7 +41,7 @@ from moe_train.train.preparation import PreparedRun
 from moe_train.train.progress import Progress
 from moe_train.train.recovery import Recovery
 from moe_train.train.remarks import remarks
-from moe_train.train.resume import changed_data, changed_fields, check_resumable
+from moe_train.train.resume import changed_data, changed_fields, check_resumable, split_warnings
 from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
 from moe_train.train.run_lock import RunLock, acquire_together
 from moe_train.train.saving import Saver
@@ -77,6 +77,8 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     layout = f"{world.world_size} x {prepared.device.type} ({world.launcher}), {config.train.precision}"
     layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
+    if config.optim.router_lr_factor != 1.0:
+        console.say(f"learning rate of the routers: {config.optim.router_lr_factor:.3g} x optim.learning_rate")
     for line in remarks(config, has_held_out=prepared.data.held_out is not None):
         console.say(f"remark: {line}")
 
@@ -188,6 +190,8 @@ def _build(
     meter = TrafficMeter(device) if config.telemetry.experts and layers else None
     engine = make_engine(config, device, meter, health.flight_recorder)
     first = _restore(prepared, lock, point, engine, console, group)
+    for warning in split_warnings(config, point.manifest):
+        console.say(f"warning: {warning}")
     metrics, alarms = _open_metrics(prepared, lock, first.step, console) if world.rank == 0 else (None, None)
     flops = training_flops_per_token(config.model, config.model.vocab_size, config.train.sequence_length)
     # On all ranks at once: those of a CPU share its cores.

@@ -29,7 +29,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return losses(folder)
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(1, 0), (1, 3), (3, 4), (0, 2)])
+# From 4 to 1 is a restart on half of the ranks with the same micro-batch, and so with twice the accumulation.
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(1, 0), (1, 3), (3, 4), (0, 2), (4, 1)])
 def test_a_run_goes_on_in_another_layout(
     parity_runs: ParityRuns, uninterrupted: dict[int, float], tmp_path: Path, saved_by: int, loaded_by: int
 ) -> None:
@@ -44,6 +45,13 @@ def test_a_run_goes_on_in_another_layout(
     for step in range(21, MORE_STEPS + 1):
         # The first 20 steps were taken in another layout, and differ by rounding.
         assert continued[step] == pytest.approx(uninterrupted[step], rel=1e-4), step
+
+
+def test_a_restart_on_half_the_ranks_is_among_them() -> None:
+    whole, half = LAYOUTS[4], LAYOUTS[1]
+    assert half.world_size * 2 == whole.world_size and half.accumulation == 2 * whole.accumulation
+    micro_batch = [option for option in whole.options() if "micro_batch_size" in option]
+    assert micro_batch and set(micro_batch) < set(half.options())
 
 
 def test_every_element_is_saved_once_by_every_layout(parity_runs: ParityRuns) -> None:

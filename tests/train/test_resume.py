@@ -1,43 +1,77 @@
-"""What a resumed run says of data that is not the data of its checkpoint."""
+"""Warnings about balance losses that depend on how a step is split, at the start and on resuming."""
 
-import json
-import os
+import shutil
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from moe_train.checkpoint.folders import list_checkpoints
-from moe_train.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
+from moe_train.checkpoint.manifest import read_manifest
+from moe_train.config.load import load_config
+from moe_train.config.resolve import ResolvedConfig
+from moe_train.train.resume import split_warnings
+from tests.resolved import resolve_for
 from tests.train.runs import SMALL, train_forked
 
 
-def train(folder: Path, steps: int) -> str:
-    """What the run says from step `steps` - 1 to `steps`."""
-    data = ("--data.source=jsonl", f"--data.paths={folder / 'data'}", f"--data.cache_dir={folder / 'cache'}")
-    result = train_forked(1, *SMALL, *data, f"--train.run_dir={folder / 'run'}", f"--train.steps={steps}")
+def config_of(world_size: int, *options: str) -> ResolvedConfig:
+    base = ("--train.run_dir=unused", "--train.micro_batch_size=2", "--train.global_batch_size=8")
+    return resolve_for(load_config([*base, *options], program="t"), world_size)
+
+
+SWITCH = ("--model.moe.router=softmax_topk", "--model.moe.switch_aux_coef=0.01")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "words"),
+    [
+        (1, ("--model.moe.balance_scope=micro_step",), ["model.moe.balance_scope (micro_step)", "4 micro-batches"]),
+        (2, ("--model.moe.balance_scope=rank",), ["model.moe.balance_scope (rank)", "2 micro-batches"]),
+        (1, ("--model.moe.balance_scope=global",), ["model.moe.balance_scope (micro_step)"]),
+        (1, (*SWITCH, "--model.moe.switch_scope=global"), ["model.moe.switch_scope (global)", "4 micro-batches"]),
+        (1, (*SWITCH, "--model.moe.switch_scope=micro_batch"), ["model.moe.switch_scope (micro_batch)"]),
+        (4, ("--model.moe.balance_scope=micro_step",), None),  # a step is one micro-step
+        (1, (), None),
+        (1, (*SWITCH, "--model.moe.switch_scope=sequence"), None),
+        (1, (*SWITCH, "--model.moe.balance_scope=micro_step"), None),  # without CV^2 it does nothing
+        (1, ("--model.moe_every=0",), None),
+    ],
+)
+def test_a_scope_within_a_step_is_said_with_accumulation(
+    world_size: int, options: tuple[str, ...], words: list[str] | None
+) -> None:
+    found = split_warnings(config_of(world_size, *options), None)
+    assert len(found) == (words is not None)
+    assert all(word in found[0] for word in words or ())
+
+
+def train(folder: Path, *options: str) -> str:
+    base: tuple[Any, ...] = (*SMALL, "--data.validation_fraction=0", "--telemetry.tensorboard=false")
+    result = train_forked(1, *base, "--train.global_batch_size=4", f"--train.run_dir={folder}", *options)
     assert result.returncode == 0, result
     return result.stdout
 
 
-def test_changed_data_is_said_on_resume_also_with_the_same_size_and_time(tmp_path: Path) -> None:
-    path = tmp_path / "data" / "a.jsonl"
-    path.parent.mkdir()
-    path.write_text("".join(json.dumps({"text": f"row {i} of a few words"}) + "\n" for i in range(100)))
-    assert "data changed" not in train(tmp_path, 1)
-    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
-    (source,) = read_manifest(checkpoint).data
-    assert (source["documents"], list(source["files"])) == (100, ["a.jsonl"])
-    assert "data changed" not in train(tmp_path, 2)
+def test_another_accumulation_is_said_on_resuming_with_both_numbers(tmp_path: Path) -> None:
+    scope = "--model.moe.balance_scope=micro_step"
+    first = train(tmp_path / "run", scope, "--train.steps=1")
+    assert "a step has 2 micro-batches" in first and "was trained with" not in first
+    shutil.copytree(tmp_path / "run", tmp_path / "of_step")
 
-    status = path.stat()
-    path.write_text(path.read_text().replace("row 50 of", "ROW 50 of"))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert path.stat().st_size == status.st_size
-    said = train(tmp_path, 3)
-    assert "data changed since: data.paths" in said
-    assert "1 texts removed, 1 added" in said.replace("\n", " ")
+    same = train(tmp_path / "run", scope, "--train.steps=2")
+    assert "was trained with" not in same
+    other = train(tmp_path / "run", scope, "--train.steps=3", "--train.micro_batch_size=4")
+    assert "was trained with 2 micro-batches per rank in a step, this run has 1" in other
+    assert "warning: " in other and "model.moe.balance_scope (micro_step)" in other and "a step has" not in other
 
-    # The checkpoint of the changed data knows it. An old one, which knows nothing of its data, says nothing.
-    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    manifest = json.loads((newest / MANIFEST).read_text())
-    del manifest["digest"], manifest["data"]
-    (newest / MANIFEST).write_text(encode_manifest(manifest))
-    assert "data changed" not in train(tmp_path, 4)
+    of_step = train(tmp_path / "of_step", "--train.steps=2", "--train.micro_batch_size=4")
+    assert "warning: " not in of_step  # scope step: nothing depends on it
+
+
+def test_a_checkpoint_that_does_not_say_is_no_reason_to_warn(tmp_path: Path) -> None:
+    train(tmp_path, "--train.steps=1")
+    manifest = read_manifest(list_checkpoints(tmp_path / "checkpoints")[-1])
+    manifest.layout.clear()  # as in early versions
+    config = config_of(4, "--model.moe.balance_scope=rank")
+    assert split_warnings(config, manifest) == []

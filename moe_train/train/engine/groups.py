@@ -4,6 +4,7 @@ DeepSpeed recognises experts only in its own layer classes. `ExpertEngine` tells
 parameter must carry allreduce = False and the name of its group (deepspeed 0.19.8).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -19,6 +20,7 @@ from moe_train.config.run import OptimConfig
 from moe_train.distributed.bootstrap import destroy_process_groups
 from moe_train.distributed.mesh import ParallelMesh
 from moe_train.model.parameters import ExpertParameter, OptimRule, optim_rules
+from moe_train.model.transformer import Transformer
 
 _USUAL_RULES = {OptimRule(weight_decay=True): "decay", OptimRule(weight_decay=False): "no_decay"}
 
@@ -75,21 +77,26 @@ def mark_experts(model: nn.Module, mesh: ParallelMesh) -> None:
             parameter.ds_zero_partition_group_name = parameter.group_name
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: Transformer, optim: OptimConfig) -> list[dict[str, Any]]:
     """Group the parameters by their optimizer rules, experts apart.
 
     Args:
         model: Model marked by `mark_experts`.
-        optim: Optimizer settings, with the weight decay.
+        optim: Optimizer settings, resolved: the weight decay, and the factor of the routers' learning rate.
 
     Returns:
         Groups as torch's optimizers take them, with "lr_factor": the learning rate of a group is that of the schedule
         times this factor.
     """
-    rules = optim_rules(model)
+    rules, router_factor = optim_rules(model), optim.router_lr_factor
+    assert router_factor != "auto", "the configuration is resolved"
+    maps = {id(parameter) for router in model.routers for parameter in router.parameters()}
     by_rule: dict[OptimRule, list[nn.Parameter]] = {rule: [] for rule in _USUAL_RULES}
     for name, parameter in model.named_parameters():
-        by_rule.setdefault(rules[name], []).append(parameter)
+        rule = rules[name]
+        if id(parameter) in maps:
+            rule = replace(rule, lr_factor=rule.lr_factor * router_factor)
+        by_rule.setdefault(rule, []).append(parameter)
     wanted = [
         {
             "name": _USUAL_RULES.get(rule, f"lr x {rule.lr_factor:g}, {'decay' if rule.weight_decay else 'no decay'}"),

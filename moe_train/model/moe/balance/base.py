@@ -117,6 +117,8 @@ class BalanceKind:
         remembers: Function that gives the sums of the last step that its loss needs: importance, load or share
             (`LastStep`). If there are any, its term is a `StepBalanceTerm`.
         reduces: Function that tells whether it adds up sums over all ranks in every micro-batch.
+        split_setting: Function that names the setting, with its value, that makes the loss depend on how a step is
+            split into micro-batches; None: no split changes it.
         field: Field of model.moe that is its weight, and the name of its schedule; None: it has settings of its own,
             and its schedule has the name of the part.
         section: Class of its own settings, written under model.moe.balance.NAME; None: its settings are fields of
@@ -129,5 +131,6 @@ class BalanceKind:
     sums: Callable[[MoEConfig, Any], frozenset[str]] = lambda moe, section: frozenset()
     remembers: Callable[[MoEConfig, Any], frozenset[str]] = lambda moe, section: frozenset()
     reduces: Callable[[MoEConfig, Any], bool] = lambda moe, section: False
+    split_setting: Callable[[MoEConfig, Any], str | None] = lambda moe, section: None
     field: str | None = None
     section: type[Section] | None = None

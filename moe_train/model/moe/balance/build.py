@@ -43,6 +43,12 @@ def remembered_sums(moe: MoEConfig) -> frozenset[str]:
     return frozenset(name for _, kind, section in balance_kinds(moe) for name in kind.remembers(moe, section))
 
 
+def split_settings(moe: MoEConfig) -> list[str]:
+    """List the settings, with their values, that make the loss depend on how a step is split into micro-batches."""
+    found = (kind.split_setting(moe, section) for _, kind, section in balance_kinds(moe))
+    return list(dict.fromkeys(setting for setting in found if setting is not None))
+
+
 def balance_kinds(moe: MoEConfig) -> list[tuple[str, BalanceKind, Any]]:
     """List the kinds whose weight is not zero, each with the name of its schedule and its own section."""
     found = []

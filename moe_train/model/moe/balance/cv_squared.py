@@ -102,6 +102,9 @@ def _kind(name: Literal["importance", "load"]) -> BalanceKind:
         term=lambda moe, section: SquaredVariation(coef(moe, section), name, moe.balance_scope),
         remembers=lambda moe, section: frozenset({name} if moe.balance_scope == "step" else ()),
         reduces=lambda moe, section: moe.balance_scope == "micro_step",
+        split_setting=lambda moe, section: (
+            None if moe.balance_scope == "step" else f"model.moe.balance_scope ({moe.balance_scope})"
+        ),
     )
 
 

@@ -91,4 +91,7 @@ SWITCH_AUX = BalanceKind(
     sums=_sums,
     remembers=lambda moe, section: frozenset({"share"} if moe.switch_scope == "step" else ()),
     reduces=lambda moe, section: moe.switch_scope == "global",
+    split_setting=lambda moe, section: (
+        None if moe.switch_scope in ("step", "sequence") else f"model.moe.switch_scope ({moe.switch_scope})"
+    ),
 )
