@@ -22,6 +22,8 @@ TERMS = {"plain": 0.0, "balance": 0.01}
 STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2, 4)
 _PLACES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))  # ranks, and those of them that share the experts
 SAVED_AFTER = NUM_STEPS // 2  # steps
+_LEARNING_RATE = 1e-3
+NUDGED = f"--optim.learning_rate={_LEARNING_RATE * (1 + 1e-6)}"  # of the control
 
 OPTIONS = (
     "--model.hidden_size=64",
@@ -41,7 +43,7 @@ OPTIONS = (
     "--data.source=synthetic",
     "--parallel.device=cpu",
     "--parallel.threads_per_rank=1",
-    "--optim.learning_rate=1e-3",
+    f"--optim.learning_rate={_LEARNING_RATE}",
     "--optim.weight_decay=0",  # systems differ in what they let decay
     "--optim.schedule=constant",
     "--optim.warmup_steps=0",
@@ -53,6 +55,8 @@ OPTIONS = (
     "--telemetry.tensorboard=false",
     "--telemetry.every=1",
 )
+CONTROL = "control"  # code of the control
+_ASKED_FOR = "https://github.com/deepspeedai/DeepSpeed/issues/5716"
 _CODE = re.compile(r"([124])x([124])z([0-3])a(\d+)")
 
 
@@ -63,14 +67,18 @@ class Case:
     Attributes:
         layout: Layout of the run, or of its second half.
         saved_by: Layout of the first half, whose checkpoint the second half loads; None: one run without a stop.
+        is_control: Whether the learning rate is a millionth larger. What that changes is what rounding may change.
     """
 
     layout: Layout
     saved_by: Layout | None = None
+    is_control: bool = False
 
     @property
     def code(self) -> str:
         """Short name: "4x2z3a2" is 4 ranks, EP 2, ZeRO 3, accumulation 2; "A-B" is saved by A, loaded by B."""
+        if self.is_control:
+            return CONTROL
         own = code_of(self.layout)
         return own if self.saved_by is None else f"{code_of(self.saved_by)}-{own}"
 
@@ -91,11 +99,13 @@ def read_case(code: str) -> Case:
     Raises:
         UsageError: If it is no name of a case.
     """
+    if code == CONTROL:
+        return Case(REFERENCE, is_control=True)
     found = [_CODE.fullmatch(part) for part in code.split("-")]
     if not 1 <= len(found) <= 2 or None in found:
         raise UsageError(
-            f"--cases ({code!r}) must be RANKSxEPzSTAGEaACCUMULATION, as 4x2z3a2, or two such names joined by '-': "
-            "saved by the first, loaded by the second"
+            f"--cases ({code!r}) must be RANKSxEPzSTAGEaACCUMULATION, as 4x2z3a2, two such names joined by '-' "
+            f"(saved by the first, loaded by the second), or {CONTROL}"
         )
     layouts = [Layout(*map(int, each.groups())) for each in found if each is not None]
     for layout in layouts:
@@ -110,10 +120,7 @@ def read_case(code: str) -> Case:
 # Zero stage 1 of one process without accumulation is what the others are compared with.
 REFERENCE = Layout(1, 1, 1, 1)
 GRID = tuple(
-    Case(Layout(*place, stage, accumulation))
-    for accumulation in ACCUMULATIONS
-    for place in _PLACES
-    for stage in STAGES
+    Case(Layout(*place, stage, accumulation)) for accumulation in ACCUMULATIONS for place in _PLACES for stage in STAGES
 )
 # As it was; fewer ranks; more; another accumulation; another ZeRO stage; another EP on as many ranks, and on others.
 RESUMES = tuple(
@@ -152,6 +159,12 @@ def not_offered(system: str, case: Case) -> str | None:
             return "no expert parallelism without AutoEP"
         if system == DEEPSPEED_MOE and layout.zero_stage == 3:
             return "no ZeRO 3: DeepSpeed says so and names AutoEP"
+    if system == OURS or case.saved_by is None or code_of(case.saved_by) == code_of(case.layout):
+        return None
+    if (case.saved_by.zero_stage == 3) != (case.layout.zero_stage == 3):
+        return "no checkpoint from ZeRO 1 or 2 to 3 or back: its documentation has a change of ranks and of EP"
+    if system == DEEPSPEED_MOE and max(layout.expert_parallel_size for layout in case.layouts) > 1:
+        return f"no universal checkpoint of experts on several ranks; asked for in {_ASKED_FOR}"
     return None
 
 

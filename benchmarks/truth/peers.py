@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -212,7 +211,11 @@ def train(engine: Any, batches: list[tuple[Tensor, Tensor]], task: Task, aux_coe
         dist.all_reduce(mean)
         norm = engine.get_global_grad_norm() if norm is None else norm
         records.append(
-            {"step": step, "train/loss": mean.item() / dist.get_world_size(), "train/grad_norm": float(cast("Any", norm))}
+            {
+                "step": step,
+                "train/loss": mean.item() / dist.get_world_size(),
+                "train/grad_norm": float(cast("Any", norm)),
+            }
         )
     return records
 

@@ -5,6 +5,8 @@ two layouts their checkpoints go through DeepSpeed's own converter to the univer
 """
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.runner.processes import ROOT
-from benchmarks.truth.cases import OPTIONS, OURS, SAVED_AFTER, TERMS, Case, Task, code_of
+from benchmarks.truth.cases import NUDGED, OPTIONS, OURS, SAVED_AFTER, TERMS, Case, Task, code_of
 from moe_train.checkpoint.folders import list_checkpoints
 from moe_train.checkpoint.manifest import read_manifest
 from moe_train.checkpoint.ranges import RangeReader
@@ -61,7 +63,7 @@ class Systems:
         Args:
             folder: For run folders and checkpoints.
         """
-        self._folder = folder
+        self._folder, self._num_folders = folder, 0
         self._saved: dict[tuple[str, str, Layout], Path] = {}
         modules = (*TRAINING_MODULES, "benchmarks.truth.peers", "transformers.models.mixtral.modeling_mixtral")
         self._server = ForkServer(modules, local_rank_environments(1)[0])
@@ -84,11 +86,12 @@ class Systems:
             CaseFailed: It crashed, hung or refused.
         """
         if case.saved_by is None:
-            return self._train(system, case.layout, terms, self._new_folder(system, case.code, terms))
+            nudge = [NUDGED] if case.is_control else []
+            return self._train(system, case.layout, terms, self._new_folder(system, case.code, terms), extra=nudge)
         first = self._save(system, case.saved_by, terms)
         folder = self._new_folder(system, case.code, terms)
         if system == OURS:
-            subprocess.run(["cp", "-r", str(first), str(folder)], check=True)
+            shutil.copytree(first, folder, symlinks=True)
             return self._train(system, case.layout, terms, folder)
         # A checkpoint is loaded as it is where DeepSpeed needs no more: with the same ranks, EP and ZeRO stage.
         same = code_of(case.saved_by).partition("a")[0] == code_of(case.layout).partition("a")[0]
@@ -99,8 +102,9 @@ class Systems:
         return Numbers([*json.loads((first / "records.json").read_text()), *second.records], second.weights)
 
     def _new_folder(self, system: str, code: str, terms: str) -> Path:
-        folder = self._folder / f"{system}_{code}_{terms}"
-        if system != OURS:
+        self._num_folders += 1
+        folder = self._folder / f"{self._num_folders:04d}_{system}_{terms}_{code}"
+        if system != OURS:  # whose trainer makes its own
             folder.mkdir()
         return folder
 
@@ -123,16 +127,25 @@ class Systems:
             self._saved[key] = folder
         return self._saved[key]
 
-    def _train(self, system: str, layout: Layout, terms: str, folder: Path, steps: int = NUM_STEPS) -> Numbers:
+    def _train(
+        self,
+        system: str,
+        layout: Layout,
+        terms: str,
+        folder: Path,
+        steps: int = NUM_STEPS,
+        extra: Sequence[str] = (),
+    ) -> Numbers:
         if system != OURS:
-            return self._run_peer(self._task(system, layout, folder), terms)
-        options = [*_options(layout, terms), f"--train.steps={steps}", f"--train.run_dir={folder}"]
+            return self._run_peer(self._task(system, layout, folder), terms, extra)
+        options = [*_options(layout, terms), *extra, f"--train.steps={steps}", f"--train.run_dir={folder}"]
         self._run_ranks("moe_train.cli.main:main", ["train", *options], layout.world_size)
-        return Numbers(read_records(folder / "metrics.jsonl"), read_weights(list_checkpoints(folder / "checkpoints")[-1]))
+        last = list_checkpoints(folder / "checkpoints")[-1]
+        return Numbers(read_records(folder / "metrics.jsonl"), read_weights(last))
 
-    def _run_peer(self, task: Task, terms: str) -> Numbers:
+    def _run_peer(self, task: Task, terms: str, extra: Sequence[str] = ()) -> Numbers:
         # Steps count from the first of the run, so that a run which goes on takes the data where it left them.
-        options = [*_options(task.layout, terms), f"--train.steps={task.last}"]
+        options = [*_options(task.layout, terms), *extra, f"--train.steps={task.last}"]
         options.append(f"--train.run_dir={Path(task.records).parent}")
         self._run_ranks("benchmarks.truth.peers:main", [task.as_json(), *options], task.layout.world_size)
         return Numbers(json.loads(Path(task.records).read_text()), load_file(task.weights))
@@ -178,8 +191,21 @@ def _wait(ranks: Sequence[ForkedRank]) -> None:
 
 def _last_line(rank: ForkedRank) -> str:
     stdout, stderr = rank.output()
-    lines = [line.strip() for line in (stdout + "\n" + stderr).splitlines() if line.strip()]
-    return lines[-1] if lines else f"ended with code {rank.poll()}"
+    return last_words(stdout + "\n" + stderr) or f"ended with code {rank.poll()}"
+
+
+def last_words(output: str) -> str:
+    """Find the last line of an output; for an error without a message, also the line of code that it came from.
+
+    Args:
+        output: What a process wrote.
+    """
+    lines = [re.sub(r"^\[rank\d+\]:\s*", "", line).strip() for line in output.splitlines()]
+    lines = [line for line in lines if line.strip("^~ ")]
+    if not lines:
+        return ""
+    is_bare = re.fullmatch(r"[\w.]+(Error|Exception)", lines[-1]) is not None and len(lines) > 1
+    return f"{lines[-1]}: {lines[-2]}" if is_bare else lines[-1]
 
 
 def convert_to_universal(checkpoints: Path) -> None:
@@ -197,13 +223,17 @@ def convert_to_universal(checkpoints: Path) -> None:
     source = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
     command += ["--output_folder", str(target), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command.append("--inject_missing_state")  # what only Megatron-DeepSpeed's checkpoints have
     environment = local_rank_environments(1)[0]
-    done = subprocess.run(
-        command, cwd=checkpoints, env=environment, capture_output=True, text=True, timeout=_CONVERTER_SECONDS
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=checkpoints, env=environment, capture_output=True, text=True, timeout=_CONVERTER_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CaseFailed(f"ds_to_universal: not done after {_CONVERTER_SECONDS} s") from error
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise CaseFailed(f"ds_to_universal: {lines[-1] if lines else f'code {done.returncode}'}")
+        shutil.rmtree(target, ignore_errors=True)  # half of it would be loaded by the next case
+        raise CaseFailed(f"ds_to_universal: {last_words(done.stderr) or f'code {done.returncode}'}")
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
