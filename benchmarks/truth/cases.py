@@ -51,7 +51,8 @@ OPTIONS = (
     "--train.sequence_length=64",
     "--train.precision=fp32",
     "--train.sample_tokens=0",
-    "--train.seed=1",
+    # With some seeds a token of one step is so near to two experts that rounding decides: the control tells.
+    "--train.seed=2",
     "--telemetry.tensorboard=false",
     "--telemetry.every=1",
 )
@@ -122,6 +123,13 @@ REFERENCE = Layout(1, 1, 1, 1)
 GRID = tuple(
     Case(Layout(*place, stage, accumulation)) for accumulation in ACCUMULATIONS for place in _PLACES for stage in STAGES
 )
+# A slice of the grid: each (ranks, EP) with several stages, each accumulation with each stage.
+SLICE = (
+    *("1x1z0a1", "1x1z3a1", "2x1z0a1", "2x1z1a1", "2x1z2a1", "2x1z3a1", "2x2z0a1", "2x2z1a1", "2x2z2a1", "2x2z3a1"),
+    *("4x1z1a1", "4x2z0a1", "4x2z1a1", "4x2z2a1", "4x2z3a1", "4x4z1a1", "4x4z3a1"),
+    *("2x2z0a2", "4x2z1a2", "4x4z2a2", "2x1z3a2", "4x1z0a4", "1x1z1a4", "2x2z2a4", "4x2z3a4"),
+)
+BALANCE_SLICE = ("1x1z0a1", "1x1z1a2", "1x1z1a4", "2x1z1a1", "2x2z2a1", "4x2z1a1", "4x2z3a2")
 # As it was; fewer ranks; more; another accumulation; another ZeRO stage; another EP on as many ranks, and on others.
 RESUMES = tuple(
     read_case(code)
@@ -143,6 +151,20 @@ RESUMES = tuple(
         "4x2z3a1-2x1z2a1",
     )
 )
+
+
+def default_cases(terms: str, whole: bool) -> tuple[Case, ...]:
+    """List the cases of a set of losses: layouts, and with the cross-entropy alone also what goes on elsewhere.
+
+    Args:
+        terms: Name of the losses.
+        whole: Whether every layout of the grid is taken.
+    """
+    # Where the balance loss depends on the layout, a run that goes on in another one could not be told from one that
+    # lost something.
+    resumes = RESUMES if terms == "plain" else ()
+    chosen = GRID if whole else tuple(map(read_case, SLICE if terms == "plain" else BALANCE_SLICE))
+    return (read_case(CONTROL), *chosen, *resumes)
 
 
 def not_offered(system: str, case: Case) -> str | None:

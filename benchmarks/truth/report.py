@@ -4,27 +4,32 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.runner.results import claim_lines, markdown_table
-from benchmarks.truth.cases import TITLES
+from benchmarks.truth.cases import CONTROL, TITLES
 from benchmarks.truth.rows import FAILED, NOT_OFFERED, SAME, Verdict, cause_of
 
 _GROUPS: tuple[tuple[str, Callable[[Verdict], bool]], ...] = (
-    ("layouts, cross-entropy", lambda each: "-" not in each.case and each.terms == "plain"),
-    ("EP over ranks", lambda each: "-" not in each.case and each.terms == "plain" and int(each.case[2]) > 1),
+    ("learning rate a millionth larger", lambda each: each.case == CONTROL),
+    ("layouts, cross-entropy", lambda each: _is_layout(each) and each.terms == "plain"),
+    ("EP over ranks", lambda each: _is_layout(each) and each.terms == "plain" and int(each.case[2]) > 1),
     *(
         (
             f"ZeRO {stage}",
-            lambda each, stage=stage: "-" not in each.case and each.terms == "plain" and each.case[4] == stage,
+            lambda each, stage=stage: _is_layout(each) and each.terms == "plain" and each.case[4] == stage,
         )
         for stage in "0123"
     ),
     (
         "accumulation 2, 4",
-        lambda each: "-" not in each.case and each.terms == "plain" and not each.case.endswith("a1"),
+        lambda each: _is_layout(each) and each.terms == "plain" and not each.case.endswith("a1"),
     ),
-    ("layouts, with the balance loss", lambda each: "-" not in each.case and each.terms == "balance"),
+    ("layouts, with the balance loss", lambda each: _is_layout(each) and each.terms == "balance"),
     ("saved and gone on, as it was", lambda each: _is_resume(each) and _same_layout(each.case)),
     ("saved and gone on in another layout", lambda each: _is_resume(each) and not _same_layout(each.case)),
 )
+
+
+def _is_layout(verdict: Verdict) -> bool:
+    return "-" not in verdict.case and verdict.case != CONTROL
 
 
 def _is_resume(verdict: Verdict) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.train.rows import OURS
-from benchmarks.truth.cases import AUTOEP, DEEPSPEED_MOE, HF, REFERENCE, Case, not_offered
+from benchmarks.truth.cases import AUTOEP, CONTROL, REFERENCE, Case, not_offered
 from benchmarks.truth.systems import CaseFailed, Numbers
 from moe_train.train.parity import Bounds, compare
 
@@ -168,7 +168,7 @@ def cause_of(verdict: Verdict) -> str:
     Args:
         verdict: Verdict of a case.
     """
-    if not verdict.is_bad or verdict.system not in (AUTOEP, DEEPSPEED_MOE, HF):
+    if not verdict.is_bad or verdict.system == OURS or verdict.case == CONTROL:
         return ""
     saved_by, _, layout = verdict.case.rpartition("-")
     ep_size = int(layout[2])

@@ -6,7 +6,7 @@ alone and with the system's own balance loss. Each step's loss and gradient norm
 one process of the same system, with the bounds of `moe-train parity`. A checkpoint of step 10 goes on in other layouts,
 against the run that was never stopped. Writes truth.md.
 
-    python -m benchmarks.truth [--json] [--systems NAME ...] [--terms NAME ...] [--cases CODE ...] [--output FOLDER]
+    python -m benchmarks.truth [--json] [--systems NAME ...] [--terms NAME ...] [--cases CODE ...] [--whole]
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.runner.command_line import BenchmarkParser
 from benchmarks.runner.results import describe_machine, machine_words, print_json, say, write_results
-from benchmarks.truth.cases import GRID, RESUMES, SYSTEMS, TERMS, Case, read_case
+from benchmarks.truth.cases import SYSTEMS, TERMS, Case, default_cases, read_case
 from benchmarks.truth.report import markdown_report, verdict_line
 from benchmarks.truth.rows import Verdict, claims_of, judge_cases
 from benchmarks.truth.systems import Numbers, Systems
@@ -31,13 +31,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UsageError: If a case has no such name.
     """
-    parser = BenchmarkParser("truth", __doc__, epilog="About half an hour on two cores; needs 6 GB of memory.")
+    parser = BenchmarkParser("truth", __doc__, epilog="About ten minutes on two cores; needs 6 GB of memory.")
     add = parser.add_argument
     add("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, metavar="NAME", help=f"of {', '.join(SYSTEMS)} (all)")
     add("--terms", nargs="+", choices=tuple(TERMS), default=tuple(TERMS), metavar="NAME", help="plain, balance (both)")
     what = "such as 4x2z3a2 (4 ranks, EP 2, ZeRO 3, accumulation 2), or 2x2z1a1-4x4z2a1: saved by, loaded by (all)"
     add("--cases", nargs="+", metavar="CODE", help=what)
-    add("--write", action="store_true", help="write truth.md even though not everything was run")
+    add("--whole", action="store_true", help="every layout of the grid, about two hours, in place of a slice of it")
     parser.add_output("truth.md")
     options = parser.read(arguments)
     options.cases = None if options.cases is None else [read_case(code) for code in options.cases]
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="moe_train_truth_") as folder, Systems(Path(folder)) as systems:
         for system in options.systems:
             for terms in options.terms:
-                cases = options.cases if options.cases is not None else default_cases(terms)
+                cases = options.cases if options.cases is not None else default_cases(terms, options.whole)
 
                 def run(case: Case, system: str = system, terms: str = terms) -> Numbers:
                     numbers = systems.run(system, case, terms)
@@ -74,17 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = ", ".join(f"{system} {loss:.6f}" for system, loss in starts.items())
         about.append(f"Loss of the first step, all with the same weights and tokens: {first}.")
     page = markdown_report(verdicts, claims, about)
-    whole = options.cases is None and set(options.systems) == set(SYSTEMS) and set(options.terms) == set(TERMS)
-    if whole or options.write:
+    is_everything = options.cases is None and set(options.systems) == set(SYSTEMS) and set(options.terms) == set(TERMS)
+    if is_everything:
         write_results(options.output, "truth", page)
     else:
         print(page)
     print_json(options, {"machine": machine, "verdicts": [each.as_dict() for each in verdicts], "claims": claims})
     return 0 if all(claim["holds"] for claim in claims) else 1
-
-
-def default_cases(terms: str) -> Sequence[Case]:
-    """List the cases of a set of losses: all layouts, and with the cross-entropy alone also what goes on elsewhere."""
-    # Where the balance loss depends on the layout, a run that goes on in another one could not be told from one that
-    # lost something.
-    return (*GRID, *RESUMES) if terms == "plain" else GRID

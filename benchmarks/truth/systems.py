@@ -29,9 +29,9 @@ from moe_train.launch.fork_server import ForkedRank, ForkServer
 from moe_train.train.parity import NUM_STEPS, Layout
 from moe_train.train.telemetry.records import Record, read_records
 
-_RUN_SECONDS = 240  # for the ranks of one run
+_RUN_SECONDS = 400  # for the ranks of one run
 _GRACE_SECONDS = 10  # for the other ranks, after one has failed
-_CONVERTER_SECONDS = 120
+_CONVERTER_SECONDS = 300
 
 
 class CaseFailed(Exception):
