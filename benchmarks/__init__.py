@@ -14,6 +14,7 @@ plan_check       `moe-train plan` against real runs
 scaling          time over experts, tokens and layers
 telemetry        what recording expert load costs
 train            the whole trainer beside Hugging Face's Mixtral
+truth            who keeps the same numbers in every layout: this trainer and its peers
 
 Each folder holds run.py (options, entry), rows.py (what is measured) and report.py (what is shown). A small benchmark
 is run.py alone. runner/ holds what they share, results/ what they wrote, NOTES.md what was learned.

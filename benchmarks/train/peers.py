@@ -25,7 +25,7 @@ from benchmarks.runner.resolved import resolve_for
 from benchmarks.train.rows import AUTOEP, Outcome
 from moe_train.config.load import load_config
 from moe_train.config.model import ModelConfig
-from moe_train.config.root import Config
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.data import prepare_data
 from moe_train.distributed.bootstrap import (
     discover_world,
@@ -63,7 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     # AutoEP puts experts of its own in place of those of transformers.
     model = build_mixtral(config.model, config.train.sequence_length, "eager" if system == AUTOEP else form)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    seconds, cross_entropy = train(start_engine(model, system, form, config, world), batches, int(warm_up))
+    # gate_up_impl: whether the products with w_gate and w_up are one (fused) or two (separate).
+    autoep = {"autoep_size": world.world_size, "gate_up_impl": form} if system == AUTOEP else None
+    settings = engine_settings(config, world, zero_stage=config.parallel.zero_stage, autoep=autoep)
+    seconds, cross_entropy = train(start_engine(model, settings), batches, int(warm_up))
     dist.all_reduce(cross_entropy)
     if world.rank == 0:
         outcome = Outcome(seconds, num_parameters, cross_entropy.item() / world.world_size)
@@ -73,10 +76,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load_batches(config: Config, world: World) -> list[tuple[Tensor, Tensor]]:
+def load_batches(config: ResolvedConfig, world: World) -> list[tuple[Tensor, Tensor]]:
     """Load token ids and next tokens of every step, as the trainer gives them to this rank. int64 [B, S] each."""
     train = config.train
-    assert train.micro_batch_size != "auto" and train.global_batch_size is not None
     data = prepare_data(
         config.data,
         sequence_length=train.sequence_length,
@@ -125,15 +127,13 @@ def build_mixtral(model: ModelConfig, sequence_length: int, experts: str) -> nn.
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", experts_implementation=experts).train()
 
 
-def start_engine(model: nn.Module, system: str, form: str, config: Config, world: World) -> Any:
-    """Put the model under ZeRO-1.
+def start_engine(model: nn.Module, settings: dict[str, Any], parameters: Any = None) -> Any:
+    """Put the model under DeepSpeed.
 
     Args:
         model: Model with all experts, on every rank.
-        system: Name of the system; AutoEP takes the experts and spreads them over all ranks.
-        form: Whether AutoEP's products with w_gate and w_up are one (fused) or two (separate).
-        config: Configuration of the trainer.
-        world: Place of this rank.
+        settings: Configuration of DeepSpeed, as from `engine_settings`.
+        parameters: Parameters or groups of them for the optimizer; None: those of the model.
 
     Collective: All ranks.
     """
@@ -141,7 +141,22 @@ def start_engine(model: nn.Module, system: str, form: str, config: Config, world
     # It serves inference alone, and would take a minute to build (deepspeed 0.19.8).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    optim = config.optim
+    given = model.parameters() if parameters is None else parameters
+    return deepspeed.initialize(model=model, model_parameters=given, config=settings)[0]
+
+
+def engine_settings(
+    config: ResolvedConfig, world: World, *, zero_stage: int, autoep: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Make the configuration of DeepSpeed that trains as a configuration of the trainer says.
+
+    Args:
+        config: Configuration of the trainer.
+        world: Place of this rank.
+        zero_stage: Stage of ZeRO, 0 to 3.
+        autoep: Options of AutoEP beside its preset for Mixtral; None: without it.
+    """
+    optim, train = config.optim, config.train
     adamw = {
         "lr": optim.learning_rate,
         "betas": [optim.beta1, optim.beta2],
@@ -151,22 +166,17 @@ def start_engine(model: nn.Module, system: str, form: str, config: Config, world
         "fused": True,
     }
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world.world_size),
         "gradient_clipping": optim.max_grad_norm,
-        "bf16": {"enabled": config.train.precision == "bf16"},
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "zero_optimization": {"stage": zero_stage},
         "optimizer": {"type": "AdamW", "params": adamw},
         "steps_per_print": 2**31,
     }
-    if system == AUTOEP:
-        settings["expert_parallel"] = {
-            "enabled": True,
-            "autoep_size": world.world_size,
-            "preset_model": "mixtral",
-            "gate_up_impl": form,
-        }
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
+    if autoep is not None:
+        settings["expert_parallel"] = {"enabled": True, "preset_model": "mixtral", **autoep}
+    return settings
 
 
 def train(engine: Any, batches: list[tuple[Tensor, Tensor]], warm_up: int) -> tuple[float, Tensor]:
