@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
 for _tag, _words, _first in (
     ("null", r"None|null|Null|NULL|~|", [*"Nn~", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", [*"-+0123456789"]),
+    ("int", r"[-+]?(0|[1-9][0-9]{0,18})", [*"-+0123456789"]),
     ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
     ("merge", r"<<", ["<"]),
