@@ -32,8 +32,9 @@ BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 CONFIGURATION = """# Configuration
 
 Every field of a configuration file, from the schema in `moe_train/config/`. A file is YAML with one mapping a section;
-on the command line a field is `--section.field=value` (or `--section.field value`), which stands above the file. Lists
-and mappings are JSON there. `None` unsets a field that may be unset.
+on the command line a field is `--section.field=value` (or `--section.field value`), which stands above the file.
+`--config base.yaml --config experiment.yaml` merges files in this order, and training prints what
+the later one changes.
 
 Paths are relative to the folder in which the command was started, also those in a file. `~` and `~name` are home
 folders in every field and option; `$NAME` is replaced by the shell alone, and refused where it is left. Remote paths by
@@ -41,7 +42,18 @@ fsspec (`s3://`, `gs://`, `hf://`; a message names the package to install) are t
 `moe-train checkpoint export`; everything else must be on a mounted file system. A configuration that lies in the folder
 of a run which was moved or copied is refused until `--train.run_dir` says which folder is meant.
 
-Unknown keys are refused, and so is a field that has no effect in the mode that the others choose. A run writes the
+A value is read by the type of its field, alike in a file and on the command line: `None`, `null` and `~` are no value;
+`1e3` is a whole number; `yes` and `on` are switches and no numbers; `010` is refused for a number; a date is text. A
+text in double quotes is that text. On the command line mappings are JSON; for a list, what is no JSON list is one item
+(`--data.paths=a,b.txt` is one file), a repeated option adds items, and numbers and names may stand in a row with
+commas.
+
+A section without keys has its defaults. A key that is there twice is refused with both lines. Keys at the top that
+begin with `x-` are left out: they may hold anchors. Under `deepspeed`, where no field decides, a word such as `yes` or
+`010` is refused without quotes, and so is a key that DeepSpeed does not read.
+
+Unknown keys are refused, and so is a field that has no effect in the mode that the others choose. A field that has none
+because of the number of steps or ranks is named in a line "remark: ..." when training begins. A run writes the
 resolved configuration, with every default in it, to `config.yaml` of its folder.
 """
 MACHINE = """## A machine file

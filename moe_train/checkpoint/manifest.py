@@ -244,6 +244,9 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Manifest:
     _check_depth(path, config)
     if not isinstance(config, dict):
         raise DamagedCheckpoint(f"{path}: config is not an object")
+    for name, section in config.items():  # all that a configuration has, so that readers may look into them
+        if not isinstance(section, dict):
+            raise DamagedCheckpoint(f"{path}: config.{name} ({reprlib.repr(section)}) is not an object")
     return Manifest(
         folder=folder,
         format_version=version,

@@ -74,8 +74,11 @@ def run(arguments: Sequence[str]) -> int:
         "Any training option may follow; moe-train train --help lists them.",
         allow_abbrev=False,
     )
-    help_text = "check the model of this file, its shapes, precision and losses, in place of a small one"
-    parser.add_argument("--config", type=path_argument, metavar="FILE", help=help_text)
+    help_text = (
+        "check the model of this file, its shapes, precision and losses, in place of a small one; repeated, files are "
+        "merged"
+    )
+    parser.add_argument("--config", type=path_argument, action="append", metavar="FILE", help=help_text)
     parser.add_argument("--layers", type=int, metavar="N", help="with --config: only so many layers of the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--max-ranks", type=int, help="leave out layouts of more ranks (default: 4, or the devices)")
@@ -191,7 +194,7 @@ def _own_options(options: argparse.Namespace, extra: list[str], scratch: Path) -
     """Make options that train the model of a configuration: a file with what decides its numbers, and a short run."""
     from moe_train.train.parity import RUN_OPTIONS, own_model
 
-    given = [f"--config={options.config}", f"--train.run_dir={scratch}"]
+    given = [*(f"--config={file}" for file in options.config), f"--train.run_dir={scratch}"]
     values = own_model(load_config([*given, *extra], program="moe-train parity"), options.layers)
     path = scratch / f"parity_{os.getpid()}.yaml"  # each rank its own, where they share the folder
     path.write_text(yaml.safe_dump(values), encoding="utf-8")

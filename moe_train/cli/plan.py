@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     options, rest = _parser().parse_known_args(list(arguments))
     _check_options(options)
-    rest += [] if options.config is None else ["--config", options.config]
+    rest += [f"--config={file}" for file in options.config]
     config = load_config(rest, program="moe-train plan", defaults={"train": {"run_dir": "runs/planned"}})
     check_additions(config)
     question, size = _question(options), known_vocab_size(config)
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="moe-train plan", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
-    add("--config", metavar="FILE", help="YAML file of the run")
+    add("--config", action="append", default=[], metavar="FILE", help="YAML file of the run; repeated, they are merged")
     add("--nodes", default="1", metavar="N", help="nodes (default: 1)")
     add("--gpus-per-node", default="1", metavar="G", help="ranks of a node (default: 1)")
     add(

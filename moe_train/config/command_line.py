@@ -72,10 +72,15 @@ def read_command_line(arguments: Sequence[str], *, program: str, description: st
         _refuse(unknown)
     values: dict[str, Any] = {}
     for name, field in _fields():
-        texts = getattr(options, name)
-        if texts is not None:
+        if (texts := _texts(options, name)) is not None:
             values = merge(values, nested(name.split("."), _read_field(name, field, texts)))
-    return CommandLine(tuple(options.config or ()), merge(values, of_parts))
+    return CommandLine(tuple(_texts(options, "config") or ()), merge(values, of_parts))
+
+
+def _texts(options: argparse.Namespace, name: str) -> list[str] | None:
+    """Return what is given for an option; argparse of Python 3.11 makes an empty list of the value "--"."""
+    given = getattr(options, name)
+    return None if given is None else [each if isinstance(each, str) else "--" for each in given]
 
 
 def _make_parser(program: str, description: str) -> Parser:

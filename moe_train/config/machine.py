@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
+from moe_train.config.yaml_text import parse_yaml
 
 Arithmetic = Literal["bf16", "fp16", "fp32"]
 
@@ -80,13 +80,13 @@ def read_machine(path: Path) -> Machine:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have
         raise UsageError(f"{path}: cannot be read: {error}") from error
     last = (text.strip().splitlines() or [""])[-1]
     try:
         # `doctor --json` prints one object as its last line, whatever a launcher has printed before it.
-        found = json.loads(last) if last.startswith("{") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        found = json.loads(last) if last.startswith("{") else parse_yaml(text)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is neither JSON nor YAML: {error}") from error
     if isinstance(found, dict) and "machine" in found:
         found = found["machine"]

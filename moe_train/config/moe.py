@@ -127,6 +127,8 @@ class MoEConfig(SectionWithParts):
     @field_validator("coef_schedules", mode="before")
     @classmethod
     def _check_points(cls, schedules: Any) -> Any:
+        if schedules is None:  # a mapping without keys, as an empty section
+            return {}
         if not isinstance(schedules, dict):
             raise ValueError(f"coef_schedules ({schedules!r}) must map names of weights to points [step, factor]")
         for name, points in schedules.items():

@@ -111,8 +111,9 @@ class Config(Section):
             nothing = ""
         if every and nothing:
             raise ValueError(f"train.validate_every ({every}) has no effect: nothing is held out; {nothing}")
-        is_named = all(source.names_held_out for source in data.sources)
-        why = "every source names its held-out text" if is_named else nothing
-        for name in ("validation_fraction", "validation_max_bytes"):
-            if why and data.differs(name) and getattr(data, name) != 0:
-                raise ValueError(f"data.{name} ({getattr(data, name)}) has no effect: {why}")
+        if all(source.names_held_out for source in data.sources):
+            for name in ("validation_fraction", "validation_max_bytes"):
+                if data.differs(name):
+                    raise ValueError(
+                        f"data.{name} ({getattr(data, name)}) has no effect: every source names its held-out text"
+                    )

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 _SWITCH_WORDS = ("yes", "no", "on", "off", "true", "false", "y", "n")
 _MOST_DIGITS = 19  # of a whole number: those of an int64
+_TOO_LARGE = "is beyond the whole numbers of 64 bits"
 
 
 def plain_types(annotation: Any) -> Iterator[Any]:
@@ -62,7 +63,7 @@ def read_value(value: Any, annotation: Any) -> Any:
         return value
     value = _whole(value) if isinstance(value, str) else value
     if isinstance(value, int | float) and abs(value) >= 2**63:
-        raise PydanticCustomError("misread", "is beyond the whole numbers of 64 bits")
+        raise PydanticCustomError("misread", _TOO_LARGE)
     return value
 
 
@@ -79,5 +80,7 @@ def _whole(text: str) -> int | str:
         number = Decimal(text.strip())
     except InvalidOperation:
         return text
-    is_whole = number.is_finite() and number.adjusted() < _MOST_DIGITS and number == number.to_integral_value()
+    if number.is_finite() and number and number.adjusted() >= _MOST_DIGITS:
+        raise PydanticCustomError("misread", _TOO_LARGE)
+    is_whole = number.is_finite() and number == number.to_integral_value()
     return int(number) if is_whole else text

@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
 for _tag, _words, _first in (
     ("null", r"None|null|Null|NULL|~|", [*"Nn~", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", [*"-+0123456789"]),
+    ("int", r"[-+]?(0|[1-9][0-9]{0,18})", [*"-+0123456789"]),
     ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
     ("merge", r"<<", ["<"]),
@@ -55,8 +55,8 @@ def parse_yaml(text: str) -> Any:
         ValueError: If it is not YAML, if a key is there twice or is not text, or if it is nested too deeply; the
             message names the line.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             return None
@@ -66,8 +66,6 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ValueError(f"is nested deeper than {_DEEPEST}") from error
-    finally:
-        loader.dispose()
     if isinstance(value, dict):
         return {key: each for key, each in value.items() if not key.startswith("x-")}
     return value

@@ -46,7 +46,8 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 def read_without_surprise(folder: Path) -> bool:
     try:
-        read_manifest(folder)
+        manifest = read_manifest(folder)
+        assert manifest.optimizer and manifest.num_bytes >= 0
     except UsageError:  # DamagedCheckpoint is one
         return False
     return True
@@ -86,6 +87,16 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> 
 def test_json_that_is_hard_to_read(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DamagedCheckpoint, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "section"), [("optim", None), ("train", [1]), ("model", "x"), ("checkpoint", 3)])
+def test_a_section_of_the_configuration_that_is_none_is_damage(
+    tmp_path: Path, values: dict[str, Any], name: str, section: object
+) -> None:
+    changed = values | {"config": values["config"] | {name: section}}
+    (tmp_path / MANIFEST).write_text(encode_manifest(changed))
+    with pytest.raises(DamagedCheckpoint, match=rf"config\.{name} \("):
         read_manifest(tmp_path)
 
 

@@ -1,10 +1,13 @@
 """Hostfiles, the choice of a network interface, a master's port that is taken, and what is handed on to other hosts."""
 
 import socket
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_train.config.errors import UsageError
 from moe_train.distributed.addresses import choose_interface
@@ -67,6 +70,21 @@ def test_a_host_stands_there_once(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a slots=1\nme@a slots=1\n")
     with pytest.raises(UsageError, match="line 2: a stands in line 1 already"):
         read_hostfile(tmp_path / "hosts")
+
+
+@settings(deadline=None)
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=80)
+    | st.from_regex(r"(\w+@?\w* ?(slots|max_slots)? ?=? ?\w*\n?){1,4}")
+)
+def test_no_hostfile_ends_in_a_traceback(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "hosts"
+        path.write_text(text, encoding="utf-8")
+        try:
+            assert all(host.slots > 0 and host.name for host in read_hostfile(path))
+        except UsageError as error:
+            assert "--hostfile" in str(error)
 
 
 @pytest.mark.parametrize("line", ["a", "a slots=0", "a slots=-1", "a slots=²", "-o slots=1", "a slots=1 b"])
