@@ -184,7 +184,7 @@ LOSSES = {
 def test_prepared_data_says_what_is_lost_each_time(tmp_path, write_files, make_config, capsys, case):
     kind, text, is_lost = LOSSES[case]
     KINDS[kind]().save(str(tmp_path / "t.json"))
-    files = {f"{number}.txt": text for number in range(20)}
+    files = {f"{number}.txt": " ".join([text] * (number + 1)) for number in range(20)}  # different texts
     config = make_config(
         source="text",
         paths=[str(write_files(files))],
