@@ -20,7 +20,8 @@ class SourceConfig(Section):
     row is one document; huggingface: a data set, by its hub name or local folder."""
     paths: tuple[UserPath, ...] = ()
     """Files, folders or patterns (`*`, `?`, `[...]`, `**`, `{a,b}`) of a text, jsonl or parquet source; what exists by
-    that very name is taken. Remote files (`s3://`, `gs://`, `hf://`) are copied into the cache."""
+    that very name is taken. Remote files (`s3://`, `gs://`, `hf://`) are copied into the cache. Text
+    and jsonl files may be packed by gzip, bzip2, xz or zstd."""
     validation_paths: tuple[UserPath, ...] = ()
     """Held-out files, folders or glob patterns; empty: a fixed part of the documents, chosen by a hash of their
     names."""
@@ -31,7 +32,8 @@ class SourceConfig(Section):
     split: str = "train"
     """Split of a huggingface data set for training."""
     validation_split: str | None = None
-    """Held-out split of a huggingface data set; None: a fixed part of the documents."""
+    """Held-out split of a huggingface data set; None: a fixed part of the documents. Its rows are left out of training
+    where the training split has them too."""
     text_column: str = "text"
     """Column that holds the text, in a jsonl, parquet or huggingface source."""
 
@@ -85,7 +87,8 @@ class DataConfig(SourceConfig):
     """Token of a tokenizer file that marks the end of a document; None: a token with one of the usual names. Text that
     holds its name is encoded like other text, never to this token."""
     validation_fraction: float = Field(0.02, ge=0.0, lt=1.0)
-    """Share of the documents that is held out, if no validation files or split are given."""
+    """Share of the documents that is held out, if no validation files or split are given. Where no whole document can
+    be, the end of the longest one is."""
     validation_max_bytes: PositiveInt = 4 * 2**20
     """Most bytes of held-out text; the documents of the held-out part that exceed it are used for training."""
     ignored_targets: float = Field(0.0, ge=0.0, lt=1.0)

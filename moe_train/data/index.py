@@ -5,7 +5,7 @@ It says which documents of other sources have the text of a held-out one, and wh
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import xxhash
 from moe_train.data.corpus import Corpus, Document, HeldOutSplit
 from moe_train.data.folders import write_json
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 META_FILE, HASHES_FILE, HELD_OUT_FILE = "meta.json", "hashes.npy", "held_out.npy"
 NO_TEXT = 0  # hash of a document without text, which says nothing about held-out text
 SKETCH_HASHES = 1024  # hashes in a sketch: it is exact up to so many texts; counts of more have an error of about 3%
@@ -143,10 +143,11 @@ def open_index(folder: Path) -> DocumentIndex | None:
     return DocumentIndex(hashes, is_held_out, digest, sketch, cut)
 
 
-def _has_both_sides(hashes: Iterable[int], is_held_out: Iterable[int]) -> bool:
-    """Tell whether there is text to train on and text that is held out."""
-    sides = {side for text, side in zip(hashes, is_held_out, strict=True) if text != NO_TEXT}
-    return len(sides) == 2
+def _has_both_sides(hashes: Sequence[int], is_held_out: Sequence[int]) -> bool:
+    """Tell whether there is text that is held out, and other text to train on."""
+    held_out = {text for text, side in zip(hashes, is_held_out, strict=True) if side and text != NO_TEXT}
+    to_train = (text for text, side in zip(hashes, is_held_out, strict=True) if not side and text != NO_TEXT)
+    return bool(held_out) and any(text not in held_out for text in to_train)
 
 
 def _cut_inside(text: str, number: int, num_bytes: int, rule: HeldOutSplit) -> InnerCut | None:

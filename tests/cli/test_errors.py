@@ -89,7 +89,6 @@ def test_fewer_sequences_than_a_batch(tmp_path: Path) -> None:
         *SMALL,
         "--data.source=text",
         f"--data.paths={tmp_path / 'tiny.txt'}",
-        "--data.validation_fraction=0",
         f"--data.cache_dir={tmp_path / 'cache'}",
         f"--train.run_dir={tmp_path / 'run'}",
     )

@@ -220,6 +220,13 @@ def test_a_parquet_file_of_one_row_and_a_copy_of_it_elsewhere(make_config, rows,
     assert not any(end in text for text in trained)
 
 
+def test_copies_of_one_text_are_one_document_whose_end_is_held_out(make_config, rows):
+    text = "the only text there is\n" * 20
+    config = make_config(source="jsonl", paths=[rows("a.jsonl", [text] * 20)], validation_fraction=0.3)
+    (beginning,), (end,) = both_sides(config)
+    assert beginning + end == text
+
+
 def test_nothing_is_cut_where_nothing_is_to_be_held_out(make_config, tmp_path):
     (tmp_path / "book.txt").write_text("words " * 100)
     fields = {"source": "text", "paths": [str(tmp_path / "book.txt")]}
