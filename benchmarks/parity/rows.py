@@ -26,7 +26,7 @@ _MOST_RANKS = 4  # at the same time
 _TIMEOUT_SECONDS = 1800  # for the ranks that run at the same time
 
 _ROUTERS = {
-    # The load's gradient grows with one over the noise's deviation, and jumps where two noisy logits change places. With
+    # The load's gradient grows with one over the noise's deviation, and jumps where two noisy logits trade places. With
     # the usual 0.01 a rounding becomes 1e-2 of it within 20 steps, and no fault could be told from that.
     "noisy_topk": ("--model.moe.noise_epsilon=0.3",),
     "softmax_topk": (),
