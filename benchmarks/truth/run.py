@@ -31,13 +31,17 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UsageError: If a case has no such name.
     """
-    parser = BenchmarkParser("truth", __doc__, epilog="About ten minutes on two cores; needs 6 GB of memory.")
+    parser = BenchmarkParser(
+        "truth", __doc__, epilog="Ten to forty minutes on two cores, by what else runs; needs 6 GB of memory."
+    )
     add = parser.add_argument
     add("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, metavar="NAME", help=f"of {', '.join(SYSTEMS)} (all)")
     add("--terms", nargs="+", choices=tuple(TERMS), default=tuple(TERMS), metavar="NAME", help="plain, balance (both)")
     what = "such as 4x2z3a2 (4 ranks, EP 2, ZeRO 3, accumulation 2), or 2x2z1a1-4x4z2a1: saved by, loaded by (all)"
     add("--cases", nargs="+", metavar="CODE", help=what)
-    add("--whole", action="store_true", help="every layout of the grid, about two hours, in place of a slice of it")
+    add(
+        "--whole", action="store_true", help="every layout of the grid in place of a slice of it; several times as long"
+    )
     parser.add_output("truth.md")
     options = parser.read(arguments)
     options.cases = None if options.cases is None else [read_case(code) for code in options.cases]
