@@ -1,6 +1,7 @@
 """Benchmarks of moe_train: `python -m benchmarks.NAME --help`, from the root of the repository.
 
 balance          routing with and without balance losses (Shazeer et al. 2017, Table 6, scaled down)
+balance_scope    balance over the step beside balance over a micro-step: skipped steps and loss
 checkpoint       saving and loading beside plain copies of the same bytes
 expert_parallel  bytes and time of each dispatch over several ranks
 house            size and order of the source, and what one needs to read and change in it
@@ -9,6 +10,7 @@ kv_cache         cache size and decoding speed when fewer layers and heads own k
 launcher_kills   launchers that are killed at random moments: what is left of them, and whether the run goes on
 layout_matrix    every layout's checkpoint loaded in every layout
 moe_layer        one MoE layer beside DeepSpeed's, Hugging Face's and a dense bound
+parity           every balance term and router in every split of a step over ranks and micro-batches
 pictures         the README's pictures of TensorBoard
 plan_check       `moe-train plan` against real runs
 scaling          time over experts, tokens and layers

@@ -48,7 +48,7 @@ class RunResult:
         steps: Steps taken; fewer than wanted if the run diverged.
         skipped: Skipped steps.
         worst_norm: Largest gradient norm.
-        bits_per_byte: Of the held-out text at the end; None: the run diverged.
+        bits_per_byte: Bits per byte of the held-out text at the end; None: the run diverged.
     """
 
     setting: str

@@ -26,8 +26,8 @@ _MOST_RANKS = 4  # at the same time
 _TIMEOUT_SECONDS = 1800  # for the ranks that run at the same time
 
 _ROUTERS = {
-    # The load's gradient grows with one over the noise's deviation, and jumps where two noisy logits trade places. With
-    # the usual 0.01 a rounding becomes 1e-2 of it within 20 steps, and no fault could be told from that.
+    # The load's gradient grows with one over the noise's deviation, and jumps where two noisy logits change places.
+    # With the usual 0.01 a rounding becomes 1e-2 of it within 20 steps, and no fault could be told from that.
     "noisy_topk": ("--model.moe.noise_epsilon=0.3",),
     "softmax_topk": (),
     "sigmoid_topk": ("--model.moe.num_groups=4", "--model.moe.top_k_groups=2"),
@@ -153,9 +153,9 @@ class Comparison:
 
     Attributes:
         task: The run.
-        loss: Of the loss.
-        norm: Of the gradient norm.
-        gradient: Of the gradient of a router's map, in norm.
+        loss: Difference of the loss.
+        norm: Difference of the gradient norm.
+        gradient: Difference of the gradient of a router's map, as a norm.
     """
 
     task: Task

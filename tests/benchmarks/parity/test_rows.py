@@ -88,7 +88,7 @@ def test_a_size_wrong_by_two_is_found_by_the_gradient_and_not_by_what_is_logged(
 
 def test_the_terms_act(faulty: dict[Task, Trace]) -> None:
     # Of E = 8 experts and K = 2, all tokens on the same two give 3; a router that starts at zero has about 0.002.
-    assert all(trace.cv2[0] > 0.1 for trace in faulty.values())
+    assert all(trace.cv2[0] > 0.05 for trace in faulty.values())
 
 
 def test_the_product_hides_nothing() -> None:
