@@ -32,7 +32,7 @@ GOOD = {
     "lines": LINES,
     "list": json.dumps(ROWS).encode(),
     "utf-16": LINES.decode().encode("utf-16"),
-    "gzip": gzip.compress(LINES),
+    "gzip": gzip.compress(LINES, mtime=0),
     "bzip2": bz2.compress(LINES),
     "xz": lzma.compress(LINES),
     "zstd": zstd.compress(LINES),
@@ -79,13 +79,13 @@ BAD = {
     "random.jsonl": bytes(range(256)) * 4,
     "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep.json": b"[" * 100_000,
-    "short.jsonl.gz": gzip.compress(LINES)[:-20],
+    "short.jsonl.gz": gzip.compress(LINES, mtime=0)[:-20],
     "short.jsonl.zst": zstd.compress(LINES)[:-20],
     "latin.jsonl": '{"text": "Größe"}'.encode("latin-1"),
     "half.jsonl": LINES.decode().encode("utf-16")[:-1],
     "short.parquet": GOOD["parquet"][:-50],
     "middle.parquet": GOOD["parquet"][:20] + b"\xff" * 80 + GOOD["parquet"][100:],
-    "packed.parquet.gz": gzip.compress(GOOD["parquet"]),
+    "packed.parquet.gz": gzip.compress(GOOD["parquet"], mtime=0),
     "empty.parquet": b"",
     "latin.txt": "Größe".encode("latin-1"),
     "list.jsonl": b'["text"]',
@@ -103,7 +103,7 @@ def test_a_bad_file_is_one_message_before_training(write_files, make_config, nam
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", gzip.compress(b""), zstd.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0), zstd.compress(b"")])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
 def test_a_file_without_text_is_too_small(write_files, make_config, name, content):
     config = make_config(source="text" if name == "a.txt" else "jsonl", paths=[str(write_files({name: content}))])
