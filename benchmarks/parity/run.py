@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def note(comparison: Comparison) -> None:
         found.append(comparison)
-        say(f"[{len(found)}] {'same ' if comparison.passed else 'OTHER'} {comparison.task.name}")
+        figures = f"{comparison.loss:.1e} {comparison.norm:.1e} {comparison.gradient:.1e}"
+        say(f"[{len(found)}] {'same ' if comparison.passed else 'OTHER'} {comparison.task.name}: {figures}")
 
     with tempfile.TemporaryDirectory(prefix="moe_train_parity_") as scratch, make_server() as server:
         compare_all(tasks, Path(scratch), options.steps, note, server=server)

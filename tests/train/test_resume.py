@@ -74,3 +74,12 @@ def test_a_checkpoint_that_does_not_say_is_no_reason_to_warn(tmp_path: Path) -> 
     manifest.layout.clear()  # as in early versions
     config = config_of(4, "--model.moe.balance_scope=rank")
     assert split_warnings(config, manifest) == []
+
+
+def test_another_factor_of_the_routers_rate_regroups_the_parameters_and_is_said(tmp_path: Path) -> None:
+    first = train(tmp_path, "--train.steps=1", "--optim.router_lr_factor=1")
+    assert "learning rate of the routers" not in first
+    second = train(tmp_path, "--train.steps=2", "--optim.router_lr_factor=0.25", "--parallel.zero_stage=3")
+    assert "learning rate of the routers: 0.25 x optim.learning_rate" in second
+    assert "changed since: optim.router_lr_factor: 1.0 -> 0.25" in second
+    assert "router_lr_factor: 0.25" in (tmp_path / "config.yaml").read_text()
