@@ -24,6 +24,7 @@ REGISTRY: dict[PartGroup, dict[str, str]] = {
     # model.mixers: what mixes tokens along the sequence. The object is a MixerKind (model/mixers/base.py).
     "mixers": {
         "attention": "moe_train.model.mixers.attention:ATTENTION",
+        "infini": "moe_train.model.mixers.infini:INFINI",
     },
     # model.moe.router: which experts each token goes to. A RouterKind (model/moe/routers/base.py).
     "routers": {

@@ -1,0 +1,89 @@
+"""The common checks on every mixer of the registry, alone and in patterns, and each against its slow loop."""
+
+import pytest
+import torch
+
+from moe_train.model.build import mixer_of
+from moe_train.model.mixers.base import MixerContext
+from moe_train.model.parameters import optim_rules
+from tests.model.mixers import checks, slow
+from tests.model.small import random_ids, small_config
+
+LENGTH = 13  # two periods of the grids below, and a half
+MIXERS = {
+    "infini, linear": {"mixer": "infini", "infini": {"segment_length": 5}},
+    "infini, delta": {"mixer": "infini", "infini": {"segment_length": 5, "memory": "delta"}},
+}
+HYBRIDS = {
+    "infini and attention": {"mixers": ["infini", "attention"], "infini": {"segment_length": 4}},
+}
+SLOW = {"infini": slow.infini}
+mixers = pytest.mark.parametrize("changes", MIXERS.values(), ids=MIXERS)
+patterns = pytest.mark.parametrize("changes", (MIXERS | HYBRIDS).values(), ids=MIXERS | HYBRIDS)
+
+
+@patterns
+@pytest.mark.parametrize(
+    "check",
+    [checks.check_causality, checks.check_streaming, checks.check_going_back, checks.check_recomputation],
+)
+def test_common_checks(check, changes):
+    check(changes, LENGTH)
+
+
+@patterns
+def test_packed_documents_are_as_alone(changes):
+    checks.check_packing(changes, LENGTH, checks.CLOSE if "mixer" in changes else checks.DIRECT)
+
+
+@mixers
+def test_gradients_are_those_of_finite_differences(changes):
+    checks.check_gradients(changes, LENGTH)
+
+
+@mixers
+def test_outputs_and_gradients_are_those_of_the_slow_loop(changes):
+    model = checks.make(changes)
+    mixer, reference = model.blocks[0].mixer, SLOW[changes["mixer"]]
+    documents = checks.packed_documents(LENGTH)
+    context = MixerContext(0, model._token_index(checks.index_of(random_ids(2, LENGTH), documents)))
+    generator = torch.Generator().manual_seed(5)
+    x, upstream = (torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=generator) for _ in range(2))
+
+    def run(forward):
+        mixer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        y = forward(inputs)
+        (y * upstream).sum().backward()
+        return y.detach(), {"x": inputs.grad} | {name: p.grad.clone() for name, p in mixer.named_parameters()}
+
+    found, grads = run(lambda inputs: mixer(inputs, context)[0])
+    expected, expected_grads = run(
+        lambda inputs: slow.by_document(lambda part: reference(mixer, part), inputs, documents)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@patterns
+def test_state_bytes_are_those_that_the_kinds_say(changes):
+    config = small_config(**changes)
+    model = checks.make(changes)
+    for length in (3, LENGTH, 5 * LENGTH):
+        found = (mixer_of(config, layer) for layer in range(config.num_layers))
+        element = 8  # fp64
+        assert model.new_cache(2, length).nbytes == 2 * sum(
+            kind.state_bytes(spec, length, element) for kind, spec in found
+        )
+
+
+@mixers
+def test_biases_norms_and_gates_do_not_decay(changes):
+    model = checks.make(changes)
+    rules = optim_rules(model.blocks[0].mixer)
+    free = {name for name, rule in rules.items() if not rule.weight_decay}
+    assert free == NO_DECAY[changes["mixer"]] & set(rules)
+
+
+NO_DECAY = {"infini": {"beta"}}
