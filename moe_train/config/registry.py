@@ -25,6 +25,8 @@ REGISTRY: dict[PartGroup, dict[str, str]] = {
     "mixers": {
         "attention": "moe_train.model.mixers.attention:ATTENTION",
         "infini": "moe_train.model.mixers.infini:INFINI",
+        "ttt_linear": "moe_train.model.mixers.ttt:TTT_LINEAR",
+        "ttt_mlp": "moe_train.model.mixers.ttt:TTT_MLP",
     },
     # model.moe.router: which experts each token goes to. A RouterKind (model/moe/routers/base.py).
     "routers": {

@@ -100,6 +100,10 @@ class Mixer(nn.Module, ABC):
         del spec
         return None
 
+    def warm_up(self, share: float) -> None:
+        """Take in, before a training step, the share of the optimizer's warm-up steps that are over, from 0 to 1."""
+        del share
+
 
 @dataclass(frozen=True)
 class MixerSpec:

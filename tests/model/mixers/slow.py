@@ -47,3 +47,47 @@ def infini(mixer, x_SD: Tensor) -> Tensor:
             heads.append(gate * far + (1 - gate) * near)
         outputs.append(torch.cat(heads))
     return mixer.output(torch.stack(outputs))
+
+
+def ttt(mixer, x_SD: Tensor) -> Tensor:
+    """TTT in its primal form: every token has inner weights of its own, from gradients that autograd takes."""
+    size, batch = mixer.head_dim, mixer.mini_batch
+    rates = (x_SD @ mixer.lr_weight.T + mixer.lr_bias).sigmoid() * mixer.inner_learning_rate / size
+    if mixer.inner == "mlp":
+        rates = rates * mixer.warm
+    q, k = mixer.query(x_SD), mixer.query(x_SD) if mixer.key is None else mixer.key(x_SD)
+    if mixer.key is None:
+        q, k = (
+            F.conv1d(F.pad(x.T, (3, 0)), weight.unsqueeze(1), bias, groups=len(bias)).T
+            for x, weight, bias in ((q, mixer.conv_q, mixer.conv_q_bias), (k, mixer.conv_k, mixer.conv_k_bias))
+        )
+    slots = torch.arange(len(x_SD)) % batch
+    angles = rotary_angles(slots[None], size, mixer.rope_theta, x_SD.dtype)
+    q, k, v = (part.unflatten(-1, (-1, size)).transpose(0, 1) for part in (q, k, mixer.value(x_SD)))
+    q, k = (apply_rotary(part[None], *angles)[0] for part in (q, k))
+    heads = [_learn(mixer, head, q[head], k[head], v[head], rates[:, head], slots) for head in range(len(q))]
+    y = mixer.post_norm(torch.cat(heads, dim=1))
+    return mixer.output(y if mixer.gate is None else F.gelu(mixer.gate(x_SD), approximate="tanh") * y)
+
+
+def _learn(mixer, head: int, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, slots: Tensor) -> Tensor:
+    names = ("w1", "b1") if mixer.inner == "linear" else ("w1", "b1", "w2", "b2")
+    start = [getattr(mixer, name)[head] for name in names]
+
+    def model(weights, x):
+        hidden = x @ weights[0] + weights[1]
+        z = hidden if len(weights) == 2 else F.gelu(hidden, approximate="tanh") @ weights[2] + weights[3]
+        return F.layer_norm(z, z.shape, mixer.inner_norm_weight[head], mixer.inner_norm_bias[head], 1e-6)
+
+    outputs, sums = [], [torch.zeros_like(part) for part in start]
+    for t, slot in enumerate(slots.tolist()):
+        with torch.enable_grad():
+            loss = (model(start, k[t]) - (v[t] - k[t])).square().sum() / 2
+            gradients = torch.autograd.grad(loss, start, create_graph=True)
+        sums = [total + rates[t] * gradient for total, gradient in zip(sums, gradients, strict=True)]
+        row = (1 / (slot + 1) + mixer.row_delta[slot]).clamp(min=0)
+        weights = [part - row * total for part, total in zip(start, sums, strict=True)]
+        outputs.append(q[t] + model(weights, q[t]))
+        if slot == mixer.mini_batch - 1:
+            start, sums = weights, [torch.zeros_like(part) for part in start]
+    return torch.stack(outputs)

@@ -13,11 +13,18 @@ LENGTH = 13  # two periods of the grids below, and a half
 MIXERS = {
     "infini, linear": {"mixer": "infini", "infini": {"segment_length": 5}},
     "infini, delta": {"mixer": "infini", "infini": {"segment_length": 5, "memory": "delta"}},
+    "ttt_linear": {"mixer": "ttt_linear", "ttt_linear": {"mini_batch": 5}},
+    "ttt_linear, gate and convolutions": {
+        "mixer": "ttt_linear",
+        "ttt_linear": {"mini_batch": 2, "gate": True, "short_conv": True},
+    },
+    "ttt_mlp": {"mixer": "ttt_mlp", "ttt_mlp": {"mini_batch": 5, "inner_learning_rate": 1.0}},
 }
 HYBRIDS = {
+    "ttt_mlp and attention": {"mixers": ["ttt_mlp", "attention"], "ttt_mlp": {"mini_batch": 4}},
     "infini and attention": {"mixers": ["infini", "attention"], "infini": {"segment_length": 4}},
 }
-SLOW = {"infini": slow.infini}
+SLOW = {"infini": slow.infini, "ttt_linear": slow.ttt, "ttt_mlp": slow.ttt}
 mixers = pytest.mark.parametrize("changes", MIXERS.values(), ids=MIXERS)
 patterns = pytest.mark.parametrize("changes", (MIXERS | HYBRIDS).values(), ids=MIXERS | HYBRIDS)
 
@@ -86,4 +93,6 @@ def test_biases_norms_and_gates_do_not_decay(changes):
     assert free == NO_DECAY[changes["mixer"]] & set(rules)
 
 
-NO_DECAY = {"infini": {"beta"}}
+TTT = {"row_delta", "lr_bias", "inner_norm_weight", "inner_norm_bias", "b1", "b2", "conv_q_bias", "conv_k_bias"}
+TTT |= {"post_norm.weight", "post_norm.bias"}
+NO_DECAY = {"infini": {"beta"}, "ttt_linear": TTT, "ttt_mlp": TTT}
