@@ -25,6 +25,7 @@ REGISTRY: dict[PartGroup, dict[str, str]] = {
     "mixers": {
         "attention": "moe_train.model.mixers.attention:ATTENTION",
         "infini": "moe_train.model.mixers.infini:INFINI",
+        "rwkv7": "moe_train.model.mixers.rwkv7:RWKV7",
         "ttt_linear": "moe_train.model.mixers.ttt:TTT_LINEAR",
         "ttt_mlp": "moe_train.model.mixers.ttt:TTT_MLP",
     },

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.config.base import Section
+from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
@@ -149,3 +150,12 @@ class MixerKind:
     check: Callable[[ModelConfig, Any], None] = lambda model, section: None
     shapes: Callable[[ModelConfig, Any], dict[str, Any]] = lambda model, section: {}
     check_length: Callable[[Any, int], None] = lambda section, length: None
+
+
+def check_heads(model: ModelConfig, name: str) -> None:
+    """Refuse heads that do not divide the hidden size evenly, for mixers whose heads are parts of it."""
+    if model.head_dim is not None and model.head_dim * model.num_heads != model.hidden_size:
+        raise UsageError(
+            f"model.head_dim ({model.head_dim}) x model.num_heads ({model.num_heads}) must be model.hidden_size "
+            f"({model.hidden_size}) for mixer {name}: leave head_dim out"
+        )

@@ -18,7 +18,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.model.cost import Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec, DecodeState, RecurrentState, StateGroup, Tensors
 from moe_train.model.layers import LayerNorm, Linear
-from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
+from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared, check_heads
 from moe_train.model.mixers.lookback import look_back, lookback_state
 from moe_train.model.parameters import Constant, InitialValue, Normal, OptimRule
 from moe_train.ops.aligned_blocks import AlignedBlocks, align
@@ -267,15 +267,6 @@ def _make_kind(inner: InnerKind, section: type[TTTLinearConfig]) -> MixerKind:
         return {"model.num_heads": model.num_heads} | fields
 
     return MixerKind(build, state_bytes, flops, _cost_of(inner), section=section, check=check, shapes=shapes)
-
-
-def check_heads(model: ModelConfig, name: str) -> None:
-    """Refuse heads that do not divide the hidden size evenly, for mixers whose heads are parts of it."""
-    if model.head_dim is not None and model.head_dim * model.num_heads != model.hidden_size:
-        raise UsageError(
-            f"model.head_dim ({model.head_dim}) x model.num_heads ({model.num_heads}) must be model.hidden_size "
-            f"({model.hidden_size}) for mixer {name}: leave head_dim out"
-        )
 
 
 def _cost_of(inner: InnerKind) -> Callable[[MixerSpec], MixerCost]:

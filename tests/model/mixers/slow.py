@@ -91,3 +91,32 @@ def _learn(mixer, head: int, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, slo
         if slot == mixer.mini_batch - 1:
             start, sums = weights, [torch.zeros_like(part) for part in start]
     return torch.stack(outputs)
+
+
+def rwkv7(mixer, x_SD: Tensor) -> Tensor:
+    """The time mix of the first RWKV-7 layer, token by token and head by head; see `rwkv7_state` for the state."""
+    step = F.pad(x_SD, (0, 0, 1, 0))[:-1] - x_SD
+    r, w, k, v, a, g = (x_SD + getattr(mixer, f"x_{letter}") * step for letter in "rwkvag")
+    r, k, v = mixer.receptance(r), mixer.key(k), mixer.value(v)
+    decay = torch.exp(-(torch.tensor(-0.5).double().exp()) * (mixer.w0 + torch.tanh(w @ mixer.w1) @ mixer.w2).sigmoid())
+    rate = (mixer.a0 + a @ mixer.a1 @ mixer.a2).sigmoid()
+    gate = (g @ mixer.g1).sigmoid() @ mixer.g2
+    scaled, k = k * mixer.k_k, k * (1 + (rate - 1) * mixer.k_a)
+    heads = []
+    for head in range(mixer.num_heads):
+        own = slice(head * mixer.head_dim, (head + 1) * mixer.head_dim)
+        unit = scaled[:, own] / scaled[:, own].norm(dim=1, keepdim=True)
+        y = rwkv7_state(r[:, own], decay[:, own], k[:, own], v[:, own], -unit, unit * rate[:, own])
+        y = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 64e-5).sqrt()
+        bonus = (r[:, own] * k[:, own] * mixer.r_k[head]).sum(1, keepdim=True)
+        heads.append(y * mixer.ln_weight[own] + mixer.ln_bias[own] + bonus * v[:, own])
+    return mixer.output(torch.cat(heads, dim=1) * gate)
+
+
+def rwkv7_state(r: Tensor, decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """S <- S diag(w) + (S a) b^T + v k^T, y = S r, for one head [S, d]."""
+    state, outputs = torch.zeros(v.shape[1], k.shape[1], dtype=v.dtype), []
+    for t in range(len(v)):
+        state = state * decay[t] + torch.outer(state @ a[t], b[t]) + torch.outer(v[t], k[t])
+        outputs.append(state @ r[t])
+    return torch.stack(outputs)

@@ -13,6 +13,7 @@ LENGTH = 13  # two periods of the grids below, and a half
 MIXERS = {
     "infini, linear": {"mixer": "infini", "infini": {"segment_length": 5}},
     "infini, delta": {"mixer": "infini", "infini": {"segment_length": 5, "memory": "delta"}},
+    "rwkv7": {"mixer": "rwkv7", "rwkv7": {"decay_rank": 3, "rate_rank": 2, "value_rank": 3, "gate_rank": 5}},
     "ttt_linear": {"mixer": "ttt_linear", "ttt_linear": {"mini_batch": 5}},
     "ttt_linear, gate and convolutions": {
         "mixer": "ttt_linear",
@@ -21,10 +22,11 @@ MIXERS = {
     "ttt_mlp": {"mixer": "ttt_mlp", "ttt_mlp": {"mini_batch": 5, "inner_learning_rate": 1.0}},
 }
 HYBRIDS = {
+    "attention and rwkv7, MLKV": {"mixers": ["attention", "rwkv7"], "kv_layers": 1},
     "ttt_mlp and attention": {"mixers": ["ttt_mlp", "attention"], "ttt_mlp": {"mini_batch": 4}},
     "infini and attention": {"mixers": ["infini", "attention"], "infini": {"segment_length": 4}},
 }
-SLOW = {"infini": slow.infini, "ttt_linear": slow.ttt, "ttt_mlp": slow.ttt}
+SLOW = {"infini": slow.infini, "rwkv7": slow.rwkv7, "ttt_linear": slow.ttt, "ttt_mlp": slow.ttt}
 mixers = pytest.mark.parametrize("changes", MIXERS.values(), ids=MIXERS)
 patterns = pytest.mark.parametrize("changes", (MIXERS | HYBRIDS).values(), ids=MIXERS | HYBRIDS)
 
@@ -95,4 +97,6 @@ def test_biases_norms_and_gates_do_not_decay(changes):
 
 TTT = {"row_delta", "lr_bias", "inner_norm_weight", "inner_norm_bias", "b1", "b2", "conv_q_bias", "conv_k_bias"}
 TTT |= {"post_norm.weight", "post_norm.bias"}
-NO_DECAY = {"infini": {"beta"}, "ttt_linear": TTT, "ttt_mlp": TTT}
+RWKV7 = {f"x_{letter}" for letter in "rwkvag"} | {f"{letter}{number}" for letter in "wavg" for number in (0, 1, 2)}
+RWKV7 |= {"k_k", "k_a", "r_k", "ln_weight", "ln_bias"}
+NO_DECAY = {"infini": {"beta"}, "rwkv7": RWKV7, "ttt_linear": TTT, "ttt_mlp": TTT}
