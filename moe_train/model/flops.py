@@ -13,7 +13,8 @@ def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_leng
     """Count the operations of one token's forward and backward pass that the model needs, without recomputation.
 
     In the forward pass they are two for each weight of the matrices that a token passes (top_k of num_experts experts),
-    and what each mixer states that it computes beside them, with its tensors of three dimensions; in the backward pass they are twice as many.
+    and what each mixer states that it computes beside them, its own tensors of three dimensions included; in the
+    backward pass they are twice as many.
     Lookups, norms, activations and sampling are not counted.
 
     Args:

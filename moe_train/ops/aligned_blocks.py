@@ -1,7 +1,8 @@
 """Aligned blocks: the grid of a mixer that counts by the offset of a token in its document.
 
-Block number i of a document holds the offsets i * size to (i + 1) * size - 1, wherever the document lies in its row. So a
-packed document has the blocks that it has alone, and rows that go on at other offsets fill their open blocks further.
+Block number i of a document holds the offsets i * size to (i + 1) * size - 1, wherever the document lies in its row.
+So a packed document has the blocks that it has alone, and rows that go on at other offsets fill their open blocks
+further.
 
 Legend: B batch, S sequence, n blocks, w columns of a block; * any further dimensions.
 """

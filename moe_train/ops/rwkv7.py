@@ -1,7 +1,7 @@
 """The state of RWKV-7 in chunks: a decayed matrix that a delta rule corrects at every token.
 
-With M the transposed state, M_t = diag(w_t) M_{t-1} + b_t (a_t^T M_{t-1}) + k_t v_t^T and y_t = M_t^T r_t. In a chunk that
-M enters, with D_t the product of the decays up to t, u_t = M_{t-1}^T a_t solves a triangular system:
+With M the transposed state, M_t = diag(w_t) M_{t-1} + b_t (a_t^T M_{t-1}) + k_t v_t^T and y_t = M_t^T r_t. In a chunk
+that M enters, with D_t the product of the decays up to t, u_t = M_{t-1}^T a_t solves a triangular system:
     u_t = (a_t D_{t-1})^T M + sum over s < t of a_t^T (D_{t-1} / D_s) (b_s u_s^T + k_s v_s^T).
 So a whole chunk maps M affinely (the WY form), and only M goes from chunk to chunk one after the other.
 

@@ -1,9 +1,10 @@
 """Test-time training: an inner model that learns the sequence by gradient descent, mini-batch by mini-batch.
 
 Token j of a mini-batch has the inner loss 1/2 |LN(f(k_j)) - (v_j - k_j)|^2, with its gradient G_j at the weights W with
-which the mini-batch begins. Token i sees W_i = W - row_i (rate_1 G_1 + ... + rate_i G_i), and gives q_i + LN(f_{W_i}(q_i)).
-The next mini-batch begins with W_i of the last token. In this dual form no W_i is formed: a gradient is a product of an
-input and a slope, so that f_{W_i}(q_i) is f_W(q_i) less a causal product of queries, keys and slopes.
+which the mini-batch begins. Token i sees W_i = W - row_i (rate_1 G_1 + ... + rate_i G_i), and gives
+q_i + LN(f_{W_i}(q_i)). The next mini-batch begins with W_i of the last token. In this dual form no W_i is formed: a
+gradient is a product of an input and a slope, so that f_{W_i}(q_i) is f_W(q_i) less a causal product of queries, keys
+and slopes.
 
 A bias is the last row of its weight matrix, for inputs that end with a one.
 
@@ -23,7 +24,7 @@ _KEPT_EVERY = 4  # mini-batches between weights that are kept for the backward p
 _GELU_SLOPE, _GELU_CUBE = (2 / torch.pi) ** 0.5, 0.044715
 
 Weights = tuple[Tensor, ...]
-"""Weights of the inner model, or sums of their gradients: [B, H, f + 1, f], or [B, H, f + 1, m] and [B, H, m + 1, f]."""
+"""Weights of the inner model, or sums of gradients: [B, H, f + 1, f], or [B, H, f + 1, m] and [B, H, m + 1, f]."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def linear_step(weights: Weights, sums: Weights | None, batch: MiniBatch, norm: 
     (w,) = weights
     q1, k1 = _with_one(batch.q_BHbf), _with_one(batch.k_BHbf)
     slope = norm.slope(k1 @ w, batch.target_BHbf)
-    z = _product(q1, w, sums and sums[0], batch) - (batch.steps_BHbb * (q1 @ k1.mT)) @ slope
+    z = _product(q1, w, sums[0] if sums else None, batch) - (batch.steps_BHbb * (q1 @ k1.mT)) @ slope
     return z, (_sum(batch, k1, slope),)
 
 
@@ -93,9 +94,9 @@ def mlp_step(weights: Weights, sums: Weights | None, batch: MiniBatch, norm: Inn
     features1 = _with_one(F.gelu(hidden, approximate="tanh"))
     slope2 = norm.slope(features1 @ w2, batch.target_BHbf)
     slope1 = (slope2 @ w2[..., :-1, :].mT) * gelu_slope(hidden)
-    hidden_q = _product(q1, w1, sums and sums[0], batch) - (steps * (q1 @ k1.mT)) @ slope1
+    hidden_q = _product(q1, w1, sums[0] if sums else None, batch) - (steps * (q1 @ k1.mT)) @ slope1
     features_q1 = _with_one(F.gelu(hidden_q, approximate="tanh"))
-    z = _product(features_q1, w2, sums and sums[1], batch) - (steps * (features_q1 @ features1.mT)) @ slope2
+    z = _product(features_q1, w2, sums[1] if sums else None, batch) - (steps * (features_q1 @ features1.mT)) @ slope2
     return z, (_sum(batch, k1, slope1), _sum(batch, features1, slope2))
 
 
@@ -129,7 +130,7 @@ def scan(
     """
     if carried is not None:
         return _scan_with_sums(step, start, batches, norm, begins_Bn, is_full_Bn, last_row, carried)
-    weights, outputs = start, []
+    weights, outputs = start, list[Tensor]()
     for first in range(0, len(batches), _KEPT_EVERY):
         numbers = range(first, min(first + _KEPT_EVERY, len(batches)))
 

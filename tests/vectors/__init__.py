@@ -1,1 +1,1 @@
-"""Reference vectors of independent fp64 programs, against this project's own layers: `python -m tests.vectors PATH...`."""
+"""Vectors of independent fp64 references against this project's own layers: `python -m tests.vectors PATH...`."""

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.vectors import infini, rwkv7, ttt
+from tests.vectors import infini, rwkv4, rwkv7, ttt
 from tests.vectors.layers import Check
 
 BOUND = 1e-10
 CHECKS: dict[str, Check] = {
     "infini": infini.check,
+    "rwkv4": rwkv4.check,
     "rwkv7": rwkv7.check,
     "ttt": ttt.check,
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.config.model import ModelConfig
-from moe_train.model.build import mixer_of
+from moe_train.model.build import feed_forward_of, mixer_of
 from moe_train.model.decode_state import CacheSpec
 from moe_train.model.mixers.base import MixerContext, Shared
 from moe_train.model.parameters import materialize
@@ -36,6 +36,16 @@ def build_mixer(model: dict[str, Any], layer: int, values: Mapping[str, Any], na
     with torch.device("meta"):
         mixer = kind.build(spec)
     return with_weights(mixer, values, names)
+
+
+def build_channel_mix(
+    model: dict[str, Any], layer: int, values: Mapping[str, Any], names: Mapping[str, str]
+) -> nn.Module:
+    """Build the dense feed-forward layer of a layer through the registry, as `build_mixer` does."""
+    kind, spec = feed_forward_of(ModelConfig.model_validate(model), layer)
+    with torch.device("meta"):
+        feed_forward = kind.build(spec)
+    return with_weights(feed_forward, values, names)
 
 
 def with_weights(module: nn.Module, values: Mapping[str, Any], names: Mapping[str, str]) -> nn.Module:

@@ -57,6 +57,14 @@ class RWKV7Config(Section):
 class RWKV7Mixer(Mixer):
     """The time mix of one layer."""
 
+    k_k: nn.Parameter
+    k_a: nn.Parameter
+    r_k: nn.Parameter
+    g1: nn.Parameter
+    g2: nn.Parameter
+    ln_weight: nn.Parameter
+    ln_bias: nn.Parameter
+
     def __init__(
         self,
         hidden_size: int,

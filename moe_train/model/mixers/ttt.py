@@ -58,6 +58,21 @@ class TTTMLPConfig(TTTLinearConfig):
 class TTTMixer(Mixer):
     """A layer whose state is the weights of an inner model, which every document trains from the same learned start."""
 
+    row_delta: nn.Parameter
+    lr_weight: nn.Parameter
+    lr_bias: nn.Parameter
+    inner_norm_weight: nn.Parameter
+    inner_norm_bias: nn.Parameter
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
+    conv_q: nn.Parameter
+    conv_q_bias: nn.Parameter
+    conv_k: nn.Parameter
+    conv_k_bias: nn.Parameter
+    warm: Tensor
+
     def __init__(
         self,
         inner: InnerKind,

@@ -93,6 +93,29 @@ def _learn(mixer, head: int, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, slo
     return torch.stack(outputs)
 
 
+def rwkv4(mixer, x_SD: Tensor) -> Tensor:
+    """The time mix of RWKV-4: every average is a softmax over the tokens so far."""
+    before = F.pad(x_SD, (0, 0, 1, 0))[:-1]
+    k, v, r = (
+        project(mix * x_SD + (1 - mix) * before)
+        for project, mix in (
+            (mixer.key, mixer.mix_k),
+            (mixer.value, mixer.mix_v),
+            (mixer.receptance, mixer.mix_r),
+        )
+    )
+    return mixer.output(r.sigmoid() * rwkv4_average(k, v, -mixer.decay.exp(), mixer.first))
+
+
+def rwkv4_average(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """Average the values with weights e^(k + (t - 1 - i) w), and e^(k + u) for the own token; [S, D]."""
+    outputs = []
+    for t in range(len(k)):
+        past = [k[i] + (t - 1 - i) * w for i in range(t)]
+        outputs.append((torch.stack([*past, k[t] + u]).softmax(0) * v[: t + 1]).sum(0))
+    return torch.stack(outputs)
+
+
 def rwkv7(mixer, x_SD: Tensor) -> Tensor:
     """The time mix of the first RWKV-7 layer, token by token and head by head; see `rwkv7_state` for the state."""
     step = F.pad(x_SD, (0, 0, 1, 0))[:-1] - x_SD
@@ -120,3 +143,16 @@ def rwkv7_state(r: Tensor, decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Te
         state = state * decay[t] + torch.outer(state @ a[t], b[t]) + torch.outer(v[t], k[t])
         outputs.append(state @ r[t])
     return torch.stack(outputs)
+
+
+def channel_mix(layer, x_SD: Tensor) -> Tensor:
+    """The channel mix of RWKV-4."""
+    before = F.pad(x_SD, (0, 0, 1, 0))[:-1]
+    k, r = (mix * x_SD + (1 - mix) * before for mix in (layer.mix_k, layer.mix_r))
+    return layer.receptance(r).sigmoid() * layer.value(layer.key(k).relu() ** 2)
+
+
+def channel_mix7(layer, x_SD: Tensor) -> Tensor:
+    """The channel mix of RWKV-7."""
+    before = F.pad(x_SD, (0, 0, 1, 0))[:-1]
+    return layer.value(layer.key(x_SD + layer.x_k * (before - x_SD)).relu() ** 2)

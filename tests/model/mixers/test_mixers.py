@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_train.model.build import mixer_of
+from moe_train.model.build import feed_forward_of, mixer_of
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.parameters import optim_rules
 from tests.model.mixers import checks, slow
@@ -13,7 +13,12 @@ LENGTH = 13  # two periods of the grids below, and a half
 MIXERS = {
     "infini, linear": {"mixer": "infini", "infini": {"segment_length": 5}},
     "infini, delta": {"mixer": "infini", "infini": {"segment_length": 5, "memory": "delta"}},
-    "rwkv7": {"mixer": "rwkv7", "rwkv7": {"decay_rank": 3, "rate_rank": 2, "value_rank": 3, "gate_rank": 5}},
+    "rwkv4": {"mixer": "rwkv4", "feed_forward": "rwkv_channel_mix"},
+    "rwkv7": {
+        "mixer": "rwkv7",
+        "feed_forward": "rwkv7_channel_mix",
+        "rwkv7": {"decay_rank": 3, "rate_rank": 2, "value_rank": 3, "gate_rank": 5},
+    },
     "ttt_linear": {"mixer": "ttt_linear", "ttt_linear": {"mini_batch": 5}},
     "ttt_linear, gate and convolutions": {
         "mixer": "ttt_linear",
@@ -26,7 +31,7 @@ HYBRIDS = {
     "ttt_mlp and attention": {"mixers": ["ttt_mlp", "attention"], "ttt_mlp": {"mini_batch": 4}},
     "infini and attention": {"mixers": ["infini", "attention"], "infini": {"segment_length": 4}},
 }
-SLOW = {"infini": slow.infini, "rwkv7": slow.rwkv7, "ttt_linear": slow.ttt, "ttt_mlp": slow.ttt}
+SLOW = {"infini": slow.infini, "rwkv4": slow.rwkv4, "rwkv7": slow.rwkv7, "ttt_linear": slow.ttt, "ttt_mlp": slow.ttt}
 mixers = pytest.mark.parametrize("changes", MIXERS.values(), ids=MIXERS)
 patterns = pytest.mark.parametrize("changes", (MIXERS | HYBRIDS).values(), ids=MIXERS | HYBRIDS)
 
@@ -53,22 +58,34 @@ def test_gradients_are_those_of_finite_differences(changes):
 @mixers
 def test_outputs_and_gradients_are_those_of_the_slow_loop(changes):
     model = checks.make(changes)
-    mixer, reference = model.blocks[0].mixer, SLOW[changes["mixer"]]
+    compare(model, model.blocks[0].mixer, SLOW[changes["mixer"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("rwkv_channel_mix", slow.channel_mix), ("rwkv7_channel_mix", slow.channel_mix7)]
+)
+def test_channel_mixes_are_those_of_the_slow_formula(name, reference):
+    model = checks.make({"feed_forward": name})
+    compare(model, model.blocks[0].feed_forward, reference)
+
+
+def compare(model, layer, reference):
+    """Outputs and gradients of a layer, on rows of several documents, against a reference of one document."""
     documents = checks.packed_documents(LENGTH)
     context = MixerContext(0, model._token_index(checks.index_of(random_ids(2, LENGTH), documents)))
     generator = torch.Generator().manual_seed(5)
     x, upstream = (torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=generator) for _ in range(2))
 
     def run(forward):
-        mixer.zero_grad()
+        layer.zero_grad()
         inputs = x.clone().requires_grad_()
         y = forward(inputs)
         (y * upstream).sum().backward()
-        return y.detach(), {"x": inputs.grad} | {name: p.grad.clone() for name, p in mixer.named_parameters()}
+        return y.detach(), {"x": inputs.grad} | {name: p.grad.clone() for name, p in layer.named_parameters()}
 
-    found, grads = run(lambda inputs: mixer(inputs, context)[0])
+    found, grads = run(lambda inputs: layer(inputs, context)[0])
     expected, expected_grads = run(
-        lambda inputs: slow.by_document(lambda part: reference(mixer, part), inputs, documents)
+        lambda inputs: slow.by_document(lambda part: reference(layer, part), inputs, documents)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     for name, grad in expected_grads.items():
@@ -80,11 +97,10 @@ def test_state_bytes_are_those_that_the_kinds_say(changes):
     config = small_config(**changes)
     model = checks.make(changes)
     for length in (3, LENGTH, 5 * LENGTH):
-        found = (mixer_of(config, layer) for layer in range(config.num_layers))
-        element = 8  # fp64
-        assert model.new_cache(2, length).nbytes == 2 * sum(
-            kind.state_bytes(spec, length, element) for kind, spec in found
-        )
+        layers, element = range(config.num_layers), 8  # fp64
+        mixed = sum(kind.state_bytes(spec, length, element) for kind, spec in (mixer_of(config, i) for i in layers))
+        dense = (feed_forward_of(config, i) for i in layers if i not in config.moe_layer_indices)
+        assert model.new_cache(2, length).nbytes == 2 * (mixed + sum(k.state_bytes(spec, element) for k, spec in dense))
 
 
 @mixers
@@ -99,4 +115,5 @@ TTT = {"row_delta", "lr_bias", "inner_norm_weight", "inner_norm_bias", "b1", "b2
 TTT |= {"post_norm.weight", "post_norm.bias"}
 RWKV7 = {f"x_{letter}" for letter in "rwkvag"} | {f"{letter}{number}" for letter in "wavg" for number in (0, 1, 2)}
 RWKV7 |= {"k_k", "k_a", "r_k", "ln_weight", "ln_bias"}
-NO_DECAY = {"infini": {"beta"}, "rwkv7": RWKV7, "ttt_linear": TTT, "ttt_mlp": TTT}
+RWKV4 = {"mix_k", "mix_v", "mix_r", "decay", "first"}
+NO_DECAY = {"infini": {"beta"}, "rwkv4": RWKV4, "rwkv7": RWKV7, "ttt_linear": TTT, "ttt_mlp": TTT}
