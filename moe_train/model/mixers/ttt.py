@@ -115,7 +115,7 @@ class TTTMixer(Mixer):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         if inner == "mlp":
             # A buffer, so that a checkpoint taken during warm-up is evaluated with the rate that it was trained with.
-            self.register_buffer("warm", torch.empty((), dtype=torch.float32))
+            self.register_buffer("warm", torch.empty(1, dtype=torch.float32))
 
     def initial_values(self) -> dict[str, InitialValue]:
         zeros: dict[str, InitialValue] = {name: Constant(0.0) for name in self._shapes}

@@ -7,7 +7,7 @@ from moe_train.model.build import feed_forward_of, mixer_of
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.parameters import optim_rules
 from tests.model.mixers import checks, slow
-from tests.model.small import random_ids, small_config
+from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 LENGTH = 13  # two periods of the grids below, and a half
 MIXERS = {
@@ -101,6 +101,23 @@ def test_state_bytes_are_those_that_the_kinds_say(changes):
         mixed = sum(kind.state_bytes(spec, length, element) for kind, spec in (mixer_of(config, i) for i in layers))
         dense = (feed_forward_of(config, i) for i in layers if i not in config.moe_layer_indices)
         assert model.new_cache(2, length).nbytes == 2 * (mixed + sum(k.state_bytes(spec, element) for k, spec in dense))
+
+
+@mixers
+def test_states_and_inner_arithmetic_are_fp32_in_bf16(changes):
+    """Streaming token by token is as close to the full forward as its outputs' own rounding."""
+    model = small_model(small_config(**changes, init_std=0.2), dtype=torch.bfloat16).eval()
+    ids, cache = random_ids(2, LENGTH), model.new_cache(2, LENGTH)
+    with torch.no_grad():
+        full = model(tokens_of(ids)).logits_BSV.float()
+        parts = [model(checks.part_of(tokens_of(ids), i, i + 1), cache).logits_BSV for i in range(LENGTH)]
+    difference = (torch.cat(parts, dim=1).float() - full).abs().max()
+    assert full.isfinite().all() and difference <= 0.1 * full.abs().max()
+    states = [state for layer in range(4) for state in cache.layer(layer).all]
+    parts = [part for state in states for part in getattr(state, "states", {"": state}).values()]
+    kinds = {name: tensor.dtype for part in parts if hasattr(part, "tensors") for name, tensor in part.tensors.items()}
+    assert {name for name, kind in kinds.items() if kind == torch.bfloat16} <= {"keys", "values"}
+    assert torch.float32 in kinds.values()
 
 
 @mixers
