@@ -37,7 +37,8 @@ class Average:
         return Average(self.values, self.weights, self.exponent + log_decay)
 
     def __add__(self, other: "Average") -> "Average":
-        exponent = torch.maximum(self.exponent, other.exponent).clamp(min=EMPTY)
+        # Any common exponent gives the same sums: it is a constant for the gradient.
+        exponent = torch.maximum(self.exponent.detach(), other.exponent.detach())
         one, two = (self.exponent - exponent).exp(), (other.exponent - exponent).exp()
         return Average(one * self.values + two * other.values, one * self.weights + two * other.weights, exponent)
 
@@ -89,12 +90,14 @@ def wkv(
     begins = begins & valid
     own = Average(v, torch.ones_like(v), k).where(valid)
     state = _entering(own, w_D, before, begins, valid)
+    # What is forgotten before a token, where it begins a document, and how the sums before it fade behind it.
+    resets, fading = (begins * EMPTY).unbind(2), (valid * w_D).unbind(2)
+    tokens = [Average(*parts) for parts in zip(*(part.unbind(2) for part in _parts(own)), strict=True)]
     averages = []
-    for place in range(size):
-        token = Average(own.values[:, :, place], own.weights[:, :, place], own.exponent[:, :, place])
-        state = state.where(~begins[:, :, place])
+    for token, reset, fade in zip(tokens, resets, fading, strict=True):
+        state = state.faded(reset)
         averages.append((state + token.faded(u_D)).mean)
-        state = state.faded(w_D * valid[:, :, place]) + token
+        state = state.faded(fade) + token
     y_BSD = torch.stack(averages, dim=2).flatten(1, 2)[:, :length]
     return y_BSD, Average(state.values[:, -1], state.weights[:, -1], state.exponent[:, -1])
 
@@ -118,7 +121,7 @@ def _entering(own: Average, w_D: Tensor, before: Average, begins: Tensor, valid:
     document = begins.cumsum(2)
     later = valid.sum(2, keepdim=True) - valid.cumsum(2)
     faded = own.faded(later * w_D).where((document == document[:, :, -1:]) & valid)
-    exponent = faded.exponent.amax(2)
+    exponent = faded.exponent.detach().amax(2)
     shares = (faded.exponent - exponent.unsqueeze(2)).exp()
     added = Average((shares * faded.values).sum(2), (shares * faded.weights).sum(2), exponent)
     passing = torch.where(begins.any(2), EMPTY, valid.sum(2) * w_D)

@@ -1,13 +1,15 @@
 """Mixers beside attention in real runs: layouts, what ZeRO-3 partitions, and the checkpoint."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 import moe_train
 from moe_train.train.telemetry.records import read_records
-from tests.train.runs import SMALL, run_forked, train_forked
+from tests.processes import run_process
+from tests.train.runs import CPU, SMALL, train_forked
 
 STEPS = 6
 ALL = (
@@ -37,7 +39,8 @@ PARTITIONED = (
 def test_they_train_alike_in_every_layout(model: tuple[str, ...]) -> None:
     changes = [f"--train.steps={STEPS}", "--train.recompute_activations=true", "--telemetry.every=1"]
     # One process; EP 2; EP 2 with ZeRO 3 on four ranks. The code is 1, for parity asks for more steps.
-    result = run_forked(1, "parity", "--layouts=1,3", "--json", *model, *changes, timeout=500)
+    command = [sys.executable, "-m", "moe_train", "parity", "--layouts=1,3", "--json"]
+    result = run_process([*command, *model, *changes], timeout=500, env=CPU)
     found = json.loads(result.stdout.splitlines()[-1])["layouts"]
     assert [each["steps"] for each in found] == [STEPS] * 3
     assert all(each["loss_difference"] < 1e-5 and each["grad_norm_difference"] < 1e-4 for each in found)
