@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_KEPT_EVERY = 4  # mini-batches between weights that are kept for the backward pass, as in the authors' JAX code
+KEPT_EVERY = 4  # mini-batches between weights that are kept for the backward pass, as in the authors' JAX code
 _GELU_SLOPE, _GELU_CUBE = (2 / torch.pi) ** 0.5, 0.044715
 
 Weights = tuple[Tensor, ...]
@@ -131,8 +131,8 @@ def scan(
     if carried is not None:
         return _scan_with_sums(step, start, batches, norm, begins_Bn, is_full_Bn, last_row, carried)
     weights, outputs = start, list[Tensor]()
-    for first in range(0, len(batches), _KEPT_EVERY):
-        numbers = range(first, min(first + _KEPT_EVERY, len(batches)))
+    for first in range(0, len(batches), KEPT_EVERY):
+        numbers = range(first, min(first + KEPT_EVERY, len(batches)))
 
         def run(*weights: Tensor, numbers: range = numbers) -> tuple[Tensor, ...]:
             found = []
@@ -145,7 +145,7 @@ def scan(
                 weights = _learn(weights, sums, is_full_Bn[:, number], last_row)
             return *found, *weights
 
-        keeps = torch.is_grad_enabled() and len(batches) > _KEPT_EVERY
+        keeps = torch.is_grad_enabled() and len(batches) > KEPT_EVERY
         # The form that is not reentrant: it sees tensors alone, and nothing of it is a module.
         results = checkpoint(run, *weights, use_reentrant=False, preserve_rng_state=False) if keeps else run(*weights)
         outputs += results[: len(numbers)]

@@ -288,7 +288,8 @@ def _flops(spec: MixerSpec, length: int) -> float:
 def _cost(spec: MixerSpec) -> MixerCost:
     model, size = spec.model, spec.model.attention_head_dim
     queries, keys = model.num_heads * size, model.attention_kv_heads * size
-    # Queries and keys are rotated; their features and what is read are in fp32.
+    # Queries and keys are rotated; their features and what is read are in fp32. The delta rule reads for keys too.
+    of_keys = 11 if spec.section.memory == "delta" else 5
     return MixerCost(
         products=(
             Product(model.hidden_size, queries),
@@ -296,7 +297,7 @@ def _cost(spec: MixerSpec) -> MixerCost:
             Product(queries, model.hidden_size),
         ),
         kept=model.hidden_size + 3 * queries + 3 * keys,
-        kept_fp32=5 * queries + 3 * keys + model.num_heads,
+        kept_fp32=6 * queries + of_keys * keys + model.num_heads,
         work=6 * queries,
         elementwise=(Elementwise(queries + keys, 36, 40), Elementwise(queries, 60, 80)),
         attention=Attention(model.num_heads, size, spec.section.segment_length),

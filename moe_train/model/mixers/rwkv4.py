@@ -94,7 +94,7 @@ def _cost(spec: MixerSpec) -> MixerCost:
     return MixerCost(
         products=(Product(hidden, hidden, count=4),),
         kept=7 * hidden,
-        kept_fp32=24 * hidden,
+        kept_fp32=15 * hidden,
         work=8 * hidden,
         elementwise=(Elementwise(hidden, 400, 700),),
     )

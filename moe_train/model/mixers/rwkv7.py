@@ -252,7 +252,7 @@ def _cost(spec: MixerSpec) -> MixerCost:
     return MixerCost(
         products=tuple(products),
         kept=9 * hidden,
-        kept_fp32=30 * hidden + 6 * heads * CHUNK,
+        kept_fp32=44 * hidden + 6 * heads * CHUNK,
         handed_up=hidden,
         work=20 * hidden,
         elementwise=(Elementwise(hidden, 400, 600),),

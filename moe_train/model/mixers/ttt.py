@@ -23,7 +23,7 @@ from moe_train.model.mixers.lookback import look_back, lookback_state
 from moe_train.model.parameters import Constant, InitialValue, Normal, OptimRule
 from moe_train.ops.aligned_blocks import AlignedBlocks, align
 from moe_train.ops.rotary import apply_rotary
-from moe_train.ops.ttt import InnerNorm, InnerStep, MiniBatch, Weights, linear_step, mlp_step, scan
+from moe_train.ops.ttt import KEPT_EVERY, InnerNorm, InnerStep, MiniBatch, Weights, linear_step, mlp_step, scan
 
 InnerKind = Literal["linear", "mlp"]
 
@@ -295,11 +295,12 @@ def _cost_of(inner: InnerKind) -> Callable[[MixerSpec], MixerCost]:
             products.append(Product(width_in, width_out, count=3 * heads))
             products += [Product(width_in, batch, count=heads), Product(batch, width_out, count=heads)]
         widest = 1 if inner == "linear" else _EXPANSION
+        weights = heads * sum((width_in + 1) * width_out for width_in, width_out in _inner_widths(inner, size))
         return MixerCost(
             products=tuple(products),
             kept=(2 + 2 * spec.section.gate) * hidden,
-            # Queries, keys, targets, outputs and their norm; within a mini-batch it is computed again.
-            kept_fp32=8 * hidden + heads,
+            # Queries, keys, targets and outputs, and the weights of some mini-batches. The rest is computed again.
+            kept_fp32=(4 + 4 * spec.section.short_conv) * hidden + heads + weights // (KEPT_EVERY * batch),
             work=(6 + 6 * widest) * hidden,
             elementwise=(Elementwise(hidden, 160, 240), Elementwise(widest * hidden, 40, 80)),
         )
