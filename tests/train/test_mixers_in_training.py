@@ -28,8 +28,6 @@ PARTITIONED = (
     "--model.hidden_size=256",
     "--model.num_heads=2",
     '--model.mixers=["ttt_mlp", "rwkv7"]',
-    "--model.num_kv_heads=null",
-    "--model.kv_layers=null",
     "--model.feed_forward=rwkv7_channel_mix",
 )
 

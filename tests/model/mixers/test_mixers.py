@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from moe_train.config.errors import UsageError
+from moe_train.config.load import load_config
+from moe_train.config.parts import load_kinds
 from moe_train.model.build import feed_forward_of, mixer_of
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.parameters import optim_rules
@@ -134,3 +137,26 @@ RWKV7 = {f"x_{letter}" for letter in "rwkvag"} | {f"{letter}{number}" for letter
 RWKV7 |= {"k_k", "k_a", "r_k", "ln_weight", "ln_bias"}
 RWKV4 = {"mix_k", "mix_v", "mix_r", "decay", "first"}
 NO_DECAY = {"infini": {"beta"}, "rwkv4": RWKV4, "rwkv7": RWKV7, "ttt_linear": TTT, "ttt_mlp": TTT}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.mixer=infini"], ["train.sequence_length (64)", "model.infini.segment_length (128)"]),
+        (["--model.mixer=infini", "--model.infini.segment_length=64"], ["segment_length (64)"]),
+        (["--model.mixer=infini", "--model.infini.memory=sum"], ["model.infini.memory", "sum", "delta"]),
+        (["--model.mixer=ttt_linear", "--model.ttt_linear.mini_batch=0"], ["model.ttt_linear.mini_batch", "0"]),
+        (["--model.mixer=ttt_mlp", "--model.head_dim=8"], ["model.head_dim (8)", "num_heads (4)", "ttt_mlp"]),
+        (["--model.mixer=rwkv7", "--model.head_dim=8"], ["model.head_dim (8)", "hidden_size (64)", "rwkv7"]),
+        (["--model.mixer=rwkv7", "--model.rwkv7.gate_rank=0"], ["model.rwkv7.gate_rank", "0"]),
+        (["--model.mixer=rwkv4", "--model.rwkv4.rank=1"], ["model.rwkv4", "has no settings"]),
+        (["--model.mixer=rwkv4", "--model.infini.memory=delta"], ["infini", "no effect"]),
+    ],
+)
+def test_settings_that_cannot_work_are_named(options, words):
+    sizes = ["--model.hidden_size=64", "--model.num_heads=4", "--train.sequence_length=64", "--train.run_dir=unused"]
+    with pytest.raises(UsageError) as error:
+        config = load_config([*sizes, *options], program="t")
+        load_kinds(config).check(config)
+    for word in words:
+        assert word in str(error.value)
