@@ -50,8 +50,8 @@ class ModelConfig(SectionWithParts):
     mixer: str | None = None
     """Mixer of all layers; it is the same as mixers with one name."""
     mixers: tuple[PartName, ...] = Field(("attention",), min_length=1)
-    """Sequence mixers by layer: a pattern that repeats over the layers; its length must divide num_layers. A mixer's
-    own settings are under its name, beside this field."""
+    """Sequence mixers by layer: a pattern that repeats over the layers; its length must divide num_layers. attention,
+    infini, rwkv4, rwkv7, ttt_linear, ttt_mlp. A mixer's own settings are under its name, beside this field."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation of the residual stream."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -63,7 +63,7 @@ class ModelConfig(SectionWithParts):
     tie_embeddings: bool = False
     """True: the head uses the weight of the embedding."""
     isolate_documents: bool = False
-    """True: no attention from one packed document to another."""
+    """True: a packed document sees nothing of another; every mixer's state begins anew with it."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; for weights that write to the residual stream, it is divided by
     sqrt(2 num_layers)."""
