@@ -106,7 +106,7 @@ def test_plan_and_params_count_them() -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--model.feed_forward=rulu", ["model.feed_forward", "rulu", "relu"]),
+        ("--model.feed_forward=rulu", ["feed_forward ('rulu')", "did you mean relu"]),
         ("--model.decay.slowest=2", ["model.decay.slowest", "2", "less than 1"]),
         ("--model.decay.slowest=0.05", ["model.decay.slowest (0.05)", "above 0.1"]),
         ("--model.decay.slow=0.5", ["model.decay.slow", "slowest"]),
