@@ -160,3 +160,20 @@ def test_settings_that_cannot_work_are_named(options, words):
         load_kinds(config).check(config)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "expected"),
+    [
+        ("ttt_linear", {"mini_batch": 16}, 4 * (6 * 8**2 + 4 * 16 * 8)),
+        ("ttt_mlp", {"mini_batch": 16}, 4 * (56 * 8**2 + 20 * 16 * 8)),
+        ("rwkv4", None, 30 * 32),
+        # 4 query heads of 8 on 2 heads of keys: local attention, a read, and a write that the delta rule doubles.
+        ("infini", {"segment_length": 10}, 2 * 4 * 8 * 11 + 2 * 4 * 8**2 + 2 * 2 * 8**2),
+        ("infini", {"segment_length": 10, "memory": "delta"}, 2 * 4 * 8 * 11 + 2 * 4 * 8**2 + 4 * 2 * 8**2),
+    ],
+)
+def test_operations_beside_the_projections(name, section, expected):
+    own = {} if section is None else {name: section}
+    kind, spec = mixer_of(small_config(hidden_size=32, mixer=name, **own), 0)
+    assert kind.flops(spec, 64) == expected
