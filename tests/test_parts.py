@@ -25,6 +25,7 @@ STEPS = 6
 PARTS = (
     '--model.mixers=["decay", "attention"]',
     "--model.decay.slowest=0.8",
+    "--model.feed_forward=relu",
     "--model.moe.router=hash",
     "--model.moe.hash.salt=3",
     "--model.moe.load_cv2_coef=0",
@@ -88,8 +89,10 @@ def one_rank(steps: int) -> list[str]:
 def test_plan_and_params_count_them() -> None:
     ours = load_config([*PARITY_MODEL, *PARTS, "--train.precision=fp32"], program="t")
     plain = load_config([*PARITY_MODEL, "--model.moe.router=softmax_topk", "--model.moe.load_cv2_coef=0"], program="t")
-    # decay and two matrices of [64, 64], in place of four matrices of attention, in two layers.
-    assert count_parameters(plain.model, 300).total - count_parameters(ours.model, 300).total == 2 * (2 * 64 * 64 - 64)
+    # decay and two matrices of [64, 64], in place of four matrices of attention, in two layers; and in these, which
+    # have no experts, a feed-forward layer of two matrices in place of three.
+    fewer = 2 * (2 * 64 * 64 - 64) + 2 * 64 * ours.model.intermediate_size
+    assert count_parameters(plain.model, 300).total - count_parameters(ours.model, 300).total == fewer
     question = Question(Cluster(1, 4, DEVICES["h100"]), decoding=Decoding(3, 100))
     plan = make_plan(ours, 300, question)
     updated = plan.memory.states.partition_elements
@@ -103,6 +106,7 @@ def test_plan_and_params_count_them() -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
+        ("--model.feed_forward=rulu", ["feed_forward ('rulu')", "did you mean relu"]),
         ("--model.decay.slowest=2", ["model.decay.slowest", "2", "less than 1"]),
         ("--model.decay.slowest=0.05", ["model.decay.slowest (0.05)", "above 0.1"]),
         ("--model.decay.slow=0.5", ["model.decay.slow", "slowest"]),

@@ -10,7 +10,10 @@ from pathlib import Path
 PACKAGE = "moe_train"
 MOST_FUNCTION_LINES = 60
 # Names that a configuration can give, by the folder of the parts.
-PARTS = {"routers": ("noisy_topk", "softmax_topk", "sigmoid_topk", "switch"), "mixers": ("attention",)}
+PARTS = {
+    "routers": ("noisy_topk", "softmax_topk", "sigmoid_topk", "switch"),
+    "mixers": ("attention", "infini", "rwkv4", "rwkv7", "ttt_linear", "ttt_mlp"),
+}
 
 # Lines that mean nothing without the line before them, such as "rank: Of this process." or "Likewise."
 _STUB = re.compile(r"(^|: )(Of|Likewise)\b")

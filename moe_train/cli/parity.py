@@ -101,11 +101,11 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
 
     from moe_train.distributed.collectives import gather_objects
     from moe_train.host.precision import resolve_precision
-    from moe_train.train.parity import OPTIONS, SPLITS, choose_layouts
+    from moe_train.train.parity import SPLITS, choose_layouts, options_for
 
     if options.layers is not None and options.config is None:
         raise UsageError(f"--layers ({options.layers}) has no effect without --config")
-    base = list(OPTIONS) if options.config is None else _own_options(options, extra, scratch)
+    base = options_for(extra) if options.config is None else _own_options(options, extra, scratch)
     config = load_config([*base, *extra, f"--train.run_dir={scratch}"], program="moe-train parity")
     device = choose_device(config.parallel.device, replace(world, local_world_size=1, local_rank=0))
     limit = _rank_limit(options.max_ranks, world, device.type)

@@ -37,7 +37,10 @@ class ModelConfig(SectionWithParts):
     each head, and all heads of a layer have the same gains (Qwen3); projection: over the elements of all heads
     together, and each element has its own gain (OLMoE)."""
     intermediate_size: PositiveInt = 1024
-    """Inner width of the dense SwiGLU."""
+    """Inner width of the dense feed-forward layers."""
+    feed_forward: str = "swiglu"
+    """Dense feed-forward layer, of every layer that has no experts. swiglu; rwkv_channel_mix: that of RWKV-4, which
+    looks one token back, with a squared ReLU and a gate; rwkv7_channel_mix: that of RWKV-7, without a gate."""
     moe_every: int = Field(2, ge=0)
     """Every moe_every-th layer is an MoE layer (1: all, 2: layers 1, 3, 5, ... counted from 0); 0: none."""
     moe_layers: tuple[int, ...] | None = None
@@ -47,8 +50,8 @@ class ModelConfig(SectionWithParts):
     mixer: str | None = None
     """Mixer of all layers; it is the same as mixers with one name."""
     mixers: tuple[PartName, ...] = Field(("attention",), min_length=1)
-    """Sequence mixers by layer: a pattern that repeats over the layers; its length must divide num_layers. A mixer's
-    own settings are under its name, beside this field."""
+    """Sequence mixers by layer: a pattern that repeats over the layers; its length must divide num_layers. attention,
+    infini, rwkv4, rwkv7, ttt_linear, ttt_mlp. A mixer's own settings are under its name, beside this field."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation of the residual stream."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -60,7 +63,7 @@ class ModelConfig(SectionWithParts):
     tie_embeddings: bool = False
     """True: the head uses the weight of the embedding."""
     isolate_documents: bool = False
-    """True: no attention from one packed document to another."""
+    """True: a packed document sees nothing of another; every mixer's state begins anew with it."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; for weights that write to the residual stream, it is divided by
     sqrt(2 num_layers)."""
@@ -99,6 +102,9 @@ class ModelConfig(SectionWithParts):
                 f"intermediate_size ({self.intermediate_size}) has no effect: every layer is an MoE layer, with "
                 f"moe.intermediate_size ({self.moe.intermediate_size})"
             )
+        check_part("feed_forwards", self.feed_forward, "feed_forward")
+        if all_moe and self.differs("feed_forward"):
+            raise ValueError(f"feed_forward ({self.feed_forward!r}) has no effect: every layer is an MoE layer")
         if not self.moe_layer_indices and self.differs("moe"):
             raise ValueError(
                 f"model.moe has no effect: no layer of {self.num_layers} is an MoE layer with moe_every "
@@ -117,6 +123,12 @@ class ModelConfig(SectionWithParts):
         for name, values in self.part_settings.items():
             if name not in self.mixers:
                 raise ValueError(f"{name} ({values}) has no effect: it is not among mixers ({list(self.mixers)})")
+        for name in ("sliding_window", "qk_norm"):
+            if not self.attention_layers and self.differs(name):
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) has no effect: no layer is attention, with mixers "
+                    f"{list(self.mixers)}"
+                )
 
     def _check_kv_layers(self) -> None:
         given, layers = self.kv_layers, self.attention_layers

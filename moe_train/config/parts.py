@@ -32,6 +32,14 @@ class Kind(Protocol):
         """Function that refuses settings that cannot work."""
 
 
+class MixerLike(Kind, Protocol):
+    """A mixer, as the configuration sees it."""
+
+    @property
+    def check_length(self) -> Callable[[Any, int], None]:
+        """Function that refuses training sequences of a length that cannot work."""
+
+
 class RouterLike(Kind, Protocol):
     """A router, as the configuration sees it."""
 
@@ -77,7 +85,7 @@ class Kinds:
         sinks: Kinds of sinks of other packages, by name. Those of this package have no settings, and import slowly.
     """
 
-    mixers: Mapping[str, Kind]
+    mixers: Mapping[str, MixerLike]
     router: RouterLike
     dispatcher: DispatcherLike
     optimizer: OptimizerLike
@@ -95,7 +103,9 @@ class Kinds:
         """
         model, moe = config.model, config.model.moe
         for name, kind in self.mixers.items():
-            kind.check(model, read_section(kind.section, model.part_settings.get(name), f"model.{name}"))
+            own = read_section(kind.section, model.part_settings.get(name), f"model.{name}")
+            kind.check(model, own)
+            kind.check_length(own, config.train.sequence_length)
         section = read_section(self.router.section, moe.part_settings.get(moe.router), f"model.moe.{moe.router}")
         self.router.check(moe, section)
         for name, each in self.balance.items():

@@ -18,12 +18,23 @@ from moe_train.config.errors import UsageError
 
 PartName = Annotated[str, "name of a part"]  # it has no comma, so that a row with commas is a list of them
 
-PartGroup = Literal["mixers", "routers", "balance", "dispatchers", "optimizers", "sinks"]
+PartGroup = Literal["mixers", "feed_forwards", "routers", "balance", "dispatchers", "optimizers", "sinks"]
 
 REGISTRY: dict[PartGroup, dict[str, str]] = {
     # model.mixers: what mixes tokens along the sequence. The object is a MixerKind (model/mixers/base.py).
     "mixers": {
         "attention": "moe_train.model.mixers.attention:ATTENTION",
+        "infini": "moe_train.model.mixers.infini:INFINI",
+        "rwkv4": "moe_train.model.mixers.rwkv4:RWKV4",
+        "rwkv7": "moe_train.model.mixers.rwkv7:RWKV7",
+        "ttt_linear": "moe_train.model.mixers.ttt:TTT_LINEAR",
+        "ttt_mlp": "moe_train.model.mixers.ttt:TTT_MLP",
+    },
+    # model.feed_forward: the dense feed-forward layers. A FeedForwardKind (model/feed_forward.py).
+    "feed_forwards": {
+        "swiglu": "moe_train.model.feed_forward:SWIGLU",
+        "rwkv_channel_mix": "moe_train.model.channel_mix:RWKV_CHANNEL_MIX",
+        "rwkv7_channel_mix": "moe_train.model.channel_mix:RWKV7_CHANNEL_MIX",
     },
     # model.moe.router: which experts each token goes to. A RouterKind (model/moe/routers/base.py).
     "routers": {

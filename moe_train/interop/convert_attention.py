@@ -195,13 +195,27 @@ def uptraining_config(manifest: Manifest, source: Config, request: ConversionReq
         values["model"]["kv_layers"] = request.kv_layers
     config = validate_config(values)
     check_reduces(source.model, config.model)
+    _check_other_mixers(source.model, config.model)
     if not request.widen_mlp:
         return config
+    if source.model.feed_forward != "swiglu" and len(source.model.moe_layer_indices) < source.model.num_layers:
+        raise UsageError(f"--widen-mlp widens SwiGLUs only; the source's feed_forward is {source.model.feed_forward!r}")
     spare = _count(manifest.shapes) - _count(_shapes(config.model))
     widths = widened_widths(config.model, plan_widening(config.model, spare))
     values["model"]["intermediate_size"] = widths["intermediate_size"]
     values["model"]["moe"]["intermediate_size"] = widths["moe.intermediate_size"]
     return validate_config(values)
+
+
+def _check_other_mixers(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse what would change a layer that is not attention: the means of its heads do not compute the same."""
+    before, after = _shapes(source), _shapes(target)
+    for layer in sorted(set(range(source.num_layers)) - set(source.attention_layers)):
+        if any(before[name] != after[name] for name in after if name.startswith(f"blocks.{layer}.mixer.")):
+            raise UsageError(
+                f"--num-kv-heads ({target.attention_kv_heads}) would change layer {layer} too, whose mixer is "
+                f"{source.layer_mixers[layer]!r}: only attention can be converted"
+            )
 
 
 def _shapes(model: ModelConfig) -> Shapes:
@@ -265,7 +279,7 @@ def _blocks(
 ) -> Iterator[Tensor]:
     """Compute a tensor of the new model, flattened, in blocks."""
     layer, _, kind = name.removeprefix("blocks.").removesuffix(".weight").partition(".mixer.")
-    if kind in KINDS:
+    if kind in KINDS and int(layer) in source.model.attention_layers:
         return Reduction(source.model, config.model).mean_blocks(reader, int(layer), kind)
     before = manifest.shapes[name]
     if before == shape:

@@ -13,7 +13,7 @@ from moe_train.distributed.flight_recorder import FlightRecorder
 from moe_train.distributed.observer import CommObserver
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.model.block import Block
-from moe_train.model.feed_forward import DenseSwiGLU, FeedForward
+from moe_train.model.feed_forward import FeedForward, FeedForwardKind, FeedForwardSpec
 from moe_train.model.layers import Embedding, Linear, SwiGLU, make_norm
 from moe_train.model.mixers.base import MixerKind, MixerSpec
 from moe_train.model.moe.capacity import NO_LIMIT, CapacityLimit
@@ -106,10 +106,24 @@ def _build_block(
         router = build_router(config, layer, seed, measures)
         feed_forward = _build_moe(config, layer, router, place, output_std)
     else:
-        feed_forward = DenseSwiGLU(config.hidden_size, config.intermediate_size, config.init_std, output_std)
+        dense, dense_spec = feed_forward_of(config, layer, output_std)
+        feed_forward = dense.build(dense_spec)
     norms = [make_norm(config.norm, config.hidden_size, config.norm_epsilon) for _ in range(2)]
     kind, spec = mixer_of(config, layer, output_std)
     return Block(kind.build(spec), feed_forward, norms[0], norms[1], config.norm_position)
+
+
+def feed_forward_of(
+    config: ModelConfig, layer: int, output_std: float = 0.0
+) -> tuple[FeedForwardKind, FeedForwardSpec]:
+    """Find the kind of a layer's dense feed-forward layer, and the settings that it is built from.
+
+    Args:
+        config: Model section of the configuration.
+        layer: Index of the block, from 0; it has no experts.
+        output_std: Standard deviation for `FeedForwardSpec`; only building needs it.
+    """
+    return load_part("feed_forwards", config.feed_forward), FeedForwardSpec(config, layer, output_std)
 
 
 def mixer_of(config: ModelConfig, layer: int, output_std: float = 0.0) -> tuple[MixerKind, MixerSpec]:

@@ -31,11 +31,13 @@ class Elementwise:
         numbers: Number of elements.
         forward: Bytes read and written per element in the forward pass.
         backward: Bytes read and written per element in the backward pass.
+        is_narrow: Whether the work is in the model's dtype, without casts. The bytes are still those of fp32.
     """
 
     numbers: int
     forward: int
     backward: int
+    is_narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,25 @@ class MixerCost:
     work: int = 0
     elementwise: tuple[Elementwise, ...] = ()
     attention: Attention | None = None
+
+
+@dataclass(frozen=True)
+class FeedForwardCost:
+    """Cost of a dense feed-forward layer, per token.
+
+    Attributes:
+        products: Matrix products with weights.
+        kept: Elements that autograd keeps beside the block's own norm, in the model's dtype.
+        kept_fp32: Elements that autograd keeps in fp32.
+        work: Elements in the model's dtype that the backward pass needs temporarily.
+        elementwise: Elementwise work.
+    """
+
+    products: tuple[Product, ...]
+    kept: int
+    kept_fp32: int = 0
+    work: int = 0
+    elementwise: tuple[Elementwise, ...] = ()
 
 
 @dataclass(frozen=True)

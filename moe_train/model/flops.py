@@ -13,7 +13,8 @@ def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_leng
     """Count the operations of one token's forward and backward pass that the model needs, without recomputation.
 
     In the forward pass they are two for each weight of the matrices that a token passes (top_k of num_experts experts),
-    and what each mixer states that it computes beside its matrices; in the backward pass they are twice as many.
+    and what each mixer states that it computes beside them, its own tensors of three dimensions included; in the
+    backward pass they are twice as many.
     Lookups, norms, activations and sampling are not counted.
 
     Args:
@@ -24,7 +25,7 @@ def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_leng
     Source: Chowdhery et al. 2022, arXiv 2204.02311, appendix B, with the keys that are not masked.
     """
     tensors = logical_tensors(build_model(config, vocab_size))
-    matrices = {name: tensor for name, tensor in tensors.items() if len(tensor.shape) > 1}
+    matrices = {name: tensor for name, tensor in tensors.items() if len(tensor.shape) == 2 or tensor.is_expert}
     weights = 0.0
     for name, tensor in matrices.items():
         if name == "embedding.weight" and not config.tie_embeddings:

@@ -49,6 +49,7 @@ class TrainingObjective(nn.Module):
         balance_terms: Sequence[Scheduled[BalanceTerm]],
         balance_group: Group | None,
         bias_rule: Scheduled[BiasRule] | None = None,
+        warmup_steps: int = 0,
     ) -> None:
         """Join a model and its losses.
 
@@ -57,12 +58,14 @@ class TrainingObjective(nn.Module):
             balance_terms: Losses on the routing sums.
             balance_group: All ranks; None: this process is alone.
             bias_rule: What moves the routers' selection biases after a step; None: nothing does.
+            warmup_steps: Number of the optimizer's warm-up steps, over which mixers may warm up too.
         """
         super().__init__()
         self.model = model
         self.balance_terms = tuple(balance_terms)
         self.balance_group = balance_group
         self.bias_rule = bias_rule
+        self.warmup_steps = warmup_steps
 
     def forward(self, tokens: Tokens, targets_BS: Tensor, size: StepSize) -> Losses:
         """Compute the losses of one part of a step.
@@ -74,6 +77,7 @@ class TrainingObjective(nn.Module):
 
         Collective: All ranks.
         """
+        self.model.warm_up(min(1.0, tokens.step / self.warmup_steps) if self.warmup_steps else 1.0)
         output = self.model(tokens)
         losses_T = token_cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())
         cross_entropy = losses_T.sum() * (size.num_parts / max(1, size.num_targets))

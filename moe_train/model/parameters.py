@@ -32,7 +32,7 @@ class Computed:
     """Initial values that are a function of an element's place, such as decays that differ by channel.
 
     Attributes:
-        function: Function from int64 places in the flattened global tensor to fp64 values.
+        function: Function from places in the flattened global tensor, as fp64 numbers, to fp64 values.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -154,7 +154,8 @@ def materialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torc
             case Normal(std):
                 fill_normal_(data, make_key(seed, "parameter", place.name), place.start, std)
             case Computed(function):
-                places = torch.arange(place.start, place.start + data.numel(), device=data.device)
+                end = place.start + data.numel()
+                places = torch.arange(place.start, end, dtype=torch.float64, device=data.device)
                 data.copy_(function(places).view_as(data))
 
     allocate(model, fill, dtype=dtype, device=device)

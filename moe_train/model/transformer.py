@@ -138,6 +138,11 @@ class Transformer(nn.Module):
             ]
         )
 
+    def warm_up(self, share: float) -> None:
+        """Tell the mixers, before a training step, the share of the optimizer's warm-up steps that are over."""
+        for block in self._typed_blocks:
+            block.mixer.warm_up(share)
+
     @property
     def routers(self) -> list[Router]:
         """Routers of the MoE layers, in the order of the layers."""

@@ -7,20 +7,23 @@ import torch
 from torch import Tensor
 
 
-def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Compute the cosine and sine of the rotation angles of every position.
 
     Args:
         positions_BS: int64 positions; B may be 1 where all rows have the same positions.
         head_dim: d, head size; even.
         theta: Base of the wavelengths.
+        dtype: dtype of the result, at least fp32, because bf16 cannot distinguish neighbouring positions.
 
     Returns:
-        cos, sin: fp32 [B, 1, S, d/2]. They are fp32, because bf16 cannot distinguish neighbouring positions.
+        cos, sin: [B, 1, S, d/2].
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
     angles = positions_BS[:, None, :, None].double() * theta**-exponents
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

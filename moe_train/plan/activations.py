@@ -87,10 +87,10 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
     work = _WIDE * tokens * (3 * config.hidden_size + mixer.work)
     held = e * tokens * (config.hidden_size + mixer.handed_up)
     elements = layer.dense + layer.experts // layout.ep_size
-    if not layer.is_moe:
-        inner = config.intermediate_size
-        saved = kept + norm + e * tokens * (config.hidden_size + 3 * inner)
-        return BlockMemory(saved, held, max(work, e * tokens * 5 * inner), 0.0, elements)
+    if layer.feed_forward is not None:
+        dense = layer.feed_forward
+        saved = kept + norm + tokens * (e * dense.kept + _WIDE * dense.kept_fp32)
+        return BlockMemory(saved, held, max(work, e * tokens * dense.work), 0.0, elements)
     own, extra, buffers = _moe_memory(shape, layout, loads, device)
     return BlockMemory(kept + norm + own, held, max(work, extra), buffers, elements)
 

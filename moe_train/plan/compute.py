@@ -9,7 +9,7 @@ rank, K top_k, R rows at the experts of a rank, V vocabulary; e bytes per elemen
 from dataclasses import dataclass
 
 from moe_train.config.registry import load_part
-from moe_train.model.cost import MixerCost, RouterCost
+from moe_train.model.cost import FeedForwardCost, MixerCost, RouterCost
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.rates import Rates
@@ -85,8 +85,8 @@ def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowL
     residual = _elementwise(rates, tokens * hidden, (3 * e, 3 * e))
     mixer = _mixer(layer.mixer, layout, rates) + norms + residual
     operations = _operations(rates, _BLOCK)
-    if not layer.is_moe:
-        feed_forward = _swiglu(rates, tokens, hidden, config.intermediate_size, e) + norms + residual
+    if layer.feed_forward is not None:
+        feed_forward = _stated(layer.feed_forward, layout, rates) + norms + residual
         return BlockWork(mixer, feed_forward, NOTHING, NOTHING, operations)
     moe, inner = config.moe, config.expert_intermediate_size
     cost: RouterCost = load_part("routers", moe.router).cost
@@ -139,14 +139,23 @@ def around_operations(rates: Rates) -> Pass:
     return _operations(rates, _AROUND)
 
 
-def _mixer(cost: MixerCost, layout: Layout, rates: Rates) -> Pass:
-    tokens, length, e = layout.tokens, layout.sequence_length, layout.dtype_bytes
-    work = NOTHING
+def _stated(cost: MixerCost | FeedForwardCost, layout: Layout, rates: Rates) -> Pass:
+    """Compute the time of the products and of the elementwise work that a part states."""
+    tokens, e, work = layout.tokens, layout.dtype_bytes, NOTHING
     for product in cost.products:
         work += _linear(rates, tokens, product.width_in, product.width_out) * product.count
     casts = 2 * (e + _WIDE) if e < _WIDE else 0
     for each in cost.elementwise:
-        work += _elementwise(rates, tokens * each.numbers, (each.forward + casts, each.backward + casts))
+        bytes_of_one = (each.forward + casts, each.backward + casts)
+        if each.is_narrow:
+            bytes_of_one = (each.forward * e // _WIDE, each.backward * e // _WIDE)
+        work += _elementwise(rates, tokens * each.numbers, bytes_of_one)
+    return work
+
+
+def _mixer(cost: MixerCost, layout: Layout, rates: Rates) -> Pass:
+    tokens, length, e = layout.tokens, layout.sequence_length, layout.dtype_bytes
+    work = _stated(cost, layout, rates)
     if cost.normed:
         work += _elementwise(rates, tokens * cost.normed, _norm(rates, e))
     if cost.attention is None:

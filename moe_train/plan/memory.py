@@ -8,7 +8,7 @@ and the update of the optimizer.
 
 from dataclasses import dataclass
 
-from moe_train.model.build import mixer_of
+from moe_train.model.build import feed_forward_of, mixer_of
 from moe_train.plan.activations import BlockMemory, HeadMemory, block_memory, head_memory
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
@@ -98,6 +98,8 @@ def plan_memory(
 def _kv_cache(shape: ModelShape, layout: Layout, decoding: Decoding) -> int:
     mixers = (mixer_of(shape.config, layer) for layer in range(shape.config.num_layers))
     of_a_sequence = sum(kind.state_bytes(spec, decoding.length, layout.dtype_bytes) for kind, spec in mixers)
+    dense = (feed_forward_of(shape.config, number) for number, layer in enumerate(shape.layers) if not layer.is_moe)
+    of_a_sequence += sum(kind.state_bytes(spec, layout.dtype_bytes) for kind, spec in dense)
     return decoding.batch_size * of_a_sequence
 
 

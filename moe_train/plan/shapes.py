@@ -6,8 +6,8 @@ Legend: D hidden_size, H query heads, G key/value heads, d head size, F inner wi
 from dataclasses import dataclass
 
 from moe_train.config.model import ModelConfig
-from moe_train.model.build import build_model, mixer_of
-from moe_train.model.cost import MixerCost
+from moe_train.model.build import build_model, feed_forward_of, mixer_of
+from moe_train.model.cost import FeedForwardCost, MixerCost
 from moe_train.model.count import ParameterCount
 from moe_train.model.flops import training_flops_per_token
 from moe_train.model.parameters import LogicalTensor, logical_tensors
@@ -18,16 +18,21 @@ class LayerShape:
     """Sizes of one block.
 
     Attributes:
-        is_moe: Whether it has experts.
         mixer: Cost of its mixer.
+        feed_forward: Cost of its dense feed-forward layer; None: it has experts.
         dense: Elements of its tensors, without the experts.
         experts: Elements of its experts on all ranks.
     """
 
-    is_moe: bool
     mixer: MixerCost
+    feed_forward: FeedForwardCost | None
     dense: int
     experts: int
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether it has experts."""
+        return self.feed_forward is None
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,10 @@ def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> M
             dense[int(parts[1])] += tensor.global_numel
     moe = set(config.moe_layer_indices)
     mixers = [kind.cost(spec) for kind, spec in (mixer_of(config, layer) for layer in range(config.num_layers))]
+    feed_forwards = [kind.cost(spec) for kind, spec in (feed_forward_of(config, n) for n in range(config.num_layers))]
     layers = tuple(
-        LayerShape(layer in moe, mixers[layer], dense[layer], experts[layer]) for layer in range(config.num_layers)
+        LayerShape(mixers[layer], None if layer in moe else feed_forwards[layer], dense[layer], experts[layer])
+        for layer in range(config.num_layers)
     )
     flops = training_flops_per_token(config, vocab_size, sequence_length)
     return ModelShape(config, vocab_size, layers, outside, tuple(tensors), flops)

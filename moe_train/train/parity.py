@@ -1,5 +1,6 @@
 """Parity of layouts: layouts of ranks that must give the same numbers, and the comparison of their records."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -132,6 +133,20 @@ OPTIONS = (
     "--telemetry.tensorboard=false",
     "--telemetry.every=1",
 )
+
+
+def options_for(extra: Sequence[str]) -> list[str]:
+    """Return the options of the small model, without kv_layers if the mixers are given and none is attention.
+
+    Args:
+        extra: Options that follow them.
+    """
+    has_attention = True
+    for argument, following in itertools.pairwise([*extra, ""]):
+        option, _, value = argument.partition("=")
+        if option in ("--model.mixer", "--model.mixers"):
+            has_attention = "attention" in (value or following)
+    return [option for option in OPTIONS if has_attention or not option.startswith("--model.kv_layers=")]
 
 
 # What a user's own model is trained with beside its shapes, precision and terms.

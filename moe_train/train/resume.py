@@ -72,7 +72,7 @@ def _shape_fields(model: ModelConfig) -> dict[str, Any]:
         fields |= kind.shapes(model, spec.section)
     fields["model.moe_layers"] = model.moe_layer_indices
     if len(model.moe_layer_indices) < model.num_layers:
-        fields["model.intermediate_size"] = model.intermediate_size
+        fields |= {f"model.{name}": getattr(model, name) for name in ("intermediate_size", "feed_forward")}
     if model.moe_layer_indices:
         fields |= {
             f"model.moe.{name}": getattr(model.moe, name) for name in ("num_experts", "num_shared_experts", "router")

@@ -33,6 +33,37 @@ from moe_train.config.moe import MoEConfig
         ),
         pytest.param({"moe_every": -1}, ["moe_every"], id="negative moe_every"),
         pytest.param({"init_std": 0}, ["init_std"], id="no spread"),
+        pytest.param({"mixers": ["attention", "ttt"]}, ["mixers ('ttt')", "not known"], id="no such mixer"),
+        pytest.param({"mixer": "rwkv"}, ["mixer ('rwkv')", "rwkv"], id="no such mixer of all layers"),
+        pytest.param(
+            {"mixer": "rwkv4", "mixers": ["rwkv7"]}, ["mixer ('rwkv4')", "mixers (['rwkv7'])"], id="mixer and mixers"
+        ),
+        pytest.param(
+            {"mixers": ["attention", "rwkv4", "rwkv7"]}, ["num_layers (4)", "mixers", "rwkv7"], id="uneven pattern"
+        ),
+        pytest.param({"infini": {"segment_length": 8}}, ["infini", "mixers (['attention'])"], id="not in the pattern"),
+        pytest.param({"mixer": "rwkv4", "kv_layers": 1}, ["kv_layers (1)", "rwkv4"], id="owners without attention"),
+        pytest.param({"mixer": "rwkv4", "sliding_window": 9}, ["sliding_window (9)", "rwkv4"], id="window of nothing"),
+        pytest.param({"mixer": "rwkv4", "qk_norm": "head"}, ["qk_norm (head)", "rwkv4"], id="norms of nothing"),
+        pytest.param(
+            {"mixers": ["rwkv4", "attention"], "kv_layers": 3},
+            ["kv_layers (3)", "number of attention layers (2)"],
+            id="more owners than attention layers",
+        ),
+        pytest.param(
+            {"mixers": ["rwkv4", "attention"], "kv_layers": [0, 1]},
+            ["kv_layers ([0, 1])", "layer 1"],
+            id="first owner below the first attention layer",
+        ),
+        pytest.param(
+            {"mixers": ["rwkv4", "attention"], "kv_layers": [1, 2]}, ["[2] are not"], id="owner that is not attention"
+        ),
+        pytest.param({"feed_forward": "mlp"}, ["feed_forward ('mlp')", "not known"], id="no such feed-forward layer"),
+        pytest.param(
+            {"feed_forward": "rwkv_channel_mix", "moe_every": 1},
+            ["feed_forward ('rwkv_channel_mix') has no effect"],
+            id="no dense layer",
+        ),
     ],
 )
 def test_model_settings_that_contradict_or_have_no_effect(values, words):
@@ -89,3 +120,12 @@ def test_owners_follow_the_specification(num_layers, data):
     assert list(owners) == sorted(owners)
     if count == num_layers:
         assert owners == ModelConfig(num_layers=num_layers).kv_owner_layers
+
+
+def test_patterns_of_mixers_and_their_owners_of_keys():
+    config = ModelConfig(mixers=("ttt_linear", "attention", "attention"), num_layers=6, kv_layers=2)
+    assert config.layer_mixers == ("ttt_linear", "attention", "attention") * 2
+    assert config.attention_layers == (1, 2, 4, 5) and config.kv_owner_layers == (1, 4)
+    assert ModelConfig(mixers=("rwkv4", "attention"), kv_layers=(1,)).kv_owner_layers == (1,)
+    assert ModelConfig(mixer="rwkv4") == ModelConfig(mixers=("rwkv4",))
+    assert ModelConfig(mixers=("rwkv4", "attention", "rwkv7", "infini")).layer_mixers[3] == "infini"

@@ -15,6 +15,13 @@ KINDS = {
     "MLKV": {"num_kv_heads": 2, "kv_layers": 2},
     "MLKV, one for all": {"kv_layers": 1, "moe_every": 1},
     "window": {"sliding_window": 3, "kv_layers": 2},
+    "fixed states": {
+        "mixers": ["infini", "ttt_linear", "rwkv4", "rwkv7"],
+        "infini": {"segment_length": 4, "memory": "delta"},
+        "ttt_linear": {"mini_batch": 3, "short_conv": True},
+        "feed_forward": "rwkv_channel_mix",
+    },
+    "hybrid": {"mixers": ["ttt_mlp", "attention"], "ttt_mlp": {"mini_batch": 3}, "feed_forward": "rwkv7_channel_mix"},
 }
 kinds = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
 

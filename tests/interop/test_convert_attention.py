@@ -1,5 +1,6 @@
 """Fewer keys and values: means against a slow loop, everything else bit for bit, widths that change no output."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,19 @@ def test_nothing_half_written_stays(tmp_path: Path, error: BaseException, monkey
     with pytest.raises(type(error)):
         converted(source, tmp_path / "new", num_kv_heads=1)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_layers_that_are_not_attention_are_untouched_or_refused(tmp_path: Path) -> None:
+    """Their keys and values have the names of attention's, and other meanings."""
+    hybrid = {"mixers": ["rwkv4", "attention"], "feed_forward": "rwkv_channel_mix"}
+    source = make_source(tmp_path / "hybrid", **hybrid)
+    _, target = converted(source, tmp_path / "new", num_kv_heads=1)
+    before, after = weights_of(source), weights_of(target)
+    kept = [name for name in after if not re.fullmatch(r"blocks\.[1357]\.mixer\.(key|value)\.weight", name)]
+    assert len(kept) == len(after) - 8 and all(torch.equal(after[name], before[name]) for name in kept)
+    with pytest.raises(UsageError, match=r"--widen-mlp.*rwkv_channel_mix"):
+        converted(source, tmp_path / "wide", num_kv_heads=1, widen_mlp=True)
+    infini = make_source(tmp_path / "infini", mixers=["attention", "infini"], infini={"segment_length": 4})
+    with pytest.raises(UsageError, match=r"--num-kv-heads \(1\).*layer 1.*infini"):
+        converted(infini, tmp_path / "none", num_kv_heads=1)
+    converted(infini, tmp_path / "fewer", kv_layers=1)

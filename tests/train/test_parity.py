@@ -24,6 +24,7 @@ from moe_train.train.parity import (
     bounds_of_spread,
     choose_layouts,
     compare,
+    options_for,
     own_model,
 )
 from moe_train.train.telemetry.records import EXPERT_FIGURES, read_records
@@ -185,3 +186,18 @@ def test_a_users_model_in_both_precisions(tmp_path: Path) -> None:
     rows = json.loads(result.stdout.splitlines()[-1])["layouts"]
     assert {row["precision"] for row in rows} >= {"fp32"} and len(rows) % 4 == 0
     assert all(row["loss_bound"] <= 2e-2 and row["passed"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("extra", "has_kv_layers"),
+    [
+        ([], True),
+        (["--model.num_layers=6"], True),
+        (["--model.mixers=rwkv4,attention"], True),
+        (["--model.mixer=rwkv4"], False),
+        (["--model.mixers", '["rwkv4"]'], False),
+        (["--model.mixer=rwkv4", "--model.mixer=attention"], True),
+    ],
+)
+def test_the_small_model_shares_keys_where_a_layer_is_attention(extra: list[str], has_kv_layers: bool) -> None:
+    assert ("--model.kv_layers=2" in options_for(extra)) is has_kv_layers

@@ -6,16 +6,21 @@ Legend: B batch, S sequence, D hidden_size.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from moe_train.config.base import Section
+from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
 from moe_train.model.token_index import TokenIndex
+from moe_train.ops.aligned_blocks import AlignedBlocks, align
 from moe_train.ops.rotary import rotary_angles
+
+Formed = TypeVar("Formed")
 
 Shared = dict[str, Tensor]
 """Tensors that layers hand up to those above, by name: MLKV's keys and values, RWKV-7's first values."""
@@ -41,11 +46,38 @@ class MixerContext:
 
     def rotary_angles(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """Compute `ops.rotary.rotary_angles` of these positions, once for all layers with the same arguments."""
-        known = self.formed.get((head_dim, theta))
-        if known is None or known[0] is not self.tokens.positions_BS:  # a hook may have put others in their place
-            known = (self.tokens.positions_BS, *rotary_angles(self.tokens.positions_BS, head_dim, theta))
-            self.formed[head_dim, theta] = known
-        return known[1], known[2]
+        positions_BS = self.tokens.positions_BS
+        return self._once(
+            ("angles", head_dim, theta), positions_BS, lambda: rotary_angles(positions_BS, head_dim, theta)
+        )
+
+    def block_angles(self, size: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Compute `ops.rotary.rotary_angles` of the offsets modulo the size of a block, once for all layers."""
+        offsets_BS = self.tokens.offsets_BS
+        return self._once(
+            ("block angles", size, head_dim, theta, dtype),
+            offsets_BS,
+            lambda: rotary_angles(offsets_BS % size, head_dim, theta, dtype),
+        )
+
+    def aligned_blocks(self, size: int) -> AlignedBlocks:
+        """Place the tokens of whole rows in blocks by their offsets, once for all layers with blocks of this size."""
+        tokens, offsets_BS = self.tokens, self.tokens.offsets_BS
+        width = min(size, offsets_BS.shape[1])  # a single block needs no more columns than there are tokens
+
+        def make() -> AlignedBlocks:
+            if tokens.documents_BS is None and tokens.first_position == 0:
+                return AlignedBlocks.of_whole_rows(offsets_BS.shape[1], size, width, offsets_BS.device)
+            return align(offsets_BS, size, width=width)
+
+        return self._once(("blocks", size), offsets_BS, make)
+
+    def _once(self, key: Any, source: Tensor, compute: Callable[[], Formed]) -> Formed:
+        """Compute a value from the tokens' positions or offsets, or return the one that a layer below has computed."""
+        known = self.formed.get(key)
+        if known is None or known[0] is not source:  # a hook may have put others in their place
+            known = self.formed[key] = (source, compute())
+        return known[1]
 
 
 class Mixer(nn.Module, ABC):
@@ -68,6 +100,10 @@ class Mixer(nn.Module, ABC):
         """Make an empty state for decoding; None: this layer remembers nothing of its own."""
         del spec
         return None
+
+    def warm_up(self, share: float) -> None:
+        """Take in, before a training step, the share of the optimizer's warm-up steps that are over, from 0 to 1."""
+        del share
 
 
 @dataclass(frozen=True)
@@ -102,6 +138,8 @@ class MixerKind:
         check: Function that refuses settings that cannot work: it raises UsageError naming fields and values.
         shapes: Function that gives the settings on which the meaning of a checkpoint's weights depends, by field name;
             a run with other values cannot resume from the checkpoint.
+        check_length: Function that refuses training sequences of a length, in tokens, that the settings cannot work
+            with, as `check` does.
     """
 
     build: Callable[[MixerSpec], Mixer]
@@ -111,3 +149,13 @@ class MixerKind:
     section: type[Section] | None = None
     check: Callable[[ModelConfig, Any], None] = lambda model, section: None
     shapes: Callable[[ModelConfig, Any], dict[str, Any]] = lambda model, section: {}
+    check_length: Callable[[Any, int], None] = lambda section, length: None
+
+
+def check_heads(model: ModelConfig, name: str) -> None:
+    """Refuse heads that do not divide the hidden size evenly, for mixers whose heads are parts of it."""
+    if model.head_dim is not None and model.head_dim * model.num_heads != model.hidden_size:
+        raise UsageError(
+            f"model.head_dim ({model.head_dim}) x model.num_heads ({model.num_heads}) must be model.hidden_size "
+            f"({model.hidden_size}) for mixer {name}: leave head_dim out"
+        )

@@ -58,5 +58,7 @@ def make_engine(
     materialize(transformer, seed=config.train.seed, dtype=torch_dtype(config.train.precision), device=device)
     if config.train.compile:
         compile_dense_parts(transformer)
-    objective = TrainingObjective(transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe))
+    objective = TrainingObjective(
+        transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe), config.optim.warmup_steps
+    )
     return TrainEngine(objective, mesh, config.optim, deepspeed_settings(config), flight_recorder)

@@ -1,0 +1,179 @@
+"""The common checks on every mixer of the registry, alone and in patterns, and each against its slow loop."""
+
+import pytest
+import torch
+
+from moe_train.config.errors import UsageError
+from moe_train.config.load import load_config
+from moe_train.config.parts import load_kinds
+from moe_train.model.build import feed_forward_of, mixer_of
+from moe_train.model.mixers.base import MixerContext
+from moe_train.model.parameters import optim_rules
+from tests.model.mixers import checks, slow
+from tests.model.small import random_ids, small_config, small_model, tokens_of
+
+LENGTH = 13  # two periods of the grids below, and a half
+MIXERS = {
+    "infini, linear": {"mixer": "infini", "infini": {"segment_length": 5}},
+    "infini, delta": {"mixer": "infini", "infini": {"segment_length": 5, "memory": "delta"}},
+    "rwkv4": {"mixer": "rwkv4", "feed_forward": "rwkv_channel_mix"},
+    "rwkv7": {
+        "mixer": "rwkv7",
+        "feed_forward": "rwkv7_channel_mix",
+        "rwkv7": {"decay_rank": 3, "rate_rank": 2, "value_rank": 3, "gate_rank": 5},
+    },
+    "ttt_linear": {"mixer": "ttt_linear", "ttt_linear": {"mini_batch": 5}},
+    "ttt_linear, gate and convolutions": {
+        "mixer": "ttt_linear",
+        "ttt_linear": {"mini_batch": 2, "gate": True, "short_conv": True},
+    },
+    "ttt_mlp": {"mixer": "ttt_mlp", "ttt_mlp": {"mini_batch": 5, "inner_learning_rate": 1.0}},
+}
+HYBRIDS = {
+    "attention and rwkv7, MLKV": {"mixers": ["attention", "rwkv7"], "kv_layers": 1},
+    "ttt_mlp and attention": {"mixers": ["ttt_mlp", "attention"], "ttt_mlp": {"mini_batch": 4}},
+    "infini and attention": {"mixers": ["infini", "attention"], "infini": {"segment_length": 4}},
+}
+SLOW = {"infini": slow.infini, "rwkv4": slow.rwkv4, "rwkv7": slow.rwkv7, "ttt_linear": slow.ttt, "ttt_mlp": slow.ttt}
+mixers = pytest.mark.parametrize("changes", MIXERS.values(), ids=MIXERS)
+patterns = pytest.mark.parametrize("changes", (MIXERS | HYBRIDS).values(), ids=MIXERS | HYBRIDS)
+
+
+@patterns
+@pytest.mark.parametrize(
+    "check",
+    [checks.check_causality, checks.check_streaming, checks.check_going_back, checks.check_recomputation],
+)
+def test_common_checks(check, changes):
+    check(changes, LENGTH)
+
+
+@patterns
+def test_packed_documents_are_as_alone(changes):
+    checks.check_packing(changes, LENGTH, checks.CLOSE if "mixer" in changes else checks.DIRECT)
+
+
+@mixers
+def test_gradients_are_those_of_finite_differences(changes):
+    checks.check_gradients(changes, LENGTH)
+
+
+@mixers
+def test_outputs_and_gradients_are_those_of_the_slow_loop(changes):
+    model = checks.make(changes)
+    compare(model, model.blocks[0].mixer, SLOW[changes["mixer"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("rwkv_channel_mix", slow.channel_mix), ("rwkv7_channel_mix", slow.channel_mix7)]
+)
+def test_channel_mixes_are_those_of_the_slow_formula(name, reference):
+    model = checks.make({"feed_forward": name})
+    compare(model, model.blocks[0].feed_forward, reference)
+
+
+def compare(model, layer, reference):
+    """Outputs and gradients of a layer, on rows of several documents, against a reference of one document."""
+    documents = checks.packed_documents(LENGTH)
+    context = MixerContext(0, model._token_index(checks.index_of(random_ids(2, LENGTH), documents)))
+    generator = torch.Generator().manual_seed(5)
+    x, upstream = (torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=generator) for _ in range(2))
+
+    def run(forward):
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        y = forward(inputs)
+        (y * upstream).sum().backward()
+        return y.detach(), {"x": inputs.grad} | {name: p.grad.clone() for name, p in layer.named_parameters()}
+
+    found, grads = run(lambda inputs: layer(inputs, context)[0])
+    expected, expected_grads = run(
+        lambda inputs: slow.by_document(lambda part: reference(layer, part), inputs, documents)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@patterns
+def test_state_bytes_are_those_that_the_kinds_say(changes):
+    config = small_config(**changes)
+    model = checks.make(changes)
+    for length in (3, LENGTH, 5 * LENGTH):
+        layers, element = range(config.num_layers), 8  # fp64
+        mixed = sum(kind.state_bytes(spec, length, element) for kind, spec in (mixer_of(config, i) for i in layers))
+        dense = (feed_forward_of(config, i) for i in layers if i not in config.moe_layer_indices)
+        assert model.new_cache(2, length).nbytes == 2 * (mixed + sum(k.state_bytes(spec, element) for k, spec in dense))
+
+
+@mixers
+def test_states_and_inner_arithmetic_are_fp32_in_bf16(changes):
+    """Streaming token by token is as close to the full forward as its outputs' own rounding."""
+    model = small_model(small_config(**changes, init_std=0.2), dtype=torch.bfloat16).eval()
+    ids, cache = random_ids(2, LENGTH), model.new_cache(2, LENGTH)
+    with torch.no_grad():
+        full = model(tokens_of(ids)).logits_BSV.float()
+        parts = [model(checks.part_of(tokens_of(ids), i, i + 1), cache).logits_BSV for i in range(LENGTH)]
+    difference = (torch.cat(parts, dim=1).float() - full).abs().max()
+    assert full.isfinite().all() and difference <= 0.1 * full.abs().max()
+    states = [state for layer in range(4) for state in cache.layer(layer).all]
+    parts = [part for state in states for part in getattr(state, "states", {"": state}).values()]
+    kinds = {name: tensor.dtype for part in parts if hasattr(part, "tensors") for name, tensor in part.tensors.items()}
+    assert {name for name, kind in kinds.items() if kind == torch.bfloat16} <= {"keys", "values"}
+    assert torch.float32 in kinds.values()
+
+
+@mixers
+def test_biases_norms_and_gates_do_not_decay(changes):
+    model = checks.make(changes)
+    rules = optim_rules(model.blocks[0].mixer)
+    free = {name for name, rule in rules.items() if not rule.weight_decay}
+    assert free == NO_DECAY[changes["mixer"]] & set(rules)
+
+
+TTT = {"row_delta", "lr_bias", "inner_norm_weight", "inner_norm_bias", "b1", "b2", "conv_q_bias", "conv_k_bias"}
+TTT |= {"post_norm.weight", "post_norm.bias"}
+RWKV7 = {f"x_{letter}" for letter in "rwkvag"} | {f"{letter}{number}" for letter in "wavg" for number in (0, 1, 2)}
+RWKV7 |= {"k_k", "k_a", "r_k", "ln_weight", "ln_bias"}
+RWKV4 = {"mix_k", "mix_v", "mix_r", "decay", "first"}
+NO_DECAY = {"infini": {"beta"}, "rwkv4": RWKV4, "rwkv7": RWKV7, "ttt_linear": TTT, "ttt_mlp": TTT}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.mixer=infini"], ["train.sequence_length (64)", "model.infini.segment_length (128)"]),
+        (["--model.mixer=infini", "--model.infini.segment_length=64"], ["segment_length (64)"]),
+        (["--model.mixer=infini", "--model.infini.memory=sum"], ["model.infini.memory", "sum", "delta"]),
+        (["--model.mixer=ttt_linear", "--model.ttt_linear.mini_batch=0"], ["model.ttt_linear.mini_batch", "0"]),
+        (["--model.mixer=ttt_mlp", "--model.head_dim=8"], ["model.head_dim (8)", "num_heads (4)", "ttt_mlp"]),
+        (["--model.mixer=rwkv7", "--model.head_dim=8"], ["model.head_dim (8)", "hidden_size (64)", "rwkv7"]),
+        (["--model.mixer=rwkv7", "--model.rwkv7.gate_rank=0"], ["model.rwkv7.gate_rank", "0"]),
+        (["--model.mixer=rwkv4", "--model.rwkv4.rank=1"], ["model.rwkv4", "has no settings"]),
+        (["--model.mixer=rwkv4", "--model.infini.memory=delta"], ["infini", "no effect"]),
+    ],
+)
+def test_settings_that_cannot_work_are_named(options, words):
+    sizes = ["--model.hidden_size=64", "--model.num_heads=4", "--train.sequence_length=64", "--train.run_dir=unused"]
+    with pytest.raises(UsageError) as error:
+        config = load_config([*sizes, *options], program="t")
+        load_kinds(config).check(config)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "expected"),
+    [
+        ("ttt_linear", {"mini_batch": 16}, 4 * (6 * 8**2 + 4 * 16 * 8)),
+        ("ttt_mlp", {"mini_batch": 16}, 4 * (56 * 8**2 + 20 * 16 * 8)),
+        ("rwkv4", None, 30 * 32),
+        # 4 query heads of 8 on 2 heads of keys: local attention, a read, and a write that the delta rule doubles.
+        ("infini", {"segment_length": 10}, 2 * 4 * 8 * 11 + 2 * 4 * 8**2 + 2 * 2 * 8**2),
+        ("infini", {"segment_length": 10, "memory": "delta"}, 2 * 4 * 8 * 11 + 2 * 4 * 8**2 + 4 * 2 * 8**2),
+    ],
+)
+def test_operations_beside_the_projections(name, section, expected):
+    own = {} if section is None else {name: section}
+    kind, spec = mixer_of(small_config(hidden_size=32, mixer=name, **own), 0)
+    assert kind.flops(spec, 64) == expected

@@ -1,0 +1,109 @@
+"""Parallel forms of the recurrent layers against their loops over tokens: forward and backward at 1,024 tokens.
+
+Processor time is compared, which the load of the machine hardly changes.
+"""
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_train.ops import ttt
+from moe_train.ops.rwkv7 import DeltaInputs, advance
+from moe_train.ops.wkv import Average, wkv
+
+LENGTH, MINI_BATCH, SIZE = 1024, 16, 32
+pytestmark = pytest.mark.slow
+
+
+def seconds(run: Callable[[], Tensor], times: int) -> float:
+    """Least processor time of a forward and backward pass."""
+    found = []
+    for _ in range(times):
+        start = time.process_time()
+        run().sum().backward()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def drawn(*shape: int) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.3).requires_grad_()
+
+
+@pytest.mark.parametrize("inner", ["linear", "mlp"])
+def test_the_dual_form_of_ttt_is_five_times_faster_than_token_by_token(inner):
+    heads, widest = 4, 4 * SIZE
+    q, k, v = (drawn(2, heads, LENGTH + i, SIZE)[:, :, :LENGTH] for i in range(3))
+    rates = torch.full((2, heads, LENGTH), 0.01)
+    rows = (1 / torch.arange(1, MINI_BATCH + 1)).repeat(LENGTH // MINI_BATCH)
+    norm = ttt.InnerNorm(torch.ones(heads, 1, SIZE), torch.zeros(heads, 1, SIZE), 1e-6)
+    start = {
+        "linear": (drawn(1, heads, SIZE + 1, SIZE),),
+        "mlp": (drawn(1, heads, SIZE + 1, widest), drawn(1, heads, widest + 1, SIZE)),
+    }[inner]
+    step = {"linear": ttt.linear_step, "mlp": ttt.mlp_step}[inner]
+
+    def run(size: int, carried: tuple[ttt.Weights, ttt.Weights] | None) -> Tensor:
+        spans = [slice(first, first + size) for first in range(0, LENGTH, size)]
+        batches = [
+            ttt.MiniBatch(q[:, :, s], k[:, :, s], (v - k)[:, :, s], rates[:, :, s], rows[s].view(1, 1, -1))
+            for s in spans
+        ]
+        begins = torch.tensor([[s.start == 0 for s in spans]])
+        is_full = torch.tensor([[s.stop % MINI_BATCH == 0 for s in spans]])
+        found, _ = ttt.scan(step, start, batches, norm, begins, is_full, rows[-1], carried, carried is None)
+        return torch.cat(found, dim=2)
+
+    empty = tuple(torch.zeros(2, *part.shape[1:]) for part in start)
+
+    def by_token() -> Tensor:
+        return run(1, (empty, empty))
+
+    torch.testing.assert_close(run(MINI_BATCH, None), by_token(), rtol=0, atol=1e-4)  # fp32
+    assert seconds(by_token, 1) >= 5 * seconds(lambda: run(MINI_BATCH, None), 3)
+
+
+def test_the_chunks_of_rwkv4_are_twenty_times_faster_than_its_loop():
+    k, v, decay, u = drawn(1, LENGTH, 128), drawn(1, LENGTH, 128), drawn(128), drawn(128)
+    begins = torch.zeros(1, LENGTH, dtype=torch.bool)
+
+    def chunks() -> Tensor:
+        return wkv(k, v, -decay.exp(), u, Average.empty(k[:, 0]), begins)[0]
+
+    def loop() -> Tensor:
+        state, outputs, w = Average.empty(k[:, 0].detach()), [], -decay.exp()
+        for t in range(LENGTH):
+            token = Average(v[:, t], torch.ones_like(v[:, t]), k[:, t])
+            outputs.append((state + token.faded(u)).mean)
+            state = state.faded(w) + token
+        return torch.stack(outputs, dim=1)
+
+    torch.testing.assert_close(chunks(), loop(), rtol=0, atol=1e-5)
+    assert seconds(loop, 1) >= 20 * seconds(chunks, 5)
+
+
+def test_the_chunks_of_rwkv7_are_twenty_times_faster_than_its_loop():
+    heads, size = 2, 64
+    r, k, v, a = (drawn(1, LENGTH + i, heads, size)[:, :LENGTH] for i in range(4))
+    kk = torch.nn.functional.normalize(a, dim=-1)
+    inputs = DeltaInputs(r, -0.6 * drawn(1, LENGTH, heads, size).sigmoid(), k, v, -kk, 0.5 * kk)
+    inputs = DeltaInputs(*(each.detach().requires_grad_() for each in vars(inputs).values()))
+    begins = torch.zeros(1, LENGTH, dtype=torch.bool)
+
+    def chunks() -> Tensor:
+        return advance(inputs, torch.zeros(1, heads, size, size), begins)[0]
+
+    def loop() -> Tensor:
+        state, outputs = torch.zeros(1, heads, size, size), []
+        decay = inputs.log_decay.exp()
+        for t in range(LENGTH):
+            columns = {name: part[:, t].unsqueeze(-1) for name, part in vars(inputs).items()}
+            state = state * decay[:, t].unsqueeze(-2) + (state @ columns["a"]) @ columns["b"].mT
+            state = state + columns["v"] @ columns["k"].mT
+            outputs.append((state @ columns["r"]).squeeze(-1))
+        return torch.stack(outputs, dim=1)
+
+    torch.testing.assert_close(chunks(), loop(), rtol=0, atol=1e-4)
+    assert seconds(loop, 1) >= 20 * seconds(chunks, 3)

@@ -1,0 +1,103 @@
+"""`python -m tests.vectors` on files made here: what passes, what fails, what is damaged, and what is skipped."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_train.config.model import ModelConfig
+from moe_train.model.build import mixer_of
+from moe_train.model.parameters import materialize
+from tests.model.mixers import slow
+from tests.vectors.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def content() -> dict[str, Any]:
+    """A file of one vector of Infini-attention, from the slow loop."""
+    section = {"segment_length": 3, "memory": "delta"}
+    model = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "moe_every": 0, "init_std": 0.5}
+    kind, spec = mixer_of(ModelConfig.model_validate(model | {"mixer": "infini", "infini": section}), 0, 0.5)
+    with torch.device("meta"):
+        mixer = kind.build(spec)
+    materialize(mixer, seed=3, dtype=torch.float64, device=torch.device("cpu"))
+    x = torch.randn(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    short = {"query.weight": "q", "key.weight": "k", "value.weight": "v", "output.weight": "o", "beta": "beta"}
+    vector = {
+        "heads": 2,
+        "kv_heads": 1,
+        "segment": 3,
+        "delta": True,
+        "documents": None,
+        "x": x.tolist(),
+        "parameters": {short[name]: parameter.tolist() for name, parameter in mixer.named_parameters()},
+        "y": slow.infini(mixer, x).tolist(),
+    }
+    return {"layer": "infini", "dtype": "float64", "vectors": [vector]}
+
+
+def run(folder: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str], str]:
+    path = folder / "infini.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    code = main([str(path), "--json"])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+def test_what_agrees_passes(content, tmp_path, capsys):
+    code, lines, _ = run(tmp_path, content, capsys)
+    found = json.loads(lines[-1])
+    assert code == 0 and found["passed"] and found["bound"] == 1e-10 and found["skipped"] == []
+    assert [(each["file"], each["index"], each["quantity"]) for each in found["results"]] == [
+        ("infini.json", 0, "y (whole)"),
+        ("infini.json", 0, "y (parts)"),
+    ]
+    assert all(0 <= each["difference"] < 1e-12 and each["passed"] for each in found["results"])
+    assert lines[0].startswith("infini.json 0 y (whole) ") and lines[0].endswith(" ok")
+
+
+@pytest.mark.parametrize("change", [1e-9, float("nan")])
+def test_what_differs_fails(content, tmp_path, capsys, change):
+    changed = copy.deepcopy(content)
+    changed["vectors"][0]["y"][-1][0] += change
+    code, lines, _ = run(tmp_path, changed, capsys)
+    assert code == 1 and not json.loads(lines[-1])["passed"]
+    assert all(line.endswith(" FAIL") for line in lines[:-1])
+
+
+def without(content: dict[str, Any], *names: str) -> dict[str, Any]:
+    changed = copy.deepcopy(content)
+    inner = changed["vectors"][0]
+    for name in names[:-1]:
+        inner = inner[name]
+    del inner[names[-1]]
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: json.dumps(content)[:-9], "cannot be read"),
+        (lambda content: content | {"vectors": []}, "no vectors"),
+        (lambda content: without(content, "y"), "vector 0"),
+        (lambda content: without(content, "parameters", "beta"), "beta"),
+        (lambda content: without(content, "x", 0), "shape"),
+        (lambda content: [], "not a mapping"),
+        (lambda content: content | {"layer": "unheard"}, "no vector"),
+    ],
+)
+def test_what_is_damaged_or_empty_is_code_2(content, tmp_path, capsys, damage, words):
+    code, _, error = run(tmp_path, damage(content), capsys)
+    assert code == 2 and words in error
+
+
+def test_other_kinds_are_skipped_and_files_of_a_folder_are_found(content, tmp_path, capsys):
+    (tmp_path / "ring.json").write_text(json.dumps({"method": "ring", "vectors": [{}]}))
+    (tmp_path / "infini.json").write_text(json.dumps(content))
+    assert main([str(tmp_path), "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["skipped"] == ["ring.json"]
+    assert main([str(tmp_path / "nowhere")]) == 2
