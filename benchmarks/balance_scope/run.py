@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train and compare; 0 if scope step is as good everywhere, else 1."""
     parser = BenchmarkParser("balance_scope", __doc__, epilog="About 30 minutes on two idle cores.")
     parser.add_number("--seeds", 3, "seeds of each setting", least=2)
-    parser.add_number("--steps", 300, "steps at hidden 64")
+    parser.add_number("--steps", 300, "steps at hidden 64; 0 leaves it out", least=0)
     parser.add_number("--quickstart-steps", 700, "steps of the quickstart; 0 leaves it out", least=0)
     parser.add_number("--jobs", 2, "runs at the same time")
     options = parser.read(arguments)
