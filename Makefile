@@ -45,10 +45,10 @@ train: venv
 	exec .venv/bin/python -m moe_train.launch.local --parent $$PPID -- \
 	    $(LAUNCH_ARGS) launch/train.py --config $(CONFIG) $(ARGS)
 
-# Two files of tests at once; with -m slow one, for those tests start several ranks and hosts each.
+# Two files of tests at once, with one thread each; with -m slow one, for those tests start several ranks and hosts each.
 WORKERS ?= $(if $(findstring slow,$(ARGS)),0,2)
 test: venv
-	@$(ACTIVATE); .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(ACTIVATE); export OMP_NUM_THREADS=1; .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: venv
 	@status=0; \
