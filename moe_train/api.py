@@ -11,6 +11,7 @@ Under a launcher every rank calls the same functions, in the same order.
 """
 
 import math
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -155,6 +156,7 @@ def run_training(config: Config) -> "TrainResult":
     if config.train.run_dir == _NO_RUN_DIR:
         raise UsageError('train.run_dir is missing: load_config(..., train={"run_dir": "runs/mine"})')
     from moe_train.distributed.bootstrap import discover_world
+    from moe_train.liveness.signals import SIGNALS
     from moe_train.plan.room import check_room
     from moe_train.train.preparation import prepare_run
     from moe_train.train.run_folder import redirected_output
@@ -165,10 +167,13 @@ def run_training(config: Config) -> "TrainResult":
         from moe_train.train.engine.groups import leave_process_groups
         from moe_train.train.training import train_prepared
 
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             return train_prepared(prepared, output, errors, sample_text)
         finally:
             leave_process_groups()
+            for number, handler in handlers.items():  # a run that failed leaves them ignored, for it is about to end
+                signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,6 @@ def test_load_config_puts_sections_above_the_file(tmp_path: Path) -> None:
         ({"model": {"hidden_size": 30, "num_heads": 4}}, ["hidden_size (30)", "num_heads (4)"]),
         ({"model": {"moe": {"router": "soft_topk"}}}, ["soft_topk", "did you mean softmax_topk?"]),
         ({"train": 3}, ["train (3)"]),
-        ({"model": {"moe": None}}, ["model.moe (None)"]),
     ],
 )
 def test_load_config_names_what_is_wrong(sections: dict[str, Any], words: list[str]) -> None:

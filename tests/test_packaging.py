@@ -84,7 +84,7 @@ def test_make_help_lists_every_target_and_is_the_default():
 def test_make_train_passes_its_arguments():
     done = make("-n", "train", "ARGS=--train.run_dir=runs/a --train.steps=3", "LAUNCH_ARGS=--num_gpus 4")
     assert done.returncode == 0, done.stderr
-    command = done.stdout[done.stdout.index("bin/deepspeed ") :]
+    command = done.stdout[done.stdout.index("-m moe_train.launch.local ") :]
     script = "launch/train.py --config configs/quickstart.yaml --train.run_dir=runs/a --train.steps=3"
     assert command.index("--num_gpus 4") < command.index(script)
 

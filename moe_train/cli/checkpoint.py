@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from moe_train.cli.paths import path_argument, url_argument
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
+from moe_train.config.yaml_text import write_yaml
 
 if TYPE_CHECKING:
     from moe_train.checkpoint.manifest import Manifest
@@ -158,10 +159,8 @@ def _inspect(options: argparse.Namespace, show: Show) -> int:
     manifest = _read(options.checkpoint, "CHECKPOINT")
     about: dict[str, Any] = {"folder": str(manifest.folder), "step": manifest.step}
     if options.config:
-        import yaml
-
         if not options.json:
-            print(yaml.safe_dump(manifest.config, sort_keys=False), end="")
+            print(write_yaml(manifest.config), end="")
         _print_json(options, about | {"config": manifest.config})
     elif options.tensor is not None:
         found = tensor_statistics(manifest, options.tensor)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from moe_train.cli.paths import path_argument
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
+from moe_train.config.yaml_text import write_yaml
 from moe_train.distributed.addresses import free_port
 from moe_train.distributed.bootstrap import (
     child_environment,
@@ -197,7 +197,7 @@ def _own_options(options: argparse.Namespace, extra: list[str], scratch: Path) -
     given = [*(f"--config={file}" for file in options.config), f"--train.run_dir={scratch}"]
     values = own_model(load_config([*given, *extra], program="moe-train parity"), options.layers)
     path = scratch / f"parity_{os.getpid()}.yaml"  # each rank its own, where they share the folder
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    path.write_text(write_yaml(values), encoding="utf-8")
     return [f"--config={path}", *RUN_OPTIONS]
 
 

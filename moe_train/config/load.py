@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from moe_train.config.base import field_values, merge
@@ -13,7 +12,7 @@ from moe_train.config.errors import UsageError
 from moe_train.config.messages import describe_errors
 from moe_train.config.paths import local_path
 from moe_train.config.root import Config
-from moe_train.config.yaml_text import parse_yaml
+from moe_train.config.yaml_text import parse_yaml, write_yaml
 
 
 def load_config(
@@ -70,7 +69,7 @@ def _describe_merge(below: str, file: str, old: dict[str, Any], added: dict[str,
 
 
 def _word(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    return write_yaml(value, in_one_line=True)
 
 
 def read_yaml(path: Path, what: str = "--config") -> dict[str, Any]:
@@ -119,4 +118,4 @@ def validate_config(values: dict[str, Any], *, origin: str | None = None) -> Con
 
 def dump_yaml(config: Config) -> str:
     """Convert a configuration to YAML text, which loads to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=False), sort_keys=False)
+    return write_yaml(config.model_dump(mode="json", exclude_unset=False))

@@ -17,6 +17,10 @@ _STR, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _UNTYPED = "deepspeed"  # section without a schema: no field decides what a word means
 
 
+class _Dumper(yaml.SafeDumper):
+    """A dumper that puts quotes around text which YAML 1.1 or 1.2 would read as something else."""
+
+
 class _Loader(yaml.SafeLoader):
     """A loader with the words of YAML 1.2, and None for null; it makes no other objects than JSON has."""
 
@@ -39,7 +43,21 @@ for _tag, _words, _first in (
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
     ("merge", r"<<", ["<"]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_words})\Z"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_words})\Z"), _first)
+
+
+def write_yaml(value: Any, *, in_one_line: bool = False) -> str:
+    """Write values as YAML text, which `parse_yaml` and readers of YAML 1.1 read back.
+
+    Args:
+        value: Values as JSON has them.
+        in_one_line: Whether to write lists and mappings in brackets, without a line end.
+    """
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, default_flow_style=in_one_line, width=10**6 if in_one_line else 80
+    )
+    return text.removesuffix("\n").removesuffix("\n...").strip() if in_one_line else text
 
 
 def parse_yaml(text: str) -> Any:

@@ -202,8 +202,8 @@ class Sentinel:
         if exit_status is None and (self.task.is_leaving or self.stopped is not None):
             return
         number = 0 if exit_status is None else exit_status & 0x7F
-        if exit_status is not None and number == 0:
-            return
+        if exit_status is not None and number in (0, self.stopped):
+            return  # as it was told to: who sent the signal knows
         before, now = self.memory_kills, count_memory_kills()
         text = describe_signal(number, None if before is None or now is None else now - before)
         if self.stopped is not None:

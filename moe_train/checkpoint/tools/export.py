@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from moe_train.checkpoint.ranges import RangeReader
 from moe_train.checkpoint.tools.inspection import CHUNK
 from moe_train.config.errors import UsageError
 from moe_train.config.paths import is_remote, local_path
+from moe_train.config.yaml_text import write_yaml
 from moe_train.host.remote_files import open_remote, remote_errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -168,7 +168,7 @@ def _write(
             weight_map |= {item.name: path.name for item in items}
     total = sum(item.num_bytes for items in shards for item in items)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    model = yaml.safe_dump({"model": manifest.config.get("model", {})}, sort_keys=False)
+    model = write_yaml({"model": manifest.config.get("model", {})})
     for name, text in (("config.yaml", model), (INDEX, json.dumps(index, indent=2) + "\n")):
         write_durably(part / name, text)
         finish(part / name)
