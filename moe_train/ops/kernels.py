@@ -31,7 +31,7 @@ def kernels_for(*tensors: Tensor) -> ModuleType | None:
 
 
 def linear_scan_kernels_for(q_BnHbf: Tensor) -> ModuleType | None:
-    """Return the module moe_train.ops.triton_ttt if it takes these queries: fp32, no larger than its limits; else None."""
+    """Return the module moe_train.ops.triton_ttt if it takes such queries: fp32, within its limits; else None."""
     if q_BnHbf.dtype != torch.float32 or not can_run(q_BnHbf):
         return None
     from moe_train.ops import triton_ttt

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-MAX_HEAD_SIZE = 128  # the weights, their gradient and that of their start, fp32, are 192 KiB: registers have 256
-MAX_MINI_BATCH = 64
+MAX_HEAD_SIZE = 64  # beyond, registers and shared memory do not hold the weights and their gradient
+MAX_MINI_BATCH = 16  # beyond, the backward pass needs more shared memory than the 99 KiB of compute capability 8.6
 _LEAST_BLOCK = 16  # Triton's products have no smaller sides
 
 
@@ -55,7 +55,7 @@ class LinearScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, slope_BnHbf: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         tensors, epsilon = ctx.saved_tensors, ctx.epsilon  # type: ignore[attr-defined]
-        q, k, target, rates, _, start, weight, bias, last_row, *_ = tensors
+        q, _, _, rates, _, start, weight, bias, last_row, *_ = tensors
         batch, num_batches, heads, _, width = q.shape
         states = q.new_empty(batch, heads, num_batches, *start.shape[1:])
         _launch(_forward_kernel, tensors, (None, states), epsilon)
@@ -97,7 +97,7 @@ def _block(size: int) -> int:
 
 @triton.jit
 def _dot(one, other):
-    return tl.dot(one, other, input_precision="tf32x3")
+    return tl.dot(one, other, input_precision="ieee")
 
 
 @triton.jit
@@ -276,14 +276,12 @@ def _learning_gradients_kernel(
         q = tl.load(queries + at, mask=inside, other=0.0)
         d_z = tl.load(grad_z + at, mask=inside, other=0.0)
         d_bias += tl.sum(d_z, 0) + tl.sum(d_inner, 0)
-        # The products in both branches: the compiler lays out those of a region alike, and these have another shape.
+        d_weights += _dot(tl.trans(q), d_z) + _dot(tl.trans(k), d_inner)
         if (tl.load(begins + row * num_batches + number) != 0) | (number == 0):
-            d_start += d_weights + _dot(tl.trans(q), d_z) + _dot(tl.trans(k), d_inner)
+            d_start += d_weights
             d_start_bias += d_bias
             d_weights = tl.zeros((BLOCK_F, BLOCK_F), tl.float32)
             d_bias = tl.zeros((BLOCK_F,), tl.float32)
-        else:
-            d_weights += _dot(tl.trans(q), d_z) + _dot(tl.trans(k), d_inner)
     _store_matrix(grad_start + program * (WIDTH + 1) * WIDTH, d_start, d_start_bias, columns, WIDTH)
     tl.store(grad_weight + program * WIDTH + columns, d_gamma, mask=columns < WIDTH)
     tl.store(grad_bias + program * WIDTH + columns, d_beta, mask=columns < WIDTH)
