@@ -1,11 +1,13 @@
-"""Triton kernels for the scan of TTT with a linear inner model: all mini-batches of a sequence in one launch.
+"""Triton kernels for the scan of TTT with a linear inner model: one launch forward and three backward.
 
-A program has one head of one row. It goes through the mini-batches and holds the head's weights on chip all the time.
+A program of the scan has one head of one row. It goes through the mini-batches and holds the head's weights on chip.
 moe_train.ops.ttt says what is computed, and does the same in PyTorch; moe_train.ops.kernels decides where they run.
 
-Backward, a first launch computes the weights again and writes those of every mini-batch; a second one goes from the
-last mini-batch to the first. So nothing but the inputs is kept between forward and backward. Products are in full fp32:
-what is rounded in one mini-batch is learned from in all later ones. There are no atomic additions.
+Backward, the first launch computes the weights again and writes those of every mini-batch. The second one computes,
+for all mini-batches side by side, what needs no later mini-batch. The third one goes from the last mini-batch to the
+first and adds what learning gives. So nothing but the inputs is kept between forward and backward.
+
+Products are in full fp32: what is rounded in one mini-batch goes into all later ones. There are no atomic additions.
 
 Legend: B batch, H heads, n mini-batches, b tokens of a mini-batch, f head size; f1 = f + 1, the last row is the bias.
 """
@@ -16,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 MAX_HEAD_SIZE = 64  # beyond, registers and shared memory do not hold the weights and their gradient
 MAX_MINI_BATCH = 16  # beyond, the backward pass needs more shared memory than the 99 KiB of compute capability 8.6
@@ -53,8 +55,8 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, slope_BnHbf: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        tensors, epsilon = ctx.saved_tensors, ctx.epsilon  # type: ignore[attr-defined]
+    def backward(ctx: Any, slope_BnHbf: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, epsilon = ctx.saved_tensors, ctx.epsilon
         q, _, _, rates, _, start, weight, bias, last_row, *_ = tensors
         batch, num_batches, heads, _, width = q.shape
         states = q.new_empty(batch, heads, num_batches, *start.shape[1:])
