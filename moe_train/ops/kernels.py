@@ -30,6 +30,16 @@ def kernels_for(*tensors: Tensor) -> ModuleType | None:
     return triton_kernels
 
 
+def linear_scan_kernels_for(q_BnHbf: Tensor) -> ModuleType | None:
+    """Return the module moe_train.ops.triton_ttt if it takes such queries: fp32, within its limits; else None."""
+    if q_BnHbf.dtype != torch.float32 or not can_run(q_BnHbf):
+        return None
+    from moe_train.ops import triton_ttt
+
+    size, width = q_BnHbf.shape[-2:]
+    return triton_ttt if size <= triton_ttt.MAX_MINI_BATCH and width <= triton_ttt.MAX_HEAD_SIZE else None
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None  # it comes with the CUDA builds of torch

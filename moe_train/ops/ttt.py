@@ -14,11 +14,14 @@ Legend: B batch, H heads, n mini-batches, b tokens of a mini-batch, f head size,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from moe_train.ops.kernels import linear_scan_kernels_for
 
 KEPT_EVERY = 4  # mini-batches between weights that are kept for the backward pass, as in the authors' JAX code
 _GELU_SLOPE, _GELU_CUBE = (2 / torch.pi) ** 0.5, 0.044715
@@ -72,6 +75,21 @@ class MiniBatch:
         return (self.rows_B1b.unsqueeze(-1) * self.rates_BHb.unsqueeze(-2)).tril()
 
 
+@dataclass(frozen=True)
+class MiniBatches:
+    """Tokens of all mini-batches of a sequence, with the fields of `MiniBatch`."""
+
+    q_BnHbf: Tensor
+    k_BnHbf: Tensor
+    target_BnHbf: Tensor
+    rates_BnHb: Tensor
+    rows_Bn1b: Tensor
+
+    def unbind(self) -> list[MiniBatch]:
+        """Return one mini-batch after the other."""
+        return [MiniBatch(*parts) for parts in zip(*(each.unbind(1) for each in vars(self).values()), strict=True)]
+
+
 # A step takes the weights at the start of the mini-batch, the sums of gradients of the tokens that it has already got
 # (None: it is empty) and its new tokens. It returns f_{W_i}(q_i) and the sums of the new tokens' gradients.
 InnerStep = Callable[[Weights, Weights | None, MiniBatch, InnerNorm], tuple[Tensor, Weights]]
@@ -103,20 +121,22 @@ def mlp_step(weights: Weights, sums: Weights | None, batch: MiniBatch, norm: Inn
 def scan(
     step: InnerStep,
     start: Weights,
-    batches: list[MiniBatch],
+    batches: MiniBatches,
     norm: InnerNorm,
     begins_Bn: Tensor,
     is_full_Bn: Tensor,
     last_row: Tensor,
     carried: tuple[Weights, Weights] | None = None,
     begins_at_first_only: bool = False,
-) -> tuple[list[Tensor], tuple[Weights, Weights] | None]:
-    """Go through the mini-batches of a sequence. In training the weights of every fourth one are kept.
+) -> tuple[Tensor, tuple[Weights, Weights] | None]:
+    """Go through the mini-batches of a sequence, where nothing is carried by one Triton kernel if there is one for it.
+
+    Else it is a loop, which in training keeps the weights of every fourth mini-batch.
 
     Args:
         step: Step of the inner model.
         start: Weights with which a document begins, [1, H, ...].
-        batches: Tokens of each mini-batch.
+        batches: Tokens.
         norm: Norm of the inner model.
         begins_Bn: bool, whether the mini-batch begins a document.
         is_full_Bn: bool, whether the mini-batch has its last token.
@@ -125,48 +145,68 @@ def scan(
         begins_at_first_only: Whether, as the host knows, no later mini-batch than the first begins a document.
 
     Returns:
-        q_i + LN(f_{W_i}(q_i)) of each mini-batch, [B, H, b, f], and the weights and open sums after the last token;
-        None if none were carried.
+        q_i + LN(f_{W_i}(q_i)), [B, n, H, b, f], and the weights and open sums after the last token; None if none were
+        carried.
     """
     if carried is not None:
         return _scan_with_sums(step, start, batches, norm, begins_Bn, is_full_Bn, last_row, carried)
-    weights, outputs = start, list[Tensor]()
-    for first in range(0, len(batches), KEPT_EVERY):
-        numbers = range(first, min(first + KEPT_EVERY, len(batches)))
+    if step is linear_step and (kernels := linear_scan_kernels_for(batches.q_BnHbf)):
+        return _scan_by_kernel(kernels, start[0], batches, norm, begins_Bn, is_full_Bn, last_row), None
+    weights, outputs, each = start, list[Tensor](), batches.unbind()
+    for first in range(0, len(each), KEPT_EVERY):
+        numbers = range(first, min(first + KEPT_EVERY, len(each)))
 
         def run(*weights: Tensor, numbers: range = numbers) -> tuple[Tensor, ...]:
             found = []
             for number in numbers:
                 if number and not begins_at_first_only:
                     weights = tuple(_choose(begins_Bn[:, number], s, w) for s, w in zip(start, weights, strict=True))
-                batch = batches[number]
+                batch = each[number]
                 z, sums = step(weights, None, batch, norm)
                 found.append(batch.q_BHbf + norm(z))
                 weights = _learn(weights, sums, is_full_Bn[:, number], last_row)
             return *found, *weights
 
-        keeps = torch.is_grad_enabled() and len(batches) > KEPT_EVERY
+        keeps = torch.is_grad_enabled() and len(each) > KEPT_EVERY
         # The form that is not reentrant: it sees tensors alone, and nothing of it is a module.
         results = checkpoint(run, *weights, use_reentrant=False, preserve_rng_state=False) if keeps else run(*weights)
         outputs += results[: len(numbers)]
         weights = results[len(numbers) :]
-    return outputs, None
+    return torch.stack(outputs, dim=1), None
+
+
+def _scan_by_kernel(
+    kernels: ModuleType,
+    start: Tensor,
+    batches: MiniBatches,
+    norm: InnerNorm,
+    begins_Bn: Tensor,
+    is_full_Bn: Tensor,
+    last_row: Tensor,
+) -> Tensor:
+    batch, num_batches, _, size, _ = batches.q_BnHbf.shape
+    rows_Bnb = batches.rows_Bn1b.squeeze(2).expand(batch, num_batches, size)
+    marks = (mark.expand(batch, num_batches) for mark in (begins_Bn, is_full_Bn))
+    tokens = (batches.q_BnHbf, batches.k_BnHbf, batches.target_BnHbf, batches.rates_BnHb, rows_Bnb)
+    norm_Hf = (norm.weight.squeeze(1), norm.bias.squeeze(1))
+    out: Tensor = kernels.LinearScan.apply(*tokens, start.squeeze(0), *norm_Hf, last_row, *marks, norm.epsilon)
+    return out
 
 
 def _scan_with_sums(
     step: InnerStep,
     start: Weights,
-    batches: list[MiniBatch],
+    batches: MiniBatches,
     norm: InnerNorm,
     begins_Bn: Tensor,
     is_full_Bn: Tensor,
     last_row: Tensor,
     carried: tuple[Weights, Weights],
-) -> tuple[list[Tensor], tuple[Weights, Weights]]:
+) -> tuple[Tensor, tuple[Weights, Weights]]:
     """Do the same from a state, whose mini-batches may be open before the first token and after the last one."""
     weights, sums = carried
     outputs = []
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(batches.unbind()):
         begins_B, is_full_B = begins_Bn[:, number], is_full_Bn[:, number]
         weights = tuple(_choose(begins_B, s, w) for s, w in zip(start, weights, strict=True))
         sums = tuple(_choose(begins_B, torch.zeros_like(s), s) for s in sums)
@@ -175,7 +215,7 @@ def _scan_with_sums(
         sums = tuple(s + a for s, a in zip(sums, added, strict=True))
         weights = _learn(weights, sums, is_full_B, last_row)
         sums = tuple(_choose(is_full_B, torch.zeros_like(s), s) for s in sums)
-    return outputs, (weights, sums)
+    return torch.stack(outputs, dim=1), (weights, sums)
 
 
 def gelu_slope(x: Tensor) -> Tensor:

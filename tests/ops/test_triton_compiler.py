@@ -1,9 +1,8 @@
 """Triton's compiler takes the kernels, for GPUs that need not be there: the interpreter is laxer than it is."""
 
-import multiprocessing.pool
 import re
 import sys
-from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,14 +14,15 @@ from tests.ops.triton_process import TIMEOUT, needs_triton, triton_kernels, trit
 
 pytestmark = needs_triton
 KERNELS = ("_gather_kernel", "_sum_kernel", "_swiglu_kernel", "_swiglu_gradients_kernel")
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[multiprocessing.pool.Pool]:
-    folder = tmp_path_factory.mktemp("triton")
-    with triton_process({"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}) as pool:
-        yield pool
+TTT_KERNELS = ("_forward_kernel", "_output_gradients_kernel", "_learning_gradients_kernel")
+LEAST_SHARED_MEMORY = 99 * 1024  # bytes that a program may have on compute capability 8.6, less than on 8.0 and 9.0
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
 
 
 class Launches:
@@ -35,8 +35,8 @@ class Launches:
         return lambda *args, **kwargs: self.noted.append((args, kwargs))
 
 
-def compiled(kernel, args: tuple, kwargs: dict, capability: int) -> str:
-    """The PTX of what Triton compiles when a kernel is launched with the arguments."""
+def compiled(kernel, args: tuple, kwargs: dict, capability: int) -> Any:
+    """What Triton compiles when a kernel is launched with the arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -47,13 +47,19 @@ def compiled(kernel, args: tuple, kwargs: dict, capability: int) -> str:
         is_tensor = isinstance(value, torch.Tensor)
         if name in constexprs or value is None:
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32"
             if (value.data_ptr() if is_tensor else value) % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": kwargs["num_warps"]}).asm["ptx"]
+    return triton.compile(source, target=target, options={"num_warps": kwargs["num_warps"]})
+
+
+def check_order(ptx: str, name: str) -> None:
+    assert not re.search(r"\b(atom|red)\.", ptx), f"{name} adds in an order that is not its own"
 
 
 def check_compiles(capability: int, dtype: torch.dtype, width: int) -> None:
@@ -69,8 +75,8 @@ def check_compiles(capability: int, dtype: torch.dtype, width: int) -> None:
     for name in KERNELS:
         assert launches[name].noted
         for args, kwargs in launches[name].noted:
-            ptx = compiled(getattr(kernels, name), args, kwargs, capability)
-            assert not re.search(r"\b(atom|red)\.", ptx), f"{name} adds in an order that is not its own"
+            ptx = compiled(getattr(kernels, name), args, kwargs, capability).asm["ptx"]
+            check_order(ptx, name)
             if width % 16 == 0:  # 16 bytes at once
                 assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, f"{name} is slow"
 
@@ -90,6 +96,40 @@ def test_every_launch_compiles(compiler, capability, dtype, width):
     compiler.apply_async(check_compiles, (capability, dtype, width)).get(TIMEOUT)
 
 
+def check_ttt_compiles(capability: int, size: int, width: int) -> None:
+    from moe_train.ops import triton_ttt  # not at the top: it imports Triton
+
+    launches = {name: Launches() for name in TTT_KERNELS}
+    q, rates = torch.zeros(2, 3, 2, size, width, requires_grad=True), torch.zeros(2, 3, 2, size)
+    norm_Hf, marks_Bn = torch.zeros(2, width), torch.zeros(2, 3, dtype=torch.bool)
+    start, last_row = torch.zeros(2, width + 1, width), torch.zeros(())
+    with mock.patch.multiple(triton_ttt, **launches):
+        inputs = (q, q, q, rates, rates[:, :, 0], start, norm_Hf, norm_Hf, last_row, marks_Bn, marks_Bn, 1e-6)
+        triton_ttt.LinearScan.apply(*inputs).sum().backward()
+    for name in TTT_KERNELS:
+        assert launches[name].noted
+        for args, kwargs in launches[name].noted:
+            found = compiled(getattr(triton_ttt, name), args, kwargs, capability)
+            check_order(found.asm["ptx"], name)
+            assert found.metadata.shared <= LEAST_SHARED_MEMORY, f"{name} cannot be launched"
+
+
+# The largest last: its products fill the registers, and take the compiler half a minute on a busy machine.
+LARGEST = (16, 64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "width"),
+    [
+        (80, 16, 16),
+        (90, 5, 12),
+        *(pytest.param(capability, *LARGEST, marks=pytest.mark.slow) for capability in (80, 90, 100)),
+    ],
+)
+def test_every_launch_of_ttt_compiles(compiler, capability, size, width):
+    compiler.apply_async(check_ttt_compiles, (capability, size, width)).get(2 * TIMEOUT)
+
+
 def imported_by_the_cpu() -> list[str]:
     tensors, source = inputs([2, 0, 3], torch.float32)
     call(tensors, source, [2, 0, 3]).sum().backward()
@@ -100,4 +140,4 @@ def test_the_cpu_does_not_import_triton():
     with triton_process({}) as fresh:
         imported = fresh.apply_async(imported_by_the_cpu).get(TIMEOUT)
     assert "moe_train.ops.kernels" in imported
-    assert not {"triton", "moe_train.ops.triton_kernels"} & set(imported)
+    assert not {"triton", "moe_train.ops.triton_kernels", "moe_train.ops.triton_ttt"} & set(imported)

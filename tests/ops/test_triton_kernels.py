@@ -1,7 +1,6 @@
 """The Triton kernels against loops in fp64 and against PyTorch's operations: in Triton's interpreter, and on a GPU."""
 
 import contextlib
-import multiprocessing.pool
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -13,7 +12,7 @@ from moe_train.ops import kernels
 from moe_train.ops.routed_mlp import _fused_activation, _fused_activation_gradients, _GroupedExperts
 from moe_train.ops.row_map import RowMap
 from tests.ops.test_routed_mlp import COUNTS, NUM_ROWS, inputs, slow
-from tests.ops.triton_process import TIMEOUT, needs_triton, triton_kernels, triton_process
+from tests.ops.triton_process import needs_triton, triton_kernels
 
 pytestmark = needs_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,24 +25,6 @@ SOURCES = {
     "no source": ([], 0),
 }
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[multiprocessing.pool.Pool]:
-    with triton_process({"TRITON_INTERPRET": "1"}) as pool:
-        yield pool
-
-
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
-def run(request):
-    """Calls a check with the device and its further arguments."""
-    if request.param == "cuda":
-        return lambda check, *args: check("cuda", *args)
-    pool = request.getfixturevalue("interpreter")
-    return lambda check, *args: pool.apply_async(check, ("cpu", *args)).get(TIMEOUT)
 
 
 @contextlib.contextmanager

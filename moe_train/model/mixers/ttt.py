@@ -23,7 +23,7 @@ from moe_train.model.mixers.lookback import look_back, lookback_state
 from moe_train.model.parameters import Constant, InitialValue, Normal, OptimRule
 from moe_train.ops.aligned_blocks import AlignedBlocks, align
 from moe_train.ops.rotary import apply_rotary
-from moe_train.ops.ttt import KEPT_EVERY, InnerNorm, InnerStep, MiniBatch, Weights, linear_step, mlp_step, scan
+from moe_train.ops.ttt import KEPT_EVERY, InnerNorm, InnerStep, MiniBatches, Weights, linear_step, mlp_step, scan
 
 InnerKind = Literal["linear", "mlp"]
 
@@ -205,13 +205,12 @@ class TTTMixer(Mixer):
         numbers_b = torch.arange(1, self.mini_batch + 1, device=new["offsets"].device)
         rows_b = (1 / numbers_b.to(wide) + self.row_delta.to(wide)).clamp(min=0)
         rows_BS = rows_b[new["offsets"] % self.mini_batch]
-        # (B, S, H, ...) -> n x (B, H, b, ...)
-        parts = [new["queries"], new["keys"], new["values"] - new["keys"], new["rates"]]
-        columns = [blocks.split(part).transpose(2, 3).unbind(1) for part in parts]
-        batches = [MiniBatch(*part) for part in zip(*columns, blocks.split(rows_BS).unbind(1), strict=True)]
-        batches = [MiniBatch(b.q_BHbf, b.k_BHbf, b.target_BHbf, b.rates_BHb, b.rows_B1b.unsqueeze(1)) for b in batches]
+        parts = [new["queries"], new["keys"], new["values"] - new["keys"], new["rates"], rows_BS.unsqueeze(-1)]
+        batches = MiniBatches(
+            *(blocks.split(part).transpose(2, 3) for part in parts)
+        )  # (B, S, H, *) -> (B, n, H, b, *)
         weight, bias = (part.to(wide).unsqueeze(1) for part in (self.inner_norm_weight, self.inner_norm_bias))
-        outputs, after = scan(
+        outputs_BnHbf, after = scan(
             _STEPS[self.inner],
             self._start(wide),
             batches,
@@ -222,7 +221,7 @@ class TTTMixer(Mixer):
             carried,
             begins_at_first_only=blocks.places_BS is None,
         )
-        return blocks.join(torch.stack(outputs, dim=1).transpose(2, 3), length), after
+        return blocks.join(outputs_BnHbf.transpose(2, 3), length), after
 
     def _start(self, dtype: torch.dtype) -> Weights:
         """Join the learned weights and biases with which a document begins. [1, H, ...]."""
