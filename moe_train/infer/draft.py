@@ -9,10 +9,12 @@ from torch import nn
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.moe import DROPLESS
+from moe_train.data import Tokenizer
 from moe_train.infer.speculative import Draft
 from moe_train.infer.trained import Trained, Use, load_model, open_trained
 from moe_train.model.transformer import Transformer
 
+DRAFT_TOKENS = 4  # tokens that a draft proposes per round, if none are given
 _OWN_LAYERS = re.compile(r"self:(.*)")
 
 
@@ -63,16 +65,55 @@ def open_draft(setting: str, num_tokens: int, target: Trained, use: Use, option:
     Raises:
         UsageError: If there is no such draft, or it has another tokenizer than the target.
     """
+    what = f"{option} ({setting})"
     if found := _OWN_LAYERS.fullmatch(setting):
-        num_layers = _check_own_layers(found[1], target.config.model, f"{option} ({setting})")
+        num_layers = int(found[1]) if found[1].isdecimal() else 0
+        check_own_layers(num_layers, target.config.model, what)
         return DraftSource(num_tokens, None, num_layers, _mark(target))
     trained = _open(setting, target, use, option)
-    if trained.manifest.tokenizer != target.manifest.tokenizer:
-        raise UsageError(
-            f"{option} ({setting}) was trained with another tokenizer ({trained.tokenizer.vocab_size} tokens) than "
-            f"{target.manifest.folder} ({target.tokenizer.vocab_size}): train it with the target's data.tokenizer"
-        )
+    check_same_tokenizer(trained.tokenizer, target.tokenizer, what)
     return DraftSource(num_tokens, trained, 0, _mark(trained))
+
+
+def check_same_tokenizer(draft: Tokenizer, target: Tokenizer, what: str) -> None:
+    """Check that a draft's tokens mean what the target's do.
+
+    Args:
+        draft: Tokenizer of the draft.
+        target: Tokenizer of the target.
+        what: Setting of the draft with its value, for the message.
+
+    Raises:
+        UsageError: If they do not.
+    """
+    if draft.fingerprint != target.fingerprint:
+        raise UsageError(
+            f"{what} has another tokenizer ({draft.vocab_size} tokens) than the model ({target.vocab_size} tokens): "
+            "train the draft with the model's data.tokenizer"
+        )
+
+
+def check_own_layers(num_layers: int, model: ModelConfig, what: str) -> None:
+    """Check that the first layers of a model can be its draft: they must cover whole groups of one owner's readers.
+
+    Args:
+        num_layers: Number of first layers.
+        model: Model section of the configuration.
+        what: Setting of the draft with its value, for the message.
+
+    Raises:
+        UsageError: If there are no such layers, or a layer above them reads keys and values of a layer among them.
+    """
+    right = [number for number in range(1, model.num_layers) if _is_whole(model, number)]
+    if num_layers in right:
+        return
+    if not 1 <= num_layers < model.num_layers:
+        raise UsageError(f"{what} must have 1 to {model.num_layers - 1} layers: the model has {model.num_layers}")
+    ways = f"they may be {', '.join(map(str, right))}" if right else "this model has no such draft"
+    raise UsageError(
+        f"{what} parts layers that share keys and values (model.kv_layers, owners {list(model.kv_owner_layers)}): "
+        + ways
+    )
 
 
 def first_layers(model: Transformer, num_layers: int) -> Transformer:
@@ -96,22 +137,6 @@ def _open(run: str, target: Trained, use: Use, option: str) -> Trained:
 
 def _mark(trained: Trained) -> int | None:
     return trained.tokenizer.end_of_document if trained.config.model.isolate_documents else None
-
-
-def _check_own_layers(text: str, model: ModelConfig, what: str) -> int:
-    """Return the number of first layers; keys and values that they own must not be read by layers above them."""
-    right = [number for number in range(1, model.num_layers) if _is_whole(model, number)]
-    if text.isdecimal() and int(text) in right:
-        return int(text)
-    numbers = ", ".join(map(str, right))
-    if not text.isdecimal() or not 1 <= int(text) < model.num_layers:
-        raise UsageError(
-            f"{what}: must be self:K with K from 1 to {model.num_layers - 1}, layers of {model.num_layers}"
-        )
-    raise UsageError(
-        f"{what} cuts layers that share keys and values (model.kv_layers, owners {list(model.kv_owner_layers)}): "
-        + (f"K may be {numbers}" if right else "all layers of this model share one owner's, so it has no such draft")
-    )
 
 
 def _is_whole(model: ModelConfig, num_layers: int) -> bool:
