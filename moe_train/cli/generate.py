@@ -173,10 +173,10 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
         "text keeps its distribution.",
     )
     help_text = (
-        "the smaller model, of the same tokenizer: a run's folder (its newest checkpoint) or a checkpoint's; "
+        "the smaller model, of the same tokenizer: a run's folder (its newest checkpoint) or a checkpoint's; or "
         "self:K: the first K layers of the model itself"
     )
-    group.add_argument("--draft", type=_draft_argument, metavar="DIR|self:K", help=help_text)
+    group.add_argument("--draft", type=_draft_argument, metavar="DIR", help=help_text)
     help_text = f"tokens that it proposes per round (default: {_DRAFT_TOKENS})"
     group.add_argument("--draft-tokens", type=int, metavar="N", help=help_text)
 
