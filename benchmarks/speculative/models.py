@@ -65,7 +65,7 @@ FULL = Recipes(
     ),
     sparse=Recipe(
         "sparse",
-        {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "num_kv_heads": 2, "intermediate_size": 1024,
+        {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "num_kv_heads": 2,
          "moe_every": 1, "moe": {"num_experts": 64, "top_k": 8, "intermediate_size": 256, "router": "noisy_topk",
                                  "importance_cv2_coef": 0.1, "load_cv2_coef": 0.1}},
         2e-3,
@@ -89,7 +89,7 @@ SMALL = Recipes(
     ),
     sparse=Recipe(
         "sparse",
-        {"hidden_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 256,
+        {"hidden_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
          "moe_every": 1, "moe": {"num_experts": 16, "top_k": 2, "intermediate_size": 128, "router": "noisy_topk",
                                  "importance_cv2_coef": 0.1, "load_cv2_coef": 0.1}},
         3e-3,

@@ -174,7 +174,7 @@ def _add_draft_options(parser: argparse.ArgumentParser) -> None:
     )
     help_text = (
         "the smaller model, of the same tokenizer: a run's folder (its newest checkpoint) or a checkpoint's; or "
-        "self:K: the first K layers of the model itself"
+        "self:K, for the first K layers of the model itself"
     )
     group.add_argument("--draft", type=_draft_argument, metavar="DIR", help=help_text)
     help_text = f"tokens that it proposes per round (default: {_DRAFT_TOKENS})"
