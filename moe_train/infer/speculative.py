@@ -89,11 +89,32 @@ class SpeculationSums:
         return (self.accepted + self.rounds) / max(self.rounds, 1)
 
 
+@dataclass(frozen=True)
 class _Reader:
-    """A model with its cache, and the transcript as the model sees it."""
+    """A model that reads texts, in evaluation mode.
 
-    def __init__(self, decoder: Decoder, transcript: Transcript, model: Transformer) -> None:
-        self.model, self.cache, self.decoder, self.transcript = model.eval(), decoder.cache, decoder, transcript
+    Attributes:
+        model: The model.
+        cache: Its cache.
+        decoder: Decoder that takes in the prompts.
+        transcript: Texts as the model sees them.
+    """
+
+    model: Transformer
+    cache: Cache
+    decoder: Decoder
+    transcript: Transcript
+
+    @staticmethod
+    def new(
+        model: Transformer, prompts: Sequence[Sequence[int]], plan: DecodePlan, padded_length: int | None
+    ) -> "_Reader":
+        """Pad the prompts and allocate the cache."""
+        decoder = Decoder(model.eval(), prompts, plan, padded_length)
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.embedding.weight.device)
+        room = plan.max_new_tokens + 1  # the token after the proposed ones is written before it is counted
+        transcript = Transcript(decoder.prompts, lengths_B, room, plan.end_of_document)
+        return _Reader(model, decoder.cache, decoder, transcript)
 
     @torch.no_grad()
     def read(self, columns_BS: Tensor, first: Sequence[int], num_logits: int) -> Tensor:
@@ -125,26 +146,18 @@ class SpeculativeDecoder:
         """
         self._is_done = is_done
         self._plan, self._draft_is_own = plan, not draft.shares_cache
-        self._number = draft.num_tokens
+        self._number, self._device = draft.num_tokens, model.embedding.weight.device
         # Proposed tokens are in the caches before they are rejected.
         roomy = replace(plan, max_new_tokens=plan.max_new_tokens + draft.num_tokens)
-        device = self._device = model.embedding.weight.device
-        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-
-        def make(model: Transformer, plan: DecodePlan, decoder: Decoder) -> _Reader:
-            room = plan.max_new_tokens + 1  # the token after the proposed ones is written before it is counted
-            return _Reader(decoder, Transcript(decoder.prompts, lengths_B, room, plan.end_of_document), model)
-
-        decoder = Decoder(model, prompts, roomy, padded_length)
-        self._target = make(model, roomy, decoder)
-        if self._draft_is_own:
-            own = replace(roomy, end_of_document=draft.end_of_document)
-            self._draft = make(draft.model, own, Decoder(draft.model, prompts, own, padded_length))
+        self._target = _Reader.new(model, prompts, roomy, padded_length)
+        if draft.shares_cache:
+            shared = self._target.cache.below(len(draft.model.blocks))
+            self._draft = replace(self._target, model=draft.model.eval(), cache=shared)
         else:
-            self._draft = make(draft.model, roomy, decoder)
-            self._draft.cache = decoder.cache.below(len(draft.model.blocks))
-        self.max_length = decoder.max_length
-        self._ends = [decoder.prompts.ids_BS.shape[1]] * len(prompts)  # number of columns of each text
+            own = replace(roomy, end_of_document=draft.end_of_document)
+            self._draft = _Reader.new(draft.model, prompts, own, padded_length)
+        self.max_length = self._target.decoder.max_length
+        self._ends = [self._target.decoder.prompts.ids_BS.shape[1]] * len(prompts)  # number of columns of each text
         self._last_end = self._ends[0] + plan.max_new_tokens
         self.sums = SpeculationSums(draft_cache_bytes=self._draft.cache.nbytes if self._draft_is_own else 0)
 
