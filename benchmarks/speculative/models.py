@@ -83,8 +83,8 @@ FULL = Recipes(
 SMALL = Recipes(
     dense=Recipe(
         "dense",
-        {**_HEADS_OF_64, "hidden_size": 192, "num_layers": 6, "num_heads": 3, "num_kv_heads": 1,
-         "intermediate_size": 576},
+        {**_HEADS_OF_64, "hidden_size": 128, "num_layers": 4, "num_heads": 2, "num_kv_heads": 1,
+         "intermediate_size": 384},
         3e-3,
     ),
     sparse=Recipe(
