@@ -40,7 +40,8 @@ def markdown_report(rows: Sequence[Row], claims: Sequence[dict[str, Any]], figur
         "draft step, and v: of a check of N + 1 tokens, over those of a plain step of the target. Tokens per round by "
         "the formula: (1 - a^(N+1)) / (1 - a); speed, over plain decoding, by the formula: that over N c + v. Medians "
         f"of {figures['rounds']} rounds, in each of which every row has its turn. self:K: the first K layers of the "
-        "target, which no training has prepared for it.",
+        "target, which no training has prepared for it. What the last round of a text gives beyond its end is lost, "
+        "which the formula does not count.",
         "",
         "Experts that a check touches, of those of an MoE layer; by the formula, E (1 - (1 - K/E)^(N+1)), if tokens "
         "chose theirs independently:",
