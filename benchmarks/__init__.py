@@ -14,6 +14,7 @@ parity           every balance term and router in every split of a step over ran
 pictures         the README's pictures of TensorBoard
 plan_check       `moe-train plan` against real runs
 scaling          time over experts, tokens and layers
+speculative      how much faster a draft model makes decoding, beside the formula
 telemetry        what recording expert load costs
 train            the whole trainer beside Hugging Face's Mixtral
 truth            who keeps the same numbers in every layout: this trainer and its peers

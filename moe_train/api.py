@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_train.data import PreparedData, Tokenizer
+    from moe_train.infer.speculative import Draft
     from moe_train.model.transformer import Transformer
     from moe_train.train.loop import TrainResult
 
@@ -220,6 +221,8 @@ class LoadedRun:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        draft: "LoadedRun | int | None" = None,
+        draft_tokens: int | None = None,
     ) -> list[str]:
         """Continue texts with the model.
 
@@ -230,12 +233,16 @@ class LoadedRun:
             top_k: Number of likeliest tokens to sample from; None: all.
             top_p: Joint probability of the likeliest tokens to sample from; None: all tokens.
             seed: Seed of the draws; the same seed gives the same text.
+            draft: Smaller model that proposes tokens, which this model checks: greedy text stays the same, sampled text
+                keeps its distribution. A loaded run of the same tokenizer; a number: that many first layers of this
+                model; None: plain decoding.
+            draft_tokens: Tokens that the draft proposes per round; None: 4.
 
         Returns:
             The continuation of each prompt, without the prompt.
 
         Raises:
-            UsageError: If a number is out of range.
+            UsageError: If a number is out of range, or the draft does not fit.
 
         Collective: All ranks that share the experts.
         """
@@ -245,6 +252,7 @@ class LoadedRun:
         from moe_train.infer.sampling import Sampling
 
         _check_sampling(max_new_tokens, temperature, top_k, top_p)
+        proposer = self._draft(draft, draft_tokens)
         if not prompts:
             return []
         mark = self.tokenizer.end_of_document
@@ -252,11 +260,32 @@ class LoadedRun:
             max_new_tokens=max_new_tokens,
             vocab_size=self.tokenizer.vocab_size,
             sampling=Sampling(temperature, top_k, top_p, seed),
-            end_of_document=mark if self.config.model.isolate_documents else None,
+            end_of_document=self._isolation_mark,
         )
         ids = [[mark, *self.tokenizer.encode_known(prompt)] for prompt in prompts]
-        found = generate(self.model, self.tokenizer, ids, plan, group=world_group())
+        found = generate(self.model, self.tokenizer, ids, plan, group=world_group(), draft=proposer)
         return [completion.text for completion in found.completions]
+
+    @property
+    def _isolation_mark(self) -> int | None:
+        return self.tokenizer.end_of_document if self.config.model.isolate_documents else None
+
+    def _draft(self, draft: "LoadedRun | int | None", num_tokens: int | None) -> "Draft | None":
+        from moe_train.infer.draft import DRAFT_TOKENS, check_own_layers, check_same_tokenizer, first_layers
+        from moe_train.infer.speculative import Draft
+
+        if draft is None:
+            if num_tokens is not None:
+                raise UsageError(f"draft_tokens ({num_tokens}) has no effect without draft")
+            return None
+        num_tokens = DRAFT_TOKENS if num_tokens is None else num_tokens
+        if num_tokens < 1:
+            raise UsageError(f"draft_tokens ({num_tokens}) must be 1 or more")
+        if isinstance(draft, int):
+            check_own_layers(draft, self.config.model, f"draft ({draft})")
+            return Draft(first_layers(self.model, draft), num_tokens, self._isolation_mark, shares_cache=True)
+        check_same_tokenizer(draft.tokenizer, self.tokenizer, f"draft (a run of {draft.step} steps)")
+        return Draft(draft.model, num_tokens, draft._isolation_mark)
 
 
 def load_run(

@@ -409,6 +409,20 @@ def test_generate_in_its_other_ways(trained) -> None:
             run.generate(PROMPTS[0], **wrong)
 
 
+def test_generate_with_a_draft(trained) -> None:
+    run = moe_train.load_run(trained[2], device="cpu")
+    greedy = run.generate(*PROMPTS, max_new_tokens=8, temperature=0)
+    for draft, settings in ((run, {}), (1, {"draft_tokens": 2})):
+        assert run.generate(*PROMPTS, max_new_tokens=8, temperature=0, draft=draft, **settings) == greedy
+    for wrong, words in (
+        ({"draft": 2}, r"draft \(2\) must have 1 to 1 layers"),
+        ({"draft": run, "draft_tokens": 0}, r"draft_tokens \(0\) must be 1"),
+        ({"draft_tokens": 3}, r"draft_tokens \(3\) has no effect"),
+    ):
+        with pytest.raises(moe_train.UsageError, match=words):
+            run.generate(PROMPTS[0], **wrong)
+
+
 def test_load_run_names_what_is_missing_or_damaged(trained, tmp_path: Path) -> None:
     with pytest.raises(moe_train.UsageError, match="nowhere"):
         moe_train.load_run(tmp_path / "nowhere")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_train.cli.paths import path_argument
-from moe_train.cli.trained import add_trained_options, check_positive, open_from_options
+from moe_train.cli.trained import add_trained_options, check_positive, open_from_options, use_of
 from moe_train.config.command_line import Parser
 from moe_train.config.errors import UsageError
 from moe_train.config.moe import DROPLESS
@@ -18,9 +18,11 @@ from moe_train.data import Tokenizer
 
 if TYPE_CHECKING:
     from moe_train.infer.decode import DecodePlan
+    from moe_train.infer.draft import DraftSource
     from moe_train.infer.generate import Generation
     from moe_train.infer.trained import Trained
 
+_DRAFT_TOKENS = 4  # default number of tokens that a draft proposes per round
 _NEW_TOKENS = 128  # default number of new tokens, as far as there is room
 _TEMPERATURE = 0.7
 
@@ -63,11 +65,13 @@ def run(arguments: Sequence[str]) -> int:
     trained = open_from_options(options, "moe-train generate", {"model": model_changes})
     ids = [_encode(prompt, trained.tokenizer) for prompt in prompts]
     plan = _plan(options, trained, prompts, ids)
+    source = _draft_source(options, trained, plan)
     from moe_train.distributed.collectives import world_group
     from moe_train.infer.generate import generate
     from moe_train.infer.trained import load_model
 
     model = load_model(trained)
+    draft = source.load(model) if source is not None else None
     is_alone = trained.world.world_size == 1
     streams = is_alone and len(prompts) == 1 and not options.json
     if streams and prompts[0].text is not None:
@@ -81,6 +85,7 @@ def run(arguments: Sequence[str]) -> int:
         ends=not options.ignore_end,
         group=None if is_alone else world_group(),
         on_text=(lambda _, text: _write(text)) if streams else None,
+        draft=draft,
     )
     if trained.world.rank == 0:
         _report(options, trained, prompts, result, streams)
@@ -93,6 +98,8 @@ def _report(
     """Print the texts that were not printed as they came, and the speed."""
     if options.json:
         values = result.as_dict()
+        if result.speculation is not None:
+            values["speculation"] |= {"draft": options.draft, "draft_tokens": options.draft_tokens or _DRAFT_TOKENS}
         for prompt, completion in zip(prompts, values["completions"], strict=True):
             completion["prompt"] = prompt.text if prompt.text is not None else list(prompt.ids)
         print(json.dumps(values | {"checkpoint": str(trained.manifest.folder), "step": trained.manifest.step}))
@@ -107,6 +114,12 @@ def _report(
         f"tokens/s, KV cache {result.kv_cache_bytes:,} bytes",
         file=sys.stderr,
     )
+    if (sums := result.speculation) is not None:
+        print(
+            f"draft: {sums.acceptance:.1%} of the examined tokens accepted, {sums.tokens_per_round:.2f} tokens per "
+            f"round; {sums.draft_seconds:.2f} s in the draft, {sums.target_seconds:.2f} s in the target",
+            file=sys.stderr,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,12 +161,32 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--sliding-window", type=int, metavar="N", help=help_text)
     help_text = "tokens of the prompts that pass the model at once, which bounds its memory (default: all)"
     group.add_argument("--prefill-chunk", type=int, metavar="N", help=help_text)
+    _add_draft_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line, and no text")
     return parser
 
 
+def _add_draft_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "speculative decoding",
+        "A smaller model proposes tokens, and the model checks them all at once. Greedy text stays the same, sampled "
+        "text keeps its distribution.",
+    )
+    help_text = (
+        "the smaller model, of the same tokenizer: a run's folder (its newest checkpoint) or a checkpoint's; or "
+        "self:K, for the first K layers of the model itself"
+    )
+    group.add_argument("--draft", type=_draft_argument, metavar="DIR", help=help_text)
+    help_text = f"tokens that it proposes per round (default: {_DRAFT_TOKENS})"
+    group.add_argument("--draft-tokens", type=int, metavar="N", help=help_text)
+
+
+def _draft_argument(text: str) -> str:
+    return text if text.startswith("self:") else path_argument(text)
+
+
 def _check(options: argparse.Namespace) -> None:
-    check_positive(options, "max_new_tokens", "max_length", "top_k", "sliding_window", "prefill_chunk")
+    check_positive(options, "max_new_tokens", "max_length", "top_k", "sliding_window", "prefill_chunk", "draft_tokens")
     if not 0.0 <= options.temperature < math.inf:
         raise UsageError(f"--temperature ({options.temperature:g}) must be 0 or more")
     if options.top_p is not None and not 0.0 < options.top_p <= 1.0:
@@ -165,6 +198,8 @@ def _check(options: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} ({value:g}) has no effect with --temperature 0, which always takes the "
                 "likeliest token"
             )
+    if options.draft is None and options.draft_tokens is not None:
+        raise UsageError(f"--draft-tokens ({options.draft_tokens}) has no effect without --draft")
     if "" in options.stop:
         raise UsageError("--stop ('') is empty: it would end every text at once")
 
@@ -282,6 +317,17 @@ def _plan(
         prefill_chunk=options.prefill_chunk,
         end_of_document=tokenizer.end_of_document if config.model.isolate_documents else None,
     )
+
+
+def _draft_source(options: argparse.Namespace, trained: "Trained", plan: "DecodePlan") -> "DraftSource | None":
+    """Find the draft and check that it fits; None: there is none."""
+    if options.draft is None:
+        return None
+    if plan.max_new_tokens == 1:
+        raise UsageError(f"--draft ({options.draft}) has no effect on one new token: the prompt alone gives the first")
+    from moe_train.infer.draft import open_draft
+
+    return open_draft(options.draft, options.draft_tokens or _DRAFT_TOKENS, trained, use_of(options))
 
 
 def _write(text: str) -> None:

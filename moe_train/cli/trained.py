@@ -11,7 +11,7 @@ from moe_train.config.root import Config
 from moe_train.distributed.bootstrap import discover_world
 
 if TYPE_CHECKING:
-    from moe_train.infer.trained import Trained
+    from moe_train.infer.trained import Trained, Use
 
 _NAMING = ("source", "mixture", "paths", "name", "subset")  # fields that name other data than the run's
 _TOKENIZER = ("tokenizer", "bpe_vocab_size", "end_of_document")
@@ -53,6 +53,13 @@ def add_trained_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
 
 
+def use_of(options: argparse.Namespace) -> "Use":
+    """Make the settings of the use of a trained model from options of a parser with `add_trained_options`."""
+    from moe_train.infer.trained import Use
+
+    return Use(options.device, options.precision, options.expert_parallel_size, options.threads)
+
+
 def open_from_options(
     options: argparse.Namespace,
     program: str,
@@ -70,17 +77,16 @@ def open_from_options(
     Raises:
         UsageError: If there is no checkpoint, or its model or tokenizer differs from the configuration's.
     """
-    from moe_train.infer.trained import Use, open_trained
+    from moe_train.infer.trained import open_trained
 
     check_positive(options, "expert_parallel_size", "threads")
-    use = Use(options.device, options.precision, options.expert_parallel_size, options.threads)
 
     def configure(values: dict[str, Any], origin: str) -> Config:
         if not data_options:
             return validate_config(values, origin=origin)
         return load_config(data_options, program=program, defaults=_with_other_data(values, data_fields(data_options)))
 
-    return open_trained(options.run, discover_world(), use, changes, configure)
+    return open_trained(options.run, discover_world(), use_of(options), changes, configure)
 
 
 def _with_other_data(values: dict[str, Any], given: set[str]) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class CompletionBuilder:
         self._reason: FinishReason | None = None
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens so far."""
+        return len(self._tokens)
+
+    @property
     def is_done(self) -> bool:
         """Whether the end token or a stop string has come."""
         return self._reason is not None

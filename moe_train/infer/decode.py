@@ -62,7 +62,7 @@ class Decoder:
         length = padded_length or max(map(len, prompts))
         self.max_length = length + plan.max_new_tokens
         device = model.embedding.weight.device
-        self._prompts = _left_padded(prompts, length, plan, device)
+        self.prompts = _left_padded(prompts, length, plan, device)
         self._prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.cache: Cache = model.new_cache(len(prompts), self.max_length, plan.cache_dtype)
 
@@ -76,7 +76,7 @@ class Decoder:
         """
         self._model.eval()
         plan, key = self._plan, make_key(self._plan.sampling.seed, "generate")
-        tokens = self._prompts
+        tokens = self.prompts
         for step in range(plan.max_new_tokens):
             logits_BV = self._next_logits(tokens)[:, : plan.vocab_size]
             positions_B = self._prompt_lengths_B + step
@@ -85,6 +85,16 @@ class Decoder:
             yield chosen_B
             if step + 1 < plan.max_new_tokens:
                 tokens = self._following(tokens, chosen_B.unsqueeze(1), positions_B.unsqueeze(1))
+
+    def read_prompts(self, count: int | None = None) -> Tensor:
+        """Take columns of the padded prompts into the cache, and compute the logits of the token after them. [B, V].
+
+        Args:
+            count: Number of first columns, at least 1; None: all.
+
+        Collective: All ranks that share the experts, with the same padded length and count.
+        """
+        return self._next_logits(_columns(self.prompts, slice(0, count or self.prompts.ids_BS.shape[1])))
 
     @torch.no_grad()
     def _next_logits(self, tokens: Tokens) -> Tensor:

@@ -1,7 +1,7 @@
 """Text generation: prompts shared among ranks, each continued until it ends, with speed measured."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from moe_train.data import Tokenizer
 from moe_train.distributed.collectives import Group, all_reduce_max, gather_objects, group_rank, group_size
 from moe_train.infer.completion import Completion, CompletionBuilder
 from moe_train.infer.decode import DecodePlan, Decoder
+from moe_train.infer.speculative import Draft, SpeculationSums, SpeculativeDecoder
 from moe_train.model.transformer import Transformer
 
 OnText = Callable[[int, str], None]  # called with the number of a prompt and the next piece of its text
@@ -26,8 +27,10 @@ class Generation:
         prefill_seconds: Seconds until the first new token of every prompt was known.
         decode_tokens: New tokens of all continuations, without the first of each.
         decode_seconds: Seconds of the decode steps after the first.
-        kv_cache_bytes: Bytes of the KV caches on all ranks, for the prompts and their new tokens.
-        max_length: Tokens per sequence that the cache has room for, prompt and new tokens together.
+        kv_cache_bytes: Bytes of the KV caches on all ranks, for the prompts and their new tokens, not of a draft.
+        max_length: Tokens per sequence that the cache has room for, prompt and new tokens together; with a draft, also
+            the tokens that it proposes in a round.
+        speculation: What the draft model gave; None: there is none.
     """
 
     completions: tuple[Completion, ...]
@@ -37,6 +40,7 @@ class Generation:
     decode_seconds: float
     kv_cache_bytes: int
     max_length: int
+    speculation: SpeculationSums | None = None
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -50,7 +54,7 @@ class Generation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as plain values for JSON; "text" is the first continuation."""
-        return {
+        values = {
             "text": self.completions[0].text,
             "completions": [completion.as_dict() for completion in self.completions],
             "prefill_tokens_per_second": self.prefill_tokens_per_second,
@@ -58,6 +62,7 @@ class Generation:
             "kv_cache_bytes": self.kv_cache_bytes,
             "max_length": self.max_length,
         }
+        return values if self.speculation is None else values | {"speculation": self.speculation.as_dict()}
 
 
 def generate(
@@ -70,6 +75,7 @@ def generate(
     ends: bool = True,
     group: Group | None = None,
     on_text: OnText | None = None,
+    draft: Draft | None = None,
 ) -> Generation:
     """Generate the continuations of prompts; each rank takes an equal share of the prompts.
 
@@ -82,6 +88,7 @@ def generate(
         ends: Whether the end-of-document token ends a continuation.
         group: Ranks that share the prompts; None: this rank takes all.
         on_text: Called with the number of a prompt of this rank and the next piece of its text, as soon as it is final.
+        draft: Draft model, which proposes tokens; None: plain decoding.
 
     Returns:
         The same result on every rank; the seconds are those of rank 0.
@@ -96,11 +103,18 @@ def generate(
     # A rank without a prompt decodes a filler, because other ranks may need its experts.
     filler = [[tokenizer.end_of_document]] * (share - len(mine))
     longest = max(map(len, prompts))
-    decoder = Decoder(model, [*mine, *filler], replace(plan, first_sequence=first), longest)
-    tell = _teller(on_text, first)
-    seconds = _decode(decoder, builders, tell, group)
+    rows, own_plan = [*mine, *filler], replace(plan, first_sequence=first)
+
+    def is_done(row: int) -> bool:
+        return row >= len(builders) or builders[row].is_done
+
+    speculative = None if draft is None else SpeculativeDecoder(model, draft, rows, own_plan, longest, is_done)
+    decoder = speculative or Decoder(model, rows, own_plan, longest)
+    device, tell = model.embedding.weight.device, _teller(on_text, first)
+    seconds = _decode(_steps(decoder), builders, plan.max_new_tokens, tell, group, device)
     own_bytes = decoder.cache.nbytes * len(mine) // share  # without the bytes of the fillers
-    own = [builder.completion() for builder in builders], own_bytes, seconds
+    sums = None if speculative is None else speculative.sums.of_part(len(mine), share)
+    own = [builder.completion() for builder in builders], own_bytes, seconds, sums
     found = [own] if group is None else gather_objects(own, group)
     completions = [completion for rank in found for completion in rank[0]]
     return Generation(
@@ -111,25 +125,49 @@ def generate(
         decode_seconds=found[0][2][1],
         kv_cache_bytes=sum(rank[1] for rank in found),
         max_length=decoder.max_length,
+        speculation=_joined([rank[3] for rank in found]),
     )
 
 
-def _decode(decoder: Decoder, builders: Sequence[CompletionBuilder], tell: OnText, group: Group | None) -> list[float]:
+def _decode(
+    steps: Iterator[list[list[int]]],
+    builders: Sequence[CompletionBuilder],
+    max_new_tokens: int,
+    tell: OnText,
+    group: Group | None,
+    device: torch.device,
+) -> list[float]:
     """Decode until every continuation has ended; the seconds until the first tokens, and of those after."""
     seconds = [0.0, 0.0]
     began, phase = time.perf_counter(), 0
-    for chosen_B in decoder:
-        chosen = chosen_B.tolist()  # host synchronisation: the text is built on the host
+    for new in steps:
         seconds[phase] += time.perf_counter() - began
-        for number, (builder, token) in enumerate(zip(builders, chosen, strict=False)):
-            tell(number, builder.push(token))
-        is_under_way = any(not builder.is_done for builder in builders)
-        if not _any(is_under_way, group, chosen_B.device):
+        for number, (builder, tokens) in enumerate(zip(builders, new, strict=False)):
+            for token in tokens:
+                tell(number, builder.push(token))
+        is_under_way = any(not builder.is_done and builder.num_tokens < max_new_tokens for builder in builders)
+        if not _any(is_under_way, group, device):
             break
         began, phase = time.perf_counter(), 1
     for number, builder in enumerate(builders):
         tell(number, builder.finish())
     return seconds
+
+
+def _steps(decoder: Decoder | SpeculativeDecoder) -> Iterator[list[list[int]]]:
+    """Yield the new tokens of every row, step by step."""
+    if isinstance(decoder, SpeculativeDecoder):
+        yield from decoder
+        return
+    for chosen_B in decoder:
+        yield [[token] for token in chosen_B.tolist()]  # host synchronisation: the text is built on the host
+
+
+def _joined(sums: Sequence[SpeculationSums | None]) -> SpeculationSums | None:
+    """Add up what the ranks counted; the seconds are those of the first."""
+    given = [each for each in sums if each is not None]
+    others = (replace(each, draft_seconds=0.0, target_seconds=0.0) for each in given[1:])
+    return sum(others, given[0]) if given else None
 
 
 def _teller(on_text: OnText | None, first: int) -> OnText:

@@ -171,6 +171,10 @@ class Cache:
         """Return the states of a layer."""
         return self._layers[layer]
 
+    def below(self, layer: int) -> "Cache":
+        """Return the cache of the layers below one: the same states, not copies."""
+        return Cache(self._layers[:layer])
+
     @property
     def layers_with_state(self) -> tuple[int, ...]:
         """Indices of the layers that remember something."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_train.infer.sampling import GREEDY, Sampling, choose_tokens
+from moe_train.infer.sampling import GREEDY, Sampling, choose_tokens, distribution, draw_tokens
 
 LOGITS = torch.tensor([0.0, 1.0, -1.0, 2.0])
 DRAWS = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000  # a grid: only its step errs
@@ -64,3 +64,15 @@ def test_extreme_logits():
 def test_a_temperature_near_zero_takes_the_likeliest():
     for temperature in (1e-9, 1e-310):
         assert shares(Sampling(temperature)).tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(0.7), Sampling(1.3, top_k=3), Sampling(0.9, top_p=0.6), Sampling(1.0, 3, 0.8)]
+)
+def test_the_distribution_is_what_tokens_are_drawn_from(sampling):
+    whole_1V = distribution(LOGITS[None], sampling)
+    assert torch.equal(
+        choose_tokens(LOGITS.expand(len(DRAWS), -1), sampling, DRAWS),
+        draw_tokens(whole_1V.expand(len(DRAWS), -1), DRAWS),
+    )
+    assert torch.allclose(shares(sampling), whole_1V[0], atol=1e-4)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.vectors import infini, rwkv4, rwkv7, ttt
+from tests.vectors import infini, rwkv4, rwkv7, speculative, ttt
 from tests.vectors.layers import Check
 
 BOUND = 1e-10
@@ -19,8 +19,10 @@ CHECKS: dict[str, Check] = {
     "infini": infini.check,
     "rwkv4": rwkv4.check,
     "rwkv7": rwkv7.check,
+    "speculative": speculative.check,
     "ttt": ttt.check,
 }
+OF_THE_FILE = ("speculative",)  # kinds whose file says something beside its vectors: one vector more
 
 
 class DamagedError(Exception):
@@ -79,6 +81,8 @@ def read_file(file: Path) -> tuple[str, list[Any]]:
     vectors = found.get("vectors", [])
     if kind in CHECKS and not (isinstance(vectors, list) and vectors):
         raise DamagedError(f"{file}: has no vectors")
+    if kind in OF_THE_FILE:
+        vectors = [*vectors, {name: value for name, value in found.items() if name != "vectors"}]
     return kind, vectors
 
 

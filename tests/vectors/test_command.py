@@ -101,3 +101,33 @@ def test_other_kinds_are_skipped_and_files_of_a_folder_are_found(content, tmp_pa
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1])["skipped"] == ["ring.json"]
     assert main([str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.fixture
+def rates() -> dict[str, Any]:
+    """A file of speculative decoding: p and q of two tokens, worked out by hand."""
+    vector = {"vocab": 2, "options": {"top_k": 2}, "p": [0.75, 0.25], "q": [0.5, 0.5]}
+    return {
+        "method": "speculative",
+        "vectors": [vector | {"acceptance": 0.75, "residual": [1.0, 0.0]}],
+        "p": [0.75, 0.25],
+        "q": [0.5, 0.5],
+        "alpha": 0.75,
+        "expected_tokens": {"1": 1.75, "2": 2.3125},
+    }
+
+
+def test_speculative_decoding(rates, tmp_path, capsys):
+    code, lines, _ = run(tmp_path, rates, capsys)
+    named = {(each["index"], each["quantity"]) for each in json.loads(lines[-1])["results"]}
+    assert code == 0 and named == {
+        *((0, name) for name in ("acceptance", "residual", "p", "q", "first token")),
+        *((1, name) for name in ("alpha", "expected_tokens 1", "expected_tokens 2")),
+    }
+    rates["expected_tokens"]["2"] += 1e-9
+    assert run(tmp_path, rates, capsys)[0] == 1
+    rates["expected_tokens"]["2"] -= 1e-9
+    rates["vectors"][0]["residual"] = [1.0 - 1e-9, 1e-9]
+    assert run(tmp_path, rates, capsys)[0] == 1
+    del rates["alpha"]
+    assert run(tmp_path, rates, capsys)[0] == 2
