@@ -39,6 +39,15 @@ class HiddenBlocks:
     visible: Tensor
 
 
+def block_keys(reach: int) -> int:
+    """Count the positions of the hidden keys that are computed for a hidden query, visible or not.
+
+    Args:
+        reach: Most positions before its own that a query sees.
+    """
+    return (2 if reach else 1) * max(reach, _LEAST_BLOCK)
+
+
 def hidden_reach(offsets_BS: Tensor, window: int, chunk: int | None) -> Tensor:
     """Count the positions before its own whose hidden copies a hidden query sees. int64 [B, S].
 

@@ -18,6 +18,7 @@ from moe_train.model.mixers.hidden_keys import CopiesState, attend_with_copies
 from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_bytes
 from moe_train.model.mixers.visibility import attention_mask
 from moe_train.ops.attention import attend
+from moe_train.ops.hidden_attention import block_keys
 from moe_train.ops.rotary import apply_rotary
 
 NO_COPIES = HiddenCopiesConfig()
@@ -152,7 +153,7 @@ def _state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
 def _flops(spec: MixerSpec, length: int) -> float:
     """Count two products, queries with keys and scores with values, over the mean number of keys that a query sees.
 
-    All copies of a token count: each sees the originals; hidden copies see hidden ones of their token and of the window.
+    All copies of a token count: each sees the originals; hidden ones see those of their token and of the window, too.
     """
     model, own = spec.model, spec.model.hidden_copies
     window = min(model.sliding_window or length, length)
@@ -178,6 +179,8 @@ def _cost(spec: MixerSpec) -> MixerCost:
     model = spec.model
     queries, keys = model.num_heads * model.attention_head_dim, model.attention_kv_heads * model.attention_head_dim
     products = [Product(model.hidden_size, queries), Product(queries, model.hidden_size)]
+    own = model.hidden_copies
+    hidden_keys = (own.copies - 1) * block_keys(own.reach) if own.copies > 1 else 0
     owns_key_value = spec.layer in model.kv_owner_layers
     rotated = queries + (keys if owns_key_value else 0)
     if owns_key_value:
@@ -191,7 +194,7 @@ def _cost(spec: MixerSpec) -> MixerCost:
         handed_up=2 * keys if owns_key_value else 0,
         work=3 * queries,
         elementwise=(Elementwise(rotated, *_ROTARY_BYTES),),
-        attention=Attention(model.num_heads, model.attention_head_dim, model.sliding_window),
+        attention=Attention(model.num_heads, model.attention_head_dim, model.sliding_window, hidden_keys),
     )
 
 

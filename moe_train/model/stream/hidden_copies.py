@@ -44,7 +44,7 @@ class HiddenCopies:
     def expand(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, MixerContext]:
         """Append to the stream copy 2 of the last s positions, then copy 3, ..., then copy n."""
         tokens, length = context.tokens, x_BSD.shape[1]
-        first, hidden = tokens.hidden_from or 0, self.copies - 1
+        first, hidden = min(tokens.hidden_from or 0, length), self.copies - 1
 
         def repeated(x: Tensor) -> Tensor:
             return torch.cat((x, *[x[:, first:]] * hidden), dim=1)
