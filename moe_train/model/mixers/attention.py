@@ -66,7 +66,7 @@ class AttentionMixer(Mixer):
         if self.key is not None:
             shared = without_key_value(shared) | self._key_value(x_BSD, context)
         q_BHSd = self._split_heads(self.query(x_BSD), self.num_heads, self.query_norm)
-        q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta))
+        q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta, x_BSD.dtype))
         # A cache may be narrower than the model. It has many keys, so the queries are cast, not the keys.
         mixed_BHSd = self._attend(q_BHSd.to(shared["keys"].dtype), shared, context).to(x_BSD.dtype)
         batch, _, length, _ = mixed_BHSd.shape
@@ -84,7 +84,7 @@ class AttentionMixer(Mixer):
         assert self.key is not None and self.value is not None
         k_BGSd = self._split_heads(self.key(x_BSD), self.num_kv_heads, self.key_norm)
         v_BGSd = self._split_heads(self.value(x_BSD), self.num_kv_heads)
-        k_BGSd = apply_rotary(k_BGSd, *context.rotary_angles(self.head_dim, self.rope_theta))
+        k_BGSd = apply_rotary(k_BGSd, *context.rotary_angles(self.head_dim, self.rope_theta, x_BSD.dtype))
         tokens = context.tokens
         if tokens.copies is not None and context.state is not None:
             return context.state.append(k_BGSd, v_BGSd, tokens)

@@ -45,11 +45,15 @@ class MixerContext:
     state: Any = None
     formed: dict[Any, Any] = field(default_factory=dict, compare=False)
 
-    def rotary_angles(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """Compute `ops.rotary.rotary_angles` of these positions, once for all layers with the same arguments."""
+    def rotary_angles(self, head_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Compute `ops.rotary.rotary_angles` of these positions, once for all layers with the same arguments.
+
+        The dtype is that of a model's activations; the angles are fp32 or wider.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
         positions_BS = self.tokens.positions_BS
         return self.once(
-            ("angles", head_dim, theta), positions_BS, lambda: rotary_angles(positions_BS, head_dim, theta)
+            ("angles", head_dim, theta, wide), positions_BS, lambda: rotary_angles(positions_BS, head_dim, theta, wide)
         )
 
     def block_angles(self, size: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def test_common_checks(check, changes):
 @models
 def test_packed_documents_are_as_alone(changes):
     """Also where the second begins inside of a chunk of the row."""
-    checks.check_packing(changes, LENGTH, checks.DIRECT)
+    checks.check_packing(changes, LENGTH)
 
 
 def test_one_copy_is_the_plain_model():
