@@ -66,9 +66,9 @@ class CopiesState:
         if copies.num_positions == 0:
             return shared
         last = own.columns(slice(length - copies.num_positions, None))
-        hidden = KeyValue(
-            _copies_as_heads(k_BGNd, copies), _copies_as_heads(v_BGNd, copies), last.positions_BS, last.documents_BS
-        )
+        dtype = shared["keys"].dtype  # also where no hidden key is cached, all keys of a query have one dtype
+        k_BGsd, v_BGsd = (_copies_as_heads(x_BGNd.to(dtype), copies) for x_BGNd in (k_BGNd, v_BGNd))
+        hidden = KeyValue(k_BGsd, v_BGsd, last.positions_BS, last.documents_BS)
         if self.hidden is not None:
             hidden = self.hidden.append(hidden, with_overwritten=True)
         return shared | {_PREFIX + name: tensor for name, tensor in hidden.as_shared().items()}
