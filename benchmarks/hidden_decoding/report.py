@@ -84,8 +84,9 @@ def _about_training(figures: dict[str, Any]) -> str:
     paper = ", ".join(f"n = {copies}: {loss}" for copies, loss in PAPER_LOSSES.items())
     return (
         f"Loss: held-out, nats per token, after {figures['steps']} steps; mean of {figures['seeds']} seeds, "
-        "differences paired by seed. At plain's last FLOPs: the row's loss when it has used as many operations as plain "
-        "at its end; its learning rate is still higher then. The paper, 1.2 billion dense parameters after 500 billion tokens "
+        "differences paired by seed. At plain's last FLOPs: the row's loss when it has used as many operations as "
+        "plain at its end; its learning rate is still higher then. The paper, 1.2 billion dense parameters after 500 "
+        "billion tokens "
         f"(CSWA): {paper}."
     )
 

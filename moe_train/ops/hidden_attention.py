@@ -125,8 +125,7 @@ class _HiddenAttention(torch.autograd.Function):
             _from_blocks(near, batch, positions, blocks),
             _from_blocks(near_lse.unsqueeze(-1), batch, positions, blocks).squeeze(-1),
         )
-        out_BHNd = torch.cat((out_BHNd[:, :, :positions], merged), dim=2)
-        lse_BHN = torch.cat((lse_BHN[:, :, :positions], merged_lse), dim=2)
+        out_BHNd[:, :, hidden], lse_BHN[:, :, hidden] = merged, merged_lse  # both are new tensors
         ctx.save_for_backward(q_BHNd, k_BGNd, v_BGNd, out_BHNd, lse_BHN, mask_B1SS, blocks.visible)
         ctx.blocks = blocks
         return out_BHNd
@@ -156,7 +155,7 @@ class _HiddenAttention(torch.autograd.Function):
         near_dq, near_dk, near_dv = partial_attention_backward(
             _to_blocks(gradient_BHNd, blocks), q, k, v, _to_blocks(out_BHNd, blocks), near_lse, mask, False
         )
-        dq_BHNd = dq.reshape(q_BHNd.shape).clone()
+        dq_BHNd = dq.reshape(q_BHNd.shape)  # a new tensor
         dq_BHNd[:, :, positions:] += _from_blocks(near_dq, batch, positions, blocks)
         dk_BGNd = torch.cat((dk, _keys_from_blocks(near_dk, batch, positions, blocks)), dim=2)
         dv_BGNd = torch.cat((dv, _keys_from_blocks(near_dv, batch, positions, blocks)), dim=2)
@@ -188,7 +187,8 @@ def _to_blocks(x_BHNd: Tensor, blocks: HiddenBlocks) -> Tensor:
     """Cut the hidden part of a stream into blocks. (B, H, (1 + c)*S, d) -> (B*b, H, s*c, d)."""
     positions = x_BHNd.shape[2] // blocks.copies
     x_BHcSd = x_BHNd[:, :, positions:].unflatten(2, (blocks.copies - 1, positions))
-    x_BHcSd = F.pad(x_BHcSd, (0, 0, 0, -positions % blocks.size))
+    if positions % blocks.size:  # a pad of nothing would copy
+        x_BHcSd = F.pad(x_BHcSd, (0, 0, 0, -positions % blocks.size))
     x_BHcbsd = x_BHcSd.unflatten(3, (-1, blocks.size))
     return x_BHcbsd.permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(0, 1).contiguous()
 
@@ -205,15 +205,17 @@ def _with_block_before(x: Tensor, number: int, blocks: HiddenBlocks) -> Tensor:
     if not blocks.looks_back:
         return x
     own = x.unflatten(0, (-1, number))
-    before = F.pad(own, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-    return torch.cat((before, own), dim=3).flatten(0, 1)
+    length = own.shape[3]
+    joined = own.new_zeros((*own.shape[:3], 2 * length, own.shape[4]))
+    joined[:, :, :, length:] = own
+    joined[:, 1:, :, :length] = own[:, :-1]
+    return joined.flatten(0, 1)
 
 
 def _keys_from_blocks(x: Tensor, batch: int, positions: int, blocks: HiddenBlocks) -> Tensor:
     """Add up the gradients of keys from the blocks that see them. (B*b, G, (1 or 2)*s*c, d) -> (B, G, c*S, d)."""
     if blocks.looks_back:
         before, own = x.unflatten(0, (batch, -1)).chunk(2, dim=3)
-        own = own.clone()
         own[:, :-1] += before[:, 1:]
         x = own.flatten(0, 1)
     return _from_blocks(x, batch, positions, blocks)
