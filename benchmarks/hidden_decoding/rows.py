@@ -103,7 +103,7 @@ def train_rows(rows: Sequence[Copies], steps: int, seeds: int, jobs: int, folder
         f"--config={CONFIG}",
         f"--train.steps={steps}",
         f"--train.validate_every={every}",
-        "--train.validation_sequences=none",
+        "--train.validation_sequences=null",
     )
     shared += (f"--optim.warmup_steps={steps // 10}",)
     for row in rows:
