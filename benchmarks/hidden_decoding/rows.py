@@ -113,14 +113,16 @@ def train_rows(rows: Sequence[Copies], steps: int, seeds: int, jobs: int, folder
             runs[TrainingRun(name, folder / name, (*shared, *own, f"--train.seed={seed}"))] = (row, seed)
     found: dict[tuple[Copies, int], list[tuple[int, float]]] = {}
 
+    values = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    tokens_per_step = values["train"]["global_batch_size"] * values["train"]["sequence_length"]
+
     def note(run: TrainingRun, seconds: float) -> None:
-        curve = [(r["train/tokens"], r["val/cross_entropy"]) for r in run.records() if "val/cross_entropy" in r]
-        found[runs[run]] = curve
+        losses = {r["step"]: r["val/cross_entropy"] for r in run.records() if "val/cross_entropy" in r}
+        found[runs[run]] = curve = [(step * tokens_per_step, loss) for step, loss in losses.items()]
         say(f"[{len(found)}/{len(runs)}] {run.name}: loss {curve[-1][1]:.4f}, {seconds:.0f} s")
 
     say(f"{len(runs)} runs of {steps} steps, {jobs} at a time")
     run_training(list(runs), jobs, _RUN_TIMEOUT_SECONDS, note)
-    values = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     trained = {}
     for row in rows:
         curves = [found[row, seed] for seed in range(seeds)]
