@@ -149,6 +149,7 @@ def _show(
         del values["name"]
         values["domains"] = [result.as_dict(layers) for result in results[:-1]]
         values |= {"capacity_factor": moe.eval_capacity_factor if layers else None}
+        values |= {"copies": trained.config.model.hidden_copies.copies}  # experts count copies as tokens
         values |= {"seconds": seconds, "tokens_per_second": whole.tokens / seconds}
         values |= {"checkpoint": str(trained.manifest.folder), "step": trained.manifest.step}
         print(json.dumps(values))

@@ -1,12 +1,58 @@
-"""Settings of the model: the decoder and its mixer."""
+"""Settings of the model: the decoder, its mixer and its hidden copies."""
 
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from moe_train.config.base import SectionWithParts
+from moe_train.config.base import Section, SectionWithParts
 from moe_train.config.moe import MoEConfig
 from moe_train.config.registry import PartName, check_part
+
+
+class HiddenCopiesConfig(Section):
+    """Parallel hidden decoding: more computation for every token, without more parameters and cached tokens.
+
+    Every token passes the blocks in several copies at once, and the last copy predicts. A copy sees the first copy
+    (the original) of the tokens up to its own, the earlier copies of its own token, and hidden copies in a window.
+    """
+
+    copies: PositiveInt = 1
+    """Copies of every token, the original included; 1: there are no hidden copies."""
+    window_positions: int = Field(0, ge=0)
+    """Positions before its own whose hidden copies a hidden copy sees (PHD-SWA); 0: none (PHD)."""
+    chunk: int | None = Field(None, ge=2)
+    """Positions of a chunk, counted from the first token of the document: the window does not reach into the chunk
+    before (PHD-CSWA). None: there are no chunks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.copies == 1 and (self.window_positions or self.chunk is not None):
+            raise ValueError(
+                f"window_positions ({self.window_positions}) and chunk ({self.chunk}) have no effect with copies (1): "
+                "there are no hidden copies"
+            )
+        if self.chunk is not None and not self.window_positions:
+            raise ValueError(f"chunk ({self.chunk}) has no effect with window_positions (0)")
+        return self
+
+    @property
+    def reach(self) -> int:
+        """Most positions before its own whose hidden copies a hidden copy sees."""
+        return self.window_positions if self.chunk is None else min(self.window_positions, self.chunk - 1)
+
+    def mean_reach(self, length: int) -> float:
+        """Compute the mean over the positions of a sequence of the positions before it that are in reach.
+
+        Args:
+            length: Tokens of the sequence, which is one document.
+        """
+        period = length if self.chunk is None else min(self.chunk, length)
+
+        def total(positions: int) -> float:  # 0 + 1 + ... up to the reach, and then the reach
+            rising = min(positions, self.reach + 1)
+            return rising * (rising - 1) / 2 + (positions - rising) * self.reach
+
+        return (length // period * total(period) + total(length % period)) / length
 
 
 class ModelConfig(SectionWithParts):
@@ -62,6 +108,8 @@ class ModelConfig(SectionWithParts):
     """Base of the wavelengths of the rotary embedding, in positions."""
     tie_embeddings: bool = False
     """True: the head uses the weight of the embedding."""
+    hidden_copies: HiddenCopiesConfig = HiddenCopiesConfig()
+    """Parallel hidden decoding. Any number of copies can continue from any other."""
     isolate_documents: bool = False
     """True: a packed document sees nothing of another; every mixer's state begins anew with it."""
     init_std: PositiveFloat = 0.02
@@ -96,6 +144,7 @@ class ModelConfig(SectionWithParts):
                 "layers: give one of them"
             )
         self._check_kv_layers()
+        self._check_capacity()
         all_moe = len(self.moe_layer_indices) == self.num_layers
         if all_moe and self.moe.intermediate_size is not None and self.differs("intermediate_size"):
             raise ValueError(
@@ -148,6 +197,17 @@ class ModelConfig(SectionWithParts):
             )
         if others := sorted(set(given) - set(layers)):
             raise ValueError(f"kv_layers ({list(given)}) must be attention layers: {others} are not")
+
+    def _check_capacity(self) -> None:
+        if self.hidden_copies.copies == 1 or not self.moe_layer_indices:
+            return
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if (value := getattr(self.moe, name)) is not None:
+                raise ValueError(
+                    f"moe.{name} ({value}) does not work with hidden_copies.copies ({self.hidden_copies.copies}): "
+                    "copies would take the room of other tokens, and a prompt, most of whose hidden copies are not "
+                    "computed, would be routed otherwise than in training; leave the experts without a capacity"
+                )
 
     def _check_layers(self, name: str, layers: tuple[int, ...] | None) -> None:
         if layers is None:

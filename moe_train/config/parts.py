@@ -32,7 +32,15 @@ class Kind(Protocol):
         """Function that refuses settings that cannot work."""
 
 
-class MixerLike(Kind, Protocol):
+class TakesCopies(Protocol):
+    """A mixer or dense feed-forward layer, as far as hidden copies are concerned."""
+
+    @property
+    def takes_hidden_copies(self) -> bool:
+        """Whether it works on a stream with hidden copies of the tokens."""
+
+
+class MixerLike(Kind, TakesCopies, Protocol):
     """A mixer, as the configuration sees it."""
 
     @property
@@ -78,6 +86,7 @@ class Kinds:
 
     Attributes:
         mixers: Kinds of mixers, by name.
+        feed_forwards: Kinds of dense feed-forward layers, by name.
         router: Kind of router.
         dispatcher: Kind of dispatcher.
         optimizer: Kind of optimizer.
@@ -86,6 +95,7 @@ class Kinds:
     """
 
     mixers: Mapping[str, MixerLike]
+    feed_forwards: Mapping[str, TakesCopies]
     router: RouterLike
     dispatcher: DispatcherLike
     optimizer: OptimizerLike
@@ -106,6 +116,7 @@ class Kinds:
             own = read_section(kind.section, model.part_settings.get(name), f"model.{name}")
             kind.check(model, own)
             kind.check_length(own, config.train.sequence_length)
+        self._check_copies(config)
         section = read_section(self.router.section, moe.part_settings.get(moe.router), f"model.moe.{moe.router}")
         self.router.check(moe, section)
         for name, each in self.balance.items():
@@ -123,6 +134,20 @@ class Kinds:
                 "no gradient; set load_cv2_coef to 0, or router to noisy_topk"
             )
 
+    def _check_copies(self, config: Config) -> None:
+        copies = config.model.hidden_copies.copies
+        if copies == 1:
+            return
+        parts = [("mixers", name, mixer.takes_hidden_copies) for name, mixer in self.mixers.items()]
+        parts += [("feed_forward", name, each.takes_hidden_copies) for name, each in self.feed_forwards.items()]
+        for field, name, takes_copies in parts:
+            if not takes_copies:
+                raise UsageError(
+                    f"model.hidden_copies.copies ({copies}) does not work with model.{field} ({name!r}): it reads the "
+                    "tokens one after the other, and hidden copies stand side by side; set copies to 1, or "
+                    "choose attention and swiglu"
+                )
+
 
 def load_kinds(config: Config) -> Kinds:
     """Import the parts that a configuration names.
@@ -130,12 +155,15 @@ def load_kinds(config: Config) -> Kinds:
     Raises:
         UsageError: If a part of another package cannot be imported.
     """
+    model = config.model
+    has_no_dense_layer = len(model.moe_layer_indices) == model.num_layers
     return Kinds(
-        {name: load_part("mixers", name) for name in dict.fromkeys(config.model.layer_mixers)},
-        load_part("routers", config.model.moe.router),
+        {name: load_part("mixers", name) for name in dict.fromkeys(model.layer_mixers)},
+        {} if has_no_dense_layer else {model.feed_forward: load_part("feed_forwards", model.feed_forward)},
+        load_part("routers", model.moe.router),
         load_part("dispatchers", config.parallel.dispatch),
         load_part("optimizers", config.optim.name),
-        {name: load_part("balance", name) for name in config.model.moe.balance},
+        {name: load_part("balance", name) for name in model.moe.balance},
         {name: load_part("sinks", name) for name in config.telemetry.active_sinks if name not in REGISTRY["sinks"]},
     )
 

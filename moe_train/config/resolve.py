@@ -218,7 +218,8 @@ def resolve_sizes(config: Config, world: WorldSize, device: Device, kinds: Kinds
         )
     chunks = config.parallel.chunks
     if chunks == "auto":
-        chunks = _number_of_chunks(config, size, micro * config.train.sequence_length)
+        copies = config.model.hidden_copies.copies
+        chunks = _number_of_chunks(config, size, micro * config.train.sequence_length * copies)
     return Sizes(size, per_node, node_size, chunks, micro, batch, precision)
 
 
@@ -275,7 +276,7 @@ def _number_of_chunks(config: Config, size: int, tokens: int) -> int:
     Args:
         config: Configuration as loaded.
         size: Number of ranks that share the experts.
-        tokens: Number of tokens of a micro-batch.
+        tokens: Number of tokens of a micro-batch, hidden copies included.
     """
     if size == 1:
         return 1

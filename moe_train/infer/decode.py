@@ -99,6 +99,7 @@ class Decoder:
     @torch.no_grad()
     def _next_logits(self, tokens: Tokens) -> Tensor:
         """Compute the logits of the token after the last one. [B, V]."""
+        tokens = self._model.for_prefill(tokens)
         length = tokens.ids_BS.shape[1]
         chunk = self._plan.prefill_chunk or length
         for start in range(0, length, chunk):
@@ -157,4 +158,5 @@ def _columns(tokens: Tokens, span: slice) -> Tokens:
         documents_BS=part(tokens.documents_BS),
         offsets_BS=part(tokens.offsets_BS),
         first_position=tokens.first_position + span.start,
+        hidden_from=None if tokens.hidden_from is None else max(0, tokens.hidden_from - span.start),
     )

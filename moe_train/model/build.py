@@ -23,6 +23,7 @@ from moe_train.model.moe.experts import GroupedExperts
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers.base import Router
 from moe_train.model.moe.routers.build import build_router
+from moe_train.model.stream.hidden_copies import HiddenCopies
 from moe_train.model.transformer import Transformer
 from moe_train.ops.payload import Payload, PayloadName
 
@@ -95,7 +96,8 @@ def build_model(
         head = Linear(config.hidden_size, vocab_size, config.init_std)
         if config.tie_embeddings:
             head.weight = embedding.weight
-        return Transformer(embedding, blocks, final_norm, head, seed, recompute_activations)
+        hook = HiddenCopies.of(config) if config.hidden_copies.copies > 1 else None
+        return Transformer(embedding, blocks, final_norm, head, seed, recompute_activations, hook)
 
 
 def _build_block(

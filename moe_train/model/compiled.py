@@ -77,7 +77,9 @@ def _compile_attention(mixer: AttentionMixer, backend: str) -> None:
 
     def call(x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, Shared]:
         # Computed here, because in the compiled code the first layer, which computes them for all, would differ.
-        context.rotary_angles(mixer.head_dim, mixer.rope_theta)
+        context.rotary_angles(mixer.head_dim, mixer.rope_theta, x_BSD.dtype)
+        if context.tokens.copies is not None:
+            context.hidden_blocks()
         if mixer.key is None:
             return forward(x_BSD, context)
         # Without what the layers below hand up, so that the first owner, which gets nothing, shares the compiled code.

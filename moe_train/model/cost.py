@@ -48,16 +48,18 @@ class Attention:
         num_heads: Number of query heads.
         head_dim: Width of a head.
         window: Number of tokens that a token sees; None: all.
+        hidden_keys: Number of keys of hidden copies that are computed for a hidden copy, in addition.
     """
 
     num_heads: int
     head_dim: int
     window: int | None
+    hidden_keys: int = 0
 
 
 @dataclass(frozen=True)
 class MixerCost:
-    """Cost of a mixer in one layer, per token.
+    """Cost of a mixer in one layer, per token; a hidden copy is a token.
 
     Attributes:
         products: Matrix products with weights.

@@ -72,11 +72,13 @@ class FeedForwardKind:
         cost: Function that gives its cost.
         state_bytes: Function that gives the bytes of a sequence's decode state, from the spec and the bytes per element
             of the model.
+        takes_hidden_copies: Whether the layer works on a stream with hidden copies: it computes each token alone.
     """
 
     build: Callable[[FeedForwardSpec], FeedForward]
     cost: Callable[[FeedForwardSpec], FeedForwardCost]
     state_bytes: Callable[[FeedForwardSpec, int], int] = lambda spec, element_bytes: 0
+    takes_hidden_copies: bool = False
 
 
 def _build(spec: FeedForwardSpec) -> DenseSwiGLU:
@@ -94,4 +96,4 @@ def _cost(spec: FeedForwardSpec) -> FeedForwardCost:
     )
 
 
-SWIGLU = FeedForwardKind(_build, _cost)
+SWIGLU = FeedForwardKind(_build, _cost, takes_hidden_copies=True)

@@ -11,7 +11,7 @@ class StepSize:
 
     Attributes:
         num_parts: Ranks times micro-batches.
-        num_tokens: Tokens that routers see; those whose target is ignored count too.
+        num_tokens: Tokens that routers see, hidden copies included; those whose target is ignored count too.
         num_targets: Targets that count.
     """
 

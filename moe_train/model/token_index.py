@@ -10,6 +10,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class CopiesLayout:
+    """Layout of a stream with hidden copies: the originals, then copy 2 of the last positions, ..., then copy n.
+
+    Attributes:
+        number: n, copies of a token, the original included; at least 2.
+        window: W, positions before its own whose hidden copies a hidden copy sees.
+        chunk: C, positions of a chunk, beyond whose start the window does not reach; None: there are no chunks.
+        num_originals: t, number of originals.
+        num_positions: s, number of the last positions that have hidden copies in the stream.
+    """
+
+    number: int
+    window: int
+    chunk: int | None
+    num_originals: int
+    num_positions: int
+
+
+@dataclass(frozen=True)
 class TokenIndex:
     """Index of the tokens of one forward pass. B of a field may be 1 if all rows of the batch have the same values.
 
@@ -19,7 +38,8 @@ class TokenIndex:
             the positions. At a token with offset 0, a mixer's state starts anew.
         documents_BS: int64 ids of the packed documents; None: no isolation.
         keys_BS: int64 random key of each token, the same on any layout (a hash of step, sequence and position).
-        copies_BS: int64, 0 for the token itself and 1, 2, ... for its hidden copies; None: there are no copies.
+        copies: Layout of the tokens' hidden copies, which the fields above contain; None: there are none.
+        hidden_from: First column whose hidden copies are wanted, if the stream gets hidden copies; None: all.
         first_position: First position, if the host knows that every row's positions are first_position,
             first_position + 1, ...; None: it does not know.
     """
@@ -28,8 +48,18 @@ class TokenIndex:
     offsets_BS: Tensor
     documents_BS: Tensor | None
     keys_BS: Tensor
-    copies_BS: Tensor | None = None
+    copies: CopiesLayout | None = None
+    hidden_from: int | None = None
     first_position: int | None = None
+
+    def columns(self, span: slice) -> "TokenIndex":
+        """Select tokens of the stream, which count as tokens without copies."""
+
+        def part(x_BS: Tensor) -> Tensor:
+            return x_BS[:, span]
+
+        documents_BS = None if self.documents_BS is None else part(self.documents_BS)
+        return TokenIndex(part(self.positions_BS), part(self.offsets_BS), documents_BS, part(self.keys_BS))
 
 
 def document_offsets(documents_BS: Tensor) -> Tensor:

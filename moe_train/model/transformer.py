@@ -35,6 +35,8 @@ class Tokens:
         offsets_BS: int64 positions counted from the first token of the token's document in its row; None: computed
             from the documents, which is possible only for whole rows.
         first_position: First position, if positions_BS is None.
+        hidden_from: First column whose hidden copies are computed, in a model with hidden copies that decodes: only the
+            tokens from there on get logits. None: all.
     """
 
     ids_BS: Tensor
@@ -44,6 +46,7 @@ class Tokens:
     documents_BS: Tensor | None = None
     offsets_BS: Tensor | None = None
     first_position: int = 0
+    hidden_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ class StreamHook(Protocol):
 
     def contract(self, x_BSD: Tensor, context: MixerContext) -> Tensor:
         """Return the stream that the head sees."""
+
+    def hidden_from(self, tokens: Tokens, num_logits: int) -> int | None:
+        """Return the first column that must be expanded for the last logits and all that follow; None: all must."""
 
 
 class Transformer(nn.Module):
@@ -97,7 +103,7 @@ class Transformer(nn.Module):
         Args:
             tokens: Micro-batch; with a cache, only its new tokens, with positions.
             cache: Cache for decoding, from `new_cache`, which takes in the tokens; None: no decoding.
-            num_logits: Number of last tokens of each sequence that get logits; None: all.
+            num_logits: Number of last tokens of each sequence that get logits; None: all, from `hidden_from` on.
 
         Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
         """
@@ -120,6 +126,17 @@ class Transformer(nn.Module):
         if self.final_norm is not None:
             x_BSD = self.final_norm(x_BSD)
         return ModelOutput(self.head(x_BSD), RoutingSums.stack(sums) if sums else None)
+
+    def for_prefill(self, tokens: Tokens, num_logits: int = 1) -> Tokens:
+        """Leave out the hidden copies of a prompt that no logits depend on, neither the last ones nor those to follow.
+
+        Args:
+            tokens: Whole prompts, before they are cut into chunks.
+            num_logits: Number of last tokens of each prompt whose logits are wanted.
+        """
+        if self.stream_hook is None or tokens.ids_BS.shape[1] == num_logits:
+            return tokens
+        return replace(tokens, hidden_from=self.stream_hook.hidden_from(tokens, num_logits))
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
         """Make an empty cache for decoding, with all its memory.
@@ -164,7 +181,14 @@ class Transformer(nn.Module):
             offsets_BS = positions_BS if tokens.documents_BS is None else document_offsets(tokens.documents_BS)
         sequence_keys_B = combine(combine(tokens.sequences_B, self.token_key), tokens.step)
         keys_BS = combine(sequence_keys_B.unsqueeze(1), positions_BS)
-        return TokenIndex(positions_BS, offsets_BS, tokens.documents_BS, keys_BS, first_position=first_position)
+        return TokenIndex(
+            positions_BS,
+            offsets_BS,
+            tokens.documents_BS,
+            keys_BS,
+            hidden_from=tokens.hidden_from,
+            first_position=first_position,
+        )
 
     def _run_block(self, block: Block, x_BSD: Tensor, context: MixerContext, states: LayerStates) -> BlockOutput:
         if self.recompute_activations and self.training and torch.is_grad_enabled():

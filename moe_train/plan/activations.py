@@ -131,7 +131,7 @@ def head_memory(shape: ModelShape, layout: Layout, device: str) -> HeadMemory:
         layout: Layout of the run.
         device: Device type, cpu or cuda.
     """
-    e, tokens, hidden = layout.dtype_bytes, layout.tokens, shape.config.hidden_size
+    e, tokens, hidden = layout.dtype_bytes, layout.predictions, shape.config.hidden_size
     norm = _norm_bytes(e, device) if shape.config.norm_position == "pre" else 0
     logits = float(tokens * shape.vocab_size)
     slope = _WIDE if layout.precision == "fp16" else e

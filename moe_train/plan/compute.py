@@ -124,7 +124,7 @@ def head_work(shape: ModelShape, layout: Layout, rates: Rates) -> Pass:
         layout: Layout of the run.
         rates: Speed of the machine.
     """
-    e, tokens, hidden = layout.dtype_bytes, layout.tokens, shape.config.hidden_size
+    e, tokens, hidden = layout.dtype_bytes, layout.predictions, shape.config.hidden_size
     work = _linear(rates, tokens, hidden, shape.vocab_size) + _elementwise(rates, tokens * hidden, _norm(rates, e))
     forward, backward = _LOSS_PASSES
     wide = (2 * e + _WIDE * forward, 2 * e + _WIDE * backward)
@@ -161,7 +161,11 @@ def _mixer(cost: MixerCost, layout: Layout, rates: Rates) -> Pass:
     if cost.attention is None:
         return work
     window = cost.attention.window or length
-    scores = layout.micro_batch * cost.attention.num_heads * _scores(length, window, cost.attention.head_dim, rates)
+    heads = layout.micro_batch * cost.attention.num_heads
+    scores = heads * layout.copies * _scores(length, window, cost.attention.head_dim, rates)
+    if layout.copies > 1:
+        hidden, keys = length * (layout.copies - 1), cost.attention.hidden_keys
+        scores += heads * _masked_scores(hidden, keys, cost.attention.head_dim, rates)
     return work + Pass(scores, _ATTENTION_BACKWARD * scores)
 
 
@@ -172,9 +176,13 @@ def _scores(length: int, window: int, size: int, rates: Rates) -> float:
     if not rates.is_cpu:
         return rates.fused(4.0 * length * size * seen, (length, size, seen), 4 * length * size)
     # A block of keys is skipped only where no query of a block sees any of its keys. Softmax takes additional time.
-    seen = min(length, seen + _CPU_KEY_BLOCK / 2)
-    softmax = rates.elementwise(_SOFTMAX_PASSES * _WIDE * length * seen)
-    return rates.product(length, size, seen) + rates.product(length, seen, size) + softmax
+    return _masked_scores(length, min(length, seen + _CPU_KEY_BLOCK / 2), size, rates)
+
+
+def _masked_scores(queries: float, keys: float, size: int, rates: Rates) -> float:
+    """Compute the seconds of one head's attention of queries over some keys each, masked ones included, forward."""
+    softmax = rates.elementwise(_SOFTMAX_PASSES * _WIDE * queries * keys)
+    return rates.product(queries, size, keys) + rates.product(queries, keys, size) + softmax
 
 
 def _linear(rates: Rates, rows: float, width_in: float, width_out: float, precision: str | None = None) -> Pass:

@@ -107,6 +107,7 @@ class Layout:
         payload: Number format in which rows travel.
         optimizer: Name of the optimizer.
         ranks_per_node: Ranks of a node, where rows pass nodes first; None: they don't.
+        copies: Copies of every token that pass the blocks, the original included.
         bucket_elements: Elements of ZeRO's gradient bucket.
     """
 
@@ -124,11 +125,17 @@ class Layout:
     payload: str
     optimizer: str
     ranks_per_node: int | None
+    copies: int = 1
     bucket_elements: int = _BUCKET_ELEMENTS
 
     @property
     def tokens(self) -> int:
-        """Tokens per rank and pass."""
+        """Tokens per rank and pass that the blocks compute, hidden copies included."""
+        return self.micro_batch * self.sequence_length * self.copies
+
+    @property
+    def predictions(self) -> int:
+        """Tokens per rank and pass that head and loss compute: one copy of each."""
         return self.micro_batch * self.sequence_length
 
     @property
@@ -238,6 +245,7 @@ def layout_of(resolved: ResolvedConfig, node_size: int) -> Layout:
         payload=parallel.payload,
         optimizer=resolved.optim.name,
         ranks_per_node=parallel.node_size,
+        copies=resolved.model.hidden_copies.copies,
         bucket_elements=_bucket_elements(resolved),
     )
 

@@ -28,12 +28,14 @@ class BatchPlan:
         global_batch_size: Sequences of one step, over all ranks.
         rank: Rank of this process.
         world_size: Number of ranks.
+        copies: Copies of every token that routers see, the original included.
     """
 
     micro_batch_size: int
     global_batch_size: int
     rank: int
     world_size: int
+    copies: int = 1
 
     @property
     def num_micro_steps(self) -> int:
@@ -44,7 +46,7 @@ class BatchPlan:
         """Sizes of a step; num_targets None: every token has a target."""
         tokens = self.global_batch_size * sequence_length
         targets = tokens if num_targets is None else num_targets
-        return StepSize(self.num_micro_steps * self.world_size, tokens, targets)
+        return StepSize(self.num_micro_steps * self.world_size, tokens * self.copies, targets)
 
     def indices(self, first_sequence: int, micro_step: int) -> np.ndarray:
         """Compute the global indices of this rank's sequences in a micro-step. int64 [micro_batch_size].

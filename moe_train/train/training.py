@@ -196,7 +196,8 @@ def _build(
     flops = training_flops_per_token(config.model, config.model.vocab_size, config.train.sequence_length)
     # On all ranks at once: those of a CPU share its cores.
     reference = FlopsReference(flops, peak_flops(device, config.train.precision))
-    plan = BatchPlan(config.train.micro_batch_size, config.train.global_batch_size, world.rank, world.world_size)
+    train, copies = config.train, config.model.hidden_copies.copies
+    plan = BatchPlan(train.micro_batch_size, train.global_batch_size, world.rank, world.world_size, copies)
     recorder = StepRecorder(config, plan, console, meter, metrics, alarms, reference)
     # Rank 0's clock decides for all: clocks differ, and a save needs all ranks.
     longest = 60 * config.checkpoint.every_minutes if world.rank == 0 else 0.0

@@ -32,6 +32,26 @@ from moe_train.config.moe import MoEConfig
             {"moe_every": 5, "moe": {"top_k": 3}}, ["model.moe has no effect", "moe_every (5)"], id="too few layers"
         ),
         pytest.param({"moe_every": -1}, ["moe_every"], id="negative moe_every"),
+        pytest.param({"hidden_copies": {"copies": 0}}, ["hidden_copies", "copies"], id="no copy"),
+        pytest.param(
+            {"hidden_copies": {"window_positions": 4}}, ["window_positions (4)", "copies (1)"], id="window of one copy"
+        ),
+        pytest.param(
+            {"hidden_copies": {"copies": 2, "chunk": 8}}, ["chunk (8)", "window_positions (0)"], id="chunk, no window"
+        ),
+        pytest.param(
+            {"hidden_copies": {"copies": 2, "window_positions": 2, "chunk": 1}}, ["chunk"], id="chunk of one position"
+        ),
+        pytest.param(
+            {"hidden_copies": {"copies": 2}, "moe": {"capacity_factor": 1.5}},
+            ["moe.capacity_factor (1.5)", "hidden_copies.copies (2)"],
+            id="copies and a capacity",
+        ),
+        pytest.param(
+            {"hidden_copies": {"copies": 2}, "moe": {"eval_capacity_factor": 2.0}},
+            ["moe.eval_capacity_factor (2.0)", "hidden_copies.copies (2)"],
+            id="copies and a capacity in evaluation",
+        ),
         pytest.param({"init_std": 0}, ["init_std"], id="no spread"),
         pytest.param({"mixers": ["attention", "ttt"]}, ["mixers ('ttt')", "not known"], id="no such mixer"),
         pytest.param({"mixer": "rwkv"}, ["mixer ('rwkv')", "rwkv"], id="no such mixer of all layers"),

@@ -22,6 +22,8 @@ KINDS = {
         "feed_forward": "rwkv_channel_mix",
     },
     "hybrid": {"mixers": ["ttt_mlp", "attention"], "ttt_mlp": {"mini_batch": 3}, "feed_forward": "rwkv7_channel_mix"},
+    "hidden copies": {"hidden_copies": {"copies": 3}, "kv_layers": 2},
+    "hidden copies, window": {"hidden_copies": {"copies": 2, "window_positions": 1, "chunk": 3}, "num_layers": 2},
 }
 kinds = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
 

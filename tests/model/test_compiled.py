@@ -103,6 +103,17 @@ def test_every_kind_of_model_is_traced_whole_and_every_part_once(changes, packed
     assert 0 < num_graphs() <= NUM_PARTS  # not more for more layers
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_hidden_copies_are_traced_whole(packed):
+    changes = {"hidden_copies": {"copies": 2, "window_positions": 2, "chunk": 3}, "kv_layers": 2}
+    documents = torch.tensor([[0] * 3 + [1] * 4]).expand(2, 7) if packed else None
+    expected, model = run(make(**changes), documents=documents), make(**changes)
+    compile_dense_parts(model, backend="eager")
+    assert_same(run(model, documents=documents), expected)
+    assert not counters["graph_break"], counters["graph_break"]
+    assert num_graphs() <= NUM_PARTS + 1  # the final norm sees one copy of each token: another shape
+
+
 def test_a_second_shape_is_compiled_for_and_a_third_is_not():
     model, plain, found = make(), make(), []
     compile_dense_parts(model, backend="eager")

@@ -40,6 +40,20 @@ def test_weights_that_stage_three_gathers() -> None:
     assert plan.step.terms["weight_gathering"] == pytest.approx(seconds, rel=0.002)
 
 
+def test_hidden_copies_pass_the_blocks_and_not_the_head() -> None:
+    layout = {"parallel__expert_parallel_size": 8, "parallel__chunks": 1}
+    plain, twice = (on_two_links(free=False, model__hidden_copies__copies=n, **layout) for n in (1, 2))
+    assert twice.layout.tokens == 2 * plain.layout.tokens and twice.layout.predictions == plain.layout.tokens
+    assert twice.step.terms["head_and_loss"] == plain.step.terms["head_and_loss"]
+    for term in ("attention", "experts"):
+        assert twice.step.terms[term] == pytest.approx(2 * plain.step.terms[term], rel=0.05)
+    sent = [plan.traffic.parts["all_to_all_forward"].total for plan in (plain, twice)]
+    assert sent[1] == pytest.approx(2 * sent[0], rel=1e-5)  # counts of rows are not more
+    for part in ("weights", "optimizer_states"):
+        assert twice.memory.parts[part] == plain.memory.parts[part]
+    assert twice.memory.parts["activations"] > 1.7 * plain.memory.parts["activations"]
+
+
 def two_level(chunks: int) -> Plan:
     changes = {"parallel__expert_parallel_size": 32, "parallel__dispatch": "two_level", "parallel__chunks": chunks}
     return on_two_links(parallel__zero_stage=1, **changes)

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.vectors import infini, rwkv4, rwkv7, speculative, ttt
+from tests.vectors import infini, phd, rwkv4, rwkv7, speculative, ttt
 from tests.vectors.layers import Check
 
 BOUND = 1e-10
 CHECKS: dict[str, Check] = {
     "infini": infini.check,
+    "phd": phd.check,
     "rwkv4": rwkv4.check,
     "rwkv7": rwkv7.check,
     "speculative": speculative.check,
@@ -78,8 +79,9 @@ def read_file(file: Path) -> tuple[str, list[Any]]:
     kind = found.get("layer", found.get("method", file.stem)) if isinstance(found, dict) else None
     if not isinstance(kind, str):
         raise DamagedError(f"{file}: is not a mapping with the name of a layer")
-    vectors = found.get("vectors", [])
-    if kind in CHECKS and not (isinstance(vectors, list) and vectors):
+    lists = [found[name] for name in ("vectors", "attention", "models") if name in found]
+    vectors = [vector for each in lists if isinstance(each, list) for vector in each]
+    if kind in CHECKS and not (vectors and all(isinstance(each, list) and each for each in lists)):
         raise DamagedError(f"{file}: has no vectors")
     if kind in OF_THE_FILE:
         vectors = [*vectors, {name: value for name, value in found.items() if name != "vectors"}]

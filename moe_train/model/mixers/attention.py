@@ -9,16 +9,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moe_train.config.model import ModelConfig
+from moe_train.config.model import HiddenCopiesConfig, ModelConfig
 from moe_train.model.cost import Attention, Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec
 from moe_train.model.layers import Linear, RMSNorm
 from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
+from moe_train.model.mixers.hidden_keys import CopiesState, attend_with_copies
 from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_bytes
 from moe_train.model.mixers.visibility import attention_mask
 from moe_train.ops.attention import attend
+from moe_train.ops.hidden_attention import block_keys
 from moe_train.ops.rotary import apply_rotary
 
+NO_COPIES = HiddenCopiesConfig()
 _ROTARY_BYTES = 36, 40  # read and written for an element, forward and backward
 
 
@@ -38,10 +41,12 @@ class AttentionMixer(Mixer):
         window: int | None = None,
         qk_norm: Literal["none", "head", "projection"] = "none",
         norm_epsilon: float = 1e-5,
+        hidden_copies: HiddenCopiesConfig = NO_COPIES,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope_theta, self.window, self.qk_norm = rope_theta, window, qk_norm
+        self.hidden_copies = hidden_copies
         self.query = Linear(hidden_size, num_heads * head_dim, init_std)
         self.key = Linear(hidden_size, num_kv_heads * head_dim, init_std) if owns_key_value else None
         self.value = Linear(hidden_size, num_kv_heads * head_dim, init_std) if owns_key_value else None
@@ -49,37 +54,45 @@ class AttentionMixer(Mixer):
         self.query_norm = self._make_norm(num_heads, norm_epsilon)
         self.key_norm = self._make_norm(num_kv_heads, norm_epsilon) if owns_key_value else None
 
-    def new_state(self, spec: CacheSpec) -> KeyValueState | None:
+    def new_state(self, spec: CacheSpec) -> KeyValueState | CopiesState | None:
         if self.key is None:
             return None
+        if self.hidden_copies.copies > 1:
+            return CopiesState(spec, self.num_kv_heads, self.head_dim, self.window, self.hidden_copies)
         return KeyValueState(spec, self.num_kv_heads, self.head_dim, self.window)
 
     def forward(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, Shared]:
         shared = context.shared
         if self.key is not None:
-            shared = without_key_value(shared) | self._key_value(x_BSD, context).as_shared()
-        held = KeyValue.from_shared(shared)
+            shared = without_key_value(shared) | self._key_value(x_BSD, context)
         q_BHSd = self._split_heads(self.query(x_BSD), self.num_heads, self.query_norm)
-        q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta))
-        mask_B1SC = attention_mask(context.tokens, held, self.window)
+        q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta, x_BSD.dtype))
         # A cache may be narrower than the model. It has many keys, so the queries are cast, not the keys.
-        mixed_BHSd = attend(q_BHSd.to(held.k_BGCd.dtype), held.k_BGCd, held.v_BGCd, mask_B1SC).to(x_BSD.dtype)
+        mixed_BHSd = self._attend(q_BHSd.to(shared["keys"].dtype), shared, context).to(x_BSD.dtype)
         batch, _, length, _ = mixed_BHSd.shape
         mixed_BSM = mixed_BHSd.transpose(1, 2).reshape(batch, length, -1)  # (B, H, S, d) -> (B, S, H*d)
         return self.output(mixed_BSM), shared
 
-    def _key_value(self, x_BSD: Tensor, context: MixerContext) -> KeyValue:
-        """Compute this layer's keys and values, including those of the tokens before."""
+    def _attend(self, q_BHSd: Tensor, shared: Shared, context: MixerContext) -> Tensor:
+        if context.tokens.copies is not None:
+            return attend_with_copies(q_BHSd, shared, context, self.window)
+        held = KeyValue.from_shared(shared)
+        return attend(q_BHSd, held.k_BGCd, held.v_BGCd, attention_mask(context.tokens, held, self.window))
+
+    def _key_value(self, x_BSD: Tensor, context: MixerContext) -> Shared:
+        """Compute this layer's keys and values, including those of the tokens before, as they are handed up."""
         assert self.key is not None and self.value is not None
         k_BGSd = self._split_heads(self.key(x_BSD), self.num_kv_heads, self.key_norm)
         v_BGSd = self._split_heads(self.value(x_BSD), self.num_kv_heads)
-        k_BGSd = apply_rotary(k_BGSd, *context.rotary_angles(self.head_dim, self.rope_theta))
+        k_BGSd = apply_rotary(k_BGSd, *context.rotary_angles(self.head_dim, self.rope_theta, x_BSD.dtype))
         tokens = context.tokens
+        if tokens.copies is not None and context.state is not None:
+            return context.state.append(k_BGSd, v_BGSd, tokens)
         if context.state is not None:
             new = KeyValue(k_BGSd, v_BGSd, tokens.positions_BS, tokens.documents_BS)
-            return context.state.append(new, tokens.first_position)
+            return context.state.append(new, tokens.first_position).as_shared()
         positions_BS = None if tokens.first_position is not None else tokens.positions_BS
-        return KeyValue(k_BGSd, v_BGSd, positions_BS, tokens.documents_BS)
+        return KeyValue(k_BGSd, v_BGSd, positions_BS, tokens.documents_BS).as_shared()
 
     def _make_norm(self, num_heads: int, epsilon: float) -> RMSNorm | None:
         widths = {"head": self.head_dim, "projection": num_heads * self.head_dim}
@@ -98,7 +111,7 @@ class AttentionMixer(Mixer):
 
 def without_key_value(shared: Shared) -> Shared:
     """Drop keys and values from what is handed up; an owner layer replaces them by its own."""
-    return {name: tensor for name, tensor in shared.items() if name not in KEY_VALUE_NAMES}
+    return {name: tensor for name, tensor in shared.items() if name.removeprefix("hidden_") not in KEY_VALUE_NAMES}
 
 
 KEY_VALUE_NAMES = ("keys", "values", "key_positions", "key_documents")
@@ -118,15 +131,18 @@ def _build(spec: MixerSpec) -> AttentionMixer:
         window=model.sliding_window,
         qk_norm=model.qk_norm,
         norm_epsilon=model.norm_epsilon,
+        hidden_copies=model.hidden_copies,
     )
 
 
 def _state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
-    model = spec.model
-    return kv_cache_bytes(
+    model, own = spec.model, spec.model.hidden_copies
+    owners = int(spec.layer in model.kv_owner_layers)
+    ring = 2 * owners * min(length, own.reach) * (own.copies - 1) * model.attention_kv_heads * model.attention_head_dim
+    return ring * element_bytes + kv_cache_bytes(
         batch_size=1,
         length=length,
-        num_owner_layers=int(spec.layer in model.kv_owner_layers),
+        num_owner_layers=owners,
         num_kv_heads=model.attention_kv_heads,
         head_dim=model.attention_head_dim,
         bytes_per_element=element_bytes,
@@ -135,11 +151,16 @@ def _state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
 
 
 def _flops(spec: MixerSpec, length: int) -> float:
-    """Count two products, queries with keys and scores with values, over the mean number of keys that a query sees."""
-    model = spec.model
+    """Count two products, queries with keys and scores with values, over the mean number of keys that a query sees.
+
+    All copies of a token count: each sees the originals; hidden ones see those of their token and of the window, too.
+    """
+    model, own = spec.model, spec.model.hidden_copies
     window = min(model.sliding_window or length, length)
     # The first `window` tokens see 1, 2, ... keys, the others `window`.
     keys = (window * (window + 1) / 2 + (length - window) * window) / length
+    hidden = own.copies - 1
+    keys = own.copies * keys + own.copies * hidden / 2 + hidden**2 * own.mean_reach(length)
     return 4 * model.num_heads * model.attention_head_dim * keys
 
 
@@ -158,6 +179,8 @@ def _cost(spec: MixerSpec) -> MixerCost:
     model = spec.model
     queries, keys = model.num_heads * model.attention_head_dim, model.attention_kv_heads * model.attention_head_dim
     products = [Product(model.hidden_size, queries), Product(queries, model.hidden_size)]
+    own = model.hidden_copies
+    hidden_keys = (own.copies - 1) * block_keys(own.reach) if own.copies > 1 else 0
     owns_key_value = spec.layer in model.kv_owner_layers
     rotated = queries + (keys if owns_key_value else 0)
     if owns_key_value:
@@ -171,8 +194,8 @@ def _cost(spec: MixerSpec) -> MixerCost:
         handed_up=2 * keys if owns_key_value else 0,
         work=3 * queries,
         elementwise=(Elementwise(rotated, *_ROTARY_BYTES),),
-        attention=Attention(model.num_heads, model.attention_head_dim, model.sliding_window),
+        attention=Attention(model.num_heads, model.attention_head_dim, model.sliding_window, hidden_keys),
     )
 
 
-ATTENTION = MixerKind(_build, _state_bytes, _flops, _cost, shapes=_shapes)
+ATTENTION = MixerKind(_build, _state_bytes, _flops, _cost, shapes=_shapes, takes_hidden_copies=True)

@@ -18,6 +18,7 @@ from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
 from moe_train.model.token_index import TokenIndex
 from moe_train.ops.aligned_blocks import AlignedBlocks, align
+from moe_train.ops.hidden_attention import HiddenBlocks, hidden_blocks
 from moe_train.ops.rotary import rotary_angles
 
 Formed = TypeVar("Formed")
@@ -44,17 +45,21 @@ class MixerContext:
     state: Any = None
     formed: dict[Any, Any] = field(default_factory=dict, compare=False)
 
-    def rotary_angles(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """Compute `ops.rotary.rotary_angles` of these positions, once for all layers with the same arguments."""
+    def rotary_angles(self, head_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Compute `ops.rotary.rotary_angles` of these positions, once for all layers with the same arguments.
+
+        The dtype is that of a model's activations; the angles are fp32 or wider.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
         positions_BS = self.tokens.positions_BS
-        return self._once(
-            ("angles", head_dim, theta), positions_BS, lambda: rotary_angles(positions_BS, head_dim, theta)
+        return self.once(
+            ("angles", head_dim, theta, wide), positions_BS, lambda: rotary_angles(positions_BS, head_dim, theta, wide)
         )
 
     def block_angles(self, size: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compute `ops.rotary.rotary_angles` of the offsets modulo the size of a block, once for all layers."""
         offsets_BS = self.tokens.offsets_BS
-        return self._once(
+        return self.once(
             ("block angles", size, head_dim, theta, dtype),
             offsets_BS,
             lambda: rotary_angles(offsets_BS % size, head_dim, theta, dtype),
@@ -70,10 +75,27 @@ class MixerContext:
                 return AlignedBlocks.of_whole_rows(offsets_BS.shape[1], size, width, offsets_BS.device)
             return align(offsets_BS, size, width=width)
 
-        return self._once(("blocks", size), offsets_BS, make)
+        return self.once(("blocks", size), offsets_BS, make)
 
-    def _once(self, key: Any, source: Tensor, compute: Callable[[], Formed]) -> Formed:
-        """Compute a value from the tokens' positions or offsets, or return the one that a layer below has computed."""
+    def hidden_blocks(self) -> HiddenBlocks:
+        """Compute `ops.hidden_attention.hidden_blocks` of whole rows with hidden copies, once for all layers."""
+        copies, offsets_BS = self.tokens.copies, self.tokens.offsets_BS
+        assert copies is not None, "there are hidden copies"
+        own_BS = offsets_BS[:, : copies.num_originals]
+        return self.once(
+            ("hidden blocks", copies),
+            offsets_BS,
+            lambda: hidden_blocks(own_BS, copies.number, copies.window, copies.chunk),
+        )
+
+    def once(self, key: Any, source: Tensor, compute: Callable[[], Formed]) -> Formed:
+        """Compute a value for all layers, or return the one that a layer below has computed.
+
+        Args:
+            key: Name of the value, with all arguments that it depends on beside the tokens.
+            source: The tokens' positions or offsets, from which it is computed.
+            compute: Function that computes it.
+        """
         known = self.formed.get(key)
         if known is None or known[0] is not source:  # a hook may have put others in their place
             known = self.formed[key] = (source, compute())
@@ -140,6 +162,7 @@ class MixerKind:
             a run with other values cannot resume from the checkpoint.
         check_length: Function that refuses training sequences of a length, in tokens, that the settings cannot work
             with, as `check` does.
+        takes_hidden_copies: Whether the mixer works on a stream with hidden copies (`TokenIndex.copies`).
     """
 
     build: Callable[[MixerSpec], Mixer]
@@ -150,6 +173,7 @@ class MixerKind:
     check: Callable[[ModelConfig, Any], None] = lambda model, section: None
     shapes: Callable[[ModelConfig, Any], dict[str, Any]] = lambda model, section: {}
     check_length: Callable[[Any, int], None] = lambda section, length: None
+    takes_hidden_copies: bool = False
 
 
 def check_heads(model: ModelConfig, name: str) -> None:

@@ -47,7 +47,7 @@ class KeyValue:
 
 
 @dataclass(frozen=True)
-class _Mark:
+class KeyValueMark:
     """Mark of a place that a KeyValueState can return to.
 
     Attributes:
@@ -94,13 +94,14 @@ class KeyValueState:
         """Bytes of keys and values: 2 B C G d times the size of the dtype, C being max_length or the window."""
         return self._k_BGCd.nbytes + self._v_BGCd.nbytes
 
-    def append(self, new: KeyValue, first_position: int | None = None) -> KeyValue:
+    def append(self, new: KeyValue, first_position: int | None = None, with_overwritten: bool = False) -> KeyValue:
         """Add the keys and values of S new tokens to each row.
 
         Args:
             new: New keys and values, with positions.
             first_position: Position of the first new token, if the host knows that all rows' positions follow one
                 another from it; None: it does not know.
+            with_overwritten: Whether the keys that a single new token overwrites in the window are returned, too.
 
         Returns:
             The keys and values that the new tokens can see: all of them; with a window, at least those in sight, in any
@@ -121,7 +122,7 @@ class KeyValueState:
             self._since.append(new)
         is_even = min(self._lengths) == longest
         self._is_ordered = self._is_ordered and is_even and first_position == longest
-        fits = longest + count <= self._num_columns or (count == 1 and is_even)
+        fits = longest + count <= self._num_columns or (count == 1 and is_even and not with_overwritten)
         held = None if fits else self._joined(new)
         if is_even:
             self._write_even(new, longest)
@@ -130,16 +131,16 @@ class KeyValueState:
         self._lengths = [length + count for length in self._lengths]
         return held or self._read(count)
 
-    def snapshot(self) -> _Mark:
+    def snapshot(self) -> KeyValueMark:
         """Mark this place. Nothing is copied, except with a window the columns, which will be overwritten."""
         columns = None
         if self._window is not None:
             self._since = []
             documents_BC = None if self._documents_BC is None else self._documents_BC.clone()
             columns = (self._k_BGCd.clone(), self._v_BGCd.clone(), self._positions_BC.clone(), documents_BC)
-        return _Mark(tuple(self._lengths), columns, self._is_ordered)
+        return KeyValueMark(tuple(self._lengths), columns, self._is_ordered)
 
-    def restore(self, mark: _Mark) -> None:
+    def restore(self, mark: KeyValueMark) -> None:
         """Forget every token since the mark."""
         self._lengths, self._is_ordered = list(mark.lengths), mark.is_ordered
         if mark.columns is None:
@@ -153,7 +154,7 @@ class KeyValueState:
         if self._documents_BC is not None and documents_BC is not None:
             self._documents_BC.copy_(documents_BC)
 
-    def keep(self, mark: _Mark, counts_B: Tensor) -> None:
+    def keep(self, mark: KeyValueMark, counts_B: Tensor) -> None:
         """Forget every token since the mark but the first counts_B of each row. Host synchronisation: the counts."""
         counts: list[int] = counts_B.tolist()
         is_ordered = self._is_ordered and len(set(counts)) == 1

@@ -1,14 +1,15 @@
 """Visibility of keys: which keys each query may see, for everything that attends.
 
-Legend: B batch, S queries, C keys (context).
+Legend: B batch, S queries, C keys (context), c hidden copies of a position.
 """
 
 import torch
 from torch import Tensor
 
 from moe_train.model.mixers.key_value import KeyValue
-from moe_train.model.token_index import TokenIndex
+from moe_train.model.token_index import CopiesLayout, TokenIndex
 from moe_train.ops.attention import visible_keys
+from moe_train.ops.hidden_attention import hidden_reach
 
 
 def attention_mask(queries: TokenIndex, keys: KeyValue, window: int | None) -> Tensor | None:
@@ -33,3 +34,29 @@ def attention_mask(queries: TokenIndex, keys: KeyValue, window: int | None) -> T
         places_C = torch.arange(1 - num_keys, 1, device=queries.positions_BS.device)
         key_positions_BC = queries.positions_BS[:, -1:] + places_C
     return visible_keys(queries.positions_BS, key_positions_BC, documents_BS, keys.documents_BC, window)
+
+
+def visible_hidden_keys(queries: TokenIndex, keys: KeyValue, copies: CopiesLayout) -> Tensor:
+    """Make the mask of the hidden keys that hidden queries see: of their own position those up to their own copy.
+
+    And those of positions before it, in the window, the chunk and the document, of whatever copy.
+
+    Args:
+        queries: Index of the positions that have hidden queries.
+        keys: Hidden keys, with the positions and documents of their tokens.
+        copies: Layout of the copies.
+
+    Returns:
+        bool [B, 1, c*S, c*C], True where the key is visible; queries and keys are ordered by copy, then by position.
+    """
+    assert keys.positions_BC is not None, "hidden keys have positions"
+    number, device = copies.number - 1, queries.positions_BS.device
+    distance_BSC = queries.positions_BS.unsqueeze(2) - keys.positions_BC.unsqueeze(1)
+    reach_BS1 = hidden_reach(queries.offsets_BS, copies.window, copies.chunk).unsqueeze(2)
+    before_BSC, own_BSC = (distance_BSC > 0) & (distance_BSC <= reach_BS1), distance_BSC == 0
+    if queries.documents_BS is not None and keys.documents_BC is not None:
+        same_BSC = queries.documents_BS.unsqueeze(2) == keys.documents_BC.unsqueeze(1)
+        before_BSC, own_BSC = before_BSC & same_BSC, own_BSC & same_BSC
+    is_up_to_own_cc = torch.ones(number, number, dtype=torch.bool, device=device).tril()
+    mask_BcScC = before_BSC[:, None, :, None] | (own_BSC[:, None, :, None] & is_up_to_own_cc[:, None, :, None])
+    return mask_BcScC.flatten(3, 4).flatten(1, 2).unsqueeze(1)

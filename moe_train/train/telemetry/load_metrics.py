@@ -22,12 +22,13 @@ def max_violation(counts: Tensor) -> Tensor:
     return _max_over_mean(counts) - 1.0
 
 
-def routing_record(window: GlobalWindow, layers: Sequence[int]) -> Record:
+def routing_record(window: GlobalWindow, layers: Sequence[int], copies: int = 1) -> Record:
     """Compute balance figures of each MoE layer and the worst one, tokens of every expert, and rows of every rank.
 
     Args:
         window: Window with global sums.
         layers: Index in the model of each MoE layer.
+        copies: Copies of every token; all figures count hidden copies as tokens.
 
     Returns:
         moe/max_violation, moe/importance_cv2, moe/load_cv2: no unit. moe/router_entropy: nats per token.
@@ -35,6 +36,7 @@ def routing_record(window: GlobalWindow, layers: Sequence[int]) -> Record:
         mean. moe/z_loss: mean squared logsumexp of the logits, without its coefficient. moe/counts/layer_NN:
         assignments of every expert in moe/steps steps, dropped ones included. moe/rank_rows/layer_NN: rows that every
         rank computed. moe/all_to_all_ms and moe/all_to_all_bytes: means per step, see `GlobalWindow`.
+        With hidden copies, moe/assignments_with_copies: assignments of all layers per step; moe/copies: copies.
     """
     sums = window.sums
     per_layer = layer_figures(sums) | {"moe/rank_overload": _max_over_mean(window.rows_LW)}
@@ -43,6 +45,9 @@ def routing_record(window: GlobalWindow, layers: Sequence[int]) -> Record:
         record |= by_layer(name, values.tolist(), layers)
     record |= by_layer("moe/counts", sums.counts.long().tolist(), layers)
     record |= by_layer("moe/rank_rows", window.rows_LW.long().tolist(), layers)
+    if copies > 1:
+        per_step = int(sums.counts.sum()) / window.num_steps
+        record |= {"moe/assignments_with_copies": per_step, "moe/copies": copies}
     return record | {
         "moe/steps": window.num_steps,
         "moe/all_to_all_ms": window.all_to_all_seconds * 1e3,

@@ -213,7 +213,7 @@ class StepRecorder:
         if self._config.train.precision == "fp16":
             record["train/loss_scale"] = result.loss_scale
         if measured.window is not None:
-            record |= routing_record(measured.window, self._config.model.moe_layer_indices)
+            record |= routing_record(measured.window, self._config.model.moe_layer_indices, self._plan.copies)
             record["moe/all_to_all_fraction"] = measured.window.all_to_all_seconds / seconds
         return record
 

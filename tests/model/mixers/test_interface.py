@@ -88,7 +88,7 @@ def test_every_part_of_the_context_arrives():
         assert tokens.positions_BS.tolist() == [list(range(LENGTH))] and tokens.first_position == 0
         assert torch.equal(tokens.documents_BS, documents)
         assert tokens.offsets_BS.tolist() == [[0, 1, 2, 3] * 2 + [0, 1, 2]] * 2
-        assert tokens.keys_BS.shape == ids.shape and tokens.copies_BS is None
+        assert tokens.keys_BS.shape == ids.shape and tokens.copies is None
         assert context.state is None
         assert list(context.shared) == [f"of layer {below}" for below in range(layer)]
     assert contexts[3].shared["of layer 0"] is contexts[1].shared["of layer 0"]  # handed on as it is
