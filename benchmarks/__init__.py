@@ -4,6 +4,7 @@ balance          routing with and without balance losses (Shazeer et al. 2017, T
 balance_scope    balance over the step beside balance over a micro-step: skipped steps and loss
 checkpoint       saving and loading beside plain copies of the same bytes
 expert_parallel  bytes and time of each dispatch over several ranks
+forms            parallel forms of TTT and RWKV beside their loops over tokens
 hidden_decoding  hidden copies beside the plain model: attention, prefill, decoding, cache, loss
 house            size and order of the source, and what one needs to read and change in it
 kills            a run that is killed again and again, against one that never is

@@ -1,12 +1,12 @@
-"""Parallel forms of the recurrent layers against their loops over tokens: forward and backward at 1,024 tokens.
+"""Parallel forms of the recurrent layers, and the loops over tokens that compute the same.
 
-Processor time is compared, which the load of the machine hardly changes.
+Legend: every form has 1,024 tokens; a TTT layer has mini-batches of 16 and heads of 32.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -15,11 +15,27 @@ from moe_train.ops.rwkv7 import DeltaInputs, advance
 from moe_train.ops.wkv import Average, wkv
 
 LENGTH, MINI_BATCH, SIZE = 1024, 16, 32
-pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Two ways to compute the same.
+
+    Attributes:
+        parallel: Function that computes the parallel form.
+        loop: Function that computes it a token at a time.
+        aim: Times that the parallel form should be faster.
+        tolerance: Largest difference of the outputs in fp32.
+    """
+
+    parallel: Callable[[], Tensor]
+    loop: Callable[[], Tensor]
+    aim: float
+    tolerance: float
 
 
 def seconds(run: Callable[[], Tensor], times: int) -> float:
-    """Least processor time of a forward and backward pass."""
+    """Measure the least processor time of a forward and backward pass, which other work hardly changes."""
     found = []
     for _ in range(times):
         start = time.process_time()
@@ -29,11 +45,12 @@ def seconds(run: Callable[[], Tensor], times: int) -> float:
 
 
 def drawn(*shape: int) -> Tensor:
+    """Draw a tensor that takes a gradient."""
     return (torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.3).requires_grad_()
 
 
-@pytest.mark.parametrize("inner", ["linear", "mlp"])
-def test_the_dual_form_of_ttt_is_five_times_faster_than_token_by_token(inner):
+def ttt_forms(inner: str) -> Forms:
+    """Make the dual form of TTT, and the loop over tokens, for an inner model (linear or mlp)."""
     heads, widest = 4, 4 * SIZE
     q, k, v = (drawn(2, heads, LENGTH + i, SIZE)[:, :, :LENGTH] for i in range(3))
     rates = torch.full((2, heads, LENGTH), 0.01)
@@ -58,11 +75,11 @@ def test_the_dual_form_of_ttt_is_five_times_faster_than_token_by_token(inner):
     def by_token() -> Tensor:
         return run(1, (empty, empty))
 
-    torch.testing.assert_close(run(MINI_BATCH, None), by_token(), rtol=0, atol=1e-4)  # fp32
-    assert seconds(by_token, 1) >= 5 * seconds(lambda: run(MINI_BATCH, None), 3)
+    return Forms(lambda: run(MINI_BATCH, None), by_token, aim=5, tolerance=1e-4)
 
 
-def test_the_chunks_of_rwkv4_are_twenty_times_faster_than_its_loop():
+def rwkv4_forms() -> Forms:
+    """Make the chunked form of RWKV-4's time mix, and the loop over tokens."""
     k, v, decay, u = drawn(1, LENGTH, 128), drawn(1, LENGTH, 128), drawn(128), drawn(128)
     begins = torch.zeros(1, LENGTH, dtype=torch.bool)
 
@@ -77,11 +94,11 @@ def test_the_chunks_of_rwkv4_are_twenty_times_faster_than_its_loop():
             state = state.faded(w) + token
         return torch.stack(outputs, dim=1)
 
-    torch.testing.assert_close(chunks(), loop(), rtol=0, atol=1e-5)
-    assert seconds(loop, 1) >= 20 * seconds(chunks, 5)
+    return Forms(chunks, loop, aim=20, tolerance=1e-5)
 
 
-def test_the_chunks_of_rwkv7_are_twenty_times_faster_than_its_loop():
+def rwkv7_forms() -> Forms:
+    """Make the chunked form of RWKV-7's time mix, and the loop over tokens."""
     heads, size = 2, 64
     r, k, v, a = (drawn(1, LENGTH + i, heads, size)[:, :LENGTH] for i in range(4))
     kk = torch.nn.functional.normalize(a, dim=-1)
@@ -102,5 +119,12 @@ def test_the_chunks_of_rwkv7_are_twenty_times_faster_than_its_loop():
             outputs.append((state @ columns["r"]).squeeze(-1))
         return torch.stack(outputs, dim=1)
 
-    torch.testing.assert_close(chunks(), loop(), rtol=0, atol=1e-4)
-    assert seconds(loop, 1) >= 20 * seconds(chunks, 3)
+    return Forms(chunks, loop, aim=20, tolerance=1e-4)
+
+
+FORMS: dict[str, Callable[[], Forms]] = {
+    "ttt_linear": lambda: ttt_forms("linear"),
+    "ttt_mlp": lambda: ttt_forms("mlp"),
+    "rwkv4": rwkv4_forms,
+    "rwkv7": rwkv7_forms,
+}
