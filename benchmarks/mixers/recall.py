@@ -1,7 +1,8 @@
 """Associative recall in the mixers benchmark: can a mixer tell a value from its key, several segments later?
 
 A sequence begins with pairs of a key and its value, which fill the first segment. Noise follows. In the last segment
-each key comes again, in another order, before its value; what is predicted there counts.
+each key comes again, in another order, and its value is to be predicted; noise stands in its place, so that no answer
+can be told from the others.
 
 Legend: B batch, S sequence, V vocabulary, P pairs.
 """
@@ -17,11 +18,11 @@ from benchmarks.mixers.rows import Variant
 from benchmarks.runner.results import say
 from moe_train.model.transformer import Tokens, Transformer
 
-SEGMENT = 16  # tokens of a mini-batch of TTT and of a segment of Infini-attention
+SEGMENT = 8  # tokens of a mini-batch of TTT and of a segment of Infini-attention
 SEGMENTS = 4
 LENGTH = SEGMENTS * SEGMENT
 PAIRS = SEGMENT // 2
-KINDS = 16  # keys, values and noise tokens to choose from
+KINDS = 8  # keys, values and noise tokens to choose from
 _VOCAB_SIZE = 3 * KINDS
 _BATCH_SIZE = 32
 _TEST_SEQUENCES = 512
@@ -44,28 +45,41 @@ class Recall:
     steps: int
 
 
-def draw_sequences(batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw sequences: tokens [B, LENGTH], and the places [B, PAIRS] of the keys in the last segment."""
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of recall.
 
-    def choose(number: int) -> Tensor:
-        return torch.rand(batch_size, KINDS, generator=generator).argsort(1)[:, :number]
+    Attributes:
+        ids_BS: int64 tokens [B, LENGTH].
+        places_BP: int64 places of the keys in the last segment.
+        values_BP: int64 values that are right there.
+    """
 
-    keys_BP, order_BP = choose(PAIRS), torch.rand(batch_size, PAIRS, generator=generator).argsort(1)
-    values_BP = KINDS + torch.randint(KINDS, (batch_size, PAIRS), generator=generator)
-    noise_BS = 2 * KINDS + torch.randint(KINDS, (batch_size, LENGTH - 2 * SEGMENT), generator=generator)
-    first_BS = torch.stack((keys_BP, values_BP), dim=2).flatten(1)
-    last_BS = torch.stack((keys_BP.gather(1, order_BP), values_BP.gather(1, order_BP)), dim=2).flatten(1)
-    places_P = LENGTH - SEGMENT + 2 * torch.arange(PAIRS)
-    return torch.cat((first_BS, noise_BS, last_BS), dim=1), places_P.expand(batch_size, -1)
+    ids_BS: Tensor
+    places_BP: Tensor
+    values_BP: Tensor
+
+
+def draw_sequences(batch_size: int, generator: torch.Generator) -> Sequences:
+    """Draw sequences; the keys of one differ, and so do its values."""
+
+    def choose(number: int, kinds: int = KINDS) -> Tensor:
+        return torch.rand(batch_size, kinds, generator=generator).argsort(1)[:, :number]
+
+    keys_BP, values_BP, order_BP = choose(PAIRS), KINDS + choose(PAIRS), choose(PAIRS, PAIRS)
+    noise_BS = 2 * KINDS + torch.randint(KINDS, (batch_size, LENGTH), generator=generator)
+    places_BP = (LENGTH - SEGMENT + 2 * torch.arange(PAIRS)).expand(batch_size, -1)
+    ids_BS = noise_BS.scatter(1, places_BP, keys_BP.gather(1, order_BP))
+    ids_BS[:, :SEGMENT] = torch.stack((keys_BP, values_BP), dim=2).flatten(1)
+    return Sequences(ids_BS, places_BP, values_BP.gather(1, order_BP))
 
 
 def build(variant: Variant, seed: int) -> Transformer:
     """Build a small dense model of two layers."""
-    segment = {"infini": {"segment_length": SEGMENT}} if "infini" in variant.mixers else {}
+    size = {"infini": "segment_length", "ttt_linear": "mini_batch", "ttt_mlp": "mini_batch"}
+    own = {name: {size[name]: SEGMENT} for name in set(variant.mixers) & set(size)}
     shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 128, "moe_layers": []}
-    config = moe_train.load_config(
-        None, model={**shape, "mixers": list(variant.mixers), **segment}, train={"seed": seed}
-    )
+    config = moe_train.load_config(None, model={**shape, "mixers": list(variant.mixers), **own}, train={"seed": seed})
     return moe_train.build_model(config, _VOCAB_SIZE)
 
 
@@ -86,21 +100,20 @@ def measure_recall(variant: Variant, steps: int, seed: int) -> Recall:
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * warm * min(1.0, 5 * (steps - step) / steps)
         model.warm_up(warm)
-        logits_BPV, values_BP = _answers(model, *draw_sequences(_BATCH_SIZE, generator))
-        F.cross_entropy(logits_BPV.flatten(0, 1), values_BP.flatten()).backward()
+        drawn = draw_sequences(_BATCH_SIZE, generator)
+        F.cross_entropy(_logits_BPV(model, drawn).flatten(0, 1), drawn.values_BP.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
         tests = draw_sequences(_TEST_SEQUENCES, torch.Generator().manual_seed(seed + 1_000_003))
-        logits_BPV, values_BP = _answers(model.eval(), *tests)
-    accuracy = float((logits_BPV.argmax(-1) == values_BP).double().mean())
+        is_right_BP = _logits_BPV(model.eval(), tests).argmax(-1) == tests.values_BP
+    accuracy = float(is_right_BP.double().mean())
     say(f"recall, {variant.name}: {accuracy:.1%} after {steps} steps")
     return Recall(variant.name, accuracy, steps)
 
 
-def _answers(model: Transformer, ids_BS: Tensor, places_BP: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits at the keys of the last segment [B, P, V], and the values that are right there [B, P]."""
-    logits_BSV = model(Tokens(ids_BS, torch.arange(len(ids_BS)))).logits_BSV
-    logits_BPV = logits_BSV.gather(1, places_BP.unsqueeze(2).expand(-1, -1, logits_BSV.shape[2]))
-    return logits_BPV, ids_BS.gather(1, places_BP + 1)
+def _logits_BPV(model: Transformer, drawn: Sequences) -> Tensor:
+    """Logits at the keys of the last segment."""
+    logits_BSV = model(Tokens(drawn.ids_BS, torch.arange(len(drawn.ids_BS)))).logits_BSV
+    return logits_BSV.gather(1, drawn.places_BP.unsqueeze(2).expand(-1, -1, logits_BSV.shape[2]))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.mixers.recall import KINDS, LENGTH, PAIRS, SEGMENT, Recall
+from benchmarks.mixers.recall import LENGTH, PAIRS, SEGMENT, Recall
 from benchmarks.mixers.rows import (
     ATTENTION,
     CONFIG,
@@ -38,7 +38,7 @@ def markdown_report(
         results: Training runs.
         recalls: Accuracies of recall.
         speeds: Speeds and states.
-        figures: machine, steps, sequences, claims.
+        figures: machine, size, claims.
     """
     lines = [f"{machine_words(figures['machine'])}, fp32, next to other work.", ""]
     lines += _quality(results, figures) if results else []
@@ -48,7 +48,9 @@ def markdown_report(
 
 
 def _quality(results: Sequence[RunResult], figures: dict[str, Any]) -> list[str]:
-    tokens = figures["steps"] * figures["sequences"] * _SEQUENCE
+    size = figures["size"]
+    tokens = size.steps * size.sequences * _SEQUENCE
+    what = "bytes" if size.tokenizer == "bytes" else f"tokens of a {size.tokenizer.upper()}"
     seeds = sorted({result.seed for result in results})
     rows = []
     for variant in TRAINED:
@@ -62,11 +64,11 @@ def _quality(results: Sequence[RunResult], figures: dict[str, Any]) -> list[str]
         *markdown_table(["mixers", "seeds", "bits per byte", "minus attention", "minus its zeroed self"], rows),
         "",
         f"Quality: the model of `{CONFIG.relative_to(ROOT)}` on the source text of Python's standard library, "
-        f"{figures['steps']} steps of {figures['sequences']} sequences of {_SEQUENCE} tokens ({tokens:,} tokens), "
+        f"{size.steps} steps of {size.sequences} sequences of {_SEQUENCE} {what} ({tokens:,} in all), "
         f"seeds {', '.join(map(str, seeds))}; segments of Infini-attention of {INFINI_SEGMENT} tokens. Bits per byte "
         f"of {HELD_OUT_BYTES:,} bytes of held-out text at the end. Differences are paired by seed, ± one standard "
-        f"error. The zeroed self of every hybrid is `{CONTROL.name}`: three mixers computed, and multiplied by zero. It "
-        "tells how well a short run learns, not where a long one ends.",
+        f"error. The zeroed self of every hybrid is `{CONTROL.name}`: three mixers computed, and multiplied by zero. "
+        "It tells how well a short run learns, not where a long one ends.",
         "",
     ]
 
@@ -77,9 +79,9 @@ def _recall(recalls: Sequence[Recall]) -> list[str]:
         *markdown_table(["mixer", "recall"], rows),
         "",
         f"Recall: {PAIRS} pairs of a key and a value in the first {SEGMENT} of {LENGTH} tokens, the keys again in the "
-        f"last {SEGMENT}: share of the values that are predicted. Chance is {1 / KINDS:.1%}. Mini-batches of TTT and "
-        f"segments of Infini-attention have {SEGMENT} tokens, so that recall goes over four of them. Two layers of 64, "
-        f"{recalls[0].steps} steps of 32 sequences, one seed.",
+        f"last {SEGMENT}: share of the values that are predicted. Who knows only which values there were is right in "
+        f"{1 / PAIRS:.0%}. Mini-batches of TTT and segments of Infini-attention have {SEGMENT} tokens, so that recall "
+        f"goes over four of them. Two layers of 64, {recalls[0].steps:,} steps of 32 sequences, one seed.",
         "",
     ]
 

@@ -7,7 +7,7 @@ Speed: training and decoding at growing contexts, and the bytes of the decode st
 call with the same sizes is not measured again. Writes mixers.md and mixers.png.
 
     python -m benchmarks.mixers [--json] [--only quality recall speed report] [--full] [--steps 120] [--sequences 4]
-                                [--seeds 3] [--jobs 2] [--keep FOLDER] [--output FOLDER] ...
+                                [--tokenizer bytes] [--seeds 3] [--jobs 2] [--keep FOLDER] [--output FOLDER] ...
 """
 
 import argparse
@@ -20,13 +20,12 @@ from typing import Any
 
 from benchmarks.mixers.recall import Recall, measure_recall
 from benchmarks.mixers.report import draw_chart, markdown_report
-from benchmarks.mixers.rows import ALONE, ATTENTION, TIMED, quality_claims, results_in, runs_of, train
+from benchmarks.mixers.rows import ALONE, ATTENTION, FULL, TIMED, Size, quality_claims, results_in, runs_of, train
 from benchmarks.mixers.speed import LONG, Speed, measure_speed, speed_claims
 from benchmarks.runner.command_line import BenchmarkParser
 from benchmarks.runner.results import describe_machine, print_json, require_matplotlib, write_results
 
 PARTS = ("quality", "recall", "speed")
-FULL_STEPS, FULL_SEQUENCES = 700, 16  # those of the quickstart
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,19 +39,21 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_number("--steps", 120, "steps of each training run", least=10)
     parser.add_number("--sequences", 4, "sequences of 128 tokens in a step")
+    parser.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes", help="its tokens (default: bytes)")
     parser.add_argument(
-        "--full", action="store_true", help=f"the quickstart's {FULL_STEPS} steps of {FULL_SEQUENCES} sequences"
+        "--full",
+        action="store_true",
+        help="the quickstart's own size: 700 steps of 16 sequences, a BPE of 4,096 entries",
     )
     parser.add_number("--seeds", 3, "seeds of each training run", least=2)
-    parser.add_number("--recall-steps", 500, "steps of training for recall", least=10)
+    parser.add_number("--recall-steps", 1500, "steps of training for recall", least=10)
     parser.add_numbers("--contexts", (256, 1024, 4096, LONG), "contexts of speed and state", least=64)
     parser.add_number("--rounds", 7, "rounds of timings")
     parser.add_number("--jobs", 2, "training processes at the same time")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder of runs and figures (default: temporary)")
     parser.add_output("mixers.md and mixers.png")
     options = parser.read(arguments)
-    if options.full:
-        options.steps, options.sequences = FULL_STEPS, FULL_SEQUENCES
+    options.size = FULL if options.full else Size(options.steps, options.sequences, options.tokenizer)
     options.contexts = sorted(set(options.contexts))
     if options.contexts[-1] > LONG:
         parser.error(f"--contexts ({options.contexts[-1]}) must be at most {LONG}")
@@ -67,15 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = (options.keep or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         recalls, speeds = _recalls(folder, options), _speeds(folder, options)
-        runs = runs_of(range(options.seeds), options.steps, options.sequences)
+        runs = runs_of(range(options.seeds), options.size)
         if "quality" in options.only:
             train(runs, options.jobs, folder)
         results = results_in(folder, runs)
     claims = quality_claims(results) + speed_claims(speeds)
     figures = {
         "machine": describe_machine(threads=1),
-        "steps": options.steps,
-        "sequences": options.sequences,
+        "size": options.size,
         "runs": results,
         "recall": recalls,
         "speed": speeds,

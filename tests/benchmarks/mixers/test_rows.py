@@ -14,12 +14,14 @@ from benchmarks.mixers.rows import (
     ATTENTION,
     CONFIG,
     CONTROL,
+    FULL,
     HYBRIDS,
     MIXERS,
     PARTS,
     TRAINED,
     Run,
     RunResult,
+    Size,
     difference,
     mean_curve,
     quality_claims,
@@ -33,6 +35,7 @@ from moe_train.model.transformer import Tokens, Transformer
 
 HYBRID = HYBRIDS[0]
 VOCAB_SIZE = 50
+SIZE = Size(60, 4, "bytes")
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def test_a_hybrid_must_beat_its_control_by_three_standard_errors(hybrid: list[fl
 
 
 def test_every_mixer_is_trained_alone_and_in_a_hybrid_with_every_seed() -> None:
-    runs = runs_of(range(3), 100, 4)
+    runs = runs_of(range(3), SIZE)
     assert len(runs) == len(set(runs)) == 3 * (2 + 2 * len(MIXERS)) == 3 * len(TRAINED)
     assert {run.variant.mixers[-1] for run in runs if run.variant.is_hybrid} == {"attention"}
     assert len({run.path(Path("f")) for run in runs}) == len(runs)
@@ -82,17 +85,18 @@ def test_every_mixer_is_trained_alone_and_in_a_hybrid_with_every_seed() -> None:
 @pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("variant", TRAINED, ids=lambda variant: variant.name)
 def test_every_run_has_a_configuration(variant, tmp_path: Path) -> None:
-    config = moe_train.load_config(CONFIG, **sections_of(Run(variant, 1, 60, 4), tmp_path))
+    config = moe_train.load_config(CONFIG, **sections_of(Run(variant, 1, SIZE), tmp_path))
     assert config.model.mixers == variant.mixers and config.model.num_layers % len(variant.mixers) == 0
     assert config.optim.learning_rate == pytest.approx(3e-3) and config.optim.warmup_steps == 10
-    full = moe_train.load_config(CONFIG, **sections_of(Run(variant, 1, 700, 16), tmp_path))
+    full = moe_train.load_config(CONFIG, **sections_of(Run(variant, 1, FULL), tmp_path))
     usual = moe_train.load_config(CONFIG)
-    assert full.optim == usual.optim and full.train.global_batch_size == usual.train.global_batch_size
+    assert full.optim == usual.optim and full.train.steps == usual.train.steps
+    assert full.data.tokenizer == usual.data.tokenizer and full.train.global_batch_size == usual.train.global_batch_size
     moe_train.build_model(config, VOCAB_SIZE)  # checks the settings of every part
 
 
 def test_runs_are_read_only_when_they_have_ended(tmp_path: Path) -> None:
-    ended, open_ = runs_of([0], 20, 2)[:2]
+    ended, open_ = runs_of([0], SIZE)[:2]
     for run in (ended, open_):
         run.path(tmp_path).mkdir()
         records = [{"step": 10, "train/tokens": 2560, "val/bits_per_byte": 3.5}, {"step": 11, "train/tokens": 2816}]
@@ -136,8 +140,8 @@ def zeroed_hybrid(of: str) -> Transformer:
 def test_a_report_of_runs_alone_says_what_holds_and_what_does_not() -> None:
     pytest.importorskip("matplotlib")
     runs = results([2.0, 2.5, 3.1], [2.1, 2.6, 3.3])
-    figures = {"machine": describe_machine(threads=1), "steps": 20, "sequences": 2, "claims": quality_claims(runs)}
+    figures = {"machine": describe_machine(threads=1), "size": SIZE, "claims": quality_claims(runs)}
     page = markdown_report(runs, [], [], figures)
-    assert "- holds: ttt_linear x 3" in page and "(5,120 tokens), seeds 0, 1, 2;" in page
+    assert "- holds: ttt_linear x 3" in page and "(30,720 in all), seeds 0, 1, 2;" in page
     assert "| -0.1333 ± 0.0333 |" in page and "Recall" not in page and "Speed" not in page
     assert draw_chart(runs, []).startswith(b"\x89PNG")
