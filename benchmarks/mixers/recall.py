@@ -8,6 +8,7 @@ Legend: B batch, S sequence, V vocabulary, P pairs.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,17 @@ from benchmarks.mixers.rows import Variant
 from benchmarks.runner.results import say
 from moe_train.model.transformer import Tokens, Transformer
 
-SEGMENT = 8  # tokens of a mini-batch of TTT and of a segment of Infini-attention
+SEGMENT = 16  # tokens of a mini-batch of TTT and of a segment of Infini-attention
 SEGMENTS = 4
 LENGTH = SEGMENTS * SEGMENT
 PAIRS = SEGMENT // 2
-KINDS = 8  # keys, values and noise tokens to choose from
+KINDS = 16  # keys, values and noise tokens to choose from
 _VOCAB_SIZE = 3 * KINDS
 _BATCH_SIZE = 32
 _TEST_SEQUENCES = 512
 _LEARNING_RATE = 3e-3
 _WARMUP_STEPS = 50
+_INIT_STD = 0.1  # near 1 / sqrt(hidden_size): with the usual 0.02 attention has not begun to recall after 1,500 steps
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def build(variant: Variant, seed: int) -> Transformer:
     """Build a small dense model of two layers."""
     size = {"infini": "segment_length", "ttt_linear": "mini_batch", "ttt_mlp": "mini_batch"}
     own = {name: {size[name]: SEGMENT} for name in set(variant.mixers) & set(size)}
-    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 128, "moe_layers": []}
-    config = moe_train.load_config(None, model={**shape, "mixers": list(variant.mixers), **own}, train={"seed": seed})
+    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 128, "init_std": _INIT_STD}
+    dense: dict[str, Any] = {"moe_layers": [], "mixers": list(variant.mixers)}
+    config = moe_train.load_config(None, model={**shape, **dense, **own}, train={"seed": seed})
     return moe_train.build_model(config, _VOCAB_SIZE)
 
 

@@ -71,6 +71,7 @@ class Size:
 
 
 FULL = Size(700, 16, "bpe")  # the quickstart's
+SHORT_INIT_STD = 0.08  # of other sizes, near 1 / sqrt(hidden_size): from 0.02, mixers take long to begin to learn
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,10 @@ def sections_of(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
         "learning_rate": usual.optim.learning_rate * (run.size.sequences / usual_sequences) ** 0.5,
         "warmup_steps": min(usual.optim.warmup_steps, run.size.steps // 6),
     }
+    short = {"init_std": SHORT_INIT_STD} if run.size != FULL else {}
     return {
         "optim": optim,
-        "model": {"mixers": list(run.variant.mixers), **segment},
+        "model": {"mixers": list(run.variant.mixers), **segment, **short},
         "data": {"validation_max_bytes": HELD_OUT_BYTES, "tokenizer": run.size.tokenizer},
         "train": train,
         "checkpoint": {"every": 0},

@@ -46,7 +46,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the quickstart's own size: 700 steps of 16 sequences, a BPE of 4,096 entries",
     )
     parser.add_number("--seeds", 3, "seeds of each training run", least=2)
-    parser.add_number("--recall-steps", 1500, "steps of training for recall", least=10)
+    parser.add_number("--recall-steps", 600, "steps of training for recall", least=10)
     parser.add_numbers("--contexts", (256, 1024, 4096, LONG), "contexts of speed and state", least=64)
     parser.add_number("--rounds", 7, "rounds of timings")
     parser.add_number("--jobs", 2, "training processes at the same time")

@@ -23,6 +23,6 @@ def test_the_first_segment_tells_the_values_of_the_last() -> None:
 
 
 def test_a_model_without_training_guesses() -> None:
-    assert PAIRS == 4  # so that a quarter is right
+    assert PAIRS == 8  # so that an eighth is right
     found = measure_recall(ATTENTION, 1, seed=0)
-    assert found.accuracy < 0.3 and found == measure_recall(ATTENTION, 1, seed=0)
+    assert found.accuracy < 0.2 and found == measure_recall(ATTENTION, 1, seed=0)
