@@ -38,7 +38,7 @@ def markdown_report(
         results: Training runs.
         recalls: Accuracies of recall.
         speeds: Speeds and states.
-        figures: machine, size, claims.
+        figures: machine, size, num_runs, claims.
     """
     lines = [f"{machine_words(figures['machine'])}, fp32, next to other work.", ""]
     lines += _quality(results, figures) if results else []
@@ -52,6 +52,8 @@ def _quality(results: Sequence[RunResult], figures: dict[str, Any]) -> list[str]
     tokens = size.steps * size.sequences * _SEQUENCE
     what = "bytes" if size.tokenizer == "bytes" else f"tokens of a {size.tokenizer.upper()}"
     seeds = sorted({result.seed for result in results})
+    wanted = figures["num_runs"]
+    some = f" {len(results)} of {wanted} runs have ended; differences need two seeds." if len(results) < wanted else ""
     rows = []
     for variant in TRAINED:
         own = [result for result in results if result.variant == variant.name]
@@ -68,7 +70,7 @@ def _quality(results: Sequence[RunResult], figures: dict[str, Any]) -> list[str]
         f"seeds {', '.join(map(str, seeds))}; segments of Infini-attention of {INFINI_SEGMENT} tokens. Bits per byte "
         f"of {HELD_OUT_BYTES:,} bytes of held-out text at the end. Differences are paired by seed, ± one standard "
         f"error. The zeroed self of every hybrid is `{CONTROL.name}`: three mixers computed, and multiplied by zero. "
-        "It tells how well a short run learns, not where a long one ends.",
+        f"It tells how well a short run learns, not where a long one ends.{some}",
         "",
     ]
 

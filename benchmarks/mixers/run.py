@@ -31,7 +31,7 @@ PARTS = ("quality", "recall", "speed")
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, checked."""
     parser = BenchmarkParser(
-        "mixers", __doc__, epilog="About 25 minutes of CPU time; with --full about 20 hours. One thread per process."
+        "mixers", __doc__, epilog="About 25 minutes of CPU time; with --full about five hours. One thread per process."
     )
     parser.add_argument(
         "--only", nargs="+", choices=(*PARTS, "report"), default=list(PARTS), metavar="PART",
@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = {
         "machine": describe_machine(threads=1),
         "size": options.size,
+        "num_runs": len(runs),
         "runs": results,
         "recall": recalls,
         "speed": speeds,

@@ -140,8 +140,9 @@ def zeroed_hybrid(of: str) -> Transformer:
 def test_a_report_of_runs_alone_says_what_holds_and_what_does_not() -> None:
     pytest.importorskip("matplotlib")
     runs = results([2.0, 2.5, 3.1], [2.1, 2.6, 3.3])
-    figures = {"machine": describe_machine(threads=1), "size": SIZE, "claims": quality_claims(runs)}
+    figures = {"machine": describe_machine(threads=1), "size": SIZE, "num_runs": 36, "claims": quality_claims(runs)}
     page = markdown_report(runs, [], [], figures)
     assert "- holds: ttt_linear x 3" in page and "(30,720 in all), seeds 0, 1, 2;" in page
+    assert "6 of 36 runs have ended" in page
     assert "| -0.1333 ± 0.0333 |" in page and "Recall" not in page and "Speed" not in page
     assert draw_chart(runs, []).startswith(b"\x89PNG")
