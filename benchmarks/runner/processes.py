@@ -117,7 +117,7 @@ def run_training(
         for run in runs
     ]
     by_name = {run.name: run for run in runs}
-    _run(processes, jobs, timeout_seconds, allowed, lambda name, seconds: when_done(by_name[name], seconds))
+    run_processes(processes, jobs, timeout_seconds, lambda name, seconds: when_done(by_name[name], seconds), allowed)
 
 
 @contextlib.contextmanager
@@ -186,17 +186,28 @@ def run_ranks(
         )
         for rank, place in enumerate(places)
     ]
-    _run(processes, len(processes), timeout_seconds, allowed, lambda *_: None)
+    run_processes(processes, len(processes), timeout_seconds, lambda *_: None, allowed)
 
 
-def _run(
+def run_processes(
     processes: Sequence[Process],
     jobs: int,
     timeout_seconds: float,
-    allowed: Sequence[int],
     when_done: Callable[[str, float], None],
+    allowed: Sequence[int] = (0,),
 ) -> None:
-    """Run processes, so many at a time; whatever happens, none of them is left."""
+    """Run processes, so many at a time; whatever happens, none of them is left.
+
+    Args:
+        processes: In the order in which they start.
+        jobs: Most processes at the same time.
+        timeout_seconds: Most time of one process.
+        when_done: Called with the name of each process that ended well, and its seconds.
+        allowed: Exit codes with which a process ends well.
+
+    Raises:
+        RunFailed: The first process that did not end well; the others are ended.
+    """
     waiting = list(reversed(processes))
     active: list[tuple[Process, subprocess.Popen[bytes], float]] = []
     try:
