@@ -210,6 +210,7 @@ def test_load_config_puts_sections_above_the_file(tmp_path: Path) -> None:
     assert ours.model.moe == plain.model.moe.model_copy(update={"num_experts": 16})
     assert ours.data == plain.data and ours.train.sequence_length == plain.train.sequence_length
     assert moe_train.load_config().train.run_dir == "unused"
+    assert moe_train.load_config(model={"moe": None}) == moe_train.load_config()  # an empty section: defaults
     with pytest.raises(ValueError, match="frozen"):
         ours.train.steps = 8  # type: ignore[misc]
 

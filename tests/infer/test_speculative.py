@@ -58,12 +58,13 @@ def test_greedy_text_is_the_targets(changes, number):
 def test_greedy_text_is_the_targets_with_its_own_first_layers_as_draft(changes):
     config = small_config(**changes)
     target = small_model(config).eval()
-    decoder = decoder_of(target, Draft(first_layers(target, 2), 3, shares_cache=True))
+    # With hidden copies, two layers may choose as all of them do: then nothing would be taken back.
+    num_layers = 1 if "hidden_copies" in changes else 2
+    decoder = decoder_of(target, Draft(first_layers(target, num_layers), 3, shares_cache=True))
     before = decoder.cache.nbytes
     assert speculated(decoder) == continued(target, PROMPTS, STEPS)
     assert decoder.cache.nbytes == before and decoder.sums.draft_cache_bytes == 0
-    # With hidden copies and a window, the first two layers of this model choose as all of them do.
-    assert decoder.sums.accepted < decoder.sums.examined or "hidden_copies" in changes
+    assert decoder.sums.accepted < decoder.sums.examined
 
 
 DRAFTS = {
