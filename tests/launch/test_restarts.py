@@ -51,10 +51,12 @@ class Launched:
             )
 
     def ranks(self) -> list[int]:
-        """Pids of the ranks that live, by rank."""
+        """Pids of the ranks that live, by rank; not of their sentinels, which inherit the variables."""
         found = {}
         for pid in marked_processes(self.marker):
             with contextlib.suppress(OSError, StopIteration):
+                if b"launch/train.py" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    continue
                 words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 found[int(next(word for word in words if word.startswith(b"RANK="))[5:])] = pid
         return [found[rank] for rank in sorted(found)]
