@@ -59,7 +59,7 @@ def load_config(file: str | Path | None = None, **sections: Mapping[str, Any]) -
     Raises:
         UsageError: If fields are wrong; one message names every wrong field and its value.
     """
-    values = read_yaml(Path(file), "the configuration") if file is not None else {}
+    values = read_yaml(file, "the configuration") if file is not None else {}
     defaults = {"train": {"run_dir": _NO_RUN_DIR}}
     config = validate_config(
         merge(merge(defaults, values), _plain(sections)), origin=str(file) if file is not None else None

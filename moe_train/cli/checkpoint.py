@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="moe-train checkpoint",
-        description="Look after the checkpoints of a run, also while it runs. "
+        description="Look after the checkpoints of a run; all but prune also while it runs. "
         "moe-train checkpoint SUBCOMMAND --help tells the options.",
         allow_abbrev=False,
     )

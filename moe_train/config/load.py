@@ -1,7 +1,7 @@
 """Loading of a configuration: YAML files, dotted command-line options that override them, all errors in one message."""
 
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -42,7 +42,7 @@ def load_config(
     values: dict[str, Any] = {}
     naming = None  # file that train.run_dir comes from
     for number, file in enumerate(line.files):
-        added = read_yaml(Path(file))
+        added = read_yaml(file)
         if number:
             say(_describe_merge(line.files[number - 1], file, values, added))
         values = merge(values, added)
@@ -72,17 +72,17 @@ def _word(value: Any) -> str:
     return write_yaml(value, in_one_line=True)
 
 
-def read_yaml(path: Path, what: str = "--config") -> dict[str, Any]:
+def read_yaml(file: str | os.PathLike[str], what: str = "--config") -> dict[str, Any]:
     """Read the mapping in a YAML file.
 
     Args:
-        path: The file.
+        file: Path of the file, as the user wrote it.
         what: What names the file, for messages.
 
     Raises:
         UsageError: If the file cannot be read, is not YAML, has a key twice, or is not a mapping of names.
     """
-    path = local_path(str(path), what)
+    path = local_path(os.fspath(file), what)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have

@@ -64,7 +64,7 @@ class ModelConfig(SectionWithParts):
     """Rows of the embedding; None: the tokenizer's size. A value above the tokenizer's size adds rows of padding."""
     hidden_size: PositiveInt = 256
     """Width of the residual stream."""
-    num_layers: PositiveInt = 4
+    num_layers: int = Field(4, gt=0, le=100_000)
     """Blocks of the decoder."""
     num_heads: PositiveInt = 8
     """Query heads."""

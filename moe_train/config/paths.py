@@ -40,7 +40,13 @@ def expand_user(text: str) -> str:
     return f"{home.rstrip('/')}{slash}{rest}" or "/"
 
 
-UserPath = Annotated[str, AfterValidator(expand_user)]
+def _check_path(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty: write a path")
+    return expand_user(text)
+
+
+UserPath = Annotated[str, AfterValidator(_check_path)]
 
 
 def home_folder(user: str = "") -> str | None:

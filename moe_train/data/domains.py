@@ -56,6 +56,11 @@ def open_domains(
     Raises:
         UsageError: If a source cannot be read, or has no text in the split. Every process raises the same error.
     """
+    if config.source == "synthetic" and not config.mixture:
+        raise UsageError(
+            "data.source ('synthetic') is random and has no text to measure: name other data, such as "
+            "--data.source=text --data.paths=FILE"
+        )
     for source, field in zip(config.sources, source_fields(config), strict=True):
         check_source(source, field)
     wait_seconds = OTHER_RANKS_WAIT_SECONDS if local_rank else 0.0

@@ -82,6 +82,13 @@ def test_keys_for_anchors(load) -> None:
     assert (moe.num_experts, moe.top_k, moe.renormalize_gates) == (4, 1, False)
 
 
+@pytest.mark.parametrize("name", ["train.run_dir", "data.cache_dir", "data.tokenizer", "checkpoint.resume"])
+def test_an_empty_path_is_refused(load, name: str) -> None:
+    for text in ("", "  "):
+        with pytest.raises(UsageError, match=rf"{name}.* is empty: write a path"):
+            load(RUN, f"--{name}={text}")
+
+
 @pytest.mark.parametrize("word", ["None", "null", "~", "Null", "NULL"])
 def test_no_value_has_the_same_words_in_a_file_and_on_the_command_line(load, word: str) -> None:
     for name in ("data.cache_dir", "parallel.network_interface", "model.num_kv_heads", "model.moe_layers"):

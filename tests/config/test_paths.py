@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.config.errors import UsageError
-from moe_train.config.load import load_config
+from moe_train.config.load import load_config, read_yaml
 from moe_train.config.paths import expand_user, home_folder, is_remote, local_path
 
 
@@ -143,3 +143,8 @@ def test_of_several_files_the_one_that_names_the_folder_counts(tmp_path: Path) -
         (tmp_path / "more.yaml").write_text(text)
         config = load_config([f"--config={run}", "--config=more.yaml"], program="x")
         assert bool(config.moved_run) == is_moved
+
+
+def test_a_remote_configuration_is_named_as_it_was_written() -> None:
+    with pytest.raises(UsageError, match=r"--config \('s3://bucket/a.yaml'\) is remote"):
+        read_yaml("s3://bucket/a.yaml")
