@@ -1,4 +1,4 @@
-"""What `deepspeed`, `torchrun`, `mpirun` and `srun` start: one process a device.
+"""What `deepspeed`, `torchrun`, `mpirun` and `srun` start: one process per device.
 
 deepspeed launch/train.py --config configs/quickstart.yaml [--section.field value ...]
 """

@@ -69,7 +69,8 @@ class Pair:
         skipped: Skipped steps of all seeds, by scope.
         diverged: Runs that diverged, by scope.
         bits_per_byte: Mean over the seeds, by scope; None: a run diverged.
-        difference: Mean over the seeds of step minus micro_step, bits per byte; None: a run diverged.
+        difference: Mean of step minus micro_step, bits per byte, over the seeds of which both runs came to their end;
+            None: fewer than two did.
         noise: Twice the standard error of that difference.
     """
 
@@ -82,9 +83,14 @@ class Pair:
 
     @property
     def holds(self) -> bool:
-        """Whether step has no more skipped steps and diverged runs, and a loss that is not worse beyond the noise."""
+        """Whether step has no more skipped steps and diverged runs, and a loss that is not worse beyond the noise.
+
+        Where the losses cannot be compared, it must have diverged less often.
+        """
         fewer = all(one["step"] <= one["micro_step"] for one in (self.skipped, self.diverged))
-        return fewer and (self.difference is None or self.noise is None or self.difference <= self.noise)
+        if self.difference is None or self.noise is None:
+            return fewer and self.diverged["step"] < self.diverged["micro_step"]
+        return fewer and self.difference <= self.noise
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -139,7 +145,7 @@ def pairs_of(results: Sequence[RunResult]) -> list[Pair]:
         diverged = {scope: sum(end is None for end in each) for scope, each in ends.items()}
         both = [(a, b) for a, b in zip(*ends.values(), strict=True) if a is not None and b is not None]
         away = [a - b for a, b in both]
-        is_known = len(away) == len(of["step"]) > 1
+        is_known = len(away) > 1
         means = {s: _mean(each) for s, each in ends.items()}
         noise = 2 * statistics.stdev(away) / len(away) ** 0.5 if is_known else None
         skipped = {scope: sum(result.skipped for result in these) for scope, these in of.items()}

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--launcher",
         choices=LAUNCHERS,
         default="pdsh",
-        help="deepspeed by pdsh (default) or openmpi; mpirun, the first on PATH; or torchrun, an agent a host by ssh",
+        help="deepspeed by pdsh (default) or openmpi; mpirun, the first on PATH; torchrun: one agent per host, by ssh",
     )
     parser.add_argument(
         "--master-addr", metavar="ADDRESS", help="of the first host; default: as the last host knows its name"

@@ -36,8 +36,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({"total": count.total, "active": count.active, "experts": count.experts}))
     else:
-        rows = (("total", count.total), ("active a token", count.active), ("experts", count.experts))
-        print("\n".join(f"{name:<14} {number:>18,}" for name, number in rows))
+        rows = (("total", count.total), ("active per token", count.active), ("experts", count.experts))
+        print("\n".join(f"{name:<16} {number:>18,}" for name, number in rows))
     return 0
 
 

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="h100, h200, a100, mi300x, or a file of moe-train doctor --json",
     )
-    add("--inter-node-gbps", metavar="X", help="gigabits a second of each device's port between nodes (400)")
+    add("--inter-node-gbps", metavar="X", help="gigabits per second of each device's port between nodes (400)")
     add("--imbalance", default="0", metavar="X", help="coefficient of variation of the experts' loads (0: by chance)")
     add(
         "--loads",

@@ -190,7 +190,7 @@ def choose_device(
     if world.local_world_size > count and not own_device:
         raise UsageError(
             f"the {world.local_world_size} ranks of a host must be at most its CUDA devices ({count}): "
-            "one process a device"
+            "one process per device"
         )
     return torch.device("cuda", 0 if own_device else world.local_rank)
 

@@ -18,7 +18,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     """Print a plan to a console."""
     count, layout = plan.shape.parameters, plan.layout
     ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
-    console.print(f"parameters  {count.total:,} total, {count.active:,} active a token")
+    console.print(f"parameters  {count.total:,} total, {count.active:,} active per token")
     console.print(
         f"layout      {ranks}, expert parallel {layout.ep_size}, ZeRO {layout.zero_stage}, "
         f"micro-batch {layout.micro_batch} x {layout.accumulation}, dispatch {layout.dispatch} in {layout.chunks}, "
@@ -104,7 +104,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
 
 
 def _traffic_table(plan: Plan) -> Table:
-    table = Table("bytes a rank sends in a step", "inside of the node", "across nodes", title_justify="left")
+    table = Table("bytes that a rank sends in a step", "inside of the node", "across nodes", title_justify="left")
     rows = {name.replace("_", " "): sent for name, sent in plan.traffic.parts.items()} | {"all": plan.traffic.total}
     for name, sent in rows.items():
         table.add_row(name, _bytes(sent.intra_node), _bytes(sent.inter_node))

@@ -50,7 +50,7 @@ def check_room(config: ResolvedConfig, world: World, device: torch.device) -> No
         f"memory here. {nodes * _RANKS_PER_NODE:,} such ranks have room. Find a layout and start it:\n"
         f"  moe-train plan --config FILE --search --nodes {nodes} --gpus-per-node {_RANKS_PER_NODE} --device DEVICE "
         "--output fitting.yaml\n"
-        "  moe-train launch --hostfile HOSTS -- --config fitting.yaml"
+        "  moe-train launch --hostfile HOSTS -- launch/train.py --config fitting.yaml"
     )
 
 

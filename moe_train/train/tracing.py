@@ -46,4 +46,4 @@ class StepTracer:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(self._path))
         self._profile = None
-        self._say(f"trace of {self._taken - _WARM_UP_STEPS} steps: {self._path.parent}, a file a rank")
+        self._say(f"trace of {self._taken - _WARM_UP_STEPS} steps: {self._path.parent}, one file per rank")

@@ -103,7 +103,7 @@ def test_table(evaluate):
         (["--data.end_of_document", "</s>"], ["--data.end_of_document", "trained with"]),
         (["--model.hidden_size=8"], ["unknown option --model.hidden_size"]),
         (["--expert-parallel-size=3"], ["expert_parallel_size (3)"]),
-        (["--data.source=synthetic"], ["data.source ('synthetic')", "no text to measure"]),
+        (["--data.source=synthetic"], ["source 'synthetic'", "must be bytes"]),
     ],
     ids=lambda value: "_".join(value)[:40] if value and isinstance(value, list) else "",
 )

@@ -50,3 +50,8 @@ def test_streams_are_joined_with_one_mark_between_them():
     one = np.array([9, 1, 9], dtype=np.uint16)
     assert join_streams([one]) is one
     assert join_streams([one, np.array([9, 2, 9]), np.array([9, 3, 4, 9])]).tolist() == [9, 1, 9, 2, 9, 3, 4, 9]
+
+
+def test_a_random_source_has_no_text_to_measure(make_config):
+    with pytest.raises(UsageError, match=r"data\.source \('synthetic'\) is random and has no text to measure"):
+        opened(make_config(source="synthetic", paths=()), "held_out")

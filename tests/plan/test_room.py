@@ -63,6 +63,16 @@ def test_a_real_host_has_room_for_the_small_and_none_for_the_giant(tmp_path: Pat
         check_room(resolve_for(configuration(2**17), 1), world_of(1, 1), CPU)
 
 
+def test_the_lines_that_are_offered_start_what_they_say() -> None:
+    with pytest.raises(UsageError) as error:
+        check_room(resolve_for(configuration(65536), 1), world_of(1, 1), CPU)
+    plan, launch = (line.split() for line in str(error.value).splitlines()[-2:])
+    assert plan[:2] == ["moe-train", "plan"] and launch[:2] == ["moe-train", "launch"]
+    program = launch[launch.index("--") + 1 :]
+    assert (Path(__file__).parents[2] / program[0]).is_file()
+    assert program[1:] == ["--config", plan[plan.index("--output") + 1]]
+
+
 def test_the_command_ends_before_it_reads_data(tmp_path: Path) -> None:
     options = [f"--model.hidden_size={2**17}", "--model.num_heads=1024", f"--data.cache_dir={tmp_path / 'cache'}"]
     result = train_alone(*options, f"--train.run_dir={tmp_path / 'run'}", "--train.steps=1")

@@ -29,7 +29,14 @@ def test_a_worse_loss_a_skip_and_a_divergence_are_seen() -> None:
     assert not worse.holds and not skips.holds and not diverged.holds
     assert diverged.diverged == {"step": 1, "micro_step": 0} and diverged.difference is None
     (both,) = pairs_of(results([2.0, None], [None, 2.0]))
-    assert both.holds  # neither is better
+    assert not both.holds  # no seed tells which is better
+
+
+def test_losses_are_compared_over_the_seeds_that_both_completed() -> None:
+    (worse,) = pairs_of(results([2.21, 2.3, 2.2, 2.4], [2.1, 2.2, 2.1, None]))
+    assert worse.difference == pytest.approx(0.31 / 3) and not worse.holds
+    (one,) = pairs_of(results([2.21, 2.3], [2.1, None]))
+    assert one.difference is None and one.holds  # it diverged less often
 
 
 def test_a_run_is_read_from_its_records() -> None:
