@@ -158,8 +158,10 @@ def test_preemption(slurm: Slurm, tmp_path: Path, expected: dict[int, float]) ->
 def test_a_killed_rank_and_scancel(slurm: Slurm, tmp_path: Path, expected: dict[int, float]) -> None:
     training = Training(slurm, tmp_path)
     training.wait_for_step(5)
-    os.kill(training.job.ranks()[1], signal.SIGKILL)
+    pid = training.job.ranks()[1]
+    os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
+    training.wait_for_log(rf"rank 1 \(pid {pid} on \S+\) .*signal 9 \(SIGKILL.*last checkpoint: step \d+")
     training.wait_for_log(r"life 0 of job \d+: exit code 137, a fault")
     assert time.monotonic() - killed < 20  # the other ranks have noticed; srun would wait 30 s for them
     resumed = int((training.run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
