@@ -56,6 +56,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Comparison]
     return {each.task: each for each in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", SLICE, ids=lambda task: task.name)
 def test_every_layout_has_the_same_objective(compared: dict[Task, Comparison], task: Task) -> None:
     found = compared[task]
