@@ -7,6 +7,7 @@ import pytest
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
 from moe_train.config.root import Config
+from moe_train.config.yaml_text import parse_yaml
 
 RUN = "train: {run_dir: r}\n"
 
@@ -177,6 +178,33 @@ def test_words_that_no_field_decides_on_are_refused(load, word: str) -> None:
     with pytest.raises(UsageError, match=r"line 2: deepspeed\.a\.0\.b \(.*put quotes around a text"):
         load(f"{RUN}deepspeed: {{a: [{{b: {word}}}]}}\n")
     assert load(f'{RUN}deepspeed: {{a: "{word}", b: true, c: 1e-3}}\n').deepspeed == {"a": word, "b": True, "c": 1e-3}
+
+
+@pytest.mark.parametrize("tag", ["!!bool maybe", "!!int ''", "!!float ''", "!!float 1:30", "!!int 1:30", "!!int 0b1"])
+@pytest.mark.parametrize("place", ["train.steps", "deepspeed.a", "train.seed"])
+def test_a_tag_that_does_not_fit_its_word_is_refused(load, tag: str, place: str) -> None:
+    section, _, field = place.partition(".")
+    with pytest.raises(UsageError) as error:
+        load(f"{RUN if section != 'train' else ''}{section}:\n  {field}: {tag}\n")
+    name, word = tag.split(" ")
+    line = 3 if section != "train" else 2
+    assert f"line {line}: {place} ({word.strip(chr(39))!r}) has the tag {name}, and is none: " in str(error.value)
+
+
+def test_a_tag_that_fits_its_word_stays(load) -> None:
+    text = "model: {a: !!int 3, b: !!float 3, c: !!str 3, d: !!bool true, e: !!null '', f: !!float .inf, g: !!int '3'}"
+    expected = {"a": 3, "b": 3.0, "c": "3", "d": True, "e": None, "f": float("inf"), "g": 3}
+    assert parse_yaml(text) == {"model": expected}
+    with pytest.raises(UsageError, match="is not YAML"):
+        load(RUN + "x-a: !unknown 3\n")
+
+
+def test_a_long_file_and_many_aliases_are_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"^has more than 100,000 values$"):
+        parse_yaml("a:\n" + "- 1\n" * 200_000)
+    doubling = "\n".join(f"x{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 30))
+    with pytest.raises(ValueError, match=r"line \d+: aliases make more than 100,000 values of it"):
+        parse_yaml(f"x0: &a0 [1, 1]\n{doubling}\n")
 
 
 @pytest.mark.parametrize(
