@@ -138,8 +138,9 @@ def _check_tag(node: yaml.Node, place: str, loader: _Loader) -> None:
     meant = loader.resolve(yaml.ScalarNode, node.value, (True, False))
     allowed = {meant, _STR, _FLOAT} if meant == _INT else {meant, _STR}
     if node.tag in _Loader.yaml_constructors and node.tag not in allowed:
+        where = f"{place} " if place else ""
         raise ValueError(
-            f"line {_line(node)}: {place} ({node.value!r}) has the tag !!{node.tag.rpartition(':')[2]}, and is none: "
+            f"line {_line(node)}: {where}({node.value!r}) has the tag !!{node.tag.rpartition(':')[2]}, and is none: "
             "leave the tag out, the field decides what the word means"
         )
 

@@ -16,8 +16,10 @@ from moe_train.data.report import say
 from moe_train.host.remote_files import open_remote, remote_errors
 
 # Parts of the names under which file systems tell a version: ETag, LastModified, md5Hash, mtime, blob_id and others.
-_VERSION_WORDS = ("etag", "md5", "sha", "hash", "crc", "chksum", "digest", "blob", "commit", "generation", "version")
-_VERSION_WORDS += ("modif", "mtime", "date", "created", "write_time")
+_VERSION_WORDS = (
+    *("etag", "md5", "sha", "hash", "crc", "chksum", "digest", "blob", "commit", "generation", "version"),
+    *("modif", "mtime", "date", "created", "write_time"),
+)
 
 
 @dataclass(frozen=True)
