@@ -1,6 +1,7 @@
 """Packed files and encodings: found by the first bytes, in named files and in folders, whole or damaged."""
 
 import bz2
+import codecs
 import gzip
 import json
 import lzma
@@ -109,6 +110,15 @@ def test_utf16_without_a_mark_is_no_utf8_with_zeros(write_files):
     for encoding in ("utf-16-le", "utf-16-be"):
         path = write_files({"a.txt": "plain words\n".encode(encoding)}) / "a.txt"
         assert read("text", path) == [("a.txt", "plain words\n")]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_an_encoding_that_was_guessed_is_called_a_guess(write_files, kind):
+    path = write_files({"a.txt": "a\0b\0c\0d\0 ok", "b.txt": codecs.BOM_UTF16_LE + b"a\0b"})
+    with pytest.raises(UsageError, match=r"a\.txt(:1)?: not UTF-16-LE .*the encoding is a guess: .*Save it as UTF-8"):
+        read(kind, path / "a.txt")
+    with pytest.raises(UsageError, match=r"b\.txt(:1)?: not UTF-16-LE [^;]*$"):
+        read(kind, path / "b.txt")
 
 
 def test_a_text_is_not_taken_for_a_packed_file(write_files):
