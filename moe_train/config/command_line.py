@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from moe_train.config.base import merge
+from moe_train.config.base import field_values, merge
 from moe_train.config.errors import UsageError
 from moe_train.config.part_options import nested, take_part_options
 from moe_train.config.registry import PartName
@@ -49,10 +49,12 @@ class CommandLine:
     Attributes:
         files: Configuration files, in their order.
         values: Values of the options, as nested sections.
+        names: Dotted names of the options that are given.
     """
 
     files: tuple[str, ...]
     values: dict[str, Any]
+    names: tuple[str, ...] = ()
 
 
 def read_command_line(arguments: Sequence[str], *, program: str, description: str = "") -> CommandLine:
@@ -71,10 +73,12 @@ def read_command_line(arguments: Sequence[str], *, program: str, description: st
     if unknown:
         _refuse(unknown)
     values: dict[str, Any] = {}
+    names = [name for name, _ in field_values(of_parts)]
     for name, field in _fields():
         if (texts := _texts(options, name)) is not None:
             values = merge(values, nested(name.split("."), _read_field(name, field, texts)))
-    return CommandLine(tuple(_texts(options, "config") or ()), merge(values, of_parts))
+            names.append(name)
+    return CommandLine(tuple(_texts(options, "config") or ()), merge(values, of_parts), tuple(names))
 
 
 def _texts(options: argparse.Namespace, name: str) -> list[str] | None:

@@ -2,17 +2,20 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from moe_train.config.base import field_values, merge
-from moe_train.config.command_line import read_command_line
+from moe_train.config.command_line import CommandLine, read_command_line
 from moe_train.config.errors import UsageError
 from moe_train.config.messages import describe_errors
 from moe_train.config.paths import local_path
 from moe_train.config.root import Config
 from moe_train.config.yaml_text import parse_yaml, write_yaml
+
+_MISSING = object()
 
 
 def load_config(
@@ -40,19 +43,45 @@ def load_config(
     """
     line = read_command_line(arguments, program=program, description=description)
     values: dict[str, Any] = {}
+    read: list[tuple[str, dict[str, Any]]] = []
     naming = None  # file that train.run_dir comes from
     for number, file in enumerate(line.files):
         added = read_yaml(file)
         if number:
             say(_describe_merge(line.files[number - 1], file, values, added))
         values = merge(values, added)
+        read.append((file, added))
         if isinstance(section := added.get("train"), dict) and "run_dir" in section:
             naming = file
-    origin = " + ".join(line.files) or None
-    config = validate_config(merge(merge(defaults or {}, values), line.values), origin=origin)
+    config = validate_config(
+        merge(merge(defaults or {}, values), line.values), origin_of=partial(_origin, line=line, read=read)
+    )
     if naming is not None and "run_dir" not in line.values.get("train", {}):
         config.note_moved_run(naming)
     return config
+
+
+def _origin(path: Sequence[str | int], line: CommandLine, read: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Name the option or the file that a bad value comes from; for a section, all that can have set its fields."""
+    files = [file for file, _ in read]
+    given = _look_up(line.values, path)
+    if isinstance(given, dict):
+        return " + ".join([*files, "options"]) if files and given else " + ".join(files)
+    if given is not _MISSING:
+        names = [name for name in line.names if name.split(".") == list(path[: name.count(".") + 1])]
+        return f"--{max(names, key=len)}" if names else ""
+    values = {file: found for file, each in read if (found := _look_up(each, path)) is not _MISSING}
+    return next((file for file in reversed(values) if not isinstance(values[file], dict)), " + ".join(files))
+
+
+def _look_up(values: Any, path: Sequence[str | int]) -> Any:
+    """Return the value under some keys, or _MISSING."""
+    for key in path:
+        try:
+            values = values[key]
+        except (LookupError, TypeError):
+            return _MISSING
+    return values
 
 
 def _describe_merge(below: str, file: str, old: dict[str, Any], added: dict[str, Any]) -> str:
@@ -99,12 +128,18 @@ def read_yaml(file: str | os.PathLike[str], what: str = "--config") -> dict[str,
     return values
 
 
-def validate_config(values: dict[str, Any], *, origin: str | None = None) -> Config:
+def validate_config(
+    values: dict[str, Any],
+    *,
+    origin: str | None = None,
+    origin_of: Callable[[Sequence[str | int]], str] | None = None,
+) -> Config:
     """Make a checked configuration from plain values.
 
     Args:
         values: Sections by name.
         origin: File that the values come from, named in the message.
+        origin_of: Instead of `origin`, the file or option of the value that some keys lead to.
 
     Raises:
         UsageError: If a value is bad; it names the field and the value.
@@ -112,8 +147,7 @@ def validate_config(values: dict[str, Any], *, origin: str | None = None) -> Con
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        where = f"{origin}: " if origin else ""
-        raise UsageError(where + describe_errors(error, Config)) from error
+        raise UsageError(describe_errors(error, Config, origin_of=origin_of or (lambda path: origin or ""))) from error
 
 
 def dump_yaml(config: Config) -> str:

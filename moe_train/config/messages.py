@@ -1,8 +1,9 @@
 """Messages for validation errors: each names its field and value, and what would be right."""
 
 import difflib
+import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -14,25 +15,43 @@ _WORDS = {
     "tuple_type": "must be a list, such as [a, b]",
     "model_type": "must be a mapping: the settings of a section",
     "dict_type": "must be a mapping",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    "int_parsing_size": "is beyond the whole numbers of 64 bits",
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
 }
 _values = reprlib.Repr()
 _values.maxstring = _values.maxother = _values.maxlong = 120
 
 
-def describe_errors(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+def describe_errors(
+    error: ValidationError,
+    model: type[BaseModel],
+    prefix: str = "",
+    origin_of: Callable[[Sequence[str | int]], str] = lambda path: "",
+) -> str:
     """Describe all errors of a validation in one message.
 
     Args:
         error: Error of the validation.
         model: Class of the validated section.
         prefix: Dotted name of the section in the whole configuration; "": it is the whole configuration.
+        origin_of: Called with the keys that lead to a bad value; returns the files or the option that it comes from,
+            or "". It is said once for errors in a row that share it.
     """
-    return "; ".join(_describe(item, model, prefix) for item in error.errors())
+    texts, last = [], ""
+    for item in error.errors():
+        path, section = _field_path(model, item["loc"])
+        name = ".".join(str(part) for part in [*([prefix] if prefix else []), *path])
+        text, origin = _describe(item, path, section, name), origin_of(path)
+        if origin == f"--{name}":
+            text, origin = f"--{text}", ""
+        texts.append(f"{origin}: {text}" if origin and origin != last else text)
+        last = origin
+    return "; ".join(texts)
 
 
-def _describe(error: Any, model: type[BaseModel], prefix: str) -> str:
-    path, section = _field_path(model, error["loc"])
-    name = ".".join(str(part) for part in [*([prefix] if prefix else []), *path])
+def _describe(error: Any, path: Sequence[str | int], section: type[BaseModel], name: str) -> str:
     value = _values.repr(error["input"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {name} (value {value}); {_hint(str(path[-1]), section)}"
@@ -42,6 +61,7 @@ def _describe(error: Any, model: type[BaseModel], prefix: str) -> str:
             name = ".".join([name, *_fields(inner, only_required=True)[:1]])
         return f"{name} is missing: give it as --{name}=... or in the configuration file"
     message = _WORDS.get(error["type"], error["msg"].removeprefix("Value error, "))
+    message = re.sub(r"^Input should be (a valid )?", lambda found: "must be a " if found[1] else "must be ", message)
     if error["type"] == "value_error":
         return f"{name}: {message}" if name else message
     if error["input"] is None:

@@ -14,6 +14,7 @@ _MOST_VALUES = 100_000  # values of a file; aliases can stand for more than memo
 _DEEPEST = 50  # nesting of a file: code that walks values is recursive
 NULL_WORDS = ("None", "null", "Null", "NULL", "~")  # in a file and on the command line
 _STR, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _UNTYPED = "deepspeed"  # section without a schema: no field decides what a word means
 
 
@@ -78,7 +79,7 @@ def parse_yaml(text: str) -> Any:
         root = loader.get_single_node()
         if root is None:
             return None
-        _check(root)
+        _check(root, loader)
         value = loader.construct_document(root)
     except yaml.YAMLError as error:
         raise ValueError(f"is not YAML: {' '.join(str(error).split())}") from error
@@ -89,16 +90,20 @@ def parse_yaml(text: str) -> Any:
     return value
 
 
-def _check(root: yaml.Node) -> None:
+def _check(root: yaml.Node, loader: _Loader) -> None:
     """Refuse what could be misread, before values are made of it."""
-    count = 0
+    count, nodes = 0, set[int]()
     left = [(root, 0, "", False)]
     while left:
         node, depth, place, is_untyped = left.pop()
         count += 1
+        nodes.add(id(node))
         if depth > _DEEPEST:  # also where an anchor contains itself
             raise ValueError(f"line {_line(node)}: is nested deeper than {_DEEPEST}")
         if count > _MOST_VALUES:
+            if len(nodes) == count:
+                raise ValueError(f"has more than {_MOST_VALUES:,} values")
+            # An alias leads to a node again.
             raise ValueError(f"line {_line(node)}: aliases make more than {_MOST_VALUES:,} values of it")
         if isinstance(node, yaml.MappingNode):
             for key, child in _pairs(node, place):
@@ -106,8 +111,10 @@ def _check(root: yaml.Node) -> None:
                 left.append((child, depth + 1, name, is_untyped or (depth == 0 and key == _UNTYPED)))
         elif isinstance(node, yaml.SequenceNode):
             left += [(child, depth + 1, f"{place}.{i}", is_untyped) for i, child in enumerate(node.value)]
-        elif is_untyped:
-            _check_word(node, place)
+        else:
+            _check_tag(node, place, loader)
+            if is_untyped:
+                _check_word(node, place)
 
 
 def _pairs(node: yaml.MappingNode, place: str) -> Iterator[tuple[str, yaml.Node]]:
@@ -124,6 +131,18 @@ def _pairs(node: yaml.MappingNode, place: str) -> Iterator[tuple[str, yaml.Node]
             raise ValueError(f"key {name} is there twice, in line {lines[key.value]} and in line {_line(key)}; {hint}")
         lines[key.value] = _line(key)
         yield key.value, child
+
+
+def _check_tag(node: yaml.Node, place: str, loader: _Loader) -> None:
+    """Refuse a tag that does not fit its word, such as `!!bool maybe`; PyYAML reads such words in ways of its own."""
+    meant = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+    allowed = {meant, _STR, _FLOAT} if meant == _INT else {meant, _STR}
+    if node.tag in _Loader.yaml_constructors and node.tag not in allowed:
+        where = f"{place} " if place else ""
+        raise ValueError(
+            f"line {_line(node)}: {where}({node.value!r}) has the tag !!{node.tag.rpartition(':')[2]}, and is none: "
+            "leave the tag out, the field decides what the word means"
+        )
 
 
 def _check_word(node: yaml.Node, place: str) -> None:

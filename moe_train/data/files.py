@@ -2,10 +2,8 @@
 
 import os
 import sysconfig
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from moe_train.config.errors import UsageError
@@ -13,6 +11,7 @@ from moe_train.config.paths import expand_user, is_remote, unreplaced_variable
 from moe_train.data.folders import cache_root
 from moe_train.data.patterns import has_wildcard, match_paths
 from moe_train.data.remote import RemoteFile, fetch, list_remote
+from moe_train.data.walking import walk_folders
 
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".markdown", ".rst"),
@@ -25,7 +24,7 @@ DATA_SET_RECORDS = frozenset({"dataset_info.json", "dataset_infos.json", "datase
 SHOWN_NAMES = 3  # of what is left out for one reason
 STDLIB_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
-LeftOut = dict[str, list[str]]
+LeftOut = dict[str, dict[Path, str]]  # by the reason: real path, and the name under which it was reached first
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,11 @@ class FoundFiles:
     left_out: Mapping[str, tuple[str, ...]]
     searched: bool
 
-    def account(self, field: str) -> str:
+    def account(self, field: str, what: str = "files taken") -> str:
         """Say how many files are taken and left out, and why."""
         count = sum(len(names) for names in self.left_out.values())
         reasons = "; ".join(f"{len(names)} {reason} ({_some(names)})" for reason, names in self.left_out.items())
-        return f"{field}: {len(self.files):,} files taken, {count:,} left out{': ' + reasons if reasons else ''}"
+        return f"{field}: {len(self.files):,} {what}, {count:,} left out{': ' + reasons if reasons else ''}"
 
 
 def find_files(
@@ -93,12 +92,10 @@ def find_files(
         for match in matches:
             file = _copy_of(match, cache_dir) if isinstance(match, RemoteFile) else match
             if found.setdefault(file.path.resolve(), file) is not file:
-                left_out.setdefault("reached twice", []).append(file.name)
-    named = [pattern for pattern in patterns if is_remote(pattern) or Path(expand_user(pattern)).is_file()]
+                _leave_out(left_out, "reached twice", file.name, file.path.resolve())
+    named = [pattern for pattern in patterns if is_remote(pattern) or os.path.isfile(expand_user(pattern))]
     searched = len(named) < len(patterns) or bool(left_out)
-    return FoundFiles(
-        tuple(found.values()), {reason: tuple(sorted(names)) for reason, names in left_out.items()}, searched
-    )
+    return FoundFiles(tuple(found.values()), _sorted_names(left_out), searched)
 
 
 def check_files(patterns: Sequence[str], suffixes: tuple[str, ...], field: str) -> None:
@@ -127,28 +124,32 @@ def stdlib_files() -> tuple[CorpusFile, ...]:
         UsageError: If the interpreter was installed without its sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = tuple(sorted(_walk(root, (".py",), "data.source", {}, STDLIB_SKIPPED_FOLDERS), key=lambda file: file.name))
+    files = tuple(
+        sorted(
+            _walk(root, (".py",), "data.source", {}, set(), skipped=STDLIB_SKIPPED_FOLDERS), key=lambda file: file.name
+        )
+    )
     if not files:
         raise UsageError(f"data.source ('python_stdlib'): {root} holds no .py files; name another source")
     return files
 
 
-def files_below(root: Path, field: str) -> tuple[CorpusFile, ...]:
-    """Find all files in a folder at any depth, except names that begin with a dot; links to folders are not followed.
+def files_below(root: Path, field: str) -> FoundFiles:
+    """Find all files in a folder at any depth, except names that begin with a dot; links are followed.
 
     Args:
         root: Folder to search.
         field: Name of the setting, for messages.
 
+    Returns:
+        The files, sorted by name, and all that was left out.
+
     Raises:
         UsageError: If a folder cannot be read.
     """
-    files = []
-    for folder, folders, names in os.walk(root, onerror=partial(_unreadable, field)):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        files += [CorpusFile(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
-    return tuple(sorted(files, key=lambda file: file.name))
+    left_out: LeftOut = {}
+    files = sorted(_walk(root, None, field, left_out, set()), key=lambda file: file.name)
+    return FoundFiles(tuple(files), _sorted_names(left_out), True)
 
 
 def _expand(
@@ -158,21 +159,27 @@ def _expand(
     if is_remote(pattern):
         for remote in list_remote(pattern, field):
             if reason := _why_name_left_out(remote.name, suffixes) if remote.is_in_folder else "":
-                left_out.setdefault(reason, []).append(remote.name)
+                _leave_out(left_out, reason, remote.name, Path(remote.path))
             else:
                 yield remote
         return
-    for path, name in match_paths(pattern, field):
-        if path.is_dir():
-            inside = "" if path == Path(pattern) else f"{name}/"  # of several folders, a file has the name of its own
-            for file in _walk(path, suffixes, field, left_out):
-                yield CorpusFile(file.path, f"{inside}{file.name}")
-        elif path.is_file():
+
+    def leave_out(reason: str, path: Path, real: Path) -> None:
+        _leave_out(left_out, reason, path.as_posix(), real)
+
+    seen = set[Path]()  # folders, of which a pattern can reach one in several ways
+    for path, name in match_paths(pattern, field, leave_out):
+        if os.path.isdir(path):
+            inside = "" if path == Path(pattern) else name  # of several folders, a file has the name of its own
+            yield from _walk(path, suffixes, field, left_out, seen, inside)
+        elif os.path.isfile(path):
             yield CorpusFile(path, name)
-        elif path.exists():
+        elif os.path.exists(path):
             raise UsageError(
                 f"{field} ({pattern!r}): is a pipe or a device: data is read more than once, save it as a file"
             )
+        else:
+            leave_out("links that lead nowhere", Path(name), path)
 
 
 def _copy_of(file: RemoteFile, cache_dir: str | None) -> CorpusFile:
@@ -180,35 +187,40 @@ def _copy_of(file: RemoteFile, cache_dir: str | None) -> CorpusFile:
 
 
 def _walk(
-    root: Path, suffixes: tuple[str, ...], field: str, left_out: LeftOut, skipped: frozenset[str] = frozenset()
+    root: Path,
+    suffixes: tuple[str, ...] | None,
+    field: str,
+    left_out: LeftOut,
+    seen: set[Path],
+    inside: str = "",
+    skipped: frozenset[str] = frozenset(),
 ) -> Iterator[CorpusFile]:
-    """Walk a folder: the folders in it first, then those that links lead to, each of them once."""
-    waiting, seen = deque([root]), set[Path]()
+    """Walk a folder for its files, whose names begin with `inside`; without suffixes, all that are not hidden."""
 
-    def leave_out(reason: str, path: Path) -> None:
-        left_out.setdefault(reason, []).append(path.relative_to(root).as_posix())
+    def name_of(path: Path) -> str:
+        return PurePosixPath(inside, path.relative_to(root)).as_posix()
 
-    while waiting:
-        for folder, folders, names in os.walk(waiting.popleft(), onerror=partial(_unreadable, field)):
-            if (real := Path(folder).resolve()) in seen:
-                leave_out("folders reached twice", Path(folder))
-                folders.clear()
-                continue
-            seen.add(real)
-            for path in (Path(folder, name) for name in sorted(folders)):
-                if path.name.startswith(".") or path.name in skipped:
-                    leave_out("hidden folders" if path.name.startswith(".") else "skipped folders", path)
-                elif path.is_symlink():
-                    waiting.append(path)
-            folders[:] = [n for n in folders if not n.startswith(".") and n not in skipped]  # os.walk enters no links
-            for path in (Path(folder, name) for name in names):
-                if reason := _why_left_out(path, suffixes):
-                    leave_out(reason, path)
-                else:
-                    yield CorpusFile(path, path.relative_to(root).as_posix())
+    def leave_out(reason: str, path: Path, real: Path) -> None:
+        _leave_out(left_out, reason, name_of(path), real)
+
+    for folder, real, names in walk_folders(root, field, leave_out, seen, skipped):
+        for path in (folder / name for name in names):
+            if reason := _why_left_out(path, suffixes):
+                leave_out(reason, path, real / path.name)
+            else:
+                yield CorpusFile(path, name_of(path))
 
 
-def _why_left_out(path: Path, suffixes: tuple[str, ...]) -> str:
+def _leave_out(left_out: LeftOut, reason: str, name: str, real: Path) -> None:
+    """Count what is left out for a reason, each real path once."""
+    left_out.setdefault(reason, {}).setdefault(real, name)
+
+
+def _sorted_names(left_out: LeftOut) -> dict[str, tuple[str, ...]]:
+    return {reason: tuple(sorted(names.values())) for reason, names in left_out.items()}
+
+
+def _why_left_out(path: Path, suffixes: tuple[str, ...] | None) -> str:
     """Say why a file of a folder is not taken; empty if it is taken."""
     if reason := _why_name_left_out(path.name, suffixes):
         return reason
@@ -217,10 +229,12 @@ def _why_left_out(path: Path, suffixes: tuple[str, ...]) -> str:
     return "" if path.is_file() else "neither files nor folders"
 
 
-def _why_name_left_out(path: str, suffixes: tuple[str, ...]) -> str:
+def _why_name_left_out(path: str, suffixes: tuple[str, ...] | None) -> str:
     """Say why a file of a folder is not taken, by its path inside of the folder; empty if the path is no reason."""
     if any(part.startswith(".") for part in PurePosixPath(path).parts):
         return "hidden"
+    if suffixes is None:
+        return ""
     name = PurePosixPath(path).name.lower()
     for packed in PACKED_SUFFIXES:
         name = name.removesuffix(packed)
@@ -229,10 +243,6 @@ def _why_name_left_out(path: str, suffixes: tuple[str, ...]) -> str:
     if not name.endswith(suffixes):
         return f"without an ending of this source ({', '.join(suffixes)})"
     return ""
-
-
-def _unreadable(field: str, error: OSError) -> None:
-    raise UsageError(f"{field}: {error.filename} cannot be read: {error.strerror}") from error
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,15 +1,16 @@
 """Documents of Hugging Face data sets, from the hub, its local cache, or a folder on disk."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_train.config.data import SourceConfig
 from moe_train.config.errors import UsageError
 from moe_train.data.corpus import DigestFiles, Document, HeldOutSplit
 from moe_train.data.digests import digest_of
-from moe_train.data.files import CorpusFile, files_below
+from moe_train.data.files import SHOWN_NAMES, CorpusFile, FoundFiles, files_below
 from moe_train.data.readers import check_column, checked_text
 
 BATCH_ROWS = 1000  # rows decoded at a time
@@ -28,6 +29,7 @@ class HubCorpus:
         split: Rule that holds documents out where no held-out split is named.
         description: Name of the corpus in messages.
         local_files: Files of a data set in a local folder; empty for one of the hub.
+        notes: Lines about what the local folder has beside these files, and about linked folders.
     """
 
     column: str
@@ -95,7 +97,8 @@ def open_hub_corpus(source: SourceConfig, split: HeldOutSplit, field: str, diges
         UsageError: If the data set, its subset, a split or the column does not exist.
     """
     folder = Path(str(source.name)).expanduser()
-    files = files_below(folder, f"{field}.name") if folder.is_dir() else ()
+    found = files_below(folder, f"{field}.name") if os.path.isdir(folder) else None
+    files = found.files if found else ()
     content = digest_of(digest_files(files)) if files else None
 
     def load(name: str, split_field: str) -> Any:
@@ -108,7 +111,21 @@ def open_hub_corpus(source: SourceConfig, split: HeldOutSplit, field: str, diges
     description = f"{field}.name ({source.name}, split {source.split!r})"
     rows = load(source.split, "split")
     held_out = None if source.validation_split is None else load(source.validation_split, "validation_split")
-    return HubCorpus(source.text_column, rows, held_out, split, description, files)
+    notes = _notes(folder, found, f"{field}.name ({source.name})") if found else ()
+    return HubCorpus(source.text_column, rows, held_out, split, description, files, notes)
+
+
+def _notes(folder: Path, found: FoundFiles, field: str) -> tuple[str, ...]:
+    """Say what a local folder has beside the files whose changes are seen, and which of these may not be read."""
+    notes = [found.account(field, "files watched for changes")] if found.left_out else []
+    folders = {parent for file in found.files for parent in PurePosixPath(file.name).parents if parent.name}
+    linked = sorted(str(name) for name in folders if os.path.islink(folder / name))
+    if linked and not any(os.path.isfile(folder / name) for name in (SAVED_DATASET_FILE, SAVED_SPLITS_FILE)):
+        notes.append(
+            f"{field}: `datasets` does not search folders that are links ({', '.join(linked[:SHOWN_NAMES])}): it reads "
+            "their files only where the folder's README.md names them"
+        )
+    return tuple(notes)
 
 
 def _only_column(rows: Any, column: str, fingerprint: str) -> Any:
@@ -123,7 +140,7 @@ def _load(source: SourceConfig, split: str, split_field: str, field: str, conten
     import datasets
 
     folder = Path(str(source.name))
-    is_dataset, is_splits = ((folder / name).is_file() for name in (SAVED_DATASET_FILE, SAVED_SPLITS_FILE))
+    is_dataset, is_splits = (os.path.isfile(folder / name) for name in (SAVED_DATASET_FILE, SAVED_SPLITS_FILE))
     if (is_dataset or is_splits) and source.subset is not None:
         raise UsageError(f"{field}.subset ({source.subset!r}) has no effect: {folder} holds one saved data set")
     try:

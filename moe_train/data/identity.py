@@ -1,7 +1,7 @@
 """Identity of the data that a run trains on: a checkpoint keeps it, so that a resumed run can say what has changed."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,14 +86,44 @@ def data_changes(before: Sequence[SourceIdentity], now: Sequence[SourceIdentity]
     if not before or [source.digest for source in before] == [source.digest for source in now]:
         return []
     lines = []
-    for was, this in itertools.zip_longest(before, now):
-        if was is None:
+    pairs = _pairs(before, now)
+    order = {id(source): place for place, source in enumerate(before)}
+    places = [order[id(was)] for was, this in pairs if was is not None and this is not None]
+    if places != sorted(places):
+        lines.append(f"the sources are in another order: {', '.join(source.name for source in now)}")
+    for was, this in pairs:
+        if was is None and this is not None:
             lines.append(f"{this.name}: a further source of {this.documents:,} documents")
-        elif this is None:
+        elif was is not None and this is None:
             lines.append(f"{was.name}: no source any more; it had {was.documents:,} documents")
-        elif was.digest != this.digest:
+        elif was is not None and this is not None and was.digest != this.digest:
             lines.append(f"{this.name}: {_difference(was, this)}")
     return lines
+
+
+def _pairs(
+    before: Sequence[SourceIdentity], now: Sequence[SourceIdentity]
+) -> list[tuple[SourceIdentity | None, SourceIdentity | None]]:
+    """Pair the sources of two runs: by what they name and their digest, by one of both, and the others by place."""
+    left = dict(enumerate(before))
+    found: dict[int, SourceIdentity] = {}
+    rules: tuple[Callable[[SourceIdentity], object], ...] = (
+        lambda source: (_what_is_named(source), source.digest),
+        _what_is_named,
+        lambda source: source.digest,
+        lambda source: True,
+    )
+    for rule in rules:
+        for place, this in enumerate(now):
+            match = next((each for each, was in left.items() if place not in found and rule(was) == rule(this)), None)
+            if match is not None:
+                found[place] = left.pop(match)
+    return [*((found.get(place), this) for place, this in enumerate(now)), *((was, None) for was in left.values())]
+
+
+def _what_is_named(source: SourceIdentity) -> str:
+    """Name of a source without its place in the mixture, so that one that is moved in it keeps its name."""
+    return re.sub(r"^data(\.mixture\[\d+\])?\.", "", source.name)
 
 
 def _difference(was: SourceIdentity, now: SourceIdentity) -> str:

@@ -3,10 +3,11 @@
 import bz2
 import codecs
 import gzip
+import io
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -20,6 +21,7 @@ else:
 from moe_train.config.errors import UsageError
 
 HEAD_BYTES = 4096  # enough for every mark, and for a guess of an encoding without a mark
+_CHUNK_BYTES = 2**16  # packed bytes read at a time
 LARGEST_ZSTD_WINDOW_LOG = 31 if sys.maxsize > 2**32 else 30  # as `zstd --long=31` writes, beyond its default of 27
 # The two bytes behind a skippable frame's first one, which pzstd writes before the data.
 _ZSTD_SKIPPABLE = (b"\x2a\x4d\x18", range(0x50, 0x60))
@@ -65,7 +67,7 @@ def open_data_file(path: Path) -> Iterator[BufferedReader]:
                 _check_format(path, head)
                 yield raw
                 return
-            with _unpacked(raw, packing) as unpacked:
+            with _unpacked(raw, packing, path) as unpacked:
                 _check_format(path, unpacked.peek(HEAD_BYTES))
                 yield unpacked
     except (zlib.error, lzma.LZMAError, zstd.ZstdError, EOFError, gzip.BadGzipFile) as error:
@@ -90,18 +92,89 @@ def packing_of(head: bytes) -> str | None:
     return None
 
 
-def _unpacked(raw: BinaryIO, packing: str) -> BufferedReader:
+def _unpacked(raw: BinaryIO, packing: str, path: Path) -> BufferedReader:
     source: Any
     if packing == "gzip":
         source = gzip.GzipFile(fileobj=raw)
     elif packing == "bzip2":
-        source = bz2.BZ2File(raw)
+        source = _Streams(raw, path, "bzip2", bz2.BZ2Decompressor)
     elif packing == "xz":
-        source = lzma.LZMAFile(raw)  # noqa: SIM115  the reader below closes it
+        source = _Streams(raw, path, "xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=b"\0")
     else:
         options = {int(zstd.DecompressionParameter.window_log_max): LARGEST_ZSTD_WINDOW_LOG}
         source = zstd.ZstdFile(raw, options=options)
     return BufferedReader(source)
+
+
+class _Streams(io.RawIOBase):
+    """Unpacked bytes of a file of one or more streams, each of which must begin well.
+
+    BZ2File and LZMAFile take a stream that does not begin well, and all behind it, for the end of the file.
+    """
+
+    def __init__(
+        self,
+        raw: BinaryIO,
+        path: Path,
+        packing: str,
+        begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor],
+        padding: bytes = b"",
+    ) -> None:
+        """Begin before the first stream.
+
+        Args:
+            raw: Packed file, at its start.
+            path: Path of the file, for messages.
+            packing: Name of the compression, for messages.
+            begin: Makes a decompressor of one stream.
+            padding: Byte that may fill the space behind a stream; empty where the format has none.
+        """
+        self._raw, self._path, self._packing, self._begin, self._padding = raw, path, packing, begin, padding
+        self._stream = begin()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with the next unpacked bytes, and return their number; 0 at the end of the last stream."""
+        while True:
+            packed = b""
+            if self._stream.eof:
+                packed = self._next_stream()
+                if not packed:
+                    return 0
+            elif self._stream.needs_input:
+                packed = self._raw.read(_CHUNK_BYTES)
+                if not packed:
+                    raise EOFError("the last stream has no end")
+            try:
+                found = self._stream.decompress(packed, len(buffer))
+            except (OSError, lzma.LZMAError) as error:
+                raise UsageError(
+                    f"{self._path}: cannot be unpacked, it is damaged before byte {self._raw.tell():,}: {error}"
+                ) from error
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+    def _next_stream(self) -> bytes:
+        """Begin the stream behind the one that ended, and return its first bytes; none at the end of the file."""
+        packed = self._stream.unused_data.lstrip(self._padding)
+        while not packed:
+            chunk = self._raw.read(_CHUNK_BYTES)
+            if not chunk:
+                return b""
+            packed = chunk.lstrip(self._padding)
+        packed += self._raw.read(max(0, HEAD_BYTES - len(packed)))
+        if packing_of(packed[:HEAD_BYTES]) != self._packing:
+            raise UsageError(
+                f"{self._path}: cannot be unpacked to its end: no {self._packing} stream begins at byte "
+                f"{self._raw.tell() - len(packed):,}, behind the end of another: it is damaged, or something was "
+                "written behind it"
+            )
+        self._stream = self._begin()
+        return packed
 
 
 def encoding_of(head: bytes) -> tuple[str, int]:

@@ -1,5 +1,6 @@
 """Preparation of data, from the data settings to training and held-out sequences, and a quick check to run first."""
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def check_data(config: DataConfig) -> None:
     """
     for source, field in zip(config.sources, source_fields(config), strict=True):
         check_source(source, field)
-    if config.tokenizer not in ("bytes", "bpe") and not local_path(config.tokenizer, "data.tokenizer").is_file():
+    if config.tokenizer not in ("bytes", "bpe") and not os.path.isfile(local_path(config.tokenizer, "data.tokenizer")):
         raise UsageError(f"data.tokenizer ({config.tokenizer!r}): neither bytes nor bpe nor the path of a file")
 
 

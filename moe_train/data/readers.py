@@ -139,6 +139,7 @@ def _lines(stream: io.BufferedReader, path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path}:{number + 1}: not {encoding.upper()} in this line or soon after it: {error.reason}"
+            f"{_about_guess(encoding, mark_bytes)}"
         ) from error
     finally:
         decoded.detach()
@@ -303,11 +304,26 @@ def _packing(path: Path) -> str | None:
 def _whole_text(stream: io.BufferedReader, where: str) -> str:
     data = stream.read()
     encoding, mark_bytes = encoding_of(data[:HEAD_BYTES])
-    return _decode(data[mark_bytes:], encoding, where, mark_bytes)
+    return _decode(data[mark_bytes:], encoding, where, mark_bytes, _about_guess(encoding, mark_bytes))
 
 
-def _decode(data: bytes, encoding: str, where: str, offset: int = 0) -> str:
+def _decode(data: bytes, encoding: str, where: str, offset: int = 0, remark: str = "") -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: not {encoding.upper()} at byte {offset + error.start}: {error.reason}") from error
+        raise UsageError(
+            f"{where}: not {encoding.upper()} at byte {offset + error.start}: {error.reason}{remark}"
+        ) from error
+
+
+def _about_guess(encoding: str, mark_bytes: int) -> str:
+    """Say that an encoding is a guess, where no mark told it.
+
+    A text of UTF-16 that is cut short is UTF-8 as well, with a zero between all letters. So it is not read as such.
+    """
+    if mark_bytes or encoding == "utf-8":
+        return ""
+    return (
+        "; the file has no byte order mark, and the encoding is a guess: every second byte at its start is zero. Save "
+        "it as UTF-8, or take the zeros out"
+    )

@@ -1,15 +1,25 @@
 """Remote files of data: listed like local ones, and copied once into the cache, where the readers read them."""
 
 import hashlib
-from collections.abc import Iterator
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moe_train.data.folders import build_once, replaced_folder
+from moe_train.data.folders import build_once, replaced_folder, write_json
 from moe_train.data.patterns import expand_braces, has_wildcard
 from moe_train.data.report import say
 from moe_train.host.remote_files import open_remote, remote_errors
+
+# Parts of the names under which file systems tell a version: ETag, LastModified, md5Hash, mtime, blob_id and others.
+_VERSION_WORDS = (
+    *("etag", "md5", "sha", "hash", "crc", "chksum", "digest", "blob", "commit", "generation", "version"),
+    *("modif", "mtime", "date", "created", "write_time"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,9 @@ def list_remote(url: str, setting: str) -> Iterator[RemoteFile]:
 def fetch(file: RemoteFile, cache: Path, wait_seconds: float = 0.0) -> Path:
     """Copy a remote file into the cache, unless the same version is there already.
 
+    A file whose server gives no version is copied each time. If its contents are those of the copy that is there, the
+    path stays.
+
     Args:
         file: Remote file.
         cache: Folder of the cache.
@@ -75,22 +88,76 @@ def fetch(file: RemoteFile, cache: Path, wait_seconds: float = 0.0) -> Path:
         UsageError: If it cannot be read.
     """
     with remote_errors(file.url, file.setting, f"{file.path} cannot be read"):
-        # The file system's own mark of a version: an etag or a hash where it has one, else size and time.
-        version, size = str(file.filesystem.ukey(file.path)), file.filesystem.size(file.path)
-        key = hashlib.blake2b("\n".join([file.url, file.path, version]).encode(), digest_size=16).hexdigest()
-        folder = cache / "remote" / key
+        info = file.filesystem.info(file.path)
+        version, size = _version(info), info.get("size")
+        if version is None:
+            return _fetch_without_version(file, cache / "remote", size, wait_seconds)
+        folder = _folder(file, cache / "remote", str(file.filesystem.ukey(file.path)), version)
         copy = folder / PurePosixPath(file.path).name
 
         def find() -> Path | None:
             return copy if copy.is_file() and size in (None, copy.stat().st_size) else None
 
         def build() -> Path:
-            say(f"copying {file.path} ({(size or 0) / 1e6:,.1f} MB) of {file.setting} ({file.url}) into the cache")
+            say(_copying(file, size))
             with replaced_folder(folder) as part:
                 file.filesystem.get_file(file.path, str(part / copy.name))
             return copy
 
         return build_once(folder, find, build, wait_seconds)
+
+
+def _version(info: Mapping[str, Any]) -> str | None:
+    """Return what a file system tells of a file's version: an etag, a hash or a time; None if it tells nothing.
+
+    `ukey` alone is not enough: that of http and https is a hash of the URL.
+    """
+    marks = [
+        f"{name}={value}"
+        for name, value in sorted(info.items())
+        if value and any(word in name.lower() for word in _VERSION_WORDS)
+    ]
+    return "\n".join(marks) if marks else None
+
+
+def _fetch_without_version(file: RemoteFile, root: Path, size: int | None, wait_seconds: float) -> Path:
+    """Copy a file into a folder that its contents name; processes that ask at the same time share one copy."""
+    latest, asked = _folder(file, root, "latest").with_suffix(".json"), time.time()
+    name = PurePosixPath(file.path).name
+
+    def find() -> Path | None:
+        try:
+            copy = root / json.loads(latest.read_text())["folder"] / name
+            return copy if latest.stat().st_mtime > asked and copy.is_file() else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None  # not written yet, or damaged
+
+    def build() -> Path:
+        say(f"{_copying(file, size)}: it has no ETag or Last-Modified, so it is copied at every start and compared")
+        new = root / f".{latest.stem}.new"
+        shutil.rmtree(new, ignore_errors=True)  # what a killed process left; this one holds the lock
+        new.mkdir(parents=True)
+        file.filesystem.get_file(file.path, str(new / name))
+        with open(new / name, "rb") as contents:
+            folder = _folder(file, root, "contents", hashlib.file_digest(contents, "blake2b").hexdigest())
+        copy = folder / name
+        if not copy.is_file() or copy.stat().st_size != (new / name).stat().st_size:
+            with replaced_folder(folder) as part:
+                os.replace(new / name, part / name)
+        shutil.rmtree(new, ignore_errors=True)
+        write_json(latest, {"folder": folder.name})
+        return copy
+
+    return build_once(latest, find, build, wait_seconds)
+
+
+def _folder(file: RemoteFile, root: Path, *version: str) -> Path:
+    key = "\n".join([file.url, file.path, *version])
+    return root / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _copying(file: RemoteFile, size: int | None) -> str:
+    return f"copying {file.path} ({(size or 0) / 1e6:,.1f} MB) of {file.setting} ({file.url}) into the cache"
 
 
 def _fixed_root(pattern: str) -> str:

@@ -1,8 +1,8 @@
 """Sources of documents. Each source opens as a corpus, with a fixed order of documents and a digest of its contents."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from moe_train.config.data import DataConfig, SourceConfig
 from moe_train.config.errors import UsageError
@@ -136,7 +136,7 @@ def check_source(source: SourceConfig, field: str) -> None:
         check_files(source.validation_paths, SUFFIXES[source.source], f"{field}.validation_paths")
     if source.source == "huggingface" and source.name is not None:
         local = source.name.startswith(("/", "./", "../"))
-        if local and not Path(source.name).is_dir():
+        if local and not os.path.isdir(source.name):
             raise UsageError(f"{field}.name ({source.name!r}): no such folder")
         if source.validation_split == source.split:
             raise UsageError(

@@ -1,7 +1,8 @@
 """Tokenizers: bytes, a file of the `tokenizers` library, or a byte-level BPE trained on the data."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,7 +155,7 @@ class SubwordTokenizer:
             ValueError: If a text cannot be encoded, or only to the end-of-document token.
         """
         dtype = token_dtype(self.vocab_size)
-        with library_errors("cannot be encoded"):
+        with library_errors("cannot be encoded"), self._mark_for_the_unknown():
             encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         batch = [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
         if any((ids == self.end_of_document).any() for ids in batch):
@@ -168,7 +169,7 @@ class SubwordTokenizer:
             ValueError: If the vocabulary has no token for a part of the text.
         """
         text.encode("utf-8")  # raises for half a surrogate pair, which makes the library panic
-        with library_errors("cannot be encoded"):  # for example a word without a token
+        with library_errors("cannot be encoded"), self._mark_for_the_unknown():  # for example a word without a token
             encoding = self.inner.encode(text, add_special_tokens=False)
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token == self.unknown:
@@ -178,6 +179,19 @@ class SubwordTokenizer:
         if self.end_of_document in encoding.ids:
             raise ValueError(self._meets_mark)
         return list(encoding.ids)
+
+    @contextmanager
+    def _mark_for_the_unknown(self) -> Iterator[None]:
+        """Say why the library misses its unknown token, where that is the end mark, which has another name here."""
+        try:
+            yield
+        except Exception as error:
+            if getattr(self.inner.model, "unk_token", None) != self.mark:
+                raise
+            raise ValueError(
+                f"a part of it has no token, and the unknown token {self.mark!r} is also the end mark: name another "
+                "data.end_of_document"
+            ) from error
 
     @property
     def _meets_mark(self) -> str:

@@ -7,6 +7,7 @@ import pytest
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
 from moe_train.config.root import Config
+from moe_train.config.yaml_text import parse_yaml
 
 RUN = "train: {run_dir: r}\n"
 
@@ -147,8 +148,8 @@ def test_words_mean_what_their_field_needs(load, name: str, written: str, read: 
         ("optim.weight_decay", "off", "must be a number, and this is a switch"),
         ("train.steps", "true", "must be a number, and this is a switch"),
         ("train.micro_batch_size", "on", "must be a number, and this is a switch"),
-        ("train.steps", "1:30", "integer"),
-        ("train.steps", "2.5e0", "integer"),
+        ("train.steps", "1:30", "must be a whole number"),
+        ("train.steps", "2.5e0", "must be a whole number"),
         ("train.seed", "1e30", "beyond the whole numbers of 64 bits"),
         ("train.seed", "9" * 5000, "train.seed"),
         ("optim.learning_rate", "1e999", "finite"),
@@ -177,6 +178,33 @@ def test_words_that_no_field_decides_on_are_refused(load, word: str) -> None:
     with pytest.raises(UsageError, match=r"line 2: deepspeed\.a\.0\.b \(.*put quotes around a text"):
         load(f"{RUN}deepspeed: {{a: [{{b: {word}}}]}}\n")
     assert load(f'{RUN}deepspeed: {{a: "{word}", b: true, c: 1e-3}}\n').deepspeed == {"a": word, "b": True, "c": 1e-3}
+
+
+@pytest.mark.parametrize("tag", ["!!bool maybe", "!!int ''", "!!float ''", "!!float 1:30", "!!int 1:30", "!!int 0b1"])
+@pytest.mark.parametrize("place", ["train.steps", "deepspeed.a", "train.seed"])
+def test_a_tag_that_does_not_fit_its_word_is_refused(load, tag: str, place: str) -> None:
+    section, _, field = place.partition(".")
+    with pytest.raises(UsageError) as error:
+        load(f"{RUN if section != 'train' else ''}{section}:\n  {field}: {tag}\n")
+    name, word = tag.split(" ")
+    line = 3 if section != "train" else 2
+    assert f"line {line}: {place} ({word.strip(chr(39))!r}) has the tag {name}, and is none: " in str(error.value)
+
+
+def test_a_tag_that_fits_its_word_stays(load) -> None:
+    text = "model: {a: !!int 3, b: !!float 3, c: !!str 3, d: !!bool true, e: !!null '', f: !!float .inf, g: !!int '3'}"
+    expected = {"a": 3, "b": 3.0, "c": "3", "d": True, "e": None, "f": float("inf"), "g": 3}
+    assert parse_yaml(text) == {"model": expected}
+    with pytest.raises(UsageError, match="is not YAML"):
+        load(RUN + "x-a: !unknown 3\n")
+
+
+def test_a_long_file_and_many_aliases_are_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"^has more than 100,000 values$"):
+        parse_yaml("a:\n" + "- 1\n" * 200_000)
+    doubling = "\n".join(f"x{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 30))
+    with pytest.raises(ValueError, match=r"line \d+: aliases make more than 100,000 values of it"):
+        parse_yaml(f"x0: &a0 [1, 1]\n{doubling}\n")
 
 
 @pytest.mark.parametrize(
@@ -278,5 +306,34 @@ def test_several_files_are_merged_in_order_and_said(tmp_path: Path) -> None:
     load_config([arguments[0], "--train.seed=4"], program="t", say=said.append)
     assert said == []
     (tmp_path / "mine").write_text("train: {steps: x}\n")
-    with pytest.raises(UsageError, match=r"base \+ .*mine: train\.steps \('x'\)"):
+    with pytest.raises(UsageError) as error:
         load_config([arguments[0], arguments[2]], program="t")
+    assert str(error.value) == f"{tmp_path / 'mine'}: train.steps ('x'): must be a whole number"
+
+
+def test_a_bad_value_is_said_of_the_file_or_the_option_that_it_comes_from(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("one.yaml", "two.yaml")]
+    Path(files[0]).write_text("train: {run_dir: r, steps: x, seed: w}\nmodel: {moe: {num_experts: 4}}\n")
+    Path(files[1]).write_text("train: {steps: 5}\noptim: {beta1: z, zzz: 1}\n")
+    one, two = (f"--config={file}" for file in files)
+    seed = "train.seed ('w'): must be a whole number"
+    beta = "optim.beta1 ('z'): must be a number"
+    expected = {
+        (one,): [f"{files[0]}: train.steps ('x'): must be a whole number; {seed}"],
+        (one, "--train.steps="): ["--train.steps (''): must be a whole number", f"; {files[0]}: {seed}"],
+        (one, two): [f"{files[1]}: unknown key optim.zzz (value 1); known here: ", f"; {beta}; {files[0]}: {seed}"],
+        (one, "--train.seed=1", "--train.steps=2", "--optim.zzz=1"): ["unknown option --optim.zzz"],
+        (one, "--train.seed=1", "--train.steps=2", '--optim={"zzz": 1}'): ["--optim: unknown key optim.zzz (value 1)"],
+        (one, "--train.seed=1", "--train.steps=2", "--data.paths=[1]"): ["--data.paths: data.paths.0 (1): must be a"],
+        (one, "--train.seed=1", "--train.steps=2", "--model.moe.top_k=9"): [f"{files[0]} + options: ", "top_k (9)"],
+        ("--train.run_dir=r", "--train.compile=maybe"): ["--train.compile ('maybe'): must be true or false"],
+        ("--train.run_dir=r", "--model.moe.top_k=9"): ["top_k (9)"],
+        (one, "--train.run_dir=~", "--train.seed=1", "--train.steps=2"): ["--train.run_dir (None): has no value"],
+    }
+    for arguments, parts in expected.items():
+        with pytest.raises(UsageError) as error:
+            load_config(arguments, program="t")
+        message = str(error.value)
+        assert message.startswith(parts[0]) or (arguments[0] != one and parts[0] in message), message
+        assert all(part in message for part in parts), message
+        assert "Input should" not in message and "unable to" not in message

@@ -130,13 +130,15 @@ def test_the_launchers_local_rank_is_taken_and_ignored():
         pytest.param(["word"], ["word"], id="positional"),
         pytest.param(["--train.steps"], ["--train.steps"], id="no value"),
         pytest.param(["--config"], ["--config"], id="no file"),
-        pytest.param(["--train.steps=abc"], ["train.steps", "'abc'", "integer"], id="not a number"),
-        pytest.param(["--train.steps=2.5"], ["train.steps", "2.5", "integer"], id="not whole"),
+        pytest.param(["--train.steps=abc"], ["train.steps", "'abc'", "must be a whole number"], id="not a number"),
+        pytest.param(["--train.steps=2.5"], ["train.steps", "2.5", "must be a whole number"], id="not whole"),
         pytest.param(["--train.steps=0"], ["train.steps (0)", "greater than 0"], id="not positive"),
         pytest.param(["--optim.learning_rate=-1"], ["optim.learning_rate", "-1", "greater than 0"], id="negative"),
         pytest.param(["--optim.beta2=1"], ["optim.beta2", "1", "less than 1"], id="beta"),
         pytest.param(["--optim.learning_rate=nan"], ["optim.learning_rate", "nan"], id="nan"),
-        pytest.param(["--model.tie_embeddings=maybe"], ["model.tie_embeddings", "'maybe'", "boolean"], id="boolean"),
+        pytest.param(
+            ["--model.tie_embeddings=maybe"], ["model.tie_embeddings", "'maybe'", "must be true or false"], id="boolean"
+        ),
         pytest.param(["--model.norm=batchnorm"], ["model.norm", "'batchnorm'", "rmsnorm"], id="choice"),
         pytest.param(["--parallel.expert_parallel_size=x"], ["expert_parallel_size", "'x'", "auto"], id="union"),
         pytest.param(["--parallel.zero_stage=0"], ["parallel.zero_stage (0)"], id="zero stage"),
@@ -176,8 +178,14 @@ def test_mistakes_on_the_command_line(arguments, words):
         pytest.param("model: {moe: {topk: 2}}\ntrain: {run_dir: a}", ["model.moe.topk", "2", "top_k"], id="deep"),
         pytest.param("checkpoint: {zzz: 2}\ntrain: {run_dir: a}", ["checkpoint.zzz", "keep_last"], id="not near"),
         pytest.param("1: 2\ntrain: {run_dir: a}", ["1"], id="key is a number"),
-        pytest.param("train: {run_dir: a, steps: many}", ["train.steps", "'many'", "integer"], id="text for a number"),
-        pytest.param("train: {run_dir: a, steps: 2.5}", ["train.steps", "2.5", "integer"], id="not whole"),
+        pytest.param(
+            "train: {run_dir: a, steps: many}",
+            ["train.steps", "'many'", "must be a whole number"],
+            id="text for a number",
+        ),
+        pytest.param(
+            "train: {run_dir: a, steps: 2.5}", ["train.steps", "2.5", "must be a whole number"], id="not whole"
+        ),
         pytest.param("train: {run_dir: 3}", ["train.run_dir", "3", "string"], id="number for a text"),
         pytest.param("train: [1]", ["train", "[1]"], id="list for a section"),
         pytest.param("model: {hidden_size: [4]}\ntrain: {run_dir: a}", ["model.hidden_size", "[4]"], id="list"),

@@ -107,6 +107,17 @@ def test_a_document_that_needs_the_mark_is_named(tmp_path, write_files, make_con
     assert "good.txt" not in message and "\n" not in message
 
 
+@pytest.mark.parametrize("model", ["WordLevel", "WordPiece"])
+def test_an_end_mark_that_is_also_the_unknown_token_is_said(tmp_path, model):
+    tokenizer = loaded(tmp_path, words(model, unknown=MARK))
+    reason = r"the unknown token '</s>' is also the end mark: name another data\.end_of_document"
+    for encode in (tokenizer.encode_known, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(ValueError, match=reason):
+            encode("the ß")
+    other = loaded(tmp_path, words(model, unknown=MARK), "<eos>")
+    assert other.encode_batch(["the ß"])[0].tolist()[-1] == words(model).token_to_id(MARK)
+
+
 def test_a_single_character_that_was_added_is_text_too(tmp_path):
     inner = byte_bpe()
     inner.add_tokens(["\u20ac"])

@@ -79,6 +79,47 @@ def test_a_folder_that_changes_is_loaded_anew_though_size_and_time_stay(make_con
     assert changed != key
 
 
+def test_linked_folders_of_a_data_set_are_part_of_its_contents(make_config, write_files, tmp_path):
+    names_the_link = "---\nconfigs: [{config_name: default, data_files: ['*.jsonl', 'linked/*.jsonl']}]\n---\n"
+    folder, outside = write_files({"train.jsonl": '{"body": "one"}\n', ".hidden.jsonl": "x"}), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "more.jsonl").write_text('{"body": "two"}\n')
+    (folder / "linked").symlink_to(outside)
+    (outside / "back").symlink_to(folder)
+    config = hub_config(make_config, folder, validation_fraction=0.0)
+    corpus = open_corpus(config.sources[0], config, "data")
+    assert [file.name for file in corpus.local_files] == ["linked/more.jsonl", "train.jsonl"]
+    account, of_links = corpus.notes
+    assert account.startswith(f"data.name ({folder}): 2 files watched for changes, 2 left out: ")
+    assert "1 hidden (.hidden.jsonl)" in account and "1 folders reached twice (linked/back)" in account
+    assert f"data.name ({folder}): `datasets` does not search folders that are links (linked): " in of_links
+    assert [document.text for document in corpus.documents()] == ["one"]
+    (folder / "README.md").write_text(names_the_link)
+    found, key = read(config)
+    assert {text for _, text, _ in found} == {"one", "two"}
+    (outside / "more.jsonl").write_text('{"body": "TWO"}\n')
+    found, changed = read(config)
+    assert {text for _, text, _ in found} == {"one", "TWO"}
+    assert changed != key
+
+
+def test_a_split_that_is_a_link_is_read_and_watched(make_config, saved, tmp_path):
+    (saved / "train").rename(tmp_path / "elsewhere")
+    (saved / "train").symlink_to(tmp_path / "elsewhere")
+    config = hub_config(make_config, saved, validation_split="test")
+    corpus = open_corpus(config.sources[0], config, "data")
+    assert "train/state.json" in [file.name for file in corpus.local_files]
+    assert corpus.notes == ()
+
+
+def test_a_name_that_no_folder_can_have_is_refused(make_config):
+    for name in ("a" * 300, f"/{'a' * 300}"):
+        config = hub_config(make_config, name)
+        with pytest.raises(UsageError, match=r"data\.name \('.*(no such folder|cannot be loaded)"):
+            check_data(config)
+            read(config)
+
+
 @pytest.mark.parametrize("held_out", ["train[:20%]", "train[5:13]", "train[-8:]", "train[:4]+train[-4:]"])
 def test_rows_of_a_slice_are_held_out_and_not_trained_on(make_config, write_files, held_out, capfd):
     folder = write_files({"train.jsonl": "".join(json.dumps({"body": text}) + "\n" for text in TEXTS)})

@@ -96,6 +96,31 @@ def test_another_number_of_sources_is_said_and_an_old_checkpoint_says_nothing(id
     assert data_changes([], [one]) == []
 
 
+def source(place: int, path: str, rows: int) -> SourceIdentity:
+    return SourceIdentity(f"data.mixture[{place}].paths ({path})", f"{path}{rows}", rows, 0, 0, {}, tuple(range(rows)))
+
+
+def test_a_mixture_in_another_order_is_compared_source_by_source():
+    before = [source(0, "a", 5), source(1, "b", 9), source(2, "c", 3)]
+    order = (
+        "the sources are in another order: data.mixture[0].paths (b), data.mixture[1].paths (c), "
+        "data.mixture[2].paths (a)"
+    )
+    assert data_changes(before, [source(0, "b", 9), source(1, "c", 3), source(2, "a", 5)]) == [order]
+    changed = data_changes(before, [source(0, "b", 7), source(1, "c", 3), source(2, "a", 5)])
+    assert changed == [order, "data.mixture[0].paths (b): 2 texts removed, 0 added; documents 9 -> 7"]
+    assert data_changes(before, before[1:]) == ["data.mixture[0].paths (a): no source any more; it had 5 documents"]
+    further = [source(0, "new", 4), source(1, "a", 5), source(2, "b", 9), source(3, "c", 3)]
+    assert data_changes(before, further) == ["data.mixture[0].paths (new): a further source of 4 documents"]
+
+
+def test_a_source_that_moved_on_disk_and_in_the_mixture_is_the_same():
+    before, moved = [source(0, "a", 5), source(1, "b", 9)], source(0, "a", 5)
+    moved = SourceIdentity(**{**vars(moved), "name": "data.mixture[1].paths (elsewhere/a)"})
+    (line,) = data_changes(before, [source(0, "b", 9), moved])
+    assert line.startswith("the sources are in another order: ")
+
+
 def test_counts_of_many_texts_are_near(identify, tmp_path):
     write(tmp_path, "a.jsonl", [f"text {i}" for i in range(8000)])
     before = identify()

@@ -204,6 +204,7 @@ def test_one_huge_document_is_sampled_in_pieces(write_files, make_config, monkey
             r"data\.paths \(.*\) has 0 sequences of 1000000 tokens \(train\.sequence_length\)",
         ),
         ({"paths": ("/not/there",)}, {}, r"data\.paths \('/not/there'\): no such file or folder"),
+        ({"tokenizer": "a" * 300}, {}, r"data\.tokenizer \('a+'\): neither bytes nor bpe nor"),
         ({"tokenizer": "/not/there.json"}, {}, r"data\.tokenizer \('/not/there\.json'\): neither bytes nor bpe nor"),
     ],
 )
