@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_train.distributed.rendezvous import LAUNCH_OWNER
+from moe_train.host.control_groups import count_memory_kills
 from moe_train.liveness.sentinel_process import Task
 
 _ROOT = str(Path(__file__).resolve().parents[2])  # the folder of the package
@@ -65,7 +66,8 @@ def start_sentinel(environ: Mapping[str, str]) -> RankSentinel:
     if found is None or not sys.platform.startswith("linux"):
         return RankSentinel(None)
     launcher, rank = found
-    task = Task(os.getpid(), parent, f"rank {rank}", launcher, owner=environ.get(LAUNCH_OWNER, ""))
+    owner, kills = environ.get(LAUNCH_OWNER, ""), count_memory_kills()
+    task = Task(os.getpid(), parent, f"rank {rank}", launcher, owner, kills)
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM, json.dumps(asdict(task))]
     sentinel = RankSentinel(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
     atexit.register(sentinel.leave)
