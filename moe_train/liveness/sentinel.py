@@ -32,16 +32,16 @@ class RankSentinel:
     def __init__(self, process: "subprocess.Popen[bytes] | None") -> None:
         self._process = process
 
-    def tell(self, **facts: str | bool) -> None:
+    def tell(self, **facts: str | bool | None) -> None:
         """Tell the sentinel what it needs to know of the run: fields of `Task`."""
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.closed:
             with contextlib.suppress(OSError):  # somebody has ended it: the rank goes on without it
                 self._process.stdin.write(json.dumps(facts).encode() + b"\n")
                 self._process.stdin.flush()
 
-    def tell_run_folder(self, log: Path, checkpoints: Path) -> None:
-        """Tell where the rank's log and the checkpoints are."""
-        self.tell(log=str(log.absolute()), checkpoints=str(checkpoints.absolute()))
+    def tell_run_folder(self, log: Path | None, checkpoints: Path) -> None:
+        """Tell where the rank's log is, if there is one yet, and the checkpoints."""
+        self.tell(log=None if log is None else str(log.absolute()), checkpoints=str(checkpoints.absolute()))
 
     @property
     def pid(self) -> int | None:

@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,13 +22,14 @@ from moe_train.checkpoint.folders import list_checkpoints
 from moe_train.checkpoint.manifest import read_manifest
 from moe_train.checkpoint.writer import CheckpointWriter, Retention
 from moe_train.config.errors import UsageError
+from moe_train.distributed.bootstrap import local_rank_environments
 from moe_train.host.process_identity import ProcessIdentity
 from moe_train.launch.fork_server import ForkedRank, wait_for_all
 from moe_train.train.checkpoint_hold import hold_checkpoints
 from moe_train.train.run_lock import Holder, LockLost, RunLock, acquire_together
 from moe_train.train.telemetry.writer import MetricsWriter
 from tests.ranks import RankPool
-from tests.train.runs import SMALL, records, start_forked, train_forked
+from tests.train.runs import ROOT, SMALL, records, start_forked, train_forked
 
 OWN = ProcessIdentity.own()
 DEAD = replace(OWN, started=OWN.started - 1)
@@ -352,6 +355,54 @@ def test_two_starts_at_once_are_one_run(tmp_path: Path, wait_seconds: float) -> 
     refused = next(result for result in results if result.returncode)
     assert f"host {OWN.host}, pid " in refused.stderr
     check_whole(tmp_path, STEPS)
+
+
+def logs_of(run_dir: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (run_dir / "logs").iterdir()}
+
+
+def test_a_refused_start_leaves_the_logs_of_the_run_at_work_alone(tmp_path: Path) -> None:
+    leave(tmp_path, 1, ELSEWHERE)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_00000.log").write_text("the other's\n")
+    (refused,) = wait_for_all(start_forked(1, *options(tmp_path, 0)), 60)
+    assert refused.returncode == 2 and "is in use by another run" in refused.stderr, refused
+    assert logs_of(tmp_path) == {"rank_00000.log": "the other's\n"}
+
+
+def test_a_signal_ends_a_start_that_waits_at_once(tmp_path: Path) -> None:
+    leave(tmp_path, 1, ELSEWHERE)
+    (rank,) = start_forked(1, *options(tmp_path, 50))
+    wait_until(lambda: "waiting up to 50 s" in rank.output()[0], rank)
+    rank.kill(signal.SIGTERM)
+    (result,) = wait_for_all([rank], 20)
+    assert result.returncode == 75 and "SIGTERM: ended at once, as no step is under way" in result.stderr, result
+    assert "is finished and saved" not in result.stderr
+
+
+def test_a_start_that_is_killed_while_it_waits_has_a_log_of_its_own(tmp_path: Path) -> None:
+    """Its sentinel writes there. The next run takes the text into its log."""
+    lock = leave(tmp_path, 1, ELSEWHERE)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_00000.log").write_text("the other's\n")
+    environment = {**os.environ, **local_rank_environments(1)[0], "TORCHELASTIC_RUN_ID": "x"}
+    words = [sys.executable, "-m", "moe_train", "train", *options(tmp_path, 100)]
+    with (tmp_path / "terminal").open("w") as file:
+        rank = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_until(lambda: "waiting up to 100 s" in (tmp_path / "terminal").read_text())
+    finally:
+        rank.kill()
+    wait_until(lambda: "signal 9 (SIGKILL" in (tmp_path / "terminal").read_text())
+    (name,) = logs_of(tmp_path).keys() - {"rank_00000.log"}
+    wait_until(lambda: "signal 9 (SIGKILL" in logs_of(tmp_path)[name])
+    assert name == f"start_00000_{OWN.host}_{rank.pid}.log" and logs_of(tmp_path)["rank_00000.log"] == "the other's\n"
+    rank.wait()
+    lock.write_text(json.dumps(DEAD.as_dict()))
+    assert train_forked(1, *options(tmp_path, 0, 2)).returncode == 0
+    assert logs_of(tmp_path).keys() == {"rank_00000.log"}
+    text = logs_of(tmp_path)["rank_00000.log"]
+    assert text.startswith("the other's\n") and f"rank 0 (pid {rank.pid} on" in text
 
 
 @pytest.mark.slow
