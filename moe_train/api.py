@@ -160,17 +160,17 @@ def run_training(config: Config) -> "TrainResult":
     from moe_train.liveness.signals import SIGNALS
     from moe_train.plan.room import check_room
     from moe_train.train.preparation import prepare_run
-    from moe_train.train.run_folder import redirected_output
+    from moe_train.train.rank_log import redirected_output
 
     prepared = prepare_run(config, discover_world(), check_room)
-    with redirected_output(prepared.folder.log(prepared.world.rank)) as (output, errors):
+    with redirected_output(prepared.folder, prepared.world.rank) as log:
         from moe_train.infer.closing_sample import sample_text  # imports DeepSpeed: after the device is chosen
         from moe_train.train.engine.groups import leave_process_groups
         from moe_train.train.training import train_prepared
 
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
-            return train_prepared(prepared, output, errors, sample_text)
+            return train_prepared(prepared, log, sample_text)
         finally:
             leave_process_groups()
             for number, handler in handlers.items():  # a run that failed leaves them ignored, for it is about to end

@@ -10,9 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 MARKER = "MOE_TRAIN_TEST_COMMAND"  # a command's processes carry its own value of this environment variable
 TERMINATION_SECONDS = 2  # between SIGTERM and SIGKILL
 TAIL_CHARACTERS = 4000  # of either stream in an error message
+# Words before a command. /proc hides the processes of others, and then the command is one of a user who is not root:
+# without capabilities, and not in root's group.
+HIDES = ["unshare", "--mount", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$0" "$@"']
+DROPS = ["setpriv", "--regid", "65534", "--clear-groups", "--bounding-set", "-all", "--inh-caps", "-all", "--"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,16 @@ def run_process(
     if timed_out:
         raise TimeoutError(f"no end within {timeout} s: {result}")
     return result
+
+
+def needs(*words: str) -> None:
+    """Skips the test where a command cannot be run with these words before it, as by a user who is not root."""
+    try:
+        done = subprocess.run([*words, "true"], capture_output=True, timeout=20)
+    except OSError:
+        pytest.skip(f"{words[0]} is not installed")
+    if done.returncode:
+        pytest.skip(f"{' '.join(words)}: {done.stderr.decode()}")
 
 
 def end_processes(group: int, marker: str) -> None:

@@ -197,7 +197,7 @@ def _prune(options: argparse.Namespace, show: Show) -> int:
     from moe_train.checkpoint.inventory import checkpoints_folder
     from moe_train.checkpoint.tools.pruning import prune
     from moe_train.checkpoint.tools.tables import as_bytes, plain
-    from moe_train.train.run_lock import hold_checkpoints
+    from moe_train.train.checkpoint_hold import hold_checkpoints
 
     for name, least in (("keep_last", 1), ("keep_every", 0)):
         if getattr(options, name) < least:

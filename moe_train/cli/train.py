@@ -45,31 +45,36 @@ def run(arguments: Sequence[str], program: str = "moe-train train", sentinel: Ra
     from moe_train.distributed.bootstrap import discover_world
     from moe_train.plan.room import check_room
     from moe_train.train.preparation import prepare_run
-    from moe_train.train.run_folder import RunFolder, redirect_output
+    from moe_train.train.rank_log import redirect_output
+    from moe_train.train.run_folder import RunFolder
 
-    world = discover_world()
-    if sentinel is not None:
-        folder = RunFolder(Path(config.train.run_dir))
-        sentinel.tell_run_folder(folder.log(world.rank), folder.checkpoints)
+    world, checkpoints = discover_world(), RunFolder(Path(config.train.run_dir)).checkpoints
+
+    def follow(log: Path | None) -> None:
+        if sentinel is not None:
+            sentinel.tell_run_folder(log, checkpoints)
+
+    follow(None)
     prepared = prepare_run(config, world, check_room)
-    log = prepared.folder.log(prepared.world.rank)
-    output, errors = redirect_output(log)  # until the process ends, because libraries print until then
-    faulthandler.enable(errors)
+    log = redirect_output(prepared.folder, world.rank, follow)  # until the process ends: libraries print until then
+    faulthandler.enable(log.errors)
     from moe_train.infer.closing_sample import sample_text  # imports DeepSpeed: after the device is chosen
     from moe_train.train.training import train_prepared
 
     try:
-        result = train_prepared(prepared, output, errors, sample_text)
-    except (UsageError, RunFailed):
-        sys.stderr = errors  # where the message belongs
+        result = train_prepared(prepared, log, sample_text)
+    except (UsageError, RunFailed) as error:
+        sys.stderr = log.errors  # where the message belongs
+        if isinstance(error, UsageError):
+            log.discard()
         raise
     except BaseException as error:
-        traceback.print_exc(file=errors)
+        traceback.print_exc(file=log.errors)
         traceback.print_exc()
-        sys.stderr = errors
-        raise RunFailed(f"rank {prepared.world.rank} failed; its log is {log}", 1) from error
+        sys.stderr = log.errors
+        raise RunFailed(f"rank {prepared.world.rank} failed; its log is {log.path}", 1) from error
     with contextlib.suppress(OSError):  # a closed output ends no run
-        output.flush()
+        log.output.flush()
     return _code_of(result)
 
 

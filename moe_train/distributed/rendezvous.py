@@ -28,7 +28,7 @@ _NAME_SECONDS = 10.0  # for rank 0 to write the launch's name, which it does fir
 _ASK_SECONDS = 0.1  # between two polls whether rank 0 listens yet
 _RESOLVE_SECONDS = 30.0  # for the master's name to resolve: Kubernetes creates a pod's name as the pod starts
 LAUNCH_MARK = "MOE_TRAIN_LAUNCH"  # environment variable of all processes of a `moe-train launch`
-LAUNCH_OWNER = "MOE_TRAIN_LAUNCH_OWNER"  # environment variable: mark of the process that started the launcher
+LAUNCH_OWNER = "MOE_TRAIN_LAUNCH_OWNER"  # environment variable: identity of the process that started the launcher
 RANK_ENDED = signal.SIGUSR2  # to that process, when a rank had to be ended because its launcher was gone
 _LAUNCH_KEY, _SEATS = "moe_train/launch", "moe_train/seat"
 

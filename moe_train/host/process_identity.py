@@ -1,12 +1,15 @@
 """Identity of a process across hosts, restarts and containers: whether the one that is meant has ended."""
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
+
+from moe_train.host.processes import exists, status
 
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
 _NO_JOB = ("", "none")  # torchrun's run id if nobody gave one
@@ -39,8 +42,8 @@ class ProcessIdentity:
         with contextlib.suppress(OSError):  # a sandbox without them: then only heartbeats tell
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             namespace = os.readlink("/proc/self/ns/pid")
-        status = _status(os.getpid())
-        return cls(socket.gethostname(), boot, namespace, os.getpid(), status.started if status else 0, _job())
+        found = status(os.getpid())
+        return cls(socket.gethostname(), boot, namespace, os.getpid(), found.started if found else 0, _job())
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -54,45 +57,43 @@ class ProcessIdentity:
             raise ValueError(f"not the identity of a process: {found}")
         return cls(**found)  # type: ignore[arg-type]  # checked above
 
+    @classmethod
+    def parse(cls, text: str | bytes) -> Self | None:
+        """Read an identity from the text that `str` gives; None if it is none."""
+        try:
+            return cls.of(json.loads(text))
+        except (ValueError, AttributeError):
+            return None
+
+    def __str__(self) -> str:
+        return json.dumps(self.as_dict())
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)
 
+    def shares_pids(self, other: "ProcessIdentity") -> bool:
+        """Return whether two processes see each other's pid: the same host, start of it, and namespace of pids."""
+        place, other_place = ((each.host, each.boot, each.pid_namespace) for each in (self, other))
+        return place == other_place and all(place)
+
     def has_ended(self, here: "ProcessIdentity") -> bool:
         """Return whether the process has certainly ended; False if that cannot be known.
 
-        Only the same host, since the same start of it, and the same namespace of pids can tell.
+        Only a process that sees the same pids can tell.
 
         Args:
             here: Identity of this process.
         """
-        place, own_place = ((each.host, each.boot, each.pid_namespace) for each in (self, here))
-        if place != own_place or not all(place):
+        if not self.shares_pids(here):
             return False
-        status = _status(self.pid)
-        return status is None or status.started != self.started or status.is_dead
+        if (found := status(self.pid)) is None:
+            return not exists(self.pid)
+        return found.is_dead or found.started != self.started
 
     def describe(self) -> str:
         """Describe the process in a clause: host, pid, and job if there is one."""
         return f"host {self.host}, pid {self.pid}" + (f", job {self.job}" if self.job else "")
-
-
-@dataclass(frozen=True)
-class _Status:
-    started: int
-    is_dead: bool
-
-
-def _status(pid: int) -> _Status | None:
-    """Read /proc/PID/stat; None: there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    # The name in parentheses may hold anything. Behind it: state, and as the 18th and 20th value threads and start.
-    words = text[text.rfind(")") + 1 :].split()
-    # A killed process stays as a zombie until its parent asks; one with threads left may still write.
-    return _Status(int(words[19]), words[0] in "ZX" and int(words[17]) <= 1)
 
 
 def _job() -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,25 +16,42 @@ class Status:
 
     state: str
     parent: int
+    num_threads: int
     started: int
     exit_status: int
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the process has ended and waits for its parent to ask; with threads left it may still write."""
+        return self.state in "ZX" and self.num_threads <= 1
+
 
 def status(pid: int) -> Status | None:
-    """Read the status of a process; None if there is no such process."""
+    """Read the status of a process; None if there is no such process, or it is hidden (see `exists`)."""
     try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return Status(words[0], int(words[1]), int(words[19]), int(words[49]))  # fields 3, 4, 22 and 52 of proc(5)
-
-
-def command_line(pid: int) -> str:
-    """Return the command line of a process; "" if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
-        return ""
+        return None
+    return Status(words[0], *(int(words[field - 3]) for field in (4, 20, 22, 52)))  # as proc(5) numbers the fields
+
+
+def exists(pid: int) -> bool:
+    """Return whether there is a process, also where /proc hides those of other users (its option hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def arguments_of(pid: int) -> list[str]:
+    """Return the words of a process's command line; [] if it cannot be read."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
 
 
 def environment_of(pid: int) -> list[bytes]:
@@ -48,18 +66,6 @@ def processes_with(variable: str) -> list[int]:
     """Find the processes that were started with a word NAME=VALUE in their environment."""
     wanted = variable.encode()
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and wanted in environment_of(int(name))]
-
-
-def process_mark(pid: int) -> str:
-    """Build a mark that no other process has: process id, time of its start, name space of processes, and boot."""
-    found = status(pid)
-    space, boot = os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{pid} {found.started if found is not None else 0} {space} {boot}"
-
-
-def is_of_this_host(mark: str) -> bool:
-    """Return whether a mark is of a process that this process can see."""
-    return mark.split()[2:] == process_mark(os.getpid()).split()[2:]
 
 
 def descendants(pid: int) -> list[int]:
@@ -83,25 +89,34 @@ def end_processes(pids: Iterable[int]) -> None:
 
 @dataclass
 class Watched:
-    """Process whose end is noticed. A process that nobody has waited for yet has ended too."""
+    """Process whose end is noticed. A process that nobody has waited for yet has ended too.
+
+    Attributes:
+        pid: Process id.
+        started: Time of its start, because process ids are used again; None: /proc hides the process.
+        descriptor: Descriptor that becomes readable at its end; None: the kernel has none.
+    """
 
     pid: int
-    started: int
+    started: int | None
     descriptor: int | None = None
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
         """Begin to watch a process; None if there is no such process."""
         found = status(pid)
-        if found is None:
+        if found is None and not exists(pid):
             return None
         descriptor = None
         with contextlib.suppress(OSError, AttributeError):  # an old kernel: the end is noticed a second later
             descriptor = os.pidfd_open(pid)
-        return cls(pid, found.started, descriptor)
+        return cls(pid, found.started if found is not None else None, descriptor)
 
     @property
     def has_ended(self) -> bool:
         """Whether the process has ended."""
-        found = status(self.pid)
-        return found is None or found.started != self.started or found.state in "ZX"
+        if (found := status(self.pid)) is not None:
+            return found.is_dead or self.started not in (None, found.started)
+        if self.descriptor is not None and select.select([self.descriptor], [], [], 0)[0]:
+            return True
+        return not exists(self.pid)

@@ -20,7 +20,8 @@ from types import FrameType
 from moe_train.config.errors import EXIT_LOST, EXIT_STOPPED
 from moe_train.distributed.addresses import free_port
 from moe_train.distributed.rendezvous import LAUNCH_OWNER, RANK_ENDED
-from moe_train.host.processes import end_processes, environment_of, process_mark, processes_with, status
+from moe_train.host.process_identity import ProcessIdentity
+from moe_train.host.processes import end_processes, environment_of, processes_with, status
 
 _LOOK_SECONDS = 0.3
 _END_SECONDS = 30.0  # for the ranks to end after deepspeed has
@@ -37,7 +38,7 @@ class LocalLaunch:
 
     def __init__(self, command: Sequence[str], parent: int) -> None:
         self._command, self._parent = command, parent
-        self._variable = f"{LAUNCH_OWNER}={process_mark(os.getpid())}"
+        self._variable = f"{LAUNCH_OWNER}={ProcessIdentity.own()}"
         self._stops: list[int] = []
         self._is_lost = False
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_train.distributed.rendezvous import LAUNCH_OWNER
+from moe_train.host.control_groups import count_memory_kills
 from moe_train.liveness.sentinel_process import Task
 
 _ROOT = str(Path(__file__).resolve().parents[2])  # the folder of the package
@@ -31,16 +32,16 @@ class RankSentinel:
     def __init__(self, process: "subprocess.Popen[bytes] | None") -> None:
         self._process = process
 
-    def tell(self, **facts: str | bool) -> None:
+    def tell(self, **facts: str | bool | None) -> None:
         """Tell the sentinel what it needs to know of the run: fields of `Task`."""
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.closed:
             with contextlib.suppress(OSError):  # somebody has ended it: the rank goes on without it
                 self._process.stdin.write(json.dumps(facts).encode() + b"\n")
                 self._process.stdin.flush()
 
-    def tell_run_folder(self, log: Path, checkpoints: Path) -> None:
-        """Tell where the rank's log and the checkpoints are."""
-        self.tell(log=str(log.absolute()), checkpoints=str(checkpoints.absolute()))
+    def tell_run_folder(self, log: Path | None, checkpoints: Path) -> None:
+        """Tell where the rank's log is, if there is one yet, and the checkpoints."""
+        self.tell(log=None if log is None else str(log.absolute()), checkpoints=str(checkpoints.absolute()))
 
     @property
     def pid(self) -> int | None:
@@ -65,7 +66,8 @@ def start_sentinel(environ: Mapping[str, str]) -> RankSentinel:
     if found is None or not sys.platform.startswith("linux"):
         return RankSentinel(None)
     launcher, rank = found
-    task = Task(os.getpid(), parent, f"rank {rank}", launcher, owner=environ.get(LAUNCH_OWNER, ""))
+    owner, kills = environ.get(LAUNCH_OWNER, ""), count_memory_kills()
+    task = Task(os.getpid(), parent, f"rank {rank}", launcher, owner, kills)
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM, json.dumps(asdict(task))]
     sentinel = RankSentinel(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
     atexit.register(sentinel.leave)

@@ -17,28 +17,27 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from moe_train.distributed.rendezvous import RANK_ENDED
-from moe_train.host.processes import (
-    Watched,
-    command_line,
-    descendants,
-    end_processes,
-    is_of_this_host,
-    process_mark,
-    status,
-)
+from moe_train.host.control_groups import count_memory_kills
+from moe_train.host.process_identity import ProcessIdentity
+from moe_train.host.processes import Watched, arguments_of, descendants, end_processes, status
 
-# Programs that start ranks, as words of a command line. A process above a launcher belongs to it if its command line
-# has such a word: deepspeed's front end, a shell that runs a launcher, mpirun above its proxy, `make`.
-_LAUNCHERS = re.compile(
-    r"(^|[/ ])(deepspeed|deepspeed\.launcher\.\w+|torchrun|torch\.distributed\.\w+|accelerate|mpirun\S*|mpiexec\S*|"
-    r"prterun|prted?|orted|orterun|hydra\S*|slurmstepd\S*|srun|make|gmake|moe-train|moe_train\S*)([ :;]|$)"
+# Programs that start ranks. A process above a launcher belongs to it if it is one of them, such as deepspeed's front
+# end, mpirun above its proxy, or `make`.
+_NAMES = (
+    r"deepspeed|deepspeed\.launcher\.\w+|torchrun|torch\.distributed\.\w+|accelerate|mpirun\S*|mpiexec\S*|"
+    r"prterun|prted?|orted|orterun|hydra\S*|slurmstepd\S*|srun|make|gmake|moe-train|moe_train\S*"
 )
-# These adopt processes whose parent has ended. They start no rank themselves.
+_LAUNCHERS, _NAMED_LAUNCHERS = re.compile(_NAMES), re.compile(rf"(^|[/ ])({_NAMES})([ :;]|$)")
+_DEEPSPEED_LAUNCH = "deepspeed.launcher.launch"  # child of deepspeed's front end, or of a shell under sshd
+_SHELLS = ("sh", "bash", "dash", "ash", "zsh", "ksh", "mksh", "csh", "tcsh", "fish", "busybox")
+_BACKGROUND = re.compile(r"(?<![&><|\\])&(?![&>])")
+# These adopt processes whose parent has ended. They start no rank themselves, but for a container's first process.
 _ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit")
 _MOST_ANCESTORS = 32
 _LOOK_SECONDS = 1.0
@@ -55,7 +54,8 @@ class Task:
         parent: Process id of the rank's parent, from the rank's first lines.
         name: Name of the rank in messages, such as "rank 1".
         launcher: Name of the launcher in messages, such as "torchrun".
-        owner: Mark of the process that started the launcher, from `process_mark`; "": none is known.
+        owner: Identity of the process that started the launcher, as text; "": none is known.
+        memory_kills: Kills for lack of memory in the rank's control group before its first lines; None: unknown.
         log: The rank's log; None until the run folder is known.
         checkpoints: Folder of checkpoints; None until the run folder is known.
         is_leaving: Whether the rank is about to end as planned.
@@ -66,56 +66,98 @@ class Task:
     name: str
     launcher: str
     owner: str = ""
+    memory_kills: int | None = None
     log: str | None = None
     checkpoints: str | None = None
     is_leaving: bool = False
 
 
-def launcher_chain(parent: int) -> list[Watched] | None:
+def launcher_chain(rank: int, parent: int, launcher: str) -> list[Watched] | None:
     """Find the processes that make up a rank's launcher.
 
     Args:
-        parent: Parent of the rank.
+        rank: Process id of the rank.
+        parent: Parent of the rank; 0: it is outside of the rank's container.
+        launcher: Name of the launcher.
 
     Returns:
-        The parent, and the launchers above it; None if the launcher is gone already.
+        The parent, and the launchers above it, as far as they can be seen; None if the launcher is certainly gone.
     """
-    if is_adopter(parent):
-        return None
-    found, pid = list[Watched](), parent
-    while len(found) < _MOST_ANCESTORS:
-        watched, line = Watched.of(pid), command_line(pid)
-        if watched is None:
+    found, child, pid, is_launch = list[Watched](), rank, parent, False
+    while pid > 0 and len(found) < _MOST_ANCESTORS:
+        words = arguments_of(pid)
+        program = program_of(words)
+        if (child == rank or is_launch) and was_adopted(child, pid, launcher):
             return None
-        found.append(watched)
-        is_child = "deepspeed.launcher.launch" in line  # of deepspeed's front end, or of a shell under sshd
-        current = status(pid)
-        pid = current.parent if current is not None else 0
-        if is_child and is_adopter(pid):
-            return None
-        above = command_line(pid)
-        if pid <= 1 or not (_LAUNCHERS.search(above) or (is_child and above.startswith("sshd"))):
+        is_sshd = is_launch and program.startswith("sshd")
+        if child == rank or is_sshd or _LAUNCHERS.fullmatch(program):
+            watched = Watched.of(pid)
+            if watched is None:
+                return None
+            found.append(watched)
+        elif not waits_for_launcher(words):
             break
+        is_launch = program == _DEEPSPEED_LAUNCH or (is_launch and program in _SHELLS)
+        current = status(pid)
+        child, pid = pid, current.parent if current is not None else 0
     return found
 
 
+def waits_for_launcher(words: Sequence[str]) -> bool:
+    """Return whether a command line is that of a shell that starts a launcher and waits for it, as in a recipe of make.
+
+    The end of such a shell alone is no reason to end ranks: its launcher lives. But what is above it belongs to the
+    launcher. A shell that starts anything in the background may end as planned long before the launcher.
+    """
+    line = " ".join(words)
+    return program_of(words) in _SHELLS and bool(_NAMED_LAUNCHERS.search(line)) and not _BACKGROUND.search(line)
+
+
+def program_of(words: Sequence[str]) -> str:
+    """Return the name of the program that a command line runs; for Python, that of the script or module."""
+    first, *rest = words or [""]
+    name = Path(first.partition(": ")[0]).name.lstrip("-")  # "slurmstepd: [7.0]"; "-bash"
+    if not name.startswith("python"):
+        return name
+    options = iter(rest)
+    for word in options:
+        if word == "-m":
+            return next(options, "")
+        if word in ("-W", "-X"):
+            next(options, "")
+        elif not word.startswith("-"):
+            return Path(word).name
+        elif word == "-c":
+            break
+    return name
+
+
+def was_adopted(pid: int, parent: int, launcher: str) -> bool:
+    """Return whether a process certainly has another parent than the one that started it.
+
+    A process begins in its parent's session, and may make one of its own, as torchrun's ranks do.
+
+    Args:
+        pid: Process id of the child.
+        parent: Process id of its parent now.
+        launcher: Name of the launcher.
+    """
+    if not is_adopter(parent):
+        return False
+    try:
+        session, parents_session = os.getsid(pid), os.getsid(parent)
+    except OSError:
+        return False
+    if session in (0, parents_session):  # 0: a session of another namespace
+        return False
+    program = program_of(arguments_of(parent))
+    return session != pid or (launcher == "torchrun" and program != "" and not program.startswith("python"))
+
+
 def is_adopter(pid: int) -> bool:
-    """Return whether a process is none that starts ranks: it has adopted them after the end of their parent."""
-    if pid <= 0:
-        return True
-    line = command_line(pid)
-    if Path(line.partition(" ")[0]).name in _ADOPTERS:
-        return True
-    return pid == 1 and _LAUNCHERS.search(line) is None  # in a container, process 1 may be the launcher
-
-
-def count_memory_kills() -> int | None:
-    """Return how many processes the kernel has killed for lack of memory since the boot; None if it does not tell."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return None
+    """Return whether a process may have adopted others after the end of their parent."""
+    program = program_of(arguments_of(pid))
+    return program in _ADOPTERS or (pid == 1 and not _LAUNCHERS.fullmatch(program))
 
 
 def describe_signal(number: int, memory_kills: int | None) -> str:
@@ -123,10 +165,12 @@ def describe_signal(number: int, memory_kills: int | None) -> str:
 
     Args:
         number: Number of the signal; 0: unknown.
-        memory_kills: Processes that the kernel killed for lack of memory while the rank lived; None: unknown.
+        memory_kills: Processes of its control group that the kernel killed for lack of memory while the rank lived;
+            None: unknown.
     """
     if number not in (0, signal.SIGKILL):
-        return f"was ended by signal {number} ({signal.Signals(number).name})"
+        name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""  # real-time signals
+        return f"was ended by signal {number}{name}"
     reason = "often for lack of memory"
     if memory_kills is not None:
         reason = "by the kernel, for lack of memory" if memory_kills else "not by the kernel for lack of memory"
@@ -154,13 +198,11 @@ class Sentinel:
         task: Task, to which the rank adds.
         owner: Process that started the launcher; None: not known.
         stopped: Last signal that this process got together with its rank.
-        memory_kills: Kills for lack of memory before the rank began.
     """
 
     task: Task
     owner: Watched | None = None
     stopped: signal.Signals | None = None
-    memory_kills: int | None = field(default_factory=count_memory_kills)
     _unread: bytes = b""
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -204,7 +246,7 @@ class Sentinel:
         number = 0 if exit_status is None else exit_status & 0x7F
         if exit_status is not None and number in (0, self.stopped):
             return  # as it was told to: who sent the signal knows
-        before, now = self.memory_kills, count_memory_kills()
+        before, now = self.task.memory_kills, count_memory_kills()
         text = describe_signal(number, None if before is None or now is None else now - before)
         if self.stopped is not None:
             text += f" after {self.stopped.name}"
@@ -238,7 +280,9 @@ def watch(sentinel: Sentinel, rank: Watched, launchers: list[Watched]) -> None:
             sentinel.hear_last_words()
             sentinel.report_end(found.exit_status if found is not None and found.started == rank.started else None)
             return
-        if gone_at is None and any(each.has_ended for each in launchers):
+        current = status(rank.pid)
+        is_adopted = current is not None and current.parent != sentinel.task.parent  # the parent may be hidden
+        if gone_at is None and (is_adopted or any(each.has_ended for each in launchers)):
             gone_at = time.monotonic()
             for each in launchers:
                 if each.descriptor is not None:
@@ -260,14 +304,15 @@ def main() -> None:
         sentinel.hear_last_words()
         sentinel.report_end(None)
         return
-    launchers, current = launcher_chain(task.parent), status(task.pid)
+    launchers, current = launcher_chain(task.pid, task.parent, task.launcher), status(task.pid)
     is_orphan = launchers is None or (current is not None and current.parent != task.parent)
-    if task.owner and is_of_this_host(task.owner) and launchers is not None:
-        sentinel.owner = owner = Watched.of(int(task.owner.split()[0]))
-        if owner is None or process_mark(owner.pid) != task.owner:
-            is_orphan, sentinel.owner = True, None
+    owner, here = ProcessIdentity.parse(task.owner), ProcessIdentity.own()
+    if owner is not None and owner.shares_pids(here) and launchers is not None:
+        sentinel.owner = Watched.of(owner.pid) if not owner.has_ended(here) else None
+        if sentinel.owner is None:
+            is_orphan = True
         else:
-            launchers.append(owner)
+            launchers.append(sentinel.owner)
     if launchers is None or is_orphan:
         sentinel.end_rank()
     else:

@@ -1,14 +1,9 @@
 """Folder of a run: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, logs/, summary.json."""
 
-import atexit
-import contextlib
-import logging
 import os
-import sys
-from collections.abc import Iterator
+import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml
@@ -55,6 +50,10 @@ class RunFolder:
         """Return the path of a rank's log, with what libraries print."""
         return self.root / "logs" / f"rank_{rank:05d}.log"
 
+    def start_log(self, rank: int, pid: int | str) -> Path:
+        """Return the path of the log of a start on this host, until the folder's lock is held."""
+        return self.root / "logs" / f"start_{rank:05d}_{socket.gethostname()}_{pid}.log"
+
 
 def open_run_folder(run_dir: str) -> RunFolder:
     """Create the folder of a run if it does not exist.
@@ -87,62 +86,3 @@ def _replace(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def redirect_output(log: Path) -> tuple[TextIO, TextIO]:
-    """Send what libraries print, and log, to a log file until the process ends.
-
-    Args:
-        log: Log file; the output is appended.
-
-    Returns:
-        Streams of the standard output and error as they were.
-    """
-    redirection = contextlib.ExitStack()
-    streams = redirection.enter_context(redirected_output(log))
-    atexit.register(redirection.close)  # keeps it until then
-    logging.captureWarnings(True)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
-    return streams
-
-
-@contextlib.contextmanager
-def redirected_output(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
-    """Send what libraries print to a log file while the block runs.
-
-    It also works if the streams of Python have no file descriptors, as in a notebook.
-
-    Args:
-        log: File that the output is appended to.
-
-    Yields:
-        Streams of standard output and standard error as they were.
-    """
-    output, errors = sys.stdout, sys.stderr
-    stream = log.open("a", encoding="utf-8", buffering=1)  # stays open: loggers that are made meanwhile keep it
-    with contextlib.ExitStack() as undo:
-        kept = [_redirect_descriptor(number, own, stream, undo) for number, own in ((1, output), (2, errors))]
-        sys.stdout = sys.stderr = stream
-        try:
-            yield kept[0], kept[1]
-        finally:
-            sys.stdout, sys.stderr = output, errors
-
-
-def _redirect_descriptor(number: int, own: TextIO | None, log: TextIO, undo: contextlib.ExitStack) -> TextIO:
-    """Send a file descriptor of the process to the log; return a stream to where `own` went before."""
-    if own is None:  # it was closed when the process started
-        return log
-    own.flush()
-    try:
-        kept = os.dup(number)
-    except OSError:  # it is closed
-        return own
-    os.dup2(log.fileno(), number)
-    undo.callback(os.close, kept)
-    undo.callback(os.dup2, kept, number)
-    try:
-        is_descriptor = own.fileno() == number
-    except (OSError, AttributeError):  # a stream of a notebook
-        return own
-    return undo.enter_context(os.fdopen(os.dup(kept), "w", buffering=1, encoding="utf-8")) if is_descriptor else own

@@ -7,7 +7,7 @@ file is gone has lost the lock. A lock that was given back keeps its number unde
 
 The owner touches its file every few seconds. Its age is the file server's time on both sides: that of the touch, and
 that of a file which the judging process makes there. Every look opens the file, because NFS clients ask the server
-again only then.
+again only then; it compares the text, because numbers begin again in a folder that was removed.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import os
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,39 @@ class LockLost(RuntimeError):
     """Error for a run whose folder another run has taken over, because this one gave no sign of life."""
 
     exit_code = EXIT_LOST
+
+
+@dataclass(frozen=True)
+class HeldLock:
+    """Lock that a run holds.
+
+    Attributes:
+        path: File of the lock.
+        text: Text of the file, which no other lock has: the identity of the owner, and a mark.
+    """
+
+    path: Path
+    text: str
+
+    def is_there(self, touch: bool = False) -> bool:
+        """Return whether the file is still that of this lock.
+
+        Args:
+            touch: Whether to give a sign of life.
+
+        Raises:
+            OSError: If the server does not answer.
+        """
+        try:
+            with self.path.open("rb") as file:
+                is_own = file.read(_MOST_BYTES).decode(errors="replace") == self.text
+                if is_own and touch:
+                    os.utime(file.fileno())  # without a time: the server sets its own
+        except OSError as error:
+            if error.errno in _GONE:
+                return False
+            raise
+        return is_own
 
 
 @dataclass(frozen=True)
@@ -71,15 +105,20 @@ class RunLock:
         """
         self.run_dir, self._folder = run_dir, run_dir / "lock"
         self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds
-        self._path: Path | None = None
+        self._held: HeldLock | None = None
         self._is_owner = self._is_lost = False
         self._is_writing = threading.RLock()
         self._released = threading.Event()
 
     @property
+    def held(self) -> HeldLock | None:
+        """The held lock, for `join` on other ranks; None: it is not held."""
+        return self._held
+
+    @property
     def path(self) -> Path | None:
-        """File of the held lock, for `join` on other ranks; None: it is not held."""
-        return self._path
+        """File of the held lock; None: it is not held."""
+        return self._held.path if self._held is not None else None
 
     def try_acquire(self) -> Holder | None:
         """Acquire the lock if no living run holds it.
@@ -92,6 +131,7 @@ class RunLock:
         """
         self._folder.mkdir(exist_ok=True)
         here, least = ProcessIdentity.own(), 0
+        text = json.dumps(here.as_dict() | {"mark": uuid.uuid4().hex}) + "\n"
         while True:
             highest = max([least, *self._numbers()])
             if highest and not self._is_released(highest):
@@ -103,26 +143,26 @@ class RunLock:
                 if not has_ended and holder.seconds < self._stale_seconds:
                     return holder
             number = highest + 1
-            if not _create(self._folder / _name(number), here):
+            if not _create(self._folder / _name(number), text):
                 least = number  # another start was faster; a cached listing may not show it yet
-            elif max(self._numbers()) > number:
+            elif max(self._numbers()) > number or self._is_released(number):
                 (self._folder / _name(number)).unlink(missing_ok=True)  # judged by what is long past
             else:
                 break
         for lower in sorted(self._numbers() - {number}):  # its owner loses it before this run writes
             for name in (_name(lower), _name(lower) + _RELEASED):
                 (self._folder / name).unlink(missing_ok=True)
-        self._path, self._is_owner = self._folder / _name(number), True
-        threading.Thread(target=self._give_signs_of_life, args=(self._path,), name="run lock", daemon=True).start()
+        self._held, self._is_owner = HeldLock(self._folder / _name(number), text), True
+        threading.Thread(target=self._give_signs_of_life, args=(self._held,), name="run lock", daemon=True).start()
         return None
 
-    def join(self, path: Path) -> None:
+    def join(self, held: HeldLock) -> None:
         """Take part in the lock that rank 0 holds, without signs of life.
 
         Args:
-            path: `path` of rank 0.
+            held: `held` of rank 0.
         """
-        self._path = path
+        self._held = held
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -142,29 +182,23 @@ class RunLock:
             LockLost: If it does not.
             OSError: If the server does not answer.
         """
-        if self._path is None or self._released.is_set():
+        if self._held is None or self._released.is_set():
             raise LockLost(f"{self.run_dir} is not held by this run (any more): nothing is written into it")
-        if not self._is_lost:
-            try:
-                os.close(os.open(self._path, os.O_RDONLY))
-            except OSError as error:
-                if error.errno not in _GONE:
-                    raise
-                self._is_lost = not self._begin_again(self._path)
+        if not self._is_lost and not self._held.is_there():
+            self._is_lost = not self._begin_again(self._held)
         self.check_known()
 
-    def _begin_again(self, path: Path) -> bool:
+    def _begin_again(self, held: HeldLock) -> bool:
         """Lock the folder once more if it was moved or removed, as a whole: then no other run has taken it over."""
         with self._is_writing:
-            if path.exists():  # another thread was faster
+            if held.is_there():  # another thread was faster
                 return True
             if self._folder.exists():
                 return False
             if not self._is_owner:  # rank 0 does it
                 return True
             self._folder.mkdir(parents=True, exist_ok=True)
-            _create(path, ProcessIdentity.own())
-            return self._numbers() == {int(path.name)}
+            return _create(held.path, held.text) and self._numbers() == {int(held.path.name)}
 
     def check_known(self) -> None:
         """Raise if the loss of the lock is known already; nothing is asked.
@@ -180,18 +214,17 @@ class RunLock:
         with self._is_writing:
             is_held, self._is_owner = self._is_owner, False
             self._released.set()
-            if is_held and self._path is not None:
-                with contextlib.suppress(OSError):  # taken over, or the server is gone: then it grows stale
-                    self._path.rename(self._path.with_name(self._path.name + _RELEASED))
+            if is_held and self._held is not None:
+                path = self._held.path
+                with contextlib.suppress(OSError):  # the server is gone: then it grows stale
+                    if self._held.is_there():
+                        path.rename(path.with_name(path.name + _RELEASED))
 
-    def _give_signs_of_life(self, path: Path) -> None:
+    def _give_signs_of_life(self, held: HeldLock) -> None:
         while not self._released.wait(self._beat_seconds):
-            try:
-                os.utime(path)  # without a time: the server sets its own
-            except OSError as error:
-                if error.errno in _GONE and not self._released.is_set():
-                    with contextlib.suppress(OSError, LockLost):  # `check_known` tells of it
-                        self.check()
+            with contextlib.suppress(OSError, LockLost):  # `check_known` tells of a loss
+                if not held.is_there(touch=True) and not self._released.is_set():
+                    self.check()
 
     def _numbers(self) -> set[int]:
         found = (name.removesuffix(_RELEASED) for name in os.listdir(self._folder))
@@ -212,21 +245,19 @@ class RunLock:
         with tempfile.TemporaryFile(dir=self._folder) as probe:
             os.utime(probe.fileno())
             now = os.fstat(probe.fileno()).st_mtime
-        try:
-            identity = ProcessIdentity.of(json.loads(text))
-        except (ValueError, AttributeError):  # its start was killed before the text was written
-            identity = None
-        return Holder(identity, now - touched)
+        return Holder(ProcessIdentity.parse(text), now - touched)  # None: killed before the text was written
 
     def _describe_loss(self) -> str:
-        try:
-            holder = self._holder(max(self._numbers(), default=0))
-        except OSError:
-            holder = None
-        who = f"was taken over ({holder.describe()})" if holder is not None else "was taken over"
+        number, holder = 0, None
+        with contextlib.suppress(OSError):
+            number = max(self._numbers(), default=0)
+            holder = self._holder(number)
+        who = f" ({holder.describe()})" if holder is not None else ""
+        if self.path is not None and number == int(self.path.name):  # it began with number 1 again
+            return f"{self._folder} was removed, and another run holds the folder{who}: this run writes nothing more"
         return (
-            f"{self.run_dir} {who} while this run gave no sign of life, as one that was suspended for more than "
-            f"{self._stale_seconds:g} s: it writes nothing more"
+            f"{self.run_dir} was taken over{who} while this run gave no sign of life, as one that was suspended for "
+            f"more than {self._stale_seconds:g} s: it writes nothing more"
         )
 
 
@@ -252,7 +283,7 @@ def acquire_together(
     """
     began, waited_for = time.monotonic(), ""
 
-    def try_once() -> tuple[Path | None, str]:
+    def try_once() -> tuple[HeldLock | None, str]:
         if rank != 0:
             return None, ""
         try:
@@ -260,7 +291,7 @@ def acquire_together(
         except OSError as error:
             raise UsageError(f"train.run_dir ({str(lock.run_dir)!r}) cannot be locked: {error}") from error
         if holder is None:
-            return lock.path, ""
+            return lock.held, ""
         if (waited := time.monotonic() - began) >= wait_seconds:
             raise UsageError(
                 f"train.run_dir ({str(lock.run_dir)!r}) is in use by another run ({holder.describe()}), still after "
@@ -270,9 +301,9 @@ def acquire_together(
 
     while True:
         found = run_on_all_ranks(try_once, group=group)
-        path, holder = gather_objects(found, group)[0]
-        if path is not None:
-            lock.join(path)
+        held, holder = gather_objects(found, group)[0]
+        if held is not None:
+            lock.join(held)
             return waited_for
         if rank == 0 and not waited_for:
             say(f"waiting up to {wait_seconds:g} s: {lock.run_dir} is in use by another run ({holder})")
@@ -280,40 +311,11 @@ def acquire_together(
         time.sleep(min(_POLL_SECONDS, max(0.0, wait_seconds - (time.monotonic() - began))))
 
 
-@contextlib.contextmanager
-def hold_checkpoints(checkpoints: Path) -> Iterator[None]:
-    """Hold a run's lock while one process changes its checkpoints.
-
-    Args:
-        checkpoints: Folder of the run's checkpoints; one of another name is not in a run's folder, and has no lock.
-
-    Raises:
-        UsageError: If a run is at work in the folder, or the folder cannot be written.
-    """
-    if checkpoints.name != "checkpoints":
-        yield
-        return
-    lock = RunLock(checkpoints.parent)
-    try:
-        holder = lock.try_acquire()
-    except OSError as error:
-        raise UsageError(f"{str(checkpoints.parent)!r} cannot be locked: {error}") from error
-    if holder is not None:
-        raise UsageError(
-            f"{str(checkpoints.parent)!r} is in use by a run ({holder.describe()}), which removes its checkpoints by "
-            "checkpoint.keep_last and checkpoint.keep_every: wait for its end, or stop it first"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _name(number: int) -> str:
     return f"{number:08d}"
 
 
-def _create(path: Path, identity: ProcessIdentity) -> bool:
+def _create(path: Path, text: str) -> bool:
     """Create the file of a lock; return False if it exists already."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -321,7 +323,7 @@ def _create(path: Path, identity: ProcessIdentity) -> bool:
         return False
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(identity.as_dict()) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.utime(path)  # the writing client may have set its own time

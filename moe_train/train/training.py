@@ -7,7 +7,6 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TextIO
 
 from moe_train.checkpoint.folders import Retention, remove_leftovers
 from moe_train.checkpoint.reader import load_checkpoint
@@ -39,6 +38,7 @@ from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.loop import Run, TrainResult, train
 from moe_train.train.preparation import PreparedRun
 from moe_train.train.progress import Progress
+from moe_train.train.rank_log import RankLog
 from moe_train.train.recovery import Recovery
 from moe_train.train.remarks import remarks
 from moe_train.train.resume import changed_data, changed_fields, check_resumable, split_warnings
@@ -57,13 +57,12 @@ from moe_train.train.tracing import StepTracer
 Sampler = Callable[[Run], str | None]
 
 
-def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample: Sampler) -> TrainResult:
+def train_prepared(prepared: PreparedRun, log: RankLog, sample: Sampler) -> TrainResult:
     """Train to the end of the run, or until a signal asks to stop.
 
     Args:
         prepared: Run prepared on this rank, from `prepare_run`.
-        output: Stream for what rank 0 shows.
-        errors: Stream for reports of hanging steps and lost ranks.
+        log: Log of this rank, with the streams for what rank 0 shows, and for reports of hanging steps and lost ranks.
         sample: Function that draws the text of the closing summary.
 
     Raises:
@@ -73,7 +72,7 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
     Collective: All ranks.
     """
     config, world = prepared.config, prepared.world
-    console = RunConsole(output if world.rank == 0 else None)
+    console = RunConsole(log.output if world.rank == 0 else None)
     layout = f"{world.world_size} x {prepared.device.type} ({world.launcher}), {config.train.precision}"
     layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
@@ -84,7 +83,7 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
 
     def warn(text: str) -> None:
         with contextlib.suppress(OSError):  # nobody may read it any more
-            print(text, file=errors, flush=True)
+            print(text, file=log.errors, flush=True)
 
     init_process_group(world, prepared.device, config.parallel.timeout_seconds, warn)
     if config.train.compile:
@@ -96,10 +95,10 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
         world.world_size,
         step_timeout_seconds=config.train.step_timeout_seconds,
         peer_timeout_seconds=config.parallel.peer_timeout_seconds,
-        streams=(sys.stderr, errors),
+        streams=(sys.stderr, log.errors),
     )
     try:
-        result = _train_watched(prepared, lock, health, console, errors, sample)
+        result = _train_watched(prepared, lock, health, console, log, sample)
     except UsageError as error:
         health.peers.fail(str(error))  # most often all ranks find the error; none must wait for one that has left
         raise
@@ -107,7 +106,7 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
         with contextlib.suppress(OSError):
             traceback.print_exc()  # to the log, before others are asked
         reason, code = health.explain(error)
-        raise RunFailed(f"rank {world.rank}: {reason}; its log is {prepared.folder.log(world.rank)}", code) from error
+        raise RunFailed(f"rank {world.rank}: {reason}; its log is {log.path}", code) from error
     finally:
         health.watchdog.stop()
         lock.release()
@@ -116,18 +115,18 @@ def train_prepared(prepared: PreparedRun, output: TextIO, errors: TextIO, sample
 
 
 def _train_watched(
-    prepared: PreparedRun, lock: RunLock, health: Health, console: RunConsole, errors: TextIO, sample: Sampler
+    prepared: PreparedRun, lock: RunLock, health: Health, console: RunConsole, log: RankLog, sample: Sampler
 ) -> TrainResult:
     def say(text: str) -> None:
         with contextlib.suppress(OSError):  # nobody may read it any more
-            print(f"rank {prepared.world.rank}: {text}", file=errors, flush=True)
+            print(f"rank {prepared.world.rank}: {text}", file=log.errors, flush=True)
 
+    group = create_background_group()
+    # Before signals wait for the end of a step: one that comes while this start waits for another run ends it at once.
+    waited_for = acquire_together(lock, prepared.world.rank, prepared.config.train.lock_wait_seconds, console.say)
+    log.begin()
     with StopSignals(say) as signals:
         try:
-            group = create_background_group()
-            waited_for = acquire_together(
-                lock, prepared.world.rank, prepared.config.train.lock_wait_seconds, console.say
-            )
             point = _agree(prepared, group)
             if waited_for and point.manifest is not None and point.manifest.step == prepared.config.train.steps:
                 raise UsageError(

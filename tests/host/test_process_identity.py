@@ -3,11 +3,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from moe_train.host.process_identity import ProcessIdentity
+from tests.processes import DROPS, HIDES, needs, run_process
 
+ROOT = Path(__file__).resolve().parents[2]
 SLEEP = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
 
 
@@ -43,6 +46,23 @@ def test_a_killed_process_has_ended_before_its_parent_asks_and_afterwards(child:
 def test_a_pid_that_another_process_uses_now_has_ended(child: subprocess.Popen) -> None:
     identity = identity_of(child)
     assert replace(identity, started=identity.started - 1).has_ended(ProcessIdentity.own())
+
+
+LOOKS = """
+import pathlib, sys
+from moe_train.host.process_identity import ProcessIdentity
+identity = ProcessIdentity.parse(sys.argv[1])
+print(pathlib.Path(f"/proc/{identity.pid}").exists(), identity.has_ended(ProcessIdentity.own()))
+"""
+
+
+def test_a_process_that_proc_hides_has_not_ended(child: subprocess.Popen) -> None:
+    needs(*HIDES, *DROPS)
+    words = [*HIDES, *DROPS, sys.executable, "-c", LOOKS, str(identity_of(child))]
+    assert run_process(words, 60, cwd=ROOT).stdout == "False False\n"
+    child.kill()
+    child.wait()
+    assert run_process(words, 60, cwd=ROOT).stdout == "False True\n"
 
 
 @pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"boot": "before"}, {"pid_namespace": "pid:[1]"}])

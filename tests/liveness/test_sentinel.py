@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from moe_train.host.processes import process_mark
-from moe_train.liveness.sentinel_process import count_memory_kills, describe_checkpoint, describe_signal, is_adopter
-from tests.processes import MARKER, end_processes, marked_processes
+from moe_train.host.control_groups import control_groups, count_memory_kills
+from moe_train.host.process_identity import ProcessIdentity
+from moe_train.host.processes import status
+from moe_train.liveness.sentinel_process import describe_checkpoint, describe_signal, is_adopter, program_of
+from tests.processes import DROPS, HIDES, MARKER, end_processes, marked_processes, needs
 from tests.train.runs import ROOT
 
 SECONDS = 20  # of a busy machine; the sentinel acts after one
@@ -127,9 +129,11 @@ def test_a_launcher_that_ended_before_the_first_line(launch: Callable[..., Launc
 
 def test_the_owner_of_the_launcher_ended_before(launch: Callable[..., Launched]) -> None:
     with subprocess.Popen(["sleep", "100"]) as owner:
-        mark = process_mark(owner.pid)
+        found = status(owner.pid)
+        assert found is not None
+        identity = replace(ProcessIdentity.own(), pid=owner.pid, started=found.started)
         owner.kill()
-    launched = launch(MOE_TRAIN_LAUNCH_OWNER=mark)
+    launched = launch(MOE_TRAIN_LAUNCH_OWNER=str(identity))
     wait_until(lambda: launched.is_gone)
     assert "its launcher (torchrun) is gone" in launched.terminal
 
@@ -166,6 +170,133 @@ def test_a_rank_that_was_told_to_stop_may_save(launch: Callable[..., Launched]) 
     assert "is gone" not in launched.log
 
 
+BELOW = "import os, subprocess, sys; sys.exit(subprocess.run([{words}sys.executable, '-c', sys.argv[-1]]).returncode)"
+NEW_PIDS = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+AS_CHILD = f"""
+import os, subprocess, sys
+os.environ["RANK_PROGRAM"] = sys.argv[1]
+sys.exit(subprocess.run({NEW_PIDS!r} + ["sh", "-c", sys.executable + ' -c "$RANK_PROGRAM"; exit $?']).returncode)
+"""
+
+
+def below(*words: str) -> str:
+    """A launcher that starts its rank by further words."""
+    return BELOW.format(words="".join(f"{word!r}, " for word in words))
+
+
+LIVES = "time.sleep(4); child.kill(); (folder / 'done').touch()"
+
+
+def test_a_parent_that_proc_hides_is_not_gone(launch: Callable[..., Launched]) -> None:
+    """As slurmstepd, of root, on hosts whose /proc is mounted with hidepid=2."""
+    needs(*HIDES, *DROPS)
+    inner = below(*DROPS)
+    outer = f"import os, sys; os.execvp('unshare', {HIDES!r} + [sys.executable, '-c', {inner!r}, sys.argv[1]])"
+    launched = launch("print(os.path.exists(f'/proc/{os.getppid()}'), flush=True); time.sleep(100)", launcher=outer)
+    rank = launched.rank
+    time.sleep(4)
+    assert launched.terminal == "False\n" and rank in marked_processes(launched.marker)
+    launched.process.kill()
+    launched.process.wait()
+    wait_until(lambda: launched.is_gone)
+    assert "its launcher (torchrun) is gone" in launched.log
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(below(*NEW_PIDS), id="process 1 of a container"),
+        pytest.param(AS_CHILD, id="child of process 1"),
+    ],
+)
+def test_a_rank_in_a_container_of_its_own_lives(launch: Callable[..., Launched], launcher: str) -> None:
+    needs(*NEW_PIDS)
+    launched = launch(LIVES, launcher=launcher)
+    assert launched.rank < 10 and launched.process.wait(SECONDS) == 0
+    assert (launched.folder / "done").exists() and launched.terminal == ""
+
+
+def with_torchrun(folder: Path, command: str) -> str:
+    """A launcher that runs a shell's command, in which {} is a torchrun."""
+    (folder / "torchrun").write_text(LAUNCHER)
+    line = command.format(f'{sys.executable} {folder}/torchrun "$RANK_PROGRAM"')
+    return f"import os, sys; os.environ['RANK_PROGRAM'] = sys.argv[1]; os.execvp('sh', ['sh', '-c', {line!r}])"
+
+
+def test_a_shell_that_started_a_launcher_in_the_background_may_end(
+    launch: Callable[..., Launched], tmp_path: Path
+) -> None:
+    command = f"nohup {{}} & while ! test -e {tmp_path}/rank; do sleep 0.1; done; sleep 1"
+    launched = launch(LIVES, launcher=with_torchrun(tmp_path, command))
+    assert launched.process.wait(SECONDS) == 0
+    wait_until((tmp_path / "done").exists)
+    assert "is gone" not in launched.terminal
+
+
+def test_a_rank_ends_with_make(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    """The recipe's shell and the launcher live on, as after a SIGKILL to make alone."""
+    needs("make", "--version")
+    (tmp_path / "Makefile").write_text(f'all:\n\t@{sys.executable} {tmp_path}/torchrun "$$RANK_PROGRAM"; true\n')
+    launched = launch(launcher=with_torchrun(tmp_path, f"exec make -f {tmp_path}/Makefile # {{}}"))
+    rank = launched.rank
+    time.sleep(1)
+    assert rank in marked_processes(launched.marker)
+    launched.process.kill()
+    launched.process.wait()
+    wait_until(lambda: rank not in marked_processes(launched.marker))
+    assert "its launcher (torchrun) is gone" in launched.log
+
+
+@pytest.fixture
+def memory_group(request: pytest.FixtureRequest) -> Iterator[Callable[[], Path]]:
+    """Makes control groups of 64 MiB for processes, of version 1 or 2."""
+    made: list[Path] = []
+
+    def make() -> Path:
+        group = next(control_groups("memory"), None)
+        if group is None:
+            pytest.skip("no control groups of memory")
+        folder, limit = group.folder / f"moe_train_{os.getpid()}_{len(made)}", f"{64 * 2**20}"
+        try:
+            folder.mkdir()
+            made.append(folder)
+            (folder / ("memory.limit_in_bytes" if group.version == 1 else "memory.max")).write_text(limit)
+        except OSError as error:
+            pytest.skip(f"no control group can be made here: {error}")
+        return folder
+
+    yield make
+    for folder in made:
+        wait_until(lambda at=folder: not (at / "cgroup.procs").read_text().strip())
+        folder.rmdir()
+
+
+def joins(group: Path) -> str:
+    return f"open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+
+
+USES_MUCH = "b'1' * 2**28"
+
+
+def test_the_kernel_killed_the_rank(launch: Callable[..., Launched], memory_group: Callable[[], Path]) -> None:
+    launched = launch(f"child.kill(); {USES_MUCH}; time.sleep(100)", before=joins(memory_group()))
+    wait_until(lambda: launched.is_gone)
+    assert "(SIGKILL; by the kernel, for lack of memory)" in launched.log
+
+
+def test_the_kernel_killed_another(launch: Callable[..., Launched], memory_group: Callable[[], Path]) -> None:
+    """A process of another job on the same host, before somebody kills the rank."""
+    launched = launch("child.kill(); time.sleep(100)", before=joins(memory_group()))
+    rank = launched.rank
+    time.sleep(1)
+    other = subprocess.run([sys.executable, "-c", f"import os; {joins(memory_group())}; {USES_MUCH}"])
+    assert other.returncode == -signal.SIGKILL
+    os.kill(rank, signal.SIGKILL)
+    wait_until(lambda: launched.is_gone)
+    assert "(SIGKILL; not by the kernel for lack of memory)" in launched.log
+
+
 def test_no_launcher_no_sentinel() -> None:
     """A rank that a user's script has started, which may end before the rank."""
     code = "import os; from moe_train.liveness.sentinel import start_sentinel; print(start_sentinel({'RANK': '0'}).pid)"
@@ -177,8 +308,25 @@ def test_descriptions(tmp_path: Path) -> None:
     assert "often for lack of memory" in describe_signal(9, None)
     assert "by the kernel, for lack of memory" in describe_signal(9, 2)
     assert "not by the kernel" in describe_signal(9, 0)
+    assert describe_signal(40, 0) == "was ended by signal 40"  # a real-time signal, which has no name
     assert describe_signal(11, 0) == "was ended by signal 11 (SIGSEGV)"
     assert "is gone without a word" in describe_signal(0, None)
     assert describe_checkpoint(str(tmp_path)) == "there is no checkpoint yet"
     kills = count_memory_kills()
     assert kills is None or kills >= 0
+
+
+@pytest.mark.parametrize(
+    ("line", "program"),
+    [
+        ("/opt/bin/deepspeed --num_gpus 2 train.py", "deepspeed"),
+        ("/usr/bin/python3.11 -u -X dev -m deepspeed.launcher.launch --world_info=x", "deepspeed.launcher.launch"),
+        ("python /opt/bin/torchrun train.py", "torchrun"),
+        ("python -c pass torchrun", "python"),
+        ("-bash", "bash"),
+        ("", ""),
+    ],
+)
+def test_the_program_of_a_command_line(line: str, program: str) -> None:
+    assert program_of(line.split(" ")) == program
+    assert program_of(["slurmstepd: [4711.0]"]) == "slurmstepd" and program_of([]) == ""

@@ -2,9 +2,14 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,12 +22,14 @@ from moe_train.checkpoint.folders import list_checkpoints
 from moe_train.checkpoint.manifest import read_manifest
 from moe_train.checkpoint.writer import CheckpointWriter, Retention
 from moe_train.config.errors import UsageError
+from moe_train.distributed.bootstrap import local_rank_environments
 from moe_train.host.process_identity import ProcessIdentity
 from moe_train.launch.fork_server import ForkedRank, wait_for_all
-from moe_train.train.run_lock import Holder, LockLost, RunLock, acquire_together, hold_checkpoints
+from moe_train.train.checkpoint_hold import hold_checkpoints
+from moe_train.train.run_lock import Holder, LockLost, RunLock, acquire_together
 from moe_train.train.telemetry.writer import MetricsWriter
 from tests.ranks import RankPool
-from tests.train.runs import SMALL, records, start_forked, train_forked
+from tests.train.runs import ROOT, SMALL, records, start_forked, train_forked
 
 OWN = ProcessIdentity.own()
 DEAD = replace(OWN, started=OWN.started - 1)
@@ -116,6 +123,67 @@ def test_a_start_that_judged_long_ago_takes_nothing_over(lock: RunLock, tmp_path
     holder = slow.try_acquire()
     assert holder is not None and holder.identity == ELSEWHERE
     assert "00000005" in files_of(tmp_path) and "00000004" not in files_of(tmp_path)
+
+
+def test_a_start_that_comes_after_a_release_leaves_no_lock_behind(lock: RunLock, tmp_path: Path) -> None:
+    """Between its look at the folder and its own lock, another start comes and goes under the same number."""
+    other, slow = RunLock(tmp_path), RunLock(tmp_path)
+    numbers, looks = lock._numbers, [1]
+
+    def look() -> set[int]:
+        found = numbers()
+        if looks:
+            looks.pop()
+            assert other.try_acquire() is None
+            other.release()
+        return found
+
+    slow._numbers = look  # type: ignore[method-assign]
+    assert slow.try_acquire() is None
+    assert files_of(tmp_path) == ["00000002"]
+    assert lock.try_acquire() is not None
+    slow.release()
+
+
+def begin_in_a_new_folder(run_dir: str, connection: multiprocessing.connection.Connection) -> None:
+    shutil.rmtree(Path(run_dir, "lock"))
+    lock = RunLock(Path(run_dir), beat_seconds=100)
+    connection.send(lock.try_acquire() is None)
+    connection.recv()
+    lock.check()
+    lock.release()
+
+
+def test_a_folder_that_was_removed_belongs_to_the_run_that_locks_it_next(lock: RunLock, tmp_path: Path) -> None:
+    assert lock.try_acquire() is None and lock.held is not None and lock.path is not None
+    member = RunLock(tmp_path)  # another rank
+    member.join(lock.held)
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=begin_in_a_new_folder, args=(str(tmp_path), there))
+    process.start()
+    assert here.recv()
+    os.utime(lock.path, (0, 0))
+    time.sleep(0.5)  # ten signs of life
+    assert lock.path.stat().st_mtime == 0
+    for each in (lock, member):
+        with pytest.raises(LockLost, match=rf"was removed, and another run holds .*pid {process.pid};"):
+            each.check()
+    lock.release()
+    assert files_of(tmp_path) == ["00000001"]
+    here.send(None)
+    process.join(20)
+    assert process.exitcode == 0 and files_of(tmp_path) == ["00000001.released"]
+
+
+def test_a_removed_folder_is_locked_again_for_all_ranks(lock: RunLock, tmp_path: Path) -> None:
+    assert lock.try_acquire() is None and lock.held is not None
+    member = RunLock(tmp_path)
+    member.join(lock.held)
+    shutil.rmtree(tmp_path / "lock")
+    member.check()
+    lock.check()
+    member.check()
+    assert files_of(tmp_path) == ["00000001"]
 
 
 def test_what_was_taken_over_is_not_written_any_more(lock: RunLock, tmp_path: Path) -> None:
@@ -228,6 +296,30 @@ def test_tools_do_not_remove_the_checkpoints_of_a_run_at_work(lock: RunLock, tmp
     assert RunLock(tmp_path).try_acquire() is None
 
 
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_links_lead_to_the_lock(lock: RunLock, tmp_path: Path, is_elsewhere: bool) -> None:
+    (tmp_path / "config.yaml").touch()
+    checkpoints = tmp_path / "checkpoints"
+    if is_elsewhere:  # on a larger disk
+        (tmp_path / "disk" / "checkpoints").mkdir(parents=True)
+        checkpoints.symlink_to("disk/checkpoints")
+    else:
+        checkpoints.mkdir()
+    links = [tmp_path / name for name in ("first", "second")]
+    links[0].symlink_to("checkpoints")
+    links[1].symlink_to(links[0])
+    assert lock.try_acquire() is None
+    for path in (checkpoints, *links):
+        with pytest.raises(UsageError, match=re.escape(f"{str(tmp_path)!r} is in use by a run")):
+            with hold_checkpoints(path):
+                pass
+    lock.release()
+    for path in (checkpoints, *links):
+        with hold_checkpoints(path):
+            assert RunLock(tmp_path).try_acquire() is not None
+    assert not (tmp_path / "disk" / "lock").exists()
+
+
 def wait_until(condition: Callable[[], bool], *ranks: ForkedRank) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -263,6 +355,54 @@ def test_two_starts_at_once_are_one_run(tmp_path: Path, wait_seconds: float) -> 
     refused = next(result for result in results if result.returncode)
     assert f"host {OWN.host}, pid " in refused.stderr
     check_whole(tmp_path, STEPS)
+
+
+def logs_of(run_dir: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (run_dir / "logs").iterdir()}
+
+
+def test_a_refused_start_leaves_the_logs_of_the_run_at_work_alone(tmp_path: Path) -> None:
+    leave(tmp_path, 1, ELSEWHERE)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_00000.log").write_text("the other's\n")
+    (refused,) = wait_for_all(start_forked(1, *options(tmp_path, 0)), 60)
+    assert refused.returncode == 2 and "is in use by another run" in refused.stderr, refused
+    assert logs_of(tmp_path) == {"rank_00000.log": "the other's\n"}
+
+
+def test_a_signal_ends_a_start_that_waits_at_once(tmp_path: Path) -> None:
+    leave(tmp_path, 1, ELSEWHERE)
+    (rank,) = start_forked(1, *options(tmp_path, 50))
+    wait_until(lambda: "waiting up to 50 s" in rank.output()[0], rank)
+    rank.kill(signal.SIGTERM)
+    (result,) = wait_for_all([rank], 20)
+    assert result.returncode == 75 and "SIGTERM: ended at once, as no step is under way" in result.stderr, result
+    assert "is finished and saved" not in result.stderr
+
+
+def test_a_start_that_is_killed_while_it_waits_has_a_log_of_its_own(tmp_path: Path) -> None:
+    """Its sentinel writes there. The next run takes the text into its log."""
+    lock = leave(tmp_path, 1, ELSEWHERE)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_00000.log").write_text("the other's\n")
+    environment = {**os.environ, **local_rank_environments(1)[0], "TORCHELASTIC_RUN_ID": "x"}
+    words = [sys.executable, "-m", "moe_train", "train", *options(tmp_path, 100)]
+    with (tmp_path / "terminal").open("w") as file:
+        rank = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_until(lambda: "waiting up to 100 s" in (tmp_path / "terminal").read_text())
+    finally:
+        rank.kill()
+    wait_until(lambda: "signal 9 (SIGKILL" in (tmp_path / "terminal").read_text())
+    (name,) = logs_of(tmp_path).keys() - {"rank_00000.log"}
+    wait_until(lambda: "signal 9 (SIGKILL" in logs_of(tmp_path)[name])
+    assert name == f"start_00000_{OWN.host}_{rank.pid}.log" and logs_of(tmp_path)["rank_00000.log"] == "the other's\n"
+    rank.wait()
+    lock.write_text(json.dumps(DEAD.as_dict()))
+    assert train_forked(1, *options(tmp_path, 0, 2)).returncode == 0
+    assert logs_of(tmp_path).keys() == {"rank_00000.log"}
+    text = logs_of(tmp_path)["rank_00000.log"]
+    assert text.startswith("the other's\n") and f"rank 0 (pid {rank.pid} on" in text
 
 
 @pytest.mark.slow
