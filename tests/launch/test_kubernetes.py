@@ -80,6 +80,7 @@ def test_unknown_field_is_refused_at_every_depth(file: str) -> None:
             check(manifest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_value_of_another_type_is_refused_wherever_it_stands(file: str) -> None:
     refused = 0
