@@ -17,6 +17,7 @@ from torch import Tensor
 import moe_train
 from benchmarks.mixers.rows import Variant
 from benchmarks.runner.results import say
+from moe_train.model.parameters import optim_rules
 from moe_train.model.transformer import Tokens, Transformer
 
 SEGMENT = 16  # tokens of a mini-batch of TTT and of a segment of Infini-attention
@@ -28,6 +29,7 @@ _VOCAB_SIZE = 3 * KINDS
 _BATCH_SIZE = 32
 _TEST_SEQUENCES = 512
 _LEARNING_RATE = 3e-3
+_WEIGHT_DECAY = 0.01
 _WARMUP_STEPS = 50
 _INIT_STD = 0.1  # near 1 / sqrt(hidden_size): with the usual 0.02 attention has not begun to recall after 1,500 steps
 
@@ -86,6 +88,24 @@ def build(variant: Variant, seed: int) -> Transformer:
     return moe_train.build_model(config, _VOCAB_SIZE)
 
 
+def parameter_groups(model: Transformer) -> list[dict[str, Any]]:
+    """Group the parameters by the rules of their mixers: factor of the learning rate, and whether they decay.
+
+    The trainer's own groups are DeepSpeed's, which nothing here needs.
+    """
+    rules = optim_rules(model)
+    named = dict(model.named_parameters())
+    return [
+        {
+            "params": [named[name] for name in named if rules[name] == rule],
+            "lr": _LEARNING_RATE * rule.lr_factor,
+            "lr_factor": rule.lr_factor,
+            "weight_decay": _WEIGHT_DECAY if rule.weight_decay else 0.0,
+        }
+        for rule in dict.fromkeys(rules.values())
+    ]
+
+
 def measure_recall(variant: Variant, steps: int, seed: int) -> Recall:
     """Train a small model of the variant on recall, and test it.
 
@@ -96,12 +116,12 @@ def measure_recall(variant: Variant, steps: int, seed: int) -> Recall:
     """
     torch.set_num_threads(1)
     model = build(variant, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameter_groups(model), betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         warm = min(1.0, (step + 1) / _WARMUP_STEPS)
         for group in optimizer.param_groups:
-            group["lr"] = _LEARNING_RATE * warm * min(1.0, 5 * (steps - step) / steps)
+            group["lr"] = _LEARNING_RATE * group["lr_factor"] * warm * min(1.0, 5 * (steps - step) / steps)
         model.warm_up(warm)
         drawn = draw_sequences(_BATCH_SIZE, generator)
         F.cross_entropy(_logits_BPV(model, drawn).flatten(0, 1), drawn.values_BP.flatten()).backward()
