@@ -158,8 +158,9 @@ def claims_of(
     return [
         {
             "claim": f"A dense target of {parameters['dense'] / 1e6:.1f} M parameters (at least "
-            f"{LEAST_PARAMETERS / 1e6:.0f} M) with a trained draft of {parameters['draft'] / 1e6:.1f} M decodes greedily, one text at a time, at least {LEAST_SPEEDUP:g} times "
-            f"as fast as without: {best.speedup:.2f} times with {best.draft_tokens} proposed tokens.",
+            f"{LEAST_PARAMETERS / 1e6:.0f} M) with a trained draft of {parameters['draft'] / 1e6:.1f} M decodes "
+            f"greedily, one text at a time, at least {LEAST_SPEEDUP:g} times as fast as without: "
+            f"{best.speedup:.2f} times with {best.draft_tokens} proposed tokens.",
             "holds": best.speedup >= LEAST_SPEEDUP and parameters["dense"] >= LEAST_PARAMETERS,
         },
         {
