@@ -1,61 +1,17 @@
-"""The mixer interface: what arrives at a mixer, and the checks of every mixer on attention and on one from outside."""
+"""The mixer interface: what arrives at a mixer, and what layers share."""
 
-import sys
 from dataclasses import replace
 
-import pytest
 import torch
 
-from moe_train.config.registry import _outside, load_part
-from moe_train.model.build import mixer_of
 from moe_train.model.decode_state import CacheSpec, RecurrentState, StateGroup
 from moe_train.model.mixers import base
 from moe_train.model.mixers.base import Mixer, MixerContext
 from moe_train.model.token_index import TokenIndex, document_offsets
 from moe_train.model.transformer import Tokens
-from tests import parts
-from tests.model.mixers import checks
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 LENGTH = 11
-PATTERNS = {
-    "decay": {"mixer": "decay"},
-    "decay and attention": {"mixers": ["decay", "attention"]},
-    "attention and decay, MLKV": {"mixers": ["attention", "decay", "attention", "attention"], "kv_layers": 2},
-    "attention": {"num_kv_heads": 2, "kv_layers": 2},
-    "attention, window": {"num_kv_heads": 1, "sliding_window": 4},
-}
-patterns = pytest.mark.parametrize("changes", PATTERNS.values(), ids=PATTERNS)
-
-
-@pytest.fixture(autouse=True)
-def parts_from_outside(monkeypatch):
-    """The parts of tests/parts are found as those of an installed package are."""
-    monkeypatch.setattr(sys, "path", [str(parts.FOLDER), *sys.path])
-    _outside.cache_clear()
-    yield
-    _outside.cache_clear()
-    load_part.cache_clear()
-
-
-@patterns
-@pytest.mark.parametrize(
-    "check",
-    [checks.check_causality, checks.check_streaming, checks.check_going_back, checks.check_recomputation],
-)
-def test_common_checks(check, changes):
-    check(changes, LENGTH)
-
-
-@patterns
-def test_packed_documents_are_as_alone(changes):
-    tolerance = checks.CLOSE if changes == {"mixer": "decay"} else checks.DIRECT
-    checks.check_packing(changes, LENGTH, tolerance)
-
-
-@pytest.mark.parametrize("changes", [{"mixer": "decay"}, {"num_kv_heads": 2}])
-def test_gradients_are_those_of_finite_differences(changes):
-    checks.check_gradients(changes, 7)
 
 
 class Watching(Mixer):
@@ -171,18 +127,6 @@ def test_recurrent_states_count_their_bytes_and_a_group_those_of_its_own():
     assert group["near"].tensors["total"].tolist() == [[4.0] * 3] * 2
     group.restore(mark)
     assert group["near"].tensors["total"].abs().max() == 0
-
-
-@patterns
-def test_state_bytes_are_those_that_the_kinds_say(changes):
-    config = small_config(**changes)
-    model = small_model(config)
-    for length in (LENGTH, 3 * LENGTH):
-        found = (mixer_of(config, layer) for layer in range(config.num_layers))
-        element = 8  # fp64
-        assert model.new_cache(2, length).nbytes == 2 * sum(
-            kind.state_bytes(spec, length, element) for kind, spec in found
-        )
 
 
 def test_a_mixer_that_remembers_nothing_has_no_state():
