@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_train
-from benchmarks.mixers.rows import Variant
+from benchmarks.mixers.rows import Variant, unread_fields
 from benchmarks.runner.results import say
 from moe_train.model.parameters import optim_rules
 from moe_train.model.transformer import Tokens, Transformer
@@ -87,7 +87,7 @@ def build(variant: Variant, seed: int) -> Transformer:
     settings = {"infini": {"segment_length": SEGMENT}} | dict.fromkeys(("ttt_linear", "ttt_mlp"), _TTT)
     own = {name: settings[name] for name in set(variant.mixers) & set(settings)}
     shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 128, "init_std": _INIT_STD}
-    dense: dict[str, Any] = {"moe_layers": [], "mixers": list(variant.mixers)}
+    dense: dict[str, Any] = {"moe_layers": [], "mixers": list(variant.mixers), **unread_fields(variant)}
     config = moe_train.load_config(None, model={**shape, **dense, **own}, train={"seed": seed})
     return moe_train.build_model(config, _VOCAB_SIZE)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
-from moe_train.config.model import ModelConfig
+from moe_train.config.model import MIXER_FIELDS, ModelConfig
 from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
 from moe_train.model.token_index import TokenIndex
@@ -163,6 +163,8 @@ class MixerKind:
         check_length: Function that refuses training sequences of a length, in tokens, that the settings cannot work
             with, as `check` does.
         takes_hidden_copies: Whether the mixer works on a stream with hidden copies (`TokenIndex.copies`).
+        reads: Fields of the model section among MIXER_FIELDS that the mixer reads. One that no mixer of a pattern reads
+            is refused, unless it has its default.
     """
 
     build: Callable[[MixerSpec], Mixer]
@@ -174,6 +176,7 @@ class MixerKind:
     shapes: Callable[[ModelConfig, Any], dict[str, Any]] = lambda model, section: {}
     check_length: Callable[[Any, int], None] = lambda section, length: None
     takes_hidden_copies: bool = False
+    reads: frozenset[str] = MIXER_FIELDS
 
 
 def check_heads(model: ModelConfig, name: str) -> None:

@@ -315,5 +315,12 @@ def _shapes(model: ModelConfig, section: InfiniConfig) -> dict[str, Any]:
 
 
 INFINI = MixerKind(
-    _build, _state_bytes, _flops, _cost, section=InfiniConfig, shapes=_shapes, check_length=_check_length
+    _build,
+    _state_bytes,
+    _flops,
+    _cost,
+    section=InfiniConfig,
+    shapes=_shapes,
+    check_length=_check_length,
+    reads=frozenset({"num_heads", "num_kv_heads", "head_dim", "rope_theta"}),
 )

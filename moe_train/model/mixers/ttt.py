@@ -13,7 +13,6 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from moe_train.config.base import Section
-from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.model.cost import Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec, DecodeState, RecurrentState, StateGroup, Tensors
@@ -31,6 +30,7 @@ _EPSILON = 1e-6
 _CONV_WIDTH = 4  # tokens that a short convolution sees, the own one included
 _EXPANSION = 4  # inner width of the MLP, in head sizes
 _MATRICES = ("w1", "w2", "lr_weight", "conv_q", "conv_k")  # drawn at the start, and decayed; norms and biases are not
+_READS = frozenset({"num_heads", "head_dim", "rope_theta"})
 _FIRST_RATE = 0.1  # share of the inner learning rate of an MLP with which warm-up begins
 
 
@@ -256,12 +256,8 @@ def _make_kind(inner: InnerKind, section: type[TTTLinearConfig]) -> MixerKind:
         )
 
     def check(model: ModelConfig, own: TTTLinearConfig) -> None:
+        del own
         check_heads(model, name)
-        if model.hidden_size // model.num_heads % 2:
-            raise UsageError(
-                f"model.hidden_size ({model.hidden_size}) / model.num_heads ({model.num_heads}) must be even for mixer "
-                f"{name}, for the rotary embedding"
-            )
 
     def state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
         del length
@@ -280,7 +276,9 @@ def _make_kind(inner: InnerKind, section: type[TTTLinearConfig]) -> MixerKind:
         fields = {f"model.{name}.{field}": getattr(own, field) for field in ("mini_batch", "gate", "short_conv")}
         return {"model.num_heads": model.num_heads} | fields
 
-    return MixerKind(build, state_bytes, flops, _cost_of(inner), section=section, check=check, shapes=shapes)
+    return MixerKind(
+        build, state_bytes, flops, _cost_of(inner), section=section, check=check, shapes=shapes, reads=_READS
+    )
 
 
 def _cost_of(inner: InnerKind) -> Callable[[MixerSpec], MixerCost]:

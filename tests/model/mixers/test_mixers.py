@@ -222,20 +222,48 @@ def test_start_values_of_rwkv4_are_those_of_its_authors(layer, up, down):
         (["--model.mixer=infini", "--model.infini.segment_length=64"], ["segment_length (64)"]),
         (["--model.mixer=infini", "--model.infini.memory=sum"], ["model.infini.memory", "sum", "delta"]),
         (["--model.mixer=ttt_linear", "--model.ttt_linear.mini_batch=0"], ["model.ttt_linear.mini_batch", "0"]),
-        (["--model.mixer=ttt_mlp", "--model.head_dim=8"], ["model.head_dim (8)", "num_heads (4)", "ttt_mlp"]),
-        (["--model.mixer=rwkv7", "--model.head_dim=8"], ["model.head_dim (8)", "hidden_size (64)", "rwkv7"]),
+        (["--model.mixer=ttt_mlp", "--model.head_dim=4"], ["model.head_dim (4)", "num_heads (8)", "ttt_mlp"]),
+        (["--model.mixer=rwkv7", "--model.head_dim=4"], ["model.head_dim (4)", "hidden_size (64)", "rwkv7"]),
         (["--model.mixer=rwkv7", "--model.rwkv7.gate_rank=0"], ["model.rwkv7.gate_rank", "0"]),
         (["--model.mixer=rwkv4", "--model.rwkv4.rank=1"], ["model.rwkv4", "has no settings"]),
         (["--model.mixer=rwkv4", "--model.infini.memory=delta"], ["infini", "no effect"]),
+        (
+            ["--model.mixer=ttt_linear", "--model.num_kv_heads=2"],
+            ["model: num_kv_heads (2) has no effect", "ttt_linear"],
+        ),
+        (["--model.mixer=ttt_mlp", "--model.hidden_size=24"], ["head_dim (3) must be even"]),
+        (["--model.mixer=ttt_mlp", "--model.hidden_size=100"], ["hidden_size (100)", "num_heads (8)"]),
+        (["--model.mixer=rwkv7", "--model.rope_theta=5"], ["model: rope_theta (5.0) has no effect", "rwkv7"]),
+        (["--model.mixer=rwkv4", "--model.rope_theta=5"], ["model: rope_theta (5.0) has no effect", "rwkv4"]),
+        (["--model.mixer=rwkv4", "--model.head_dim=8"], ["model: head_dim (8) has no effect", "rwkv4"]),
+        (["--model.mixer=rwkv4", "--model.num_heads=2"], ["model: num_heads (2) has no effect", "rwkv4"]),
+        (["--model.mixer=rwkv4", "--model.qk_norm=head"], ["model: qk_norm (head) has no effect", "rwkv4"]),
+        (["--model.mixer=infini", "--model.sliding_window=9"], ["model: sliding_window (9) has no effect", "infini"]),
+        (["--model.mixer=infini", "--model.num_kv_heads=3"], ["num_heads (8)", "num_kv_heads (3)"]),
+        (["--model.mixers=rwkv4,ttt_mlp", "--model.num_kv_heads=2"], ["num_kv_heads (2) has no effect", "ttt_mlp"]),
     ],
 )
 def test_settings_that_cannot_work_are_named(options, words):
-    sizes = ["--model.hidden_size=64", "--model.num_heads=4", "--train.sequence_length=64", "--train.run_dir=unused"]
+    sizes = ["--model.hidden_size=64", "--train.sequence_length=64", "--train.run_dir=unused"]
     with pytest.raises(UsageError) as error:
         config = load_config([*sizes, *options], program="t")
         load_kinds(config).check(config)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.mixer=rwkv4", "--model.hidden_size=100"],  # there are no heads that could divide it
+        ["--model.mixers=rwkv4,attention", "--model.num_heads=4", "--model.num_kv_heads=2", "--model.rope_theta=5"],
+        ["--model.mixer=rwkv7", "--model.num_heads=4", "--model.head_dim=64"],
+        ["--model.mixer=decay", "--model.num_kv_heads=2", "--model.sliding_window=9"],  # one from outside reads all
+    ],
+)
+def test_fields_that_a_mixer_of_the_pattern_reads_may_be_given(options):
+    config = load_config([*options, "--train.run_dir=unused"], program="t")
+    load_kinds(config).check(config)
 
 
 @pytest.mark.parametrize(
