@@ -77,6 +77,30 @@ class MixerContext:
 
         return self.once(("blocks", size), offsets_BS, make)
 
+    def state_blocks(
+        self, size: int, batch_size: int, width: int | None = None, is_compact: bool = False
+    ) -> AlignedBlocks:
+        """Place new tokens, before which others may have come, in blocks by their offsets, once for all layers.
+
+        Host synchronisation, once for all layers, if the rows have documents or stand at places of their own.
+
+        Args:
+            size: Offsets of a block.
+            batch_size: B of the result.
+            width: As in `ops.aligned_blocks.align`.
+            is_compact: As in `ops.aligned_blocks.align`.
+        """
+        tokens, offsets_BS = self.tokens, self.tokens.offsets_BS
+
+        def make() -> AlignedBlocks:
+            num_blocks = None
+            if tokens.documents_BS is None and tokens.first_position is not None:
+                num_blocks = (tokens.first_position % size + offsets_BS.shape[1] - 1) // size + 1
+            rows_BS = offsets_BS.expand(batch_size, -1)
+            return align(rows_BS, size, width=width, is_compact=is_compact, num_blocks=num_blocks)
+
+        return self.once(("state blocks", size, batch_size, width, is_compact), offsets_BS, make)
+
     def hidden_blocks(self) -> HiddenBlocks:
         """Compute `ops.hidden_attention.hidden_blocks` of whole rows with hidden copies, once for all layers."""
         copies, offsets_BS = self.tokens.copies, self.tokens.offsets_BS

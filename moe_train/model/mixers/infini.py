@@ -9,6 +9,7 @@ w query columns of a segment, C key columns of a segment.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -115,7 +116,11 @@ class InfiniMixer(Mixer):
             "offsets": offsets_BS.expand(len(x_BSD), -1),
         }
         if context.state is not None:
-            memory_BSHd, local_BSHd = context.state.append(new)
+            columns = context.state.tensors["keys"].shape[1]
+            place = partial(context.state_blocks, self.segment_length, len(x_BSD), columns)
+            keys, queries = place(), place(is_compact=True) if x_BSD.shape[1] < columns else None
+            advance = partial(self._advance, keys=keys, queries=queries)
+            memory_BSHd, local_BSHd = context.state.append(new, advance)
         else:
             blocks = context.aligned_blocks(self.segment_length)
             segments = _Segments(blocks, blocks, None, blocks.split(offsets_BS < self.segment_length).any(2))
@@ -133,16 +138,22 @@ class InfiniMixer(Mixer):
             tensors[f"{name}_total"] = torch.zeros(shape[:-1], dtype=dtype, device=device)
         return tensors
 
-    def _advance(self, tensors: Tensors, new: Tensors, valid_BS: Tensor | None) -> tuple[Tensors, Any]:
+    def _advance(
+        self,
+        tensors: Tensors,
+        new: Tensors,
+        valid_BS: Tensor | None,
+        keys: AlignedBlocks | None = None,
+        queries: AlignedBlocks | None = None,
+    ) -> tuple[Tensors, Any]:
         offsets_BS, size = new["offsets"], self.segment_length
-        columns = tensors["keys"].shape[1]
-        keys = align(offsets_BS, size, valid_BS, columns)
-        queries, query_columns_Bnw = keys, None
+        columns, query_columns_Bnw = tensors["keys"].shape[1], None
+        keys = keys or align(offsets_BS, size, valid_BS, columns)
         if offsets_BS.shape[1] < columns:
-            queries = align(offsets_BS, size, valid_BS, columns, is_compact=True)
+            queries = queries or align(offsets_BS, size, valid_BS, columns, is_compact=True)
             query_columns_Bnw = queries.split(offsets_BS % size)
         is_first_Bn = keys.split(offsets_BS < size).any(2)
-        return self._mix(tensors, new, _Segments(keys, queries, query_columns_Bnw, is_first_Bn))
+        return self._mix(tensors, new, _Segments(keys, queries or keys, query_columns_Bnw, is_first_Bn))
 
     def _mix(self, tensors: Tensors, new: Tensors, segments: _Segments) -> tuple[Tensors, tuple[Tensor, Tensor]]:
         """Take in new tokens: return the next state, what the memory and what attention give them [B, S, H, d]."""

@@ -5,6 +5,7 @@ Legend: B batch, S sequence, D hidden_size, H heads, f = D / H head size, b mini
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -159,7 +160,8 @@ class TTTMixer(Mixer):
             "offsets": context.tokens.offsets_BS.expand(len(x_BSD), -1),
         }
         if context.state is not None:
-            mixed_BSHf = context.state["inner"].append(new)
+            blocks = context.state_blocks(self.mini_batch, len(x_BSD), is_compact=True)
+            mixed_BSHf = context.state["inner"].append(new, partial(self._advance, blocks=blocks))
         else:
             mixed_BSHf, _ = self._learn(new, context.aligned_blocks(self.mini_batch), None)
         y_BSD = self.post_norm(mixed_BSHf.flatten(2)).to(x_BSD.dtype)
@@ -188,10 +190,12 @@ class TTTMixer(Mixer):
         rates_BSH = F.linear(x_BSD, self.lr_weight.to(x_BSD.dtype), self.lr_bias.to(x_BSD.dtype)).sigmoid() * highest
         return rates_BSH * self.warm.to(x_BSD.dtype) if self.inner == "mlp" else rates_BSH
 
-    def _advance(self, tensors: Tensors, new: Tensors, valid_BS: Tensor | None) -> tuple[Tensors, Tensor]:
+    def _advance(
+        self, tensors: Tensors, new: Tensors, valid_BS: Tensor | None, blocks: AlignedBlocks | None = None
+    ) -> tuple[Tensors, Tensor]:
         names = ("weights1", "weights2")[: len(tensors) // 2], ("sums1", "sums2")[: len(tensors) // 2]
         weights, sums = (tuple(tensors[name] for name in each) for each in names)
-        blocks = align(new["offsets"], self.mini_batch, valid_BS, is_compact=True)
+        blocks = blocks or align(new["offsets"], self.mini_batch, valid_BS, is_compact=True)
         mixed_BSHf, after = self._learn(new, blocks, (weights, sums))
         assert after is not None, "what is carried in is carried out"
         pairs = (zip(each, values, strict=True) for each, values in zip(names, after, strict=True))

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from moe_train.model.decode_state import CacheSpec, RecurrentState, StateGroup
-from moe_train.model.mixers import base
+from moe_train.model.mixers import base, infini, ttt
 from moe_train.model.mixers.base import Mixer, MixerContext
 from moe_train.model.token_index import TokenIndex, document_offsets
 from moe_train.model.transformer import Tokens
@@ -111,6 +112,36 @@ def test_angles_are_formed_once_for_all_layers_and_anew_for_other_positions(monk
         moved.rotary_angles(4, 100.0)[0], original(moved.tokens.positions_BS, 4, 100.0)[0], rtol=0, atol=0
     )
     assert not torch.equal(moved.rotary_angles(4, 100.0)[0], cos)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"mixer": "ttt_linear", "ttt_linear": {"mini_batch": 4}}, 1),
+        ({"mixer": "infini", "infini": {"segment_length": 4}}, 2),  # of keys, and of fewer queries
+    ],
+    ids=["ttt_linear", "infini"],
+)
+def test_blocks_of_new_tokens_are_formed_once_for_all_layers(monkeypatch, changes, kinds):
+    calls = []
+    original = base.align
+    monkeypatch.setattr(
+        base, "align", lambda *args, **named: calls.append(named["num_blocks"]) or original(*args, **named)
+    )
+    for mixer in (ttt, infini):
+        monkeypatch.setattr(mixer, "align", None)  # no layer forms its own
+    model, ids, documents = small_model(small_config(**changes)).eval(), random_ids(2, 8), torch.zeros(2, 8).long()
+    for marks, known in ((None, (1, 2)), (documents, (None, None))):
+        calls.clear()
+        cache = model.new_cache(2, 8)
+        with torch.no_grad():
+            for span, first in ((slice(0, 3), 0), (slice(3, 6), 3)):
+                own = None if marks is None else marks[:, span]
+                place = torch.arange(first, first + 3)[None]
+                at = {} if marks is None else {"positions_BS": place, "offsets_BS": place, "documents_BS": own}
+                model(tokens_of(ids[:, span], **(at or {"first_position": first})), cache)
+        # Where the host knows the places of the tokens, it knows the number of blocks: offsets 0 to 2, and 3 to 5.
+        assert calls == [number for number in known for _ in range(kinds)]
 
 
 def test_recurrent_states_count_their_bytes_and_a_group_those_of_its_own():
