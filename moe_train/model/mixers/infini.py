@@ -26,7 +26,13 @@ from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpe
 from moe_train.model.parameters import Constant, InitialValue, OptimRule
 from moe_train.ops.aligned_blocks import AlignedBlocks, align
 from moe_train.ops.attention import attend
-from moe_train.ops.compressive_memory import Memory, entering_memories, read, write
+from moe_train.ops.compressive_memory import (
+    Memory,
+    SegmentWrites,
+    read,
+    write_by_delta_rule,
+    write_by_linear_rule,
+)
 from moe_train.ops.rotary import apply_rotary
 
 
@@ -191,8 +197,11 @@ class InfiniMixer(Mixer):
         pending = Memory(tensors["pending_matrix"], tensors["pending_total"])
         k_BnGCd, v_BnGCd = (blocks.split(new[name].to(wide)).transpose(2, 3) for name in ("keys", "values"))
         filled_BnC = blocks.split(torch.ones_like(new["offsets"], dtype=torch.bool))
-        walk = self._by_delta_rule if self.is_delta else self._by_linear_rule
-        entering, committed, pending = walk(segments, k_BnGCd, v_BnGCd, filled_BnC, committed, pending)
+        batch = len(k_BnGCd)
+        marks = (mark.expand(batch, -1) for mark in (blocks.begins_Bn, blocks.is_full_Bn, segments.is_first_Bn))
+        writes = SegmentWrites(k_BnGCd, v_BnGCd, filled_BnC, *marks, blocks.last_B.expand(batch))
+        write_all = write_by_delta_rule if self.is_delta else write_by_linear_rule
+        entering, committed, pending = write_all(writes, committed, pending)
         q_BnwHd = segments.queries.split(new["queries"].to(wide))
         batch, number, width, heads, size = q_BnwHd.shape
         # The query heads of a group are further queries of one head. (B, n, w, G, r, d) -> (B, n, G, w*r, d)
@@ -204,58 +213,6 @@ class InfiniMixer(Mixer):
         return memory_BSHd, {
             f"{name}_{part}": getattr(memory, part) for name, memory in named.items() for part in ("matrix", "total")
         }
-
-    def _by_linear_rule(
-        self,
-        segments: _Segments,
-        k_BnGCd: Tensor,
-        v_BnGCd: Tensor,
-        filled_BnC: Tensor,
-        committed: Memory,
-        pending: Memory,
-    ) -> tuple[Memory, Memory, Memory]:
-        """Return the memories that enter the segments, and those committed and pending behind them. No loop."""
-        blocks = segments.keys
-        begins_Bn = blocks.begins_Bn.expand(len(k_BnGCd), -1)
-        written = write(k_BnGCd, v_BnGCd, filled_BnC)
-        open_ = pending.where(~begins_Bn[:, 0])
-        first = Memory(written.matrix[:, 0] + open_.matrix, written.total[:, 0] + open_.total)
-        written = Memory(
-            torch.cat((first.matrix.unsqueeze(1), written.matrix[:, 1:]), dim=1),
-            torch.cat((first.total.unsqueeze(1), written.total[:, 1:]), dim=1),
-        )
-        entering = entering_memories(written, committed, begins_Bn)
-        before, last = (Memory(blocks.last(each.matrix), blocks.last(each.total)) for each in (entering, written))
-        is_full_B = blocks.last(blocks.is_full_Bn.expand(len(k_BnGCd), -1))
-        return entering, before + last.where(is_full_B), last.where(~is_full_B)
-
-    def _by_delta_rule(
-        self,
-        segments: _Segments,
-        k_BnGCd: Tensor,
-        v_BnGCd: Tensor,
-        filled_BnC: Tensor,
-        committed: Memory,
-        pending: Memory,
-    ) -> tuple[Memory, Memory, Memory]:
-        """Do the same segment by segment: a value is written less what the memory returns for its key."""
-        blocks, batch = segments.keys, len(k_BnGCd)
-        begins_Bn, is_full_Bn = blocks.begins_Bn.expand(batch, -1), blocks.is_full_Bn.expand(batch, -1)
-        is_first_Bn = segments.is_first_Bn.expand(batch, -1)
-        entering = []
-        for number in range(blocks.num_blocks):
-            goes_on_B, is_full_B = ~begins_Bn[:, number], is_full_Bn[:, number]
-            committed, pending = committed.where(goes_on_B), pending.where(goes_on_B)
-            entering.append(committed)
-            k_BGCd, v_BGCd = k_BnGCd[:, number], v_BnGCd[:, number]
-            v_BGCd = v_BGCd - read(k_BGCd, committed, is_first_Bn[:, number])
-            pending = pending + write(k_BGCd, v_BGCd, filled_BnC[:, number])
-            committed, pending = committed + pending.where(is_full_B), pending.where(~is_full_B)
-        stacked = Memory(
-            torch.stack([each.matrix for each in entering], dim=1),
-            torch.stack([each.total for each in entering], dim=1),
-        )
-        return stacked, committed, pending
 
 
 def _build(spec: MixerSpec) -> InfiniMixer:
