@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.runner.rounds import median_ratio
-from moe_train.infer.rejection import expected_speedup, expected_tokens
+from benchmarks.speculative.formula import expected_speedup, expected_tokens
 
 LEAST_SPEEDUP = 1.5  # of the dense target with its trained draft, greedy, one text at a time
 LEAST_PARAMETERS = 100_000_000  # of the dense target: a small model is not what a draft is for

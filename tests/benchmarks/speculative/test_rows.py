@@ -8,6 +8,7 @@ import torch
 
 import moe_train
 from benchmarks.speculative.decode import Subject, Text, compare_in_fp64, first_difference
+from benchmarks.speculative.formula import expected_speedup, expected_tokens
 from benchmarks.speculative.rows import Difference, Measured, Setting, claims_of, result_row
 from moe_train.data import ByteTokenizer
 from moe_train.infer.draft import first_layers
@@ -80,3 +81,11 @@ def test_the_first_difference_is_found_with_its_gap():
     with torch.no_grad():
         logits = model(tokens_of(torch.tensor([[1, 2, 3]]))).logits_BSV[0, -1]
     assert found == Difference(1, pytest.approx(abs(float(logits[4] - logits[7]))))
+
+
+def test_expected_tokens_and_speed():
+    for rate, number in ((0.0, 3), (0.5, 1), (0.8, 4)):
+        assert expected_tokens(rate, number) == pytest.approx((1 - rate ** (number + 1)) / (1 - rate), rel=1e-14)
+    assert expected_tokens(1.0, 4) == 5
+    assert expected_speedup(0.8, 4, 0.1) == pytest.approx(expected_tokens(0.8, 4) / 1.4, rel=1e-14)
+    assert expected_speedup(0.8, 4, 0.1, 1.6) == pytest.approx(expected_tokens(0.8, 4) / 2.0, rel=1e-14)
