@@ -197,9 +197,16 @@ class InfiniMixer(Mixer):
         pending = Memory(tensors["pending_matrix"], tensors["pending_total"])
         k_BnGCd, v_BnGCd = (blocks.split(new[name].to(wide)).transpose(2, 3) for name in ("keys", "values"))
         filled_BnC = blocks.split(torch.ones_like(new["offsets"], dtype=torch.bool))
-        batch = len(k_BnGCd)
-        marks = (mark.expand(batch, -1) for mark in (blocks.begins_Bn, blocks.is_full_Bn, segments.is_first_Bn))
-        writes = SegmentWrites(k_BnGCd, v_BnGCd, filled_BnC, *marks, blocks.last_B.expand(batch))
+        rows = len(k_BnGCd)
+        writes = SegmentWrites(
+            k_BnGCd,
+            v_BnGCd,
+            filled_BnC,
+            begins_Bn=blocks.begins_Bn.expand(rows, -1),
+            is_full_Bn=blocks.is_full_Bn.expand(rows, -1),
+            is_first_Bn=segments.is_first_Bn.expand(rows, -1),
+            last_B=blocks.last_B.expand(rows),
+        )
         write_all = write_by_delta_rule if self.is_delta else write_by_linear_rule
         entering, committed, pending = write_all(writes, committed, pending)
         q_BnwHd = segments.queries.split(new["queries"].to(wide))
