@@ -83,7 +83,8 @@ def _recall(recalls: Sequence[Recall]) -> list[str]:
         f"Recall: {PAIRS} pairs of a key and a value in the first {SEGMENT} of {LENGTH} tokens, the keys again in the "
         f"last {SEGMENT}: share of the values that are predicted. Who knows only which values there were is right in "
         f"{1 / PAIRS:.0%}. Mini-batches of TTT and segments of Infini-attention have {SEGMENT} tokens, so that recall "
-        f"goes over four of them. Two layers of 64, {recalls[0].steps:,} steps of 32 sequences, one seed.",
+        "goes over four of them; TTT has its short convolutions, without which it does not look one token back, from "
+        f"a value to its key. Two layers of 64, {recalls[0].steps:,} steps of 32 sequences, one seed.",
         "",
     ]
 

@@ -15,6 +15,9 @@ from typing import Any
 import moe_train
 from benchmarks.runner.processes import ROOT, Process, run_processes
 from benchmarks.runner.results import say
+from moe_train.config.model import MIXER_FIELDS, ModelConfig
+from moe_train.config.parts import MixerLike
+from moe_train.config.registry import load_part
 from moe_train.train.telemetry.records import read_records
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -168,12 +171,21 @@ def sections_of(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
     short = {"init_std": SHORT_INIT_STD} if run.size != FULL else {}
     return {
         "optim": optim,
-        "model": {"mixers": list(run.variant.mixers), **segment, **short},
+        "model": {"mixers": list(run.variant.mixers), **unread_fields(run.variant), **segment, **short},
         "data": {"validation_max_bytes": HELD_OUT_BYTES, "tokenizer": run.size.tokenizer},
         "train": train,
         "checkpoint": {"every": 0},
         "telemetry": {"tensorboard": False},
     }
+
+
+def unread_fields(variant: Variant) -> dict[str, Any]:
+    """Defaults of the model's fields that no mixer of a variant reads: other values would be refused."""
+    if ATTENTION.name in variant.mixers:
+        return {}
+    kinds: list[MixerLike] = [load_part("mixers", name) for name in variant.mixers]
+    unread = MIXER_FIELDS.difference(*(kind.reads for kind in kinds))
+    return {name: ModelConfig.model_fields[name].default for name in sorted(unread)}
 
 
 def runs_of(seeds: Sequence[int], size: Size) -> list[Run]:

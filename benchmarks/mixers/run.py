@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _recalls(folder: Path, options: argparse.Namespace) -> list[Recall]:
-    file = folder / f"recall_{options.recall_steps}.json"
+    file = folder / f"recall_v2_{options.recall_steps}.json"  # v2: by the mixers' rules, TTT with convolutions
     recalls = [Recall(**values) for values in _read(file)]
     if "recall" in options.only:
         for variant in (ATTENTION, *ALONE):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import moe_train
-from benchmarks.mixers.rows import CONFIG, MIXERS, Variant
+from benchmarks.mixers.rows import CONFIG, MIXERS, Variant, unread_fields
 from benchmarks.runner.results import say
 from benchmarks.runner.rounds import median_ratio, run_rounds
 from moe_train.model.decode_state import Cache
@@ -70,7 +70,9 @@ class _Point:
 def build(variant: Variant, seed: int) -> Transformer:
     """Build the quickstart's model with the variant's mixers, which have their usual settings."""
     train = {"seed": seed, "sequence_length": LONG}
-    config = moe_train.load_config(CONFIG, model={"mixers": list(variant.mixers)}, train=train)
+    config = moe_train.load_config(
+        CONFIG, model={"mixers": list(variant.mixers), **unread_fields(variant)}, train=train
+    )
     return moe_train.build_model(config, _VOCAB_SIZE)
 
 

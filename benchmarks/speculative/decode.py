@@ -124,6 +124,27 @@ def measure(
     return found, differences, compared
 
 
+def compare_in_fp64(subjects: dict[str, Subject], draft_tokens: int) -> tuple[int, int]:
+    """Count the greedy texts in fp64 that part from the plain ones, and all that are compared.
+
+    In fp64 rounding decides no token, so that none may part. The models are fp64 from then on; nothing is timed.
+
+    Args:
+        subjects: Targets with their drafts.
+        draft_tokens: Tokens that a draft proposes per round.
+    """
+    parted, compared = 0, 0
+    for subject in subjects.values():
+        for model in (subject.run.model, *(model for model, _ in subject.drafts.values())):
+            model.double()
+        _, plain = subject.decode(0.0, None, 0)
+        for draft in subject.drafts:
+            _, found = subject.decode(0.0, draft, draft_tokens)
+            parted += sum(ours != theirs for ours, theirs in zip(found, plain, strict=True))
+            compared += len(plain)
+    return parted, compared
+
+
 @torch.no_grad()
 def first_difference(model: Transformer, plain: Text, other: Text) -> Difference | None:
     """Find the first token that differs, and how far apart the two tokens' logits are; None: there is none."""

@@ -11,7 +11,6 @@ from benchmarks.runner.results import say
 
 CONFIG = ROOT / "benchmarks" / "speculative" / "models.yaml"
 _RUN_TIMEOUT_SECONDS = 4 * 3600
-_HEADS_OF_64: dict[str, Any] = {"moe_every": 0, "head_dim": 64}
 
 
 @dataclass(frozen=True)
@@ -55,55 +54,35 @@ class Recipes:
         return self.draft, self.sparse, self.dense
 
 
+def _dense(width: int, layers: int, heads: int, kv_heads: int, inner: int) -> dict[str, Any]:
+    """Section `model` of a dense model with heads of 64."""
+    shape = {"hidden_size": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads}
+    return {**shape, "intermediate_size": inner, "head_dim": 64, "moe_every": 0}
+
+
+def _sparse(width: int, layers: int, heads: int, kv_heads: int, experts: int, top_k: int, inner: int) -> dict[str, Any]:
+    """Section `model` of a model with experts in every layer."""
+    shape = {"hidden_size": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads}
+    coefs = {"importance_cv2_coef": 0.1, "load_cv2_coef": 0.1}
+    moe = {"num_experts": experts, "top_k": top_k, "intermediate_size": inner, "router": "noisy_topk", **coefs}
+    return {**shape, "moe_every": 1, "moe": moe}
+
+
 FULL = Recipes(
     # 103 M parameters. The draft has few and wide layers: a layer costs time for its number of operations too.
-    dense=Recipe(
-        "dense",
-        {**_HEADS_OF_64, "hidden_size": 768, "num_layers": 14, "num_heads": 12, "num_kv_heads": 4,
-         "intermediate_size": 2304},
-        1.5e-3,
-    ),
-    sparse=Recipe(
-        "sparse",
-        {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "num_kv_heads": 2,
-         "moe_every": 1, "moe": {"num_experts": 64, "top_k": 8, "intermediate_size": 256, "router": "noisy_topk",
-                                 "importance_cv2_coef": 0.1, "load_cv2_coef": 0.1}},
-        2e-3,
-    ),
-    draft=Recipe(
-        "draft",
-        {**_HEADS_OF_64, "hidden_size": 640, "num_layers": 4, "num_heads": 10, "num_kv_heads": 2,
-         "intermediate_size": 2048},
-        2e-3,
-        steps=2,
-    ),
+    dense=Recipe("dense", _dense(768, layers=14, heads=12, kv_heads=4, inner=2304), 1.5e-3),
+    sparse=Recipe("sparse", _sparse(512, layers=6, heads=8, kv_heads=2, experts=64, top_k=8, inner=256), 2e-3),
+    draft=Recipe("draft", _dense(640, layers=4, heads=10, kv_heads=2, inner=2048), 2e-3, steps=2),
     own_layers=3,
     sequence_length=128,
-)  # fmt: skip
+)
 SMALL = Recipes(
-    dense=Recipe(
-        "dense",
-        {**_HEADS_OF_64, "hidden_size": 128, "num_layers": 4, "num_heads": 2, "num_kv_heads": 1,
-         "intermediate_size": 384},
-        3e-3,
-    ),
-    sparse=Recipe(
-        "sparse",
-        {"hidden_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
-         "moe_every": 1, "moe": {"num_experts": 16, "top_k": 2, "intermediate_size": 128, "router": "noisy_topk",
-                                 "importance_cv2_coef": 0.1, "load_cv2_coef": 0.1}},
-        3e-3,
-    ),
-    draft=Recipe(
-        "draft",
-        {**_HEADS_OF_64, "hidden_size": 64, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1,
-         "intermediate_size": 192},
-        3e-3,
-        steps=2,
-    ),
+    dense=Recipe("dense", _dense(128, layers=4, heads=2, kv_heads=1, inner=384), 3e-3),
+    sparse=Recipe("sparse", _sparse(128, layers=2, heads=2, kv_heads=1, experts=16, top_k=2, inner=128), 3e-3),
+    draft=Recipe("draft", _dense(64, layers=1, heads=1, kv_heads=1, inner=192), 3e-3, steps=2),
     own_layers=2,
     sequence_length=64,
-)  # fmt: skip
+)
 
 
 def train_models(recipes: Recipes, steps: int, seed: int, threads: int, folder: Path) -> dict[str, Path]:

@@ -8,6 +8,9 @@ from moe_train.config.base import Section, SectionWithParts
 from moe_train.config.moe import MoEConfig
 from moe_train.config.registry import PartName, check_part
 
+MIXER_FIELDS = frozenset({"num_heads", "num_kv_heads", "head_dim", "rope_theta", "sliding_window", "qk_norm"})
+"""Fields of the model that only mixers read; each mixer reads some of them."""
+
 
 class HiddenCopiesConfig(Section):
     """Parallel hidden decoding: more computation for every token, without more parameters and cached tokens.
@@ -130,13 +133,9 @@ class ModelConfig(SectionWithParts):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be divisible by num_heads ({self.num_heads})")
-        if self.attention_head_dim % 2:
-            raise ValueError(f"head_dim ({self.attention_head_dim}) must be even, for the rotary embedding")
-        if self.num_heads % self.attention_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})")
         self._check_mixers()
+        if self.attention_layers:  # what other mixers read is known when they are imported
+            self._check_heads(MIXER_FIELDS)
         self._check_layers("moe_layers", self.moe_layers)
         if self.moe_layers is not None and self.differs("moe_every"):
             raise ValueError(
@@ -172,12 +171,30 @@ class ModelConfig(SectionWithParts):
         for name, values in self.part_settings.items():
             if name not in self.mixers:
                 raise ValueError(f"{name} ({values}) has no effect: it is not among mixers ({list(self.mixers)})")
-        for name in ("sliding_window", "qk_norm"):
-            if not self.attention_layers and self.differs(name):
+
+    def check_mixer_fields(self, reads: frozenset[str]) -> None:
+        """Refuse fields of mixers that have no effect, and heads that do not fit.
+
+        Args:
+            reads: Fields among MIXER_FIELDS that the mixers of the pattern read.
+
+        Raises:
+            ValueError: If a field that none of them reads differs from its default, or one that they read is wrong.
+        """
+        for name in sorted(MIXER_FIELDS - reads):
+            if self.differs(name):
                 raise ValueError(
-                    f"{name} ({getattr(self, name)}) has no effect: no layer is attention, with mixers "
-                    f"{list(self.mixers)}"
+                    f"{name} ({getattr(self, name)}) has no effect: no mixer reads it, with mixers {list(self.mixers)}"
                 )
+        self._check_heads(reads)
+
+    def _check_heads(self, reads: frozenset[str]) -> None:
+        if "num_heads" in reads and self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be divisible by num_heads ({self.num_heads})")
+        if "rope_theta" in reads and self.attention_head_dim % 2:
+            raise ValueError(f"head_dim ({self.attention_head_dim}) must be even, for the rotary embedding")
+        if "num_kv_heads" in reads and self.num_heads % self.attention_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})")
 
     def _check_kv_layers(self) -> None:
         given, layers = self.kv_layers, self.attention_layers

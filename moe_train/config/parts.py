@@ -44,6 +44,10 @@ class MixerLike(Kind, TakesCopies, Protocol):
     """A mixer, as the configuration sees it."""
 
     @property
+    def reads(self) -> frozenset[str]:
+        """Fields of the model among MIXER_FIELDS that the mixer reads."""
+
+    @property
     def check_length(self) -> Callable[[Any, int], None]:
         """Function that refuses training sequences of a length that cannot work."""
 
@@ -112,6 +116,10 @@ class Kinds:
             UsageError: If a part refuses its settings.
         """
         model, moe = config.model, config.model.moe
+        try:
+            model.check_mixer_fields(frozenset[str]().union(*(kind.reads for kind in self.mixers.values())))
+        except ValueError as error:
+            raise UsageError(f"model: {error}") from error
         for name, kind in self.mixers.items():
             own = read_section(kind.section, model.part_settings.get(name), f"model.{name}")
             kind.check(model, own)

@@ -53,11 +53,6 @@ def judge(proposed_BN: Tensor, q_BNV: Tensor, p_BMV: Tensor, accept_draws_BN: Te
     return Verdict(accepted_B, draw_tokens(left_BV, next_draws_BM[rows, accepted_B]))
 
 
-def acceptance(p_BV: Tensor, q_BV: Tensor) -> Tensor:
-    """Compute the probability that a token drawn from q stays: the sum of min(p, q). fp64 [B]."""
-    return torch.minimum(p_BV, q_BV).sum(1)
-
-
 def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
     """Compute the distribution of the token in place of a rejected one: max(p - q, 0), normalised. fp64 [B, V].
 
@@ -66,31 +61,3 @@ def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
     left_BV = (p_BV - q_BV).clamp(min=0.0)
     total_B1 = left_BV.sum(1, keepdim=True)
     return torch.where(total_B1 > 0, left_BV / total_B1, p_BV)
-
-
-def expected_tokens(rate: float, number: int) -> float:
-    """Compute the mean tokens per round if every proposed token stays with the same probability.
-
-    Args:
-        rate: a, probability that a token stays.
-        number: N, proposed tokens per round.
-
-    Returns:
-        (1 - a^(N+1)) / (1 - a): from 1 to N + 1.
-    """
-    return sum(rate**place for place in range(number + 1))  # the same sum; it holds for a = 1 too
-
-
-def expected_speedup(rate: float, number: int, draft_cost: float, verify_cost: float = 1.0) -> float:
-    """Compute the speed over plain decoding, in tokens per second.
-
-    Args:
-        rate: a, probability that a proposed token stays.
-        number: N, proposed tokens per round.
-        draft_cost: c, seconds of one draft step over those of a plain step of the target.
-        verify_cost: v, seconds of a target's forward pass over N + 1 tokens over those of a plain step.
-
-    Returns:
-        (1 - a^(N+1)) / ((1 - a) (N c + v)).
-    """
-    return expected_tokens(rate, number) / (number * draft_cost + verify_cost)

@@ -19,14 +19,15 @@ from moe_train.model.parameters import Computed, InitialValue, OptimRule
 class RWKVChannelMix(FeedForward):
     """sigmoid(receptance x_r) * value(relu(key x_k)^2), where x_c = mix_c x + (1 - mix_c) times the token before."""
 
-    def __init__(self, spec: FeedForwardSpec) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, layer: int, num_layers: int, init_std: float, output_std: float
+    ) -> None:
         super().__init__()
-        hidden, inner = spec.model.hidden_size, spec.model.intermediate_size
-        self.hidden_size, self.down = hidden, 1 - spec.layer / spec.model.num_layers
-        self.mix_k, self.mix_r = nn.Parameter(torch.empty(hidden)), nn.Parameter(torch.empty(hidden))
-        self.key = Linear(hidden, inner, spec.model.init_std)
-        self.receptance = Linear(hidden, hidden, spec.model.init_std)
-        self.value = Linear(inner, hidden, spec.output_std)
+        self.hidden_size, self.down = hidden_size, 1 - layer / num_layers
+        self.mix_k, self.mix_r = nn.Parameter(torch.empty(hidden_size)), nn.Parameter(torch.empty(hidden_size))
+        self.key = Linear(hidden_size, intermediate_size, init_std)
+        self.receptance = Linear(hidden_size, hidden_size, init_std)
+        self.value = Linear(intermediate_size, hidden_size, output_std)
 
     def initial_values(self) -> dict[str, InitialValue]:
         return dict.fromkeys(("mix_k", "mix_r"), Computed(lambda i: (i / self.hidden_size) ** self.down))
@@ -47,13 +48,14 @@ class RWKVChannelMix(FeedForward):
 class RWKV7ChannelMix(FeedForward):
     """value(relu(key(x + x_k (before - x)))^2), where `before` is the token before."""
 
-    def __init__(self, spec: FeedForwardSpec) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, layer: int, num_layers: int, init_std: float, output_std: float
+    ) -> None:
         super().__init__()
-        hidden, inner = spec.model.hidden_size, spec.model.intermediate_size
-        self.hidden_size, self.down = hidden, 1 - spec.layer / spec.model.num_layers
-        self.x_k = nn.Parameter(torch.empty(hidden))
-        self.key = Linear(hidden, inner, spec.model.init_std)
-        self.value = Linear(inner, hidden, spec.output_std)
+        self.hidden_size, self.down = hidden_size, 1 - layer / num_layers
+        self.x_k = nn.Parameter(torch.empty(hidden_size))
+        self.key = Linear(hidden_size, intermediate_size, init_std)
+        self.value = Linear(intermediate_size, hidden_size, output_std)
 
     def initial_values(self) -> dict[str, InitialValue]:
         return {"x_k": Computed(lambda i: 1 - (i / self.hidden_size) ** self.down**4)}
@@ -88,5 +90,14 @@ def _state_bytes(spec: FeedForwardSpec, element_bytes: int) -> int:
     return max(4, element_bytes) * spec.model.hidden_size
 
 
-RWKV_CHANNEL_MIX = FeedForwardKind(RWKVChannelMix, lambda spec: _cost(spec, 2), _state_bytes)
-RWKV7_CHANNEL_MIX = FeedForwardKind(RWKV7ChannelMix, lambda spec: _cost(spec, 1), _state_bytes)
+def _make_kind(channel_mix: type[RWKVChannelMix] | type[RWKV7ChannelMix], num_mixes: int) -> FeedForwardKind:
+    def build(spec: FeedForwardSpec) -> FeedForward:
+        model = spec.model
+        sizes = (model.hidden_size, model.intermediate_size, spec.layer, model.num_layers)
+        return channel_mix(*sizes, model.init_std, spec.output_std)
+
+    return FeedForwardKind(build, lambda spec: _cost(spec, num_mixes), _state_bytes)
+
+
+RWKV_CHANNEL_MIX = _make_kind(RWKVChannelMix, 2)
+RWKV7_CHANNEL_MIX = _make_kind(RWKV7ChannelMix, 1)

@@ -85,13 +85,17 @@ class RecurrentState:
         """Tensors of the state, by name."""
         return self._tensors
 
-    def append(self, new: Tensors) -> Any:
+    def append(
+        self, new: Tensors, advance: Callable[[Tensors, Tensors, None], tuple[Tensors, Any]] | None = None
+    ) -> Any:
         """Take in new tokens and return what the layer reads at each of them.
 
         Args:
             new: Tensors [B, S, ...] of S new tokens.
+            advance: The state's own function, with what it forms from the tokens alone, such as blocks, already formed
+                for all layers; None: the state's own.
         """
-        self._tensors, read = self._advance(self._tensors, new, None)
+        self._tensors, read = (advance or self._advance)(self._tensors, new, None)
         if self._since is not None:
             self._since.append(new)
         return read

@@ -88,9 +88,14 @@ class AlignedBlocks:
 
 
 def align(
-    offsets_BS: Tensor, size: int, valid_BS: Tensor | None = None, width: int | None = None, is_compact: bool = False
+    offsets_BS: Tensor,
+    size: int,
+    valid_BS: Tensor | None = None,
+    width: int | None = None,
+    is_compact: bool = False,
+    num_blocks: int | None = None,
 ) -> AlignedBlocks:
-    """Place tokens in blocks by their offsets. Host synchronisation if S > 1: the number of blocks.
+    """Place tokens in blocks by their offsets. Host synchronisation if S > 1 and the number of blocks is not given.
 
     Args:
         offsets_BS: int64 positions counted from the first token of the token's document in its row.
@@ -99,12 +104,14 @@ def align(
         width: w, columns of a block, where no offset modulo size is larger; None: size.
         is_compact: Whether a block's tokens begin at column 0, also if offsets before them have come earlier; then a
             block has no more than S columns. Else a token's column is its offset modulo size.
+        num_blocks: n, where the host knows it, or more; None: it is found from the offsets.
     """
     length = offsets_BS.shape[1]
     slots_BS = offsets_BS % size
     begins_block_BS = slots_BS == 0
     block_BS = begins_block_BS.cumsum(1) - begins_block_BS[:, :1].long()
-    num_blocks = 1 if length == 1 else int(block_BS.max()) + 1
+    if num_blocks is None:
+        num_blocks = 1 if length == 1 else int(block_BS.max()) + 1
     width, column_BS = width or size, slots_BS
     if is_compact:
         width, column_BS = min(width, length), slots_BS - torch.where(block_BS == 0, slots_BS[:, :1], 0)

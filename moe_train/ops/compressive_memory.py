@@ -33,6 +33,33 @@ class Memory:
         return Memory(torch.where(chosen_.unsqueeze(-1), self.matrix, matrix), torch.where(chosen_, self.total, total))
 
 
+@dataclass(frozen=True)
+class SegmentWrites:
+    """What the segments of each row write, one after the other.
+
+    Attributes:
+        k_BnGSd: Keys before the rotary embedding.
+        v_BnGSd: Values.
+        filled_BnS: bool, whether there is a token.
+        begins_Bn: bool, whether the segment has the first token of a document: it finds an empty memory.
+        is_full_Bn: bool, whether the segment's last token has come: it is committed.
+        is_first_Bn: bool, whether the segment is its document's first, begun here or earlier.
+        last_B: int64, number of the last segment of each row that has a token.
+    """
+
+    k_BnGSd: Tensor
+    v_BnGSd: Tensor
+    filled_BnS: Tensor
+    begins_Bn: Tensor
+    is_full_Bn: Tensor
+    is_first_Bn: Tensor
+    last_B: Tensor
+
+    def last(self, x_Bn: Tensor) -> Tensor:
+        """Select each row's last segment that has a token. (B, n, *) -> (B, *)."""
+        return x_Bn[torch.arange(len(x_Bn), device=x_Bn.device), self.last_B]
+
+
 def write(k_GSd: Tensor, v_GSv: Tensor, filled_S: Tensor) -> Memory:
     """Make the memory of some tokens alone.
 
@@ -81,3 +108,52 @@ def entering_memories(segments: Memory, before: Memory, begins_Bn: Tensor) -> Me
     )  # (B, n, n) x (B, n, G*d*v)
     carried = Memory(before.matrix.unsqueeze(1), before.total.unsqueeze(1)).where(document_Bn == 0)
     return Memory(matrix, total) + carried
+
+
+def write_by_linear_rule(segments: SegmentWrites, committed: Memory, pending: Memory) -> tuple[Memory, Memory, Memory]:
+    """Add the values of every segment to the memory. No loop over segments.
+
+    Args:
+        segments: What the segments write.
+        committed: Memory of the full segments before the first one, [B, G, ...].
+        pending: What the first segment has written already, if it is open before its first token here.
+
+    Returns:
+        The memories that enter the segments [B, n, G, ...], and those committed and pending behind the last one.
+    """
+    begins_Bn = segments.begins_Bn
+    written = write(segments.k_BnGSd, segments.v_BnGSd, segments.filled_BnS)
+    open_ = pending.where(~begins_Bn[:, 0])
+    first = Memory(written.matrix[:, 0] + open_.matrix, written.total[:, 0] + open_.total)
+    written = Memory(
+        torch.cat((first.matrix.unsqueeze(1), written.matrix[:, 1:]), dim=1),
+        torch.cat((first.total.unsqueeze(1), written.total[:, 1:]), dim=1),
+    )
+    entering = entering_memories(written, committed, begins_Bn)
+    before, last = (Memory(segments.last(each.matrix), segments.last(each.total)) for each in (entering, written))
+    is_full_B = segments.last(segments.is_full_Bn)
+    return entering, before + last.where(is_full_B), last.where(~is_full_B)
+
+
+def write_by_delta_rule(segments: SegmentWrites, committed: Memory, pending: Memory) -> tuple[Memory, Memory, Memory]:
+    """Do the same segment by segment: a value is written less what the memory returns for its key.
+
+    Args:
+        segments: As in `write_by_linear_rule`.
+        committed: As in `write_by_linear_rule`.
+        pending: As in `write_by_linear_rule`.
+    """
+    entering = []
+    for number in range(segments.begins_Bn.shape[1]):
+        goes_on_B, is_full_B = ~segments.begins_Bn[:, number], segments.is_full_Bn[:, number]
+        committed, pending = committed.where(goes_on_B), pending.where(goes_on_B)
+        entering.append(committed)
+        k_BGSd, v_BGSd = segments.k_BnGSd[:, number], segments.v_BnGSd[:, number]
+        v_BGSd = v_BGSd - read(k_BGSd, committed, segments.is_first_Bn[:, number])
+        pending = pending + write(k_BGSd, v_BGSd, segments.filled_BnS[:, number])
+        committed, pending = committed + pending.where(is_full_B), pending.where(~is_full_B)
+    stacked = Memory(
+        torch.stack([each.matrix for each in entering], dim=1),
+        torch.stack([each.total for each in entering], dim=1),
+    )
+    return stacked, committed, pending

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _HAS_CPU_KERNEL = frozenset({"cpu"})  # device types of the kernel that takes masks, grouped heads and any dtype
-_FLASH_DTYPES = (torch.bfloat16, torch.float16)  # of the flash kernel on CUDA
+# What the flash kernel on CUDA takes. PyTorch's own attention pads other head sizes; the bare operation refuses them.
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_FLASH_HEAD_STEP, _MOST_FLASH_HEAD = 8, 256
+_FIRST_FLASH_CAPABILITY = (8, 0)
 
 
 def partial_attention(
@@ -113,7 +116,13 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _takes_flash(q_BHSd: Tensor, mask_B1SC: Tensor | None) -> bool:
-    return mask_B1SC is None and q_BHSd.dtype in _FLASH_DTYPES
+    """Return whether the flash kernel takes such queries, on a CUDA device; else the products are explicit."""
+    size = q_BHSd.shape[3]
+    if mask_B1SC is not None or q_BHSd.dtype not in _FLASH_DTYPES or size % _FLASH_HEAD_STEP or size > _MOST_FLASH_HEAD:
+        return False
+    if q_BHSd.device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(q_BHSd.device) >= _FIRST_FLASH_CAPABILITY
 
 
 def _of_heads(x_BGCd: Tensor, q_BHSd: Tensor) -> Tensor:

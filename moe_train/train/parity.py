@@ -2,11 +2,15 @@
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from moe_train.config.errors import UsageError
+from moe_train.config.model import MIXER_FIELDS
+from moe_train.config.parts import MixerLike
+from moe_train.config.registry import is_part, load_part
 from moe_train.config.root import Config
 from moe_train.train.telemetry.records import Record
 
@@ -136,17 +140,21 @@ OPTIONS = (
 
 
 def options_for(extra: Sequence[str]) -> list[str]:
-    """Return the options of the small model, without kv_layers if the mixers are given and none is attention.
+    """Return the options of the small model, without those that no mixer reads if the mixers are given.
 
     Args:
         extra: Options that follow them.
     """
-    has_attention = True
+    mixers = ["attention"]
     for argument, following in itertools.pairwise([*extra, ""]):
         option, _, value = argument.partition("=")
         if option in ("--model.mixer", "--model.mixers"):
-            has_attention = "attention" in (value or following)
-    return [option for option in OPTIONS if has_attention or not option.startswith("--model.kv_layers=")]
+            mixers = re.findall(r"\w+", value or following)
+    # A name that no part has is refused when the options are read.
+    kinds: list[MixerLike] = [load_part("mixers", name) for name in mixers if is_part("mixers", name)]
+    unread = MIXER_FIELDS.difference(*(kind.reads for kind in kinds))
+    unread |= set() if "attention" in mixers else {"kv_layers"}
+    return [option for option in OPTIONS if option.partition("=")[0].removeprefix("--model.") not in unread]
 
 
 # What a user's own model is trained with beside its shapes, precision and terms.

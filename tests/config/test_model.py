@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moe_train.config.model import ModelConfig
+from moe_train.config.model import MIXER_FIELDS, ModelConfig
 from moe_train.config.moe import MoEConfig
 
 
@@ -63,8 +63,6 @@ from moe_train.config.moe import MoEConfig
         ),
         pytest.param({"infini": {"segment_length": 8}}, ["infini", "mixers (['attention'])"], id="not in the pattern"),
         pytest.param({"mixer": "rwkv4", "kv_layers": 1}, ["kv_layers (1)", "rwkv4"], id="owners without attention"),
-        pytest.param({"mixer": "rwkv4", "sliding_window": 9}, ["sliding_window (9)", "rwkv4"], id="window of nothing"),
-        pytest.param({"mixer": "rwkv4", "qk_norm": "head"}, ["qk_norm (head)", "rwkv4"], id="norms of nothing"),
         pytest.param(
             {"mixers": ["rwkv4", "attention"], "kv_layers": 3},
             ["kv_layers (3)", "number of attention layers (2)"],
@@ -149,3 +147,29 @@ def test_patterns_of_mixers_and_their_owners_of_keys():
     assert ModelConfig(mixers=("rwkv4", "attention"), kv_layers=(1,)).kv_owner_layers == (1,)
     assert ModelConfig(mixer="rwkv4") == ModelConfig(mixers=("rwkv4",))
     assert ModelConfig(mixers=("rwkv4", "attention", "rwkv7", "infini")).layer_mixers[3] == "infini"
+
+
+@pytest.mark.parametrize(
+    ("values", "reads", "words"),
+    [
+        pytest.param({"sliding_window": 9}, {"num_heads"}, ["sliding_window (9)", "rwkv4"], id="window of nothing"),
+        pytest.param({"qk_norm": "head"}, {"num_heads"}, ["qk_norm (head)", "rwkv4"], id="norms of nothing"),
+        pytest.param({"num_heads": 2}, set(), ["num_heads (2)", "no mixer reads it"], id="heads of nothing"),
+        pytest.param({"hidden_size": 100}, {"num_heads"}, ["hidden_size (100)", "num_heads (8)"], id="heads"),
+        pytest.param({"hidden_size": 24}, {"num_heads", "rope_theta"}, ["head_dim (3)", "even"], id="odd head"),
+        pytest.param({"num_kv_heads": 3}, {"num_kv_heads"}, ["num_heads (8)", "num_kv_heads (3)"], id="groups"),
+    ],
+)
+def test_fields_of_mixers_are_checked_by_what_the_mixers_read(values, reads, words):
+    config = ModelConfig(mixer="rwkv4", **values)
+    with pytest.raises(ValueError) as error:
+        config.check_mixer_fields(frozenset(reads))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_heads_that_no_mixer_reads_need_not_divide():
+    ModelConfig(mixer="rwkv4", hidden_size=100).check_mixer_fields(frozenset())
+    ModelConfig(mixer="rwkv4", hidden_size=24).check_mixer_fields(frozenset({"num_heads"}))  # heads of 3: no rotation
+    ModelConfig(mixer="rwkv4", num_kv_heads=None, rope_theta=10000.0).check_mixer_fields(frozenset())
+    ModelConfig(**dict.fromkeys(("sliding_window", "num_kv_heads"), 2)).check_mixer_fields(MIXER_FIELDS)

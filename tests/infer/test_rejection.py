@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moe_train.infer.rejection import acceptance, expected_speedup, expected_tokens, judge, residual
+from moe_train.infer.rejection import judge, residual
 from moe_train.infer.sampling import Sampling, distribution
+from tests.vectors.speculative import acceptance
 
 SETTINGS = {
     "plain": Sampling(1.0),
@@ -72,11 +73,3 @@ def test_tokens_end_at_the_first_rejection():
     verdict = judge(proposed, q, p, draws, after)
     assert verdict.accepted_B.tolist() == [1]
     assert int(verdict.next_B) != 0  # of token 0 nothing is left
-
-
-def test_expected_tokens_and_speed():
-    for rate, number in ((0.0, 3), (0.5, 1), (0.8, 4)):
-        assert expected_tokens(rate, number) == pytest.approx((1 - rate ** (number + 1)) / (1 - rate), rel=1e-14)
-    assert expected_tokens(1.0, 4) == 5
-    assert expected_speedup(0.8, 4, 0.1) == pytest.approx(expected_tokens(0.8, 4) / 1.4, rel=1e-14)
-    assert expected_speedup(0.8, 4, 0.1, 1.6) == pytest.approx(expected_tokens(0.8, 4) / 2.0, rel=1e-14)

@@ -66,3 +66,18 @@ def test_a_token_that_is_not_valid_is_in_no_block():
     laid = blocks.split(torch.arange(1, 12).expand(3, -1))
     assert laid[0].sum() == 0 and sorted(laid[1][laid[1] > 0].tolist()) == [1, 2, 3, 4]
     assert blocks.last_B.tolist() == [0, 1, 4] and not blocks.begins_Bn[0].any() and not blocks.is_full_Bn[0].any()
+
+
+@pytest.mark.parametrize("is_compact", [False, True])
+def test_blocks_beyond_the_last_are_empty(is_compact):
+    """A number of blocks that the host knows needs no look at the offsets; more than there are change nothing."""
+    known, more = (align(OFFSETS[:, 2:], 3, is_compact=is_compact, num_blocks=number) for number in (None, 9))
+    assert more.num_blocks == 9 > known.num_blocks
+    tokens = torch.arange(1, 10).expand(3, -1)
+    laid, wider = known.split(tokens), more.split(tokens)
+    assert torch.equal(wider[:, : known.num_blocks], laid) and not wider[:, known.num_blocks :].any()
+    assert torch.equal(more.join(wider, 9), tokens) and torch.equal(more.last_B, known.last_B)
+    for name in ("begins_Bn", "is_full_Bn"):
+        found = getattr(more, name)
+        assert torch.equal(found[:, : known.num_blocks], getattr(known, name))
+        assert not found[:, known.num_blocks :].any()

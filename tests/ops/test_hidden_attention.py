@@ -1,6 +1,7 @@
 """Attention of hidden copies against one dense mask, written from the definition, and its gradients."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from moe_train.model.token_index import document_offsets
 from moe_train.ops.attention import visible_keys
 from moe_train.ops.hidden_attention import hidden_attention, hidden_blocks
 from moe_train.ops.partial_attention import (
+    _takes_flash,
     additive,
     merge_attention,
     partial_attention,
@@ -150,6 +152,35 @@ def test_half_precision_merges_in_fp32():
     assert (narrow.double() - exact).abs().max() < 0.02  # two roundings to 8 bits of values up to about 2
 
 
+def test_gradients_in_half_precision_are_those_of_fp64():
+    """Backward through both kernels and the merge, with the merged output and logsumexp."""
+    inputs = [x.detach().bfloat16() for x in draw(2, 70, 4, 2)]
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    grads = []
+    for wide in (torch.bfloat16, torch.float64):
+        leaves = [x.to(wide).requires_grad_() for x in inputs]
+        y = ours(*leaves, 2, 16, 32)
+        grads.append(torch.autograd.grad(y, leaves, upstream.to(wide)))
+    for narrow, exact in zip(*grads, strict=True):
+        assert narrow.dtype == torch.bfloat16
+        # Some roundings to 8 bits in sums of up to 86 keys or queries: 2^-8 of the largest each.
+        assert (narrow.double() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize("window, chunk", [(0, None), (3, None), (3, 4)], ids=str)
+def test_regrouped_copies_are_interleaved_ones_in_another_order(window, chunk):
+    """The stream has copy 2 of all tokens behind all originals; the definition has all copies of a token together."""
+    copies, positions = 3, 9
+    q, k, v = (x.detach() for x in draw(copies, positions, 4, 2))
+    interleaved = [(p, j) for p in range(positions) for j in range(1, copies + 1)]
+    place = torch.tensor([(j - 1) * positions + p for p, j in interleaved])  # of each in the stream
+    offsets = list(range(positions))
+    mask = torch.tensor([[sees(a, b, window, chunk, offsets, None) for b in interleaved] for a in interleaved])
+    shared = (x[:, :, place].repeat_interleave(2, 1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(q[:, :, place], *shared, attn_mask=mask)
+    torch.testing.assert_close(ours(q, k, v, copies, window, chunk)[:, :, place], expected, **CLOSE)
+
+
 def test_explicit_products_are_the_kernels(monkeypatch):
     """Products that devices without a fitting kernel compute, against the CPU's kernels, for both masks."""
     q, k, v = (x.detach() for x in draw(1, 7, 4, 2))
@@ -164,6 +195,26 @@ def test_explicit_products_are_the_kernels(monkeypatch):
             again = partial_attention_backward(gradient, q, k, v, *found, *arguments)
         for mine, theirs in zip((*found, *again), (*expected, *slopes), strict=True):
             torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "capability", "masked", "takes"),
+    [
+        (torch.bfloat16, 64, (8, 0), False, True),
+        (torch.float16, 256, (9, 0), False, True),
+        (torch.bfloat16, 8, (12, 0), False, True),
+        (torch.bfloat16, 64, (7, 5), False, False),
+        (torch.bfloat16, 36, (8, 0), False, False),
+        (torch.bfloat16, 264, (8, 0), False, False),
+        (torch.float32, 64, (8, 0), False, False),
+        (torch.bfloat16, 64, (8, 0), True, False),
+    ],
+)
+def test_the_flash_kernel_gets_only_what_it_takes(monkeypatch, dtype, size, capability, masked, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    queries = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 2, 5, size))
+    assert _takes_flash(queries, torch.zeros(1) if masked else None) is takes
+    assert not _takes_flash(torch.zeros(1, 2, 5, size, dtype=dtype), None)  # on another device
 
 
 def test_merged_parts_are_the_whole():

@@ -21,6 +21,16 @@ def average(k, v, w, u, begins=None):
     return wkv(k, v, w, u, Average.empty(k[:, 0]), begins)[0]
 
 
+def direct(k, v, w, u, begins):
+    """The direct sum over each document of each row."""
+    rows = []
+    for row in range(len(k)):
+        starts = sorted({0, *begins[row].nonzero().flatten().tolist()})
+        spans = [slice(start, end) for start, end in zip(starts, [*starts[1:], k.shape[1]], strict=True)]
+        rows.append(torch.cat([slow.rwkv4_average(k[row, span], v[row, span], w, u) for span in spans]))
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("length", [1, CHUNK, 4 * CHUNK + 3])
 def test_outputs_and_gradients_are_those_of_the_direct_sum(length):
     leaves = [each.requires_grad_() for each in random(length)]
@@ -28,18 +38,50 @@ def test_outputs_and_gradients_are_those_of_the_direct_sum(length):
     begins = torch.zeros(2, length, dtype=torch.bool)
     begins[0, length // 3] = begins[0, length // 2] = begins[1, length - 1] = True
     found = average(k, v, w, u, begins)
-    rows = []
-    for row in range(2):
-        starts = sorted({0, *begins[row].nonzero().flatten().tolist()})
-        spans = [slice(start, end) for start, end in zip(starts, [*starts[1:], length], strict=True)]
-        rows.append(torch.cat([slow.rwkv4_average(k[row, span], v[row, span], w, u) for span in spans]))
-    expected = torch.stack(rows)
+    expected = direct(k, v, w, u, begins)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     upstream = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     # A single token does not depend on w.
     gradients = (torch.autograd.grad((y * upstream).sum(), leaves, materialize_grads=True) for y in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("length", [1, 5, CHUNK, 3 * CHUNK + 3])
+def test_it_goes_on_from_a_state(length):
+    """From a state of several chunks, over chunks that a document begins in, and over none."""
+    start = 2 * CHUNK + 5
+    leaves = [each.requires_grad_() for each in random(start + length)]
+    k, v, w, u = leaves
+    begins = torch.zeros(2, start + length, dtype=torch.bool)
+    begins[1, start + length // 2] = True  # the first row goes on to the end
+    _, before = wkv(k[:, :start], v[:, :start], w, u, Average.empty(k[:, 0]), begins[:, :start])
+    found, _ = wkv(k[:, start:], v[:, start:], w, u, before, begins[:, start:])
+    expected = direct(k, v, w, u, begins)[:, start:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = (torch.autograd.grad((y * upstream).sum(), leaves) for y in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("counts", [(0, 1), (CHUNK, CHUNK + 1), (7, 2 * CHUNK + 2)])
+def test_tokens_that_are_not_valid_change_no_sum(counts):
+    start, length = CHUNK + 3, 2 * CHUNK + 2
+    k, v, w, u = random(start + length)
+    begins = torch.zeros(2, start + length, dtype=torch.bool)
+    begins[1, start + CHUNK] = True  # which is not valid with the first counts
+    _, before = wkv(k[:, :start], v[:, :start], w, u, Average.empty(k[:, 0]), begins[:, :start])
+    valid = torch.arange(length) < torch.tensor(counts)[:, None]
+    _, after = wkv(k[:, start:], v[:, start:], w, u, before, begins[:, start:], valid)
+    more_k, more_v, _, _ = random(CHUNK + 1)
+    found, _ = wkv(more_k, more_v, w, u, after, torch.zeros(2, CHUNK + 1, dtype=torch.bool))
+    for row, count in enumerate(counts):
+        kept = start + count
+        own_k, own_v = (torch.cat((old[row, :kept], new[row])) for old, new in ((k, more_k), (v, more_v)))
+        own_begins = torch.cat((begins[row, :kept], torch.zeros(CHUNK + 1, dtype=torch.bool)))
+        expected = direct(own_k[None], own_v[None], w, u, own_begins[None])[0, kept:]
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-12)
 
 
 def test_it_is_a_mean_of_the_values_so_far_whatever_constant_the_keys_have():

@@ -13,6 +13,7 @@ from typing import Any
 from moe_train.cli.parity import TRAINING_MODULES
 from moe_train.distributed.bootstrap import local_rank_environments
 from moe_train.launch.fork_server import ForkedRank, ForkServer, wait_for_all
+from moe_train.train.telemetry.records import read_records
 from tests.processes import ProcessResult, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,17 @@ def train_under_deepspeed(world_size: int, *arguments: str, timeout: float = 180
 def train_forked(world_size: int, *arguments: str, timeout: float = 120) -> ProcessResult:
     """`moe-train train` as `run_forked` does it."""
     return run_forked(world_size, "train", *arguments, timeout=timeout)
+
+
+def in_both_precisions(folder: Path, *arguments: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The same training on one rank in bf16 and in fp32. Returns: their records, step by step."""
+    records = []
+    for precision in ("bf16", "fp32"):
+        own = folder / precision
+        result = train_forked(1, *arguments, f"--train.precision={precision}", f"--train.run_dir={own}")
+        assert result.returncode == 0, result
+        records.append(read_records(own / "metrics.jsonl"))
+    return list(zip(*records, strict=True))
 
 
 def run_forked(world_size: int, *arguments: str, timeout: float = 120) -> ProcessResult:

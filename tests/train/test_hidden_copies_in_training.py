@@ -9,7 +9,7 @@ import pytest
 import moe_train
 from moe_train.train.telemetry.records import read_records
 from tests.processes import run_process
-from tests.train.runs import CPU, SMALL, train_forked
+from tests.train.runs import CPU, SMALL, in_both_precisions, train_forked
 
 COPIES = ("--model.hidden_copies.copies=3", "--model.hidden_copies.window_positions=2", "--model.hidden_copies.chunk=8")
 DATA = ("--data.source=synthetic", "--train.sequence_length=16")
@@ -45,6 +45,14 @@ def test_any_number_of_copies_goes_on_from_any_other(tmp_path: Path) -> None:
     assert run.model.stream_hook is not None
     assert len(run.generate("one", "and another", max_new_tokens=4, temperature=0)) == 2
     assert "moe/copies" not in train(8)
+
+
+def test_they_train_in_bf16_as_in_fp32(tmp_path: Path) -> None:
+    for narrow, wide in in_both_precisions(tmp_path, *SMALL, *DATA, *COPIES, "--train.steps=3"):
+        # A rounding is 2^-9. In the mean of the loss many cancel, in the norm of the gradients fewer.
+        assert narrow["train/loss"] == pytest.approx(wide["train/loss"], rel=1e-3)
+        assert narrow["train/loss"] != wide["train/loss"]
+        assert narrow["train/grad_norm"] == pytest.approx(wide["train/grad_norm"], rel=2e-2)
 
 
 @pytest.mark.parametrize(

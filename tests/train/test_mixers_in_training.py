@@ -9,7 +9,7 @@ import pytest
 import moe_train
 from moe_train.train.telemetry.records import read_records
 from tests.processes import run_process
-from tests.train.runs import CPU, SMALL, train_forked
+from tests.train.runs import CPU, SMALL, in_both_precisions, train_forked
 
 STEPS = 6
 ALL = (
@@ -61,3 +61,15 @@ def test_a_checkpoint_in_warm_up_keeps_the_inner_learning_rate_and_goes_on(tmp_p
     train("cut", 5)
     one, other = (read_records(folder / "metrics.jsonl") for folder in (whole, cut))
     assert [record["train/loss"] for record in other] == pytest.approx([record["train/loss"] for record in one])
+
+
+@pytest.mark.slow
+def test_all_mixers_train_in_bf16_as_in_fp32(tmp_path: Path) -> None:
+    """Weights and activations in bf16; states, inner arithmetic and optimizer in fp32."""
+    options = [*SMALL, *ALL, "--model.infini.segment_length=8", "--train.sample_tokens=0", "--train.steps=3"]
+    found = in_both_precisions(tmp_path, *options, "--data.source=synthetic", "--train.sequence_length=16")
+    for narrow, wide in found:
+        # A rounding is 2^-9. In the mean of the loss many cancel, in the norm of the gradients fewer.
+        assert narrow["train/loss"] == pytest.approx(wide["train/loss"], rel=1e-3)
+        assert narrow["train/loss"] != wide["train/loss"]
+        assert narrow["train/grad_norm"] == pytest.approx(wide["train/grad_norm"], rel=2e-2)

@@ -189,15 +189,20 @@ def test_a_users_model_in_both_precisions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "has_kv_layers"),
+    ("extra", "missing"),
     [
-        ([], True),
-        (["--model.num_layers=6"], True),
-        (["--model.mixers=rwkv4,attention"], True),
-        (["--model.mixer=rwkv4"], False),
-        (["--model.mixers", '["rwkv4"]'], False),
-        (["--model.mixer=rwkv4", "--model.mixer=attention"], True),
+        ([], set()),
+        (["--model.num_layers=6"], set()),
+        (["--model.mixers=rwkv4,attention"], set()),
+        (["--model.mixer=rwkv4"], {"num_heads", "num_kv_heads", "kv_layers"}),
+        (["--model.mixers", '["rwkv4"]'], {"num_heads", "num_kv_heads", "kv_layers"}),
+        (["--model.mixers=rwkv4,rwkv7"], {"num_kv_heads", "kv_layers"}),
+        (["--model.mixer=infini"], {"kv_layers"}),
+        (["--model.mixer=unheard"], {"num_heads", "num_kv_heads", "kv_layers"}),
+        (["--model.mixer=rwkv4", "--model.mixer=attention"], set()),
     ],
 )
-def test_the_small_model_shares_keys_where_a_layer_is_attention(extra: list[str], has_kv_layers: bool) -> None:
-    assert ("--model.kv_layers=2" in options_for(extra)) is has_kv_layers
+def test_the_small_model_has_no_field_that_no_mixer_reads(extra: list[str], missing: set[str]) -> None:
+    found = options_for(extra)
+    assert found == [option for option in OPTIONS if option.split("=")[0].removeprefix("--model.") not in missing]
+    assert len(found) == len(OPTIONS) - len(missing)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from moe_train.infer.rejection import acceptance, expected_tokens, residual
+from benchmarks.speculative.formula import expected_tokens
+from moe_train.infer.rejection import residual
 from moe_train.infer.sampling import Sampling, distribution
 from tests.vectors.layers import Quantity, Vector, numbers
 
@@ -28,6 +29,11 @@ def check(vector: Vector) -> Iterator[Quantity]:
         if options.keys() <= {"top_k"}:  # top_p of a filtered distribution may take out more
             yield name, distribution(logits_1V, sampling)[0], whole_1V[0]
     yield "first token", _first_token(p_1V[0], q_1V[0]), p_1V[0]
+
+
+def acceptance(p_BV: torch.Tensor, q_BV: torch.Tensor) -> torch.Tensor:
+    """The probability that a token drawn from q stays: the sum of min(p, q). fp64 [B]."""
+    return torch.minimum(p_BV, q_BV).sum(1)
 
 
 def _check_rate(vector: Vector) -> Iterator[Quantity]:

@@ -1,4 +1,4 @@
-"""`python -m tests.vectors` on files made here: what passes, what fails, what is damaged, and what is skipped."""
+"""`python -m tests.vectors` on vectors of other programs, and on files made here: what passes, fails, is damaged."""
 
 import copy
 import json
@@ -13,6 +13,8 @@ from moe_train.model.build import mixer_of
 from moe_train.model.parameters import materialize
 from tests.model.mixers import slow
 from tests.vectors.__main__ import main
+
+DATA = Path(__file__).parent / "data"  # of independent fp64 programs, one or two short vectors of each kind
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,35 @@ def test_speculative_decoding(rates, tmp_path, capsys):
     assert run(tmp_path, rates, capsys)[0] == 1
     del rates["alpha"]
     assert run(tmp_path, rates, capsys)[0] == 2
+
+
+def test_vectors_of_other_programs(capsys):
+    """Every kind, and all that is compared of it."""
+    assert main([str(DATA), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    quantities = {}
+    for each in told["results"]:
+        quantities.setdefault(each["file"], set()).add(each["quantity"])
+    ways = ("whole", "parts")
+    gradients = {f"grad_{name}" for name in ("k", "v", "decay", "first")}
+    mixes = {f"{name} ({way})" for name in ("time_mix", "channel_mix") for way in ways}
+    assert told["skipped"] == [] and quantities == {
+        "infini.json": {f"y ({way})" for way in ways},
+        "phd_mask.json": {
+            *("visible", "y", "logits_last_copy (whole)", "logits_last_copy (parts)"),
+            *("prefill_positions", "last logits of the prefill", "one_fewer_changes_the_logits"),
+        },
+        "rwkv4.json": mixes | gradients | {"wkv", "state_a", "state_b"},
+        "rwkv7.json": mixes | {"v_first_out", "state"},
+        "speculative.json": {
+            *("acceptance", "residual", "p", "q", "first token", "alpha"),
+            *(f"expected_tokens {number}" for number in read_numbers("speculative.json")),
+        },
+        "ttt.json": {f"{name} ({way})" for name in ("y", "y_base_lr_0") for way in ways},
+    }
+    # The bound of the command is for files of any origin; these are closer.
+    assert max(each["difference"] for each in told["results"]) < 1e-12
+
+
+def read_numbers(name: str) -> list[str]:
+    return list(json.loads((DATA / name).read_text())["expected_tokens"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
-from moe_train.config.model import ModelConfig
+from moe_train.config.model import MIXER_FIELDS, ModelConfig
 from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
 from moe_train.model.token_index import TokenIndex
@@ -76,6 +76,30 @@ class MixerContext:
             return align(offsets_BS, size, width=width)
 
         return self.once(("blocks", size), offsets_BS, make)
+
+    def state_blocks(
+        self, size: int, batch_size: int, width: int | None = None, is_compact: bool = False
+    ) -> AlignedBlocks:
+        """Place new tokens, before which others may have come, in blocks by their offsets, once for all layers.
+
+        Host synchronisation, once for all layers, if the rows have documents or stand at places of their own.
+
+        Args:
+            size: Offsets of a block.
+            batch_size: B of the result.
+            width: As in `ops.aligned_blocks.align`.
+            is_compact: As in `ops.aligned_blocks.align`.
+        """
+        tokens, offsets_BS = self.tokens, self.tokens.offsets_BS
+
+        def make() -> AlignedBlocks:
+            num_blocks = None
+            if tokens.documents_BS is None and tokens.first_position is not None:
+                num_blocks = (tokens.first_position % size + offsets_BS.shape[1] - 1) // size + 1
+            rows_BS = offsets_BS.expand(batch_size, -1)
+            return align(rows_BS, size, width=width, is_compact=is_compact, num_blocks=num_blocks)
+
+        return self.once(("state blocks", size, batch_size, width, is_compact), offsets_BS, make)
 
     def hidden_blocks(self) -> HiddenBlocks:
         """Compute `ops.hidden_attention.hidden_blocks` of whole rows with hidden copies, once for all layers."""
@@ -163,6 +187,8 @@ class MixerKind:
         check_length: Function that refuses training sequences of a length, in tokens, that the settings cannot work
             with, as `check` does.
         takes_hidden_copies: Whether the mixer works on a stream with hidden copies (`TokenIndex.copies`).
+        reads: Fields of the model section among MIXER_FIELDS that the mixer reads. One that no mixer of a pattern reads
+            is refused, unless it has its default.
     """
 
     build: Callable[[MixerSpec], Mixer]
@@ -174,6 +200,7 @@ class MixerKind:
     shapes: Callable[[ModelConfig, Any], dict[str, Any]] = lambda model, section: {}
     check_length: Callable[[Any, int], None] = lambda section, length: None
     takes_hidden_copies: bool = False
+    reads: frozenset[str] = MIXER_FIELDS
 
 
 def check_heads(model: ModelConfig, name: str) -> None:

@@ -9,6 +9,7 @@ w query columns of a segment, C key columns of a segment.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,13 @@ from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpe
 from moe_train.model.parameters import Constant, InitialValue, OptimRule
 from moe_train.ops.aligned_blocks import AlignedBlocks, align
 from moe_train.ops.attention import attend
-from moe_train.ops.compressive_memory import Memory, entering_memories, read, write
+from moe_train.ops.compressive_memory import (
+    Memory,
+    SegmentWrites,
+    read,
+    write_by_delta_rule,
+    write_by_linear_rule,
+)
 from moe_train.ops.rotary import apply_rotary
 
 
@@ -115,7 +122,11 @@ class InfiniMixer(Mixer):
             "offsets": offsets_BS.expand(len(x_BSD), -1),
         }
         if context.state is not None:
-            memory_BSHd, local_BSHd = context.state.append(new)
+            columns = context.state.tensors["keys"].shape[1]
+            place = partial(context.state_blocks, self.segment_length, len(x_BSD), columns)
+            keys, queries = place(), place(is_compact=True) if x_BSD.shape[1] < columns else None
+            advance = partial(self._advance, keys=keys, queries=queries)
+            memory_BSHd, local_BSHd = context.state.append(new, advance)
         else:
             blocks = context.aligned_blocks(self.segment_length)
             segments = _Segments(blocks, blocks, None, blocks.split(offsets_BS < self.segment_length).any(2))
@@ -133,16 +144,22 @@ class InfiniMixer(Mixer):
             tensors[f"{name}_total"] = torch.zeros(shape[:-1], dtype=dtype, device=device)
         return tensors
 
-    def _advance(self, tensors: Tensors, new: Tensors, valid_BS: Tensor | None) -> tuple[Tensors, Any]:
+    def _advance(
+        self,
+        tensors: Tensors,
+        new: Tensors,
+        valid_BS: Tensor | None,
+        keys: AlignedBlocks | None = None,
+        queries: AlignedBlocks | None = None,
+    ) -> tuple[Tensors, Any]:
         offsets_BS, size = new["offsets"], self.segment_length
-        columns = tensors["keys"].shape[1]
-        keys = align(offsets_BS, size, valid_BS, columns)
-        queries, query_columns_Bnw = keys, None
+        columns, query_columns_Bnw = tensors["keys"].shape[1], None
+        keys = keys or align(offsets_BS, size, valid_BS, columns)
         if offsets_BS.shape[1] < columns:
-            queries = align(offsets_BS, size, valid_BS, columns, is_compact=True)
+            queries = queries or align(offsets_BS, size, valid_BS, columns, is_compact=True)
             query_columns_Bnw = queries.split(offsets_BS % size)
         is_first_Bn = keys.split(offsets_BS < size).any(2)
-        return self._mix(tensors, new, _Segments(keys, queries, query_columns_Bnw, is_first_Bn))
+        return self._mix(tensors, new, _Segments(keys, queries or keys, query_columns_Bnw, is_first_Bn))
 
     def _mix(self, tensors: Tensors, new: Tensors, segments: _Segments) -> tuple[Tensors, tuple[Tensor, Tensor]]:
         """Take in new tokens: return the next state, what the memory and what attention give them [B, S, H, d]."""
@@ -180,8 +197,18 @@ class InfiniMixer(Mixer):
         pending = Memory(tensors["pending_matrix"], tensors["pending_total"])
         k_BnGCd, v_BnGCd = (blocks.split(new[name].to(wide)).transpose(2, 3) for name in ("keys", "values"))
         filled_BnC = blocks.split(torch.ones_like(new["offsets"], dtype=torch.bool))
-        walk = self._by_delta_rule if self.is_delta else self._by_linear_rule
-        entering, committed, pending = walk(segments, k_BnGCd, v_BnGCd, filled_BnC, committed, pending)
+        rows = len(k_BnGCd)
+        writes = SegmentWrites(
+            k_BnGCd,
+            v_BnGCd,
+            filled_BnC,
+            begins_Bn=blocks.begins_Bn.expand(rows, -1),
+            is_full_Bn=blocks.is_full_Bn.expand(rows, -1),
+            is_first_Bn=segments.is_first_Bn.expand(rows, -1),
+            last_B=blocks.last_B.expand(rows),
+        )
+        write_all = write_by_delta_rule if self.is_delta else write_by_linear_rule
+        entering, committed, pending = write_all(writes, committed, pending)
         q_BnwHd = segments.queries.split(new["queries"].to(wide))
         batch, number, width, heads, size = q_BnwHd.shape
         # The query heads of a group are further queries of one head. (B, n, w, G, r, d) -> (B, n, G, w*r, d)
@@ -193,58 +220,6 @@ class InfiniMixer(Mixer):
         return memory_BSHd, {
             f"{name}_{part}": getattr(memory, part) for name, memory in named.items() for part in ("matrix", "total")
         }
-
-    def _by_linear_rule(
-        self,
-        segments: _Segments,
-        k_BnGCd: Tensor,
-        v_BnGCd: Tensor,
-        filled_BnC: Tensor,
-        committed: Memory,
-        pending: Memory,
-    ) -> tuple[Memory, Memory, Memory]:
-        """Return the memories that enter the segments, and those committed and pending behind them. No loop."""
-        blocks = segments.keys
-        begins_Bn = blocks.begins_Bn.expand(len(k_BnGCd), -1)
-        written = write(k_BnGCd, v_BnGCd, filled_BnC)
-        open_ = pending.where(~begins_Bn[:, 0])
-        first = Memory(written.matrix[:, 0] + open_.matrix, written.total[:, 0] + open_.total)
-        written = Memory(
-            torch.cat((first.matrix.unsqueeze(1), written.matrix[:, 1:]), dim=1),
-            torch.cat((first.total.unsqueeze(1), written.total[:, 1:]), dim=1),
-        )
-        entering = entering_memories(written, committed, begins_Bn)
-        before, last = (Memory(blocks.last(each.matrix), blocks.last(each.total)) for each in (entering, written))
-        is_full_B = blocks.last(blocks.is_full_Bn.expand(len(k_BnGCd), -1))
-        return entering, before + last.where(is_full_B), last.where(~is_full_B)
-
-    def _by_delta_rule(
-        self,
-        segments: _Segments,
-        k_BnGCd: Tensor,
-        v_BnGCd: Tensor,
-        filled_BnC: Tensor,
-        committed: Memory,
-        pending: Memory,
-    ) -> tuple[Memory, Memory, Memory]:
-        """Do the same segment by segment: a value is written less what the memory returns for its key."""
-        blocks, batch = segments.keys, len(k_BnGCd)
-        begins_Bn, is_full_Bn = blocks.begins_Bn.expand(batch, -1), blocks.is_full_Bn.expand(batch, -1)
-        is_first_Bn = segments.is_first_Bn.expand(batch, -1)
-        entering = []
-        for number in range(blocks.num_blocks):
-            goes_on_B, is_full_B = ~begins_Bn[:, number], is_full_Bn[:, number]
-            committed, pending = committed.where(goes_on_B), pending.where(goes_on_B)
-            entering.append(committed)
-            k_BGCd, v_BGCd = k_BnGCd[:, number], v_BnGCd[:, number]
-            v_BGCd = v_BGCd - read(k_BGCd, committed, is_first_Bn[:, number])
-            pending = pending + write(k_BGCd, v_BGCd, filled_BnC[:, number])
-            committed, pending = committed + pending.where(is_full_B), pending.where(~is_full_B)
-        stacked = Memory(
-            torch.stack([each.matrix for each in entering], dim=1),
-            torch.stack([each.total for each in entering], dim=1),
-        )
-        return stacked, committed, pending
 
 
 def _build(spec: MixerSpec) -> InfiniMixer:
@@ -315,5 +290,12 @@ def _shapes(model: ModelConfig, section: InfiniConfig) -> dict[str, Any]:
 
 
 INFINI = MixerKind(
-    _build, _state_bytes, _flops, _cost, section=InfiniConfig, shapes=_shapes, check_length=_check_length
+    _build,
+    _state_bytes,
+    _flops,
+    _cost,
+    section=InfiniConfig,
+    shapes=_shapes,
+    check_length=_check_length,
+    reads=frozenset({"num_heads", "num_kv_heads", "head_dim", "rope_theta"}),
 )

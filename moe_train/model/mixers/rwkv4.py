@@ -112,4 +112,5 @@ RWKV4 = MixerKind(
     flops=lambda spec, length: 30.0 * spec.model.hidden_size,  # elementwise; there is no product
     cost=_cost,
     shapes=_shapes,
+    reads=frozenset(),  # there are no heads
 )

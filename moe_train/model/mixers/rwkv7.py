@@ -273,4 +273,5 @@ RWKV7 = MixerKind(
     section=RWKV7Config,
     check=lambda model, section: check_heads(model, "rwkv7"),
     shapes=_shapes,
+    reads=frozenset({"num_heads", "head_dim"}),
 )

@@ -5,6 +5,7 @@ Legend: B batch, S sequence, D hidden_size, H heads, f = D / H head size, b mini
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,6 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from moe_train.config.base import Section
-from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.model.cost import Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec, DecodeState, RecurrentState, StateGroup, Tensors
@@ -31,6 +31,7 @@ _EPSILON = 1e-6
 _CONV_WIDTH = 4  # tokens that a short convolution sees, the own one included
 _EXPANSION = 4  # inner width of the MLP, in head sizes
 _MATRICES = ("w1", "w2", "lr_weight", "conv_q", "conv_k")  # drawn at the start, and decayed; norms and biases are not
+_READS = frozenset({"num_heads", "head_dim", "rope_theta"})
 _FIRST_RATE = 0.1  # share of the inner learning rate of an MLP with which warm-up begins
 
 
@@ -159,7 +160,8 @@ class TTTMixer(Mixer):
             "offsets": context.tokens.offsets_BS.expand(len(x_BSD), -1),
         }
         if context.state is not None:
-            mixed_BSHf = context.state["inner"].append(new)
+            blocks = context.state_blocks(self.mini_batch, len(x_BSD), is_compact=True)
+            mixed_BSHf = context.state["inner"].append(new, partial(self._advance, blocks=blocks))
         else:
             mixed_BSHf, _ = self._learn(new, context.aligned_blocks(self.mini_batch), None)
         y_BSD = self.post_norm(mixed_BSHf.flatten(2)).to(x_BSD.dtype)
@@ -188,10 +190,12 @@ class TTTMixer(Mixer):
         rates_BSH = F.linear(x_BSD, self.lr_weight.to(x_BSD.dtype), self.lr_bias.to(x_BSD.dtype)).sigmoid() * highest
         return rates_BSH * self.warm.to(x_BSD.dtype) if self.inner == "mlp" else rates_BSH
 
-    def _advance(self, tensors: Tensors, new: Tensors, valid_BS: Tensor | None) -> tuple[Tensors, Tensor]:
+    def _advance(
+        self, tensors: Tensors, new: Tensors, valid_BS: Tensor | None, blocks: AlignedBlocks | None = None
+    ) -> tuple[Tensors, Tensor]:
         names = ("weights1", "weights2")[: len(tensors) // 2], ("sums1", "sums2")[: len(tensors) // 2]
         weights, sums = (tuple(tensors[name] for name in each) for each in names)
-        blocks = align(new["offsets"], self.mini_batch, valid_BS, is_compact=True)
+        blocks = blocks or align(new["offsets"], self.mini_batch, valid_BS, is_compact=True)
         mixed_BSHf, after = self._learn(new, blocks, (weights, sums))
         assert after is not None, "what is carried in is carried out"
         pairs = (zip(each, values, strict=True) for each, values in zip(names, after, strict=True))
@@ -256,12 +260,8 @@ def _make_kind(inner: InnerKind, section: type[TTTLinearConfig]) -> MixerKind:
         )
 
     def check(model: ModelConfig, own: TTTLinearConfig) -> None:
+        del own
         check_heads(model, name)
-        if model.hidden_size // model.num_heads % 2:
-            raise UsageError(
-                f"model.hidden_size ({model.hidden_size}) / model.num_heads ({model.num_heads}) must be even for mixer "
-                f"{name}, for the rotary embedding"
-            )
 
     def state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
         del length
@@ -280,7 +280,9 @@ def _make_kind(inner: InnerKind, section: type[TTTLinearConfig]) -> MixerKind:
         fields = {f"model.{name}.{field}": getattr(own, field) for field in ("mini_batch", "gate", "short_conv")}
         return {"model.num_heads": model.num_heads} | fields
 
-    return MixerKind(build, state_bytes, flops, _cost_of(inner), section=section, check=check, shapes=shapes)
+    return MixerKind(
+        build, state_bytes, flops, _cost_of(inner), section=section, check=check, shapes=shapes, reads=_READS
+    )
 
 
 def _cost_of(inner: InnerKind) -> Callable[[MixerSpec], MixerCost]:

@@ -1,9 +1,12 @@
 """Sequences of associative recall."""
 
+import pytest
 import torch
 
+from benchmarks.mixers import recall
 from benchmarks.mixers.recall import KINDS, LENGTH, PAIRS, SEGMENT, SEGMENTS, draw_sequences, measure_recall
-from benchmarks.mixers.rows import ATTENTION
+from benchmarks.mixers.rows import ALONE, ATTENTION, Variant
+from moe_train.model.parameters import optim_rules
 
 
 def test_the_first_segment_tells_the_values_of_the_last() -> None:
@@ -26,3 +29,18 @@ def test_a_model_without_training_guesses() -> None:
     assert PAIRS == 8  # so that an eighth is right
     found = measure_recall(ATTENTION, 1, seed=0)
     assert found.accuracy < 0.2 and found == measure_recall(ATTENTION, 1, seed=0)
+
+
+@pytest.mark.parametrize("variant", (ATTENTION, *ALONE), ids=lambda variant: variant.name)
+def test_every_parameter_is_trained_by_its_rule(variant: Variant) -> None:
+    model = recall.build(variant, 0)
+    groups = recall.parameter_groups(model)
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(optim_rules(model))
+    rules, usual = optim_rules(model), groups[0]["lr"] / groups[0]["lr_factor"]
+    for name, parameter in model.named_parameters():
+        group, rule = found[id(parameter)], rules[name]
+        assert group["lr"] == usual * group["lr_factor"] and group["lr_factor"] == rule.lr_factor
+        assert (group["weight_decay"] > 0) is rule.weight_decay
+    factors = {"infini": {1.0, 33.0}, "rwkv4": {1.0, 2.0, 3.0}, "rwkv7": {1.0, 2.0}}
+    assert {group["lr_factor"] for group in groups} == factors.get(variant.name, {1.0})

@@ -1,61 +1,18 @@
-"""The mixer interface: what arrives at a mixer, and the checks of every mixer on attention and on one from outside."""
+"""The mixer interface: what arrives at a mixer, and what layers share."""
 
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from moe_train.config.registry import _outside, load_part
-from moe_train.model.build import mixer_of
 from moe_train.model.decode_state import CacheSpec, RecurrentState, StateGroup
-from moe_train.model.mixers import base
+from moe_train.model.mixers import base, infini, ttt
 from moe_train.model.mixers.base import Mixer, MixerContext
 from moe_train.model.token_index import TokenIndex, document_offsets
 from moe_train.model.transformer import Tokens
-from tests import parts
-from tests.model.mixers import checks
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 LENGTH = 11
-PATTERNS = {
-    "decay": {"mixer": "decay"},
-    "decay and attention": {"mixers": ["decay", "attention"]},
-    "attention and decay, MLKV": {"mixers": ["attention", "decay", "attention", "attention"], "kv_layers": 2},
-    "attention": {"num_kv_heads": 2, "kv_layers": 2},
-    "attention, window": {"num_kv_heads": 1, "sliding_window": 4},
-}
-patterns = pytest.mark.parametrize("changes", PATTERNS.values(), ids=PATTERNS)
-
-
-@pytest.fixture(autouse=True)
-def parts_from_outside(monkeypatch):
-    """The parts of tests/parts are found as those of an installed package are."""
-    monkeypatch.setattr(sys, "path", [str(parts.FOLDER), *sys.path])
-    _outside.cache_clear()
-    yield
-    _outside.cache_clear()
-    load_part.cache_clear()
-
-
-@patterns
-@pytest.mark.parametrize(
-    "check",
-    [checks.check_causality, checks.check_streaming, checks.check_going_back, checks.check_recomputation],
-)
-def test_common_checks(check, changes):
-    check(changes, LENGTH)
-
-
-@patterns
-def test_packed_documents_are_as_alone(changes):
-    tolerance = checks.CLOSE if changes == {"mixer": "decay"} else checks.DIRECT
-    checks.check_packing(changes, LENGTH, tolerance)
-
-
-@pytest.mark.parametrize("changes", [{"mixer": "decay"}, {"num_kv_heads": 2}])
-def test_gradients_are_those_of_finite_differences(changes):
-    checks.check_gradients(changes, 7)
 
 
 class Watching(Mixer):
@@ -157,6 +114,36 @@ def test_angles_are_formed_once_for_all_layers_and_anew_for_other_positions(monk
     assert not torch.equal(moved.rotary_angles(4, 100.0)[0], cos)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"mixer": "ttt_linear", "ttt_linear": {"mini_batch": 4}}, 1),
+        ({"mixer": "infini", "infini": {"segment_length": 4}}, 2),  # of keys, and of fewer queries
+    ],
+    ids=["ttt_linear", "infini"],
+)
+def test_blocks_of_new_tokens_are_formed_once_for_all_layers(monkeypatch, changes, kinds):
+    calls = []
+    original = base.align
+    monkeypatch.setattr(
+        base, "align", lambda *args, **named: calls.append(named["num_blocks"]) or original(*args, **named)
+    )
+    for mixer in (ttt, infini):
+        monkeypatch.setattr(mixer, "align", None)  # no layer forms its own
+    model, ids, documents = small_model(small_config(**changes)).eval(), random_ids(2, 8), torch.zeros(2, 8).long()
+    for marks, known in ((None, (1, 2)), (documents, (None, None))):
+        calls.clear()
+        cache = model.new_cache(2, 8)
+        with torch.no_grad():
+            for span, first in ((slice(0, 3), 0), (slice(3, 6), 3)):
+                own = None if marks is None else marks[:, span]
+                place = torch.arange(first, first + 3)[None]
+                at = {} if marks is None else {"positions_BS": place, "offsets_BS": place, "documents_BS": own}
+                model(tokens_of(ids[:, span], **(at or {"first_position": first})), cache)
+        # Where the host knows the places of the tokens, it knows the number of blocks: offsets 0 to 2, and 3 to 5.
+        assert calls == [number for number in known for _ in range(kinds)]
+
+
 def test_recurrent_states_count_their_bytes_and_a_group_those_of_its_own():
     def advance(tensors, new, valid_BS):
         return {"total": tensors["total"] + new["x"].sum(1)}, None
@@ -171,18 +158,6 @@ def test_recurrent_states_count_their_bytes_and_a_group_those_of_its_own():
     assert group["near"].tensors["total"].tolist() == [[4.0] * 3] * 2
     group.restore(mark)
     assert group["near"].tensors["total"].abs().max() == 0
-
-
-@patterns
-def test_state_bytes_are_those_that_the_kinds_say(changes):
-    config = small_config(**changes)
-    model = small_model(config)
-    for length in (LENGTH, 3 * LENGTH):
-        found = (mixer_of(config, layer) for layer in range(config.num_layers))
-        element = 8  # fp64
-        assert model.new_cache(2, length).nbytes == 2 * sum(
-            kind.state_bytes(spec, length, element) for kind, spec in found
-        )
 
 
 def test_a_mixer_that_remembers_nothing_has_no_state():

@@ -1,4 +1,7 @@
-"""The common checks on every mixer of the registry, alone and in patterns, and each against its slow loop."""
+"""The common checks on every mixer of the registry and one from outside, alone and in patterns; slow loops; rules."""
+
+import math
+import sys
 
 import pytest
 import torch
@@ -6,13 +9,17 @@ import torch
 from moe_train.config.errors import UsageError
 from moe_train.config.load import load_config
 from moe_train.config.parts import load_kinds
+from moe_train.config.registry import _outside, load_part
 from moe_train.model.build import feed_forward_of, mixer_of
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.parameters import optim_rules
+from moe_train.ops import rwkv7, wkv
+from tests import parts
 from tests.model.mixers import checks, slow
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 LENGTH = 13  # two periods of the grids below, and a half
+LONG = 75  # two chunks of RWKV's ops and more, also of what comes behind a state of a third of it
 MIXERS = {
     "infini, linear": {"mixer": "infini", "infini": {"segment_length": 5}},
     "infini, delta": {"mixer": "infini", "infini": {"segment_length": 5, "memory": "delta"}},
@@ -34,9 +41,28 @@ HYBRIDS = {
     "ttt_mlp and attention": {"mixers": ["ttt_mlp", "attention"], "ttt_mlp": {"mini_batch": 4}},
     "infini and attention": {"mixers": ["infini", "attention"], "infini": {"segment_length": 4}},
 }
+OTHERS = {
+    "decay": {"mixer": "decay"},
+    "decay and attention": {"mixers": ["decay", "attention"]},
+    "attention and decay, MLKV": {"mixers": ["attention", "decay", "attention", "attention"], "kv_layers": 2},
+    "attention": {"num_kv_heads": 2, "kv_layers": 2},
+    "attention, window": {"num_kv_heads": 1, "sliding_window": 4},
+}
 SLOW = {"infini": slow.infini, "rwkv4": slow.rwkv4, "rwkv7": slow.rwkv7, "ttt_linear": slow.ttt, "ttt_mlp": slow.ttt}
 mixers = pytest.mark.parametrize("changes", MIXERS.values(), ids=MIXERS)
-patterns = pytest.mark.parametrize("changes", (MIXERS | HYBRIDS).values(), ids=MIXERS | HYBRIDS)
+PATTERNS = MIXERS | HYBRIDS | OTHERS
+patterns = pytest.mark.parametrize("changes", PATTERNS.values(), ids=PATTERNS)
+FIRST = MIXERS | {name: OTHERS[name] for name in ("decay", "attention")}
+
+
+@pytest.fixture(autouse=True)
+def parts_from_outside(monkeypatch):
+    """The parts of tests/parts are found as those of an installed package are."""
+    monkeypatch.setattr(sys, "path", [str(parts.FOLDER), *sys.path])
+    _outside.cache_clear()
+    yield
+    _outside.cache_clear()
+    load_part.cache_clear()
 
 
 @patterns
@@ -50,10 +76,17 @@ def test_common_checks(check, changes):
 
 @patterns
 def test_packed_documents_are_as_alone(changes):
-    checks.check_packing(changes, LENGTH, checks.CLOSE if "mixer" in changes else checks.DIRECT)
+    checks.check_packing(changes, LENGTH)
 
 
-@mixers
+@pytest.mark.parametrize("name", ["rwkv4", "rwkv7"])
+@pytest.mark.parametrize("check", [checks.check_causality, checks.check_streaming, checks.check_going_back])
+def test_common_checks_over_several_chunks(check, name):
+    assert LONG - LONG // 3 > {"rwkv4": wkv, "rwkv7": rwkv7}[name].CHUNK
+    check(MIXERS[name] | {"num_layers": 2}, LONG)
+
+
+@pytest.mark.parametrize("changes", FIRST.values(), ids=FIRST)
 def test_gradients_are_those_of_finite_differences(changes):
     checks.check_gradients(changes, LENGTH)
 
@@ -123,20 +156,63 @@ def test_states_and_inner_arithmetic_are_fp32_in_bf16(changes):
     assert torch.float32 in kinds.values()
 
 
-@mixers
-def test_biases_norms_and_gates_do_not_decay(changes):
-    model = checks.make(changes)
-    rules = optim_rules(model.blocks[0].mixer)
-    free = {name for name, rule in rules.items() if not rule.weight_decay}
-    assert free == NO_DECAY[changes["mixer"]] & set(rules)
-
-
 TTT = {"row_delta", "lr_bias", "inner_norm_weight", "inner_norm_bias", "b1", "b2", "conv_q_bias", "conv_k_bias"}
 TTT |= {"post_norm.weight", "post_norm.bias"}
 RWKV7 = {f"x_{letter}" for letter in "rwkvag"} | {f"{letter}{number}" for letter in "wavg" for number in (0, 1, 2)}
 RWKV7 |= {"k_k", "k_a", "r_k", "ln_weight", "ln_bias"}
 RWKV4 = {"mix_k", "mix_v", "mix_r", "decay", "first"}
 NO_DECAY = {"infini": {"beta"}, "rwkv4": RWKV4, "rwkv7": RWKV7, "ttt_linear": TTT, "ttt_mlp": TTT}
+# Factors of the learning rate; 1 of all other parameters.
+FACTORS = {"infini": {"beta": 33.0}, "rwkv4": {"decay": 2.0, "first": 3.0}, "rwkv7": {"w0": 2.0}}
+
+
+@mixers
+def test_rules_of_the_optimizer(changes):
+    """Biases, norms and gates do not decay; some parameters have a learning rate of their own."""
+    rules = optim_rules(checks.make(changes).blocks[1].mixer)  # RWKV-7's first layer has less
+    free = {name for name, rule in rules.items() if not rule.weight_decay}
+    assert free == NO_DECAY[changes["mixer"]] & set(rules)
+    factors = {name: rule.lr_factor for name, rule in rules.items() if rule.lr_factor != 1.0}
+    assert factors == FACTORS.get(changes["mixer"], {})
+
+
+def test_the_factor_of_the_gate_is_a_setting():
+    section = {"segment_length": 5, "gate_lr_factor": 7.0}
+    rules = optim_rules(checks.make({"mixer": "infini", "infini": section}).blocks[0].mixer)
+    assert rules["beta"].lr_factor == 7.0
+
+
+@pytest.mark.parametrize("name", ["rwkv_channel_mix", "rwkv7_channel_mix"])
+def test_the_mixes_of_channel_mixes_do_not_decay(name):
+    rules = optim_rules(checks.make({"feed_forward": name}).blocks[0].feed_forward)
+    free = {"rwkv_channel_mix": {"mix_k", "mix_r"}, "rwkv7_channel_mix": {"x_k"}}[name]
+    assert {name for name, rule in rules.items() if not rule.weight_decay} == free
+    assert {rule.lr_factor for rule in rules.values()} == {1.0}
+
+
+@pytest.mark.parametrize(("layer", "up", "down"), [(1, 1 / 3, 3 / 4), (3, 1.0, 1 / 4)])
+def test_start_values_of_rwkv4_are_those_of_its_authors(layer, up, down):
+    """Of layers l of L = 4, with up = l / (L - 1) and down = 1 - l / L; channel i of 16."""
+    of_rwkv4 = {"mixer": "rwkv4", "feed_forward": "rwkv_channel_mix", "moe_layers": [0]}
+    block = small_model(small_config(**of_rwkv4)).blocks[layer]
+    falling = [(i / 16) ** down for i in range(16)]
+    expected = {
+        "mix_k": falling,
+        "mix_v": [each + 0.3 * up for each in falling],
+        "mix_r": [(i / 16) ** (0.5 * down) for i in range(16)],
+        "decay": [-5 + 8 * (i / 15) ** (0.7 + 1.3 * up) for i in range(16)],
+        "first": [math.log(0.3) + 0.5 * ((i + 1) % 3 - 1) for i in range(16)],
+    }
+    named = [(block.mixer, expected), (block.feed_forward, dict.fromkeys(("mix_k", "mix_r"), falling))]
+    of_rwkv7 = small_model(small_config(feed_forward="rwkv7_channel_mix", moe_layers=[0])).blocks[layer].feed_forward
+    named.append((of_rwkv7, {"x_k": [1 - (i / 16) ** down**4 for i in range(16)]}))
+    for module, values in named:
+        vectors = {name: parameter for name, parameter in module.named_parameters() if parameter.dim() == 1}
+        assert vectors.keys() == values.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(
+                vectors[name].detach(), torch.tensor(value, dtype=torch.float64), rtol=0, atol=1e-14, msg=name
+            )
 
 
 @pytest.mark.parametrize(
@@ -146,20 +222,48 @@ NO_DECAY = {"infini": {"beta"}, "rwkv4": RWKV4, "rwkv7": RWKV7, "ttt_linear": TT
         (["--model.mixer=infini", "--model.infini.segment_length=64"], ["segment_length (64)"]),
         (["--model.mixer=infini", "--model.infini.memory=sum"], ["model.infini.memory", "sum", "delta"]),
         (["--model.mixer=ttt_linear", "--model.ttt_linear.mini_batch=0"], ["model.ttt_linear.mini_batch", "0"]),
-        (["--model.mixer=ttt_mlp", "--model.head_dim=8"], ["model.head_dim (8)", "num_heads (4)", "ttt_mlp"]),
-        (["--model.mixer=rwkv7", "--model.head_dim=8"], ["model.head_dim (8)", "hidden_size (64)", "rwkv7"]),
+        (["--model.mixer=ttt_mlp", "--model.head_dim=4"], ["model.head_dim (4)", "num_heads (8)", "ttt_mlp"]),
+        (["--model.mixer=rwkv7", "--model.head_dim=4"], ["model.head_dim (4)", "hidden_size (64)", "rwkv7"]),
         (["--model.mixer=rwkv7", "--model.rwkv7.gate_rank=0"], ["model.rwkv7.gate_rank", "0"]),
         (["--model.mixer=rwkv4", "--model.rwkv4.rank=1"], ["model.rwkv4", "has no settings"]),
         (["--model.mixer=rwkv4", "--model.infini.memory=delta"], ["infini", "no effect"]),
+        (
+            ["--model.mixer=ttt_linear", "--model.num_kv_heads=2"],
+            ["model: num_kv_heads (2) has no effect", "ttt_linear"],
+        ),
+        (["--model.mixer=ttt_mlp", "--model.hidden_size=24"], ["head_dim (3) must be even"]),
+        (["--model.mixer=ttt_mlp", "--model.hidden_size=100"], ["hidden_size (100)", "num_heads (8)"]),
+        (["--model.mixer=rwkv7", "--model.rope_theta=5"], ["model: rope_theta (5.0) has no effect", "rwkv7"]),
+        (["--model.mixer=rwkv4", "--model.rope_theta=5"], ["model: rope_theta (5.0) has no effect", "rwkv4"]),
+        (["--model.mixer=rwkv4", "--model.head_dim=8"], ["model: head_dim (8) has no effect", "rwkv4"]),
+        (["--model.mixer=rwkv4", "--model.num_heads=2"], ["model: num_heads (2) has no effect", "rwkv4"]),
+        (["--model.mixer=rwkv4", "--model.qk_norm=head"], ["model: qk_norm (head) has no effect", "rwkv4"]),
+        (["--model.mixer=infini", "--model.sliding_window=9"], ["model: sliding_window (9) has no effect", "infini"]),
+        (["--model.mixer=infini", "--model.num_kv_heads=3"], ["num_heads (8)", "num_kv_heads (3)"]),
+        (["--model.mixers=rwkv4,ttt_mlp", "--model.num_kv_heads=2"], ["num_kv_heads (2) has no effect", "ttt_mlp"]),
     ],
 )
 def test_settings_that_cannot_work_are_named(options, words):
-    sizes = ["--model.hidden_size=64", "--model.num_heads=4", "--train.sequence_length=64", "--train.run_dir=unused"]
+    sizes = ["--model.hidden_size=64", "--train.sequence_length=64", "--train.run_dir=unused"]
     with pytest.raises(UsageError) as error:
         config = load_config([*sizes, *options], program="t")
         load_kinds(config).check(config)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.mixer=rwkv4", "--model.hidden_size=100"],  # there are no heads that could divide it
+        ["--model.mixers=rwkv4,attention", "--model.num_heads=4", "--model.num_kv_heads=2", "--model.rope_theta=5"],
+        ["--model.mixer=rwkv7", "--model.num_heads=4", "--model.head_dim=64"],
+        ["--model.mixer=decay", "--model.num_kv_heads=2", "--model.sliding_window=9"],  # one from outside reads all
+    ],
+)
+def test_fields_that_a_mixer_of_the_pattern_reads_may_be_given(options):
+    config = load_config([*options, "--train.run_dir=unused"], program="t")
+    load_kinds(config).check(config)
 
 
 @pytest.mark.parametrize(
