@@ -70,9 +70,9 @@ def _sparse(width: int, layers: int, heads: int, kv_heads: int, experts: int, to
 
 FULL = Recipes(
     # 103 M parameters. The draft has few and wide layers: a layer costs time for its number of operations too.
-    dense=Recipe("dense", _dense(768, layers=14, heads=12, kv_heads=4, inner=2304), 1.5e-3),
-    sparse=Recipe("sparse", _sparse(512, layers=6, heads=8, kv_heads=2, experts=64, top_k=8, inner=256), 2e-3),
-    draft=Recipe("draft", _dense(640, layers=4, heads=10, kv_heads=2, inner=2048), 2e-3, steps=2),
+    dense=Recipe("dense", _dense(768, layers=14, heads=12, kv_heads=4, inner=2304), 5e-4),
+    sparse=Recipe("sparse", _sparse(512, layers=6, heads=8, kv_heads=2, experts=64, top_k=8, inner=256), 8e-4),
+    draft=Recipe("draft", _dense(640, layers=4, heads=10, kv_heads=2, inner=2048), 8e-4, steps=2),
     own_layers=3,
     sequence_length=128,
 )
