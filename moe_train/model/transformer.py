@@ -18,7 +18,7 @@ from moe_train.model.mixers.base import MixerContext, Shared
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers.base import Router
 from moe_train.model.moe.steps import RoutingSums
-from moe_train.model.token_index import TokenIndex, document_offsets
+from moe_train.model.token_index import TokenIndex, document_offsets, starts_of_documents
 from moe_train.ops.keyed_random import combine, make_key
 
 
@@ -37,6 +37,8 @@ class Tokens:
         first_position: First position, if positions_BS is None.
         hidden_from: First column whose hidden copies are computed, in a model with hidden copies that decodes: only the
             tokens from there on get logits. None: all.
+        document_starts: Places in the flattened batch at which documents begin, then B*S, for whole rows; None: read
+            off the documents, where the host has to wait for the device.
     """
 
     ids_BS: Tensor
@@ -47,6 +49,7 @@ class Tokens:
     offsets_BS: Tensor | None = None
     first_position: int = 0
     hidden_from: int | None = None
+    document_starts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Transformer(nn.Module):
 
         Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
         """
-        context = MixerContext(0, self._token_index(tokens))
+        context = MixerContext(0, self._token_index(tokens, is_whole=cache is None))
         x_BSD = self.embedding(tokens.ids_BS)
         if self.stream_hook is not None:
             x_BSD, context = self.stream_hook.expand(x_BSD, context)
@@ -170,7 +173,7 @@ class Transformer(nn.Module):
     def _typed_blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))  # ModuleList does not tell what it holds
 
-    def _token_index(self, tokens: Tokens) -> TokenIndex:
+    def _token_index(self, tokens: Tokens, is_whole: bool = True) -> TokenIndex:
         positions_BS, first_position = tokens.positions_BS, None
         if positions_BS is None:
             first_position, length = tokens.first_position, tokens.ids_BS.shape[1]
@@ -179,15 +182,21 @@ class Transformer(nn.Module):
         offsets_BS = tokens.offsets_BS
         if offsets_BS is None:
             offsets_BS = positions_BS if tokens.documents_BS is None else document_offsets(tokens.documents_BS)
+        documents_BS, starts = tokens.documents_BS, None
+        if is_whole and documents_BS is not None and first_position is not None:
+            documents_BS = documents_BS.expand(len(tokens.ids_BS), -1)
+            starts = tokens.document_starts or starts_of_documents(documents_BS)
         sequence_keys_B = combine(combine(tokens.sequences_B, self.token_key), tokens.step)
         keys_BS = combine(sequence_keys_B.unsqueeze(1), positions_BS)
         return TokenIndex(
             positions_BS,
             offsets_BS,
-            tokens.documents_BS,
+            documents_BS,
             keys_BS,
             hidden_from=tokens.hidden_from,
             first_position=first_position,
+            is_whole=is_whole,
+            document_starts=starts,
         )
 
     def _run_block(self, block: Block, x_BSD: Tensor, context: MixerContext, states: LayerStates) -> BlockOutput:

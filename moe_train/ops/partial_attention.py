@@ -115,6 +115,16 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
+def takes_long_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether causal attention over many keys takes memory linear in their number: no scores are kept.
+
+    Args:
+        device: Device of the queries.
+        dtype: dtype of the queries.
+    """
+    return device.type in _HAS_CPU_KERNEL or dtype in _FLASH_DTYPES
+
+
 def _takes_flash(q_BHSd: Tensor, mask_B1SC: Tensor | None) -> bool:
     """Return whether the flash kernel takes such queries, on a CUDA device; else the products are explicit."""
     size = q_BHSd.shape[3]

@@ -19,7 +19,7 @@ def piece(length, start=0, documents=True, dtype=torch.float32):
 
 
 def state_of(max_length=8, window=None, dtype=torch.float32, device=CPU):
-    return KeyValueState(CacheSpec(BATCH, max_length, dtype, device), HEADS, SIZE, window)
+    return KeyValueState(CacheSpec(BATCH, max_length, dtype, device), HEADS, SIZE, (window,))
 
 
 NOWHERE = torch.iinfo(torch.int64).max
