@@ -220,8 +220,8 @@ class ModelConfig(SectionWithParts):
         for place, window in enumerate(pattern):
             if window is not None and place not in places:
                 raise ValueError(
-                    f"{shown}: window {window} at place {place} has no effect: no layer there is attention, with mixers "
-                    f"{list(self.mixers)}"
+                    f"{shown}: window {window} at place {place} has no effect: no layer there is attention, with "
+                    f"mixers {list(self.mixers)}"
                 )
         if not any(pattern):
             raise ValueError(f"{shown} has no effect: it has no window")

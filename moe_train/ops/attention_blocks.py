@@ -138,18 +138,16 @@ def attend_blocks(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, blocks: Attent
             batch, _, length, _ = q_BHSd.shape
             starts_N = torch.arange(batch + 1, dtype=torch.int32, device=q_BHSd.device) * length
         return varlen_attention(q_BHSd, k_BGSd, v_BGSd, starts_N, blocks.longest, blocks.window)
-    fields = blocks.table_n7, blocks.positions_RS, blocks.documents_RS, blocks.window
+    fields = _fields(blocks)
     if torch.compiler.is_compiling():
         return _attend_op(q_BHSd, k_BGSd, v_BGSd, *fields)[0]
     return _BlockAttention.apply(q_BHSd, k_BGSd, v_BGSd, *fields)
 
 
-def partial_blocks(
-    q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, blocks: AttentionBlocks
-) -> tuple[Tensor, Tensor]:
+def partial_blocks(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, blocks: AttentionBlocks) -> tuple[Tensor, Tensor]:
     """Compute attention as `attend_blocks`, and the logsumexp [B, H, S] of its scores, without a gradient."""
     compute = _attend_op if torch.compiler.is_compiling() else _forward
-    return compute(q_BHSd, k_BGSd, v_BGSd, blocks.table_n7, blocks.positions_RS, blocks.documents_RS, blocks.window)
+    return compute(q_BHSd, k_BGSd, v_BGSd, *_fields(blocks))
 
 
 def partial_blocks_backward(
@@ -163,8 +161,12 @@ def partial_blocks_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of queries, keys and values of `partial_blocks`, as `partial_attention_backward` does."""
     compute = _backward_op if torch.compiler.is_compiling() else _backward
-    fields = blocks.table_n7, blocks.positions_RS, blocks.documents_RS, blocks.window
-    return compute(gradient_BHSd, q_BHSd, k_BGSd, v_BGSd, out_BHSd, lse_BHS, *fields)
+    return compute(gradient_BHSd, q_BHSd, k_BGSd, v_BGSd, out_BHSd, lse_BHS, *_fields(blocks))
+
+
+def _fields(blocks: AttentionBlocks) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
+    """Return the blocks as arguments of an operation, which takes tensors and numbers."""
+    return blocks.table_n7, blocks.positions_RS, blocks.documents_RS, blocks.window
 
 
 def _bounds_of_rows(length: int, starts: Sequence[int]) -> list[list[int]]:
@@ -194,26 +196,25 @@ def _pieces(bounds: Sequence[int], window: int | None, most: int | None) -> list
     return pieces
 
 
-def _walk(
-    table_n7: Tensor, positions_RS: Tensor, documents_RS: Tensor | None, window: int | None, dtype: torch.dtype
-) -> Iterator[_Block]:
+def _walk(dtype: torch.dtype, table_n7: Tensor, *index: Any) -> Iterator[_Block]:
     """Yield the blocks, with the mask of each, which is formed when the block is."""
     for row, row_end, query, query_end, key, key_end, is_masked in table_n7.tolist():
         rows, queries, keys, mask = slice(row, row_end), slice(query, query_end), slice(key, key_end), None
         if is_masked:
-            own_rows = rows if len(positions_RS) > 1 else slice(None)
-            own = positions_RS[own_rows]
-            ids = documents_RS
-            if ids is not None:
-                ids = ids[rows if len(ids) > 1 else slice(None)]
-            mask = visible_keys(
-                own[:, queries],
-                own[:, keys],
-                None if ids is None else ids[:, queries],
-                None if ids is None else ids[:, keys],
-                window,
-            )
-        yield _Block(rows, queries, keys, None if mask is None else additive(mask, dtype))
+            mask = additive(_visible(rows, queries, keys, *index), dtype)
+        yield _Block(rows, queries, keys, mask)
+
+
+def _visible(
+    rows: slice, queries: slice, keys: slice, positions_RS: Tensor, documents_RS: Tensor | None, window: int | None
+) -> Tensor:
+    def part(x_RS: Tensor, columns: slice) -> Tensor:
+        return (x_RS[rows] if len(x_RS) > 1 else x_RS)[:, columns]
+
+    positions = part(positions_RS, queries), part(positions_RS, keys)
+    if documents_RS is None:
+        return visible_keys(*positions, None, None, window)
+    return visible_keys(*positions, part(documents_RS, queries), part(documents_RS, keys), window)
 
 
 def _new_outputs(q_BHSd: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,17 +225,9 @@ def _new_outputs(q_BHSd: Tensor) -> tuple[Tensor, Tensor]:
     return out_BHSd, q_BHSd.new_empty(batch, heads, length, dtype=wide)
 
 
-def _forward(
-    q_BHSd: Tensor,
-    k_BGSd: Tensor,
-    v_BGSd: Tensor,
-    table_n7: Tensor,
-    positions_RS: Tensor,
-    documents_RS: Tensor | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
+def _forward(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
     out_BHSd, lse_BHS = _new_outputs(q_BHSd)
-    for block in _walk(table_n7, positions_RS, documents_RS, window, q_BHSd.dtype):
+    for block in _walk(q_BHSd.dtype, *fields):
         rows, queries, keys = block.rows, block.queries, block.keys
         out_BHSd[rows, :, queries], lse_BHS[rows, :, queries] = partial_attention(
             q_BHSd[rows, :, queries], k_BGSd[rows, :, keys], v_BGSd[rows, :, keys], block.mask, block.mask is None
@@ -249,16 +242,13 @@ def _backward(
     v_BGSd: Tensor,
     out_BHSd: Tensor,
     lse_BHS: Tensor,
-    table_n7: Tensor,
-    positions_RS: Tensor,
-    documents_RS: Tensor | None,
-    window: int | None,
+    *fields: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq_BHSd = torch.empty_like(q_BHSd)
     # Several blocks add to the gradient of a key: in at least fp32, and rounded once.
     wide = torch.promote_types(k_BGSd.dtype, torch.float32)
     dk_BGSd, dv_BGSd = (torch.zeros_like(x_BGSd, dtype=wide) for x_BGSd in (k_BGSd, v_BGSd))
-    for block in _walk(table_n7, positions_RS, documents_RS, window, q_BHSd.dtype):
+    for block in _walk(q_BHSd.dtype, *fields):
         rows, queries, keys = block.rows, block.queries, block.keys
         dq_BHSd[rows, :, queries], dk, dv = partial_attention_backward(
             gradient_BHSd[rows, :, queries],
@@ -279,25 +269,14 @@ class _BlockAttention(torch.autograd.Function):
     """Attention by blocks; it keeps queries, keys, values, output and logsumexp, and no block's scores or mask."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q_BHSd: Tensor,
-        k_BGSd: Tensor,
-        v_BGSd: Tensor,
-        table_n7: Tensor,
-        positions_RS: Tensor,
-        documents_RS: Tensor | None,
-        window: int | None,
-    ) -> Tensor:
-        out_BHSd, lse_BHS = _forward(q_BHSd, k_BGSd, v_BGSd, table_n7, positions_RS, documents_RS, window)
-        ctx.save_for_backward(q_BHSd, k_BGSd, v_BGSd, out_BHSd, lse_BHS, table_n7, positions_RS, documents_RS)
-        ctx.window = window
+    def forward(ctx: Any, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *fields: Any) -> Tensor:
+        out_BHSd, lse_BHS = _forward(q_BHSd, k_BGSd, v_BGSd, *fields)
+        _keep(ctx, (q_BHSd, k_BGSd, v_BGSd, *fields), (out_BHSd, lse_BHS))
         return out_BHSd
 
     @staticmethod
     def backward(ctx: Any, gradient_BHSd: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients = _backward(gradient_BHSd, *ctx.saved_tensors, ctx.window)
-        return *gradients, None, None, None, None
+        return *_backward(gradient_BHSd, *ctx.saved_tensors, ctx.window), None, None, None, None
 
 
 # The same two functions as operations that torch.compile takes as they are: it would trace the loop over the blocks of

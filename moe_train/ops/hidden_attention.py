@@ -107,7 +107,12 @@ class _HiddenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor, blocks: HiddenBlocks, originals: AttentionBlocks | None
+        ctx: Any,
+        q_BHNd: Tensor,
+        k_BGNd: Tensor,
+        v_BGNd: Tensor,
+        blocks: HiddenBlocks,
+        originals: AttentionBlocks | None,
     ) -> Tensor:
         (batch, heads, length, size), copies = q_BHNd.shape, blocks.copies
         positions = length // copies

@@ -6,6 +6,7 @@ Legend: B batch, H query heads, G key/value heads, S positions, T = B*S tokens, 
 
 import inspect
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def varlen_attention(
 
     # The kernel counts the positions before the query's own. (-1, 0) is its causal attention without a window.
     reach = (-1 if window is None else window - 1, 0)
-    out_THd = varlen_attn(
+    out_THd: Any = varlen_attn(
         flat(q_BHSd),
         flat(k_BGSd),
         flat(v_BGSd),

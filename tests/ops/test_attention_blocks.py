@@ -1,5 +1,7 @@
 """Attention by blocks against one dense mask: outputs, gradients, and the memory that it takes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +60,7 @@ def packed_rows(draw_of):
     for _ in range(draw_of(st.integers(1, 3))):
         cuts = draw_of(st.sets(st.integers(1, max(1, length - 1)), max_size=min(number, length) - 1))
         ends = [0, *sorted(cut for cut in cuts if cut < length), length]
-        rows.append([end - first for first, end in zip(ends, ends[1:], strict=False)])
+        rows.append([end - first for first, end in pairwise(ends)])
     return rows
 
 
@@ -163,7 +165,9 @@ def test_no_tensor_grows_with_the_square_of_the_length(window, is_packed):
 
 def slow_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size, enable_gqa):
     """torch's kernel as documented: sequence by sequence, `window_size` positions before and behind the query's own."""
-    assert torch.equal(starts_q, starts_k) and starts_q.dtype == torch.int32 and enable_gqa == (q.shape[1] != k.shape[1])
+    assert (
+        torch.equal(starts_q, starts_k) and starts_q.dtype == torch.int32 and enable_gqa == (q.shape[1] != k.shape[1])
+    )
     assert longest_q == longest_k == starts_q.diff().max()
     parts, (before, behind) = [], window_size
     assert behind == 0

@@ -141,9 +141,7 @@ def attend_with_copies(q_BHNd: Tensor, shared: Shared, context: MixerContext, wi
     return torch.cat((first_BHsd, merged), dim=2)
 
 
-def _attend_whole_rows(
-    q_BHNd: Tensor, stream: KeyValue, context: MixerContext, window: int | None
-) -> Tensor:
+def _attend_whole_rows(q_BHNd: Tensor, stream: KeyValue, context: MixerContext, window: int | None) -> Tensor:
     originals = context.attention_blocks(window, q_BHNd.shape[3], q_BHNd.dtype)
     return hidden_attention(q_BHNd, stream.k_BGCd, stream.v_BGCd, context.hidden_blocks(), originals)
 

@@ -11,12 +11,11 @@ from moe_train.model.token_index import CopiesLayout, TokenIndex
 from moe_train.ops.attention import attend, visible_keys
 from moe_train.ops.hidden_attention import hidden_reach
 
-
 MOST_QUERIES = 512  # of a prompt that attend at once: the mask of a part of the queries exists at a time
 
 
 def attend_held(q_BHSd: Tensor, queries: TokenIndex, keys: KeyValue, window: int | None) -> Tensor:
-    """Compute the attention of new tokens over held keys; a long prompt in parts, so that there is no mask of all of it.
+    """Compute the attention of new tokens over held keys; a long prompt in parts, so that it needs no mask of all.
 
     Args:
         q_BHSd: Queries, rotated.
