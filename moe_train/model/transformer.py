@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_train.model.block import NO_STATES, Block, BlockOutput
 from moe_train.model.decode_state import Cache, CacheSpec, LayerStates
-from moe_train.model.layers import Embedding, Linear
+from moe_train.model.layers import Embedding, Head
 from moe_train.model.mixers.base import MixerContext, Shared
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers.base import Router
@@ -65,6 +65,21 @@ class ModelOutput:
     sums: RoutingSums | None
 
 
+@dataclass(frozen=True)
+class LossOutput:
+    """Output of a forward pass with targets.
+
+    Attributes:
+        total: Sum of the losses of all tokens, scalar in nats, fp32 or wider.
+        losses_BS: Loss of each token, without a gradient; 0 for ignored targets.
+        sums: Routing sums [L, ...] of this rank's micro-batch; None without MoE layers.
+    """
+
+    total: Tensor
+    losses_BS: Tensor
+    sums: RoutingSums | None
+
+
 class StreamHook(Protocol):
     """A hook that expands the token stream below the blocks and contracts it above them."""
 
@@ -86,10 +101,11 @@ class Transformer(nn.Module):
         embedding: Embedding,
         blocks: Sequence[Block],
         final_norm: nn.Module | None,
-        head: Linear,
+        head: Head,
         seed: int,
         recompute_activations: bool = False,
         stream_hook: StreamHook | None = None,
+        loss_chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -99,14 +115,23 @@ class Transformer(nn.Module):
         self.token_key = make_key(seed, "tokens")
         self.recompute_activations = recompute_activations
         self.stream_hook = stream_hook
+        self.loss_chunk = loss_chunk
 
-    def forward(self, tokens: Tokens, cache: Cache | None = None, num_logits: int | None = None) -> ModelOutput:
-        """Compute the logits of every next token.
+    def forward(
+        self,
+        tokens: Tokens,
+        cache: Cache | None = None,
+        num_logits: int | None = None,
+        targets_BS: Tensor | None = None,
+    ) -> ModelOutput | LossOutput:
+        """Compute the logits of every next token, or with targets the losses.
 
         Args:
             tokens: Micro-batch; with a cache, only its new tokens, with positions.
             cache: Cache for decoding, from `new_cache`, which takes in the tokens; None: no decoding.
             num_logits: Number of last tokens of each sequence that get logits; None: all, from `hidden_from` on.
+            targets_BS: int64 next tokens; IGNORED_TARGET is left out. None: logits are wanted. With targets, not all
+                logits need to exist at a time.
 
         Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
         """
@@ -128,7 +153,11 @@ class Transformer(nn.Module):
             x_BSD = x_BSD[:, -num_logits:]
         if self.final_norm is not None:
             x_BSD = self.final_norm(x_BSD)
-        return ModelOutput(self.head(x_BSD), RoutingSums.stack(sums) if sums else None)
+        stacked = RoutingSums.stack(sums) if sums else None
+        if targets_BS is None:
+            return ModelOutput(self.head(x_BSD), stacked)
+        total, losses_BS = self.head(x_BSD, targets_BS, self.loss_chunk)
+        return LossOutput(total, losses_BS, stacked)
 
     def for_prefill(self, tokens: Tokens, num_logits: int = 1) -> Tokens:
         """Leave out the hidden copies of a prompt that no logits depend on, neither the last ones nor those to follow.

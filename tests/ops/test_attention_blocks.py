@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import varlen
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.model.token_index import starts_of_documents
 from moe_train.ops import attention_blocks, partial_attention, varlen_attention
 from moe_train.ops.attention import visible_keys
 from moe_train.ops.attention_blocks import attend_blocks, rows_of_documents, rows_of_positions
+from tests.ops.tensor_sizes import LargestTensor
 
 CLOSE = {"rtol": 0, "atol": 1e-12}  # fp64, sums of some hundred products of values around 1
 CPU = torch.device("cpu")
@@ -135,19 +135,6 @@ def test_half_precision_adds_gradients_in_fp32():
     for mine, theirs in zip(*grads, strict=True):
         # The kernel rounds shares to 8 bits, and each block's result once more.
         assert (mine.double() - theirs).norm() < 0.02 * theirs.norm() + 0.02
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, torch.Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
 
 
 @pytest.mark.parametrize("window, is_packed", [(None, True), (64, True), (64, False)])
