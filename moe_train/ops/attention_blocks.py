@@ -84,7 +84,7 @@ def rows_of_documents(
         dtype: dtype of queries and keys.
         head_dim: d, head size.
     """
-    most = None if takes_long_rows(device, dtype) else MOST_BLOCK
+    most = None if takes_long_rows(device, dtype, head_dim) else MOST_BLOCK
     is_varlen = takes_varlen(device, dtype, head_dim)
     positions_1S = torch.arange(length, device=device).unsqueeze(0)
     if starts is None:

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.bfloat16, torch.float16)
-_CAPABILITY = (8, 0)  # FlashAttention 2
-_MOST_SIZE, _SIZE_STEP = 256, 8  # largest head size of the kernel, and what must divide it
+from moe_train.ops.partial_attention import takes_flash
 
 
 def takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -24,9 +22,7 @@ def takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
         dtype: dtype of the queries.
         head_dim: d, head size.
     """
-    if device.type != "cuda" or dtype not in _DTYPES or head_dim > _MOST_SIZE or head_dim % _SIZE_STEP:
-        return False
-    return torch.cuda.get_device_capability(device) >= _CAPABILITY and _has_kernel()
+    return takes_flash(device, dtype, head_dim) and _has_kernel()
 
 
 def varlen_attention(

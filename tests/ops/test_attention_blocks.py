@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
 from moe_train.model.token_index import starts_of_documents
@@ -174,6 +175,18 @@ def test_the_kernel_for_rows_of_any_length_gets_documents_and_windows(monkeypatc
     blocks = blocks_of(documents, 9, window)
     assert blocks.longest == 9
     assert_equals_dense(draw(3, 4, 2, 9), blocks, torch.arange(9)[None], documents, window)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_torchs_kernel_takes_these_arguments(window):
+    """Without a GPU, by shapes alone: the kernel itself is not run."""
+    assert varlen_attention._has_kernel()
+    with FakeTensorMode():
+        inputs = [torch.zeros(2, n, 9, 16, dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2)]
+        starts = torch.zeros(4, dtype=torch.int32)
+        out = varlen_attention.varlen_attention(*inputs, starts, 9, window)
+        out.sum().backward()
+    assert out.shape == (2, 4, 9, 16) and [each.grad.shape for each in inputs] == [each.shape for each in inputs]
 
 
 def test_the_kernel_is_for_16_bits_on_cuda(monkeypatch):
