@@ -131,11 +131,11 @@ def takes_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     if (
         device.type != "cuda"
         or dtype not in _FLASH_DTYPES
-        or head_dim > _FLASH_MOST_SIZE
-        or head_dim % _FLASH_SIZE_STEP
+        or head_dim > _MOST_FLASH_HEAD
+        or head_dim % _FLASH_HEAD_STEP
     ):
         return False
-    return torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+    return torch.cuda.get_device_capability(device) >= _FIRST_FLASH_CAPABILITY
 
 
 def _takes_flash(q_BHSd: Tensor, mask_B1SC: Tensor | None) -> bool:
