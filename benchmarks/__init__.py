@@ -11,6 +11,7 @@ kills            a run that is killed again and again, against one that never is
 kv_cache         cache size and decoding speed when fewer layers and heads own keys and values
 launcher_kills   launchers that are killed at random moments: what is left of them, and whether the run goes on
 layout_matrix    every layout's checkpoint loaded in every layout
+long_context     memory and time of documents and windows over the length of a row, beside a mask of all pairs
 mixers           sequence mixers and hybrids: quality, recall, speed, decode state
 moe_layer        one MoE layer beside DeepSpeed's, Hugging Face's and a dense bound
 parity           every balance term and router in every split of a step over ranks and micro-batches

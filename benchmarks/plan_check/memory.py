@@ -27,7 +27,7 @@ from moe_train.model.transformer import Tokens
 from moe_train.train.engine.build import make_engine
 from moe_train.train.engine.engine import TrainEngine
 
-_STEP = "plan_check/step"
+STEP = "plan_check/step"  # name of the steps that `peak_bytes` looks at
 _LEARNING_RATE = 1e-4
 
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         for step in range(num_steps):
             batches = make_batches(config, world.rank, world.world_size, step)
             meter.reset()
-            with meter.counting(), torch.profiler.record_function(_STEP):
+            with meter.counting(), torch.profiler.record_function(STEP):
                 engine.train_step(batches, size_of(config), _LEARNING_RATE)
     found = {"states": state_bytes(engine), "peak": peak_bytes(profile), "all_to_all": meter.read().num_bytes}
     (folder / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -98,7 +98,7 @@ def peak_bytes(profile: Any) -> int:
     out again.
     """
     results = profile.profiler.kineto_results
-    steps = sorted((event.start_ns(), event.end_ns()) for event in results.events() if event.name() == _STEP)[1:]
+    steps = sorted((event.start_ns(), event.end_ns()) for event in results.events() if event.name() == STEP)[1:]
     live: dict[int, int] = {}
     held = most = 0
     for when, address, size in sorted(_allocations(results.experimental_event_tree())):

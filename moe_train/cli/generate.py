@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     prompts = _prompts(options)
     model_changes: dict[str, Any] = {"moe": DROPLESS}
     if options.sliding_window is not None:
-        model_changes["sliding_window"] = options.sliding_window
+        model_changes |= {"sliding_window": options.sliding_window, "window_pattern": None}
     trained = open_from_options(options, "moe-train generate", {"model": model_changes})
     ids = [_encode(prompt, trained.tokenizer) for prompt in prompts]
     plan = _plan(options, trained, prompts, ids)
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("cache")
     help_text = "of keys and values (default: that of the model)"
     group.add_argument("--cache-dtype", choices=("fp32", "bf16"), help=help_text)
-    help_text = "attend to the last N positions, and keep no more (default: model.sliding_window of the run)"
+    help_text = "attend to the last N positions, and keep no more (default: the windows of the run)"
     group.add_argument("--sliding-window", type=int, metavar="N", help=help_text)
     help_text = "tokens of the prompts that pass the model at once, which bounds its memory (default: all)"
     group.add_argument("--prefill-chunk", type=int, metavar="N", help=help_text)

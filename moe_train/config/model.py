@@ -8,7 +8,9 @@ from moe_train.config.base import Section, SectionWithParts
 from moe_train.config.moe import MoEConfig
 from moe_train.config.registry import PartName, check_part
 
-MIXER_FIELDS = frozenset({"num_heads", "num_kv_heads", "head_dim", "rope_theta", "sliding_window", "qk_norm"})
+MIXER_FIELDS = frozenset(
+    {"num_heads", "num_kv_heads", "head_dim", "rope_theta", "sliding_window", "window_pattern", "qk_norm"}
+)
 """Fields of the model that only mixers read; each mixer reads some of them."""
 
 
@@ -79,6 +81,10 @@ class ModelConfig(SectionWithParts):
     sliding_window: PositiveInt | None = None
     """Positions that a token sees, including its own, in training and in decoding; the cache does not keep older keys.
     None: all."""
+    window_pattern: tuple[PositiveInt | None, ...] | None = Field(None, min_length=1)
+    """Windows by layer, in place of sliding_window: a pattern that repeats over the layers, such as [4096, null], where
+    null is a layer that sees all positions; its length must divide num_layers. The cache of an owner layer keeps what
+    the widest of its readers sees. None: sliding_window is that of all layers."""
     head_dim: PositiveInt | None = None
     """Width of one head, an even number; None: hidden_size / num_heads."""
     qk_norm: Literal["none", "head", "projection"] = "none"
@@ -136,6 +142,7 @@ class ModelConfig(SectionWithParts):
         self._check_mixers()
         if self.attention_layers:  # what other mixers read is known when they are imported
             self._check_heads(MIXER_FIELDS)
+        self._check_windows()
         self._check_layers("moe_layers", self.moe_layers)
         if self.moe_layers is not None and self.differs("moe_every"):
             raise ValueError(
@@ -196,6 +203,29 @@ class ModelConfig(SectionWithParts):
         if "num_kv_heads" in reads and self.num_heads % self.attention_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})")
 
+    def _check_windows(self) -> None:
+        pattern = self.window_pattern
+        if pattern is None:
+            return
+        shown = f"window_pattern ({list(pattern)})"
+        if self.sliding_window is not None:
+            raise ValueError(
+                f"sliding_window ({self.sliding_window}) and {shown} both say what a layer sees: give one of them"
+            )
+        if self.num_layers % len(pattern):
+            raise ValueError(
+                f"num_layers ({self.num_layers}) must be divisible by the length of {shown}, a pattern that repeats"
+            )
+        places = {layer % len(pattern) for layer in self.attention_layers}
+        for place, window in enumerate(pattern):
+            if window is not None and place not in places:
+                raise ValueError(
+                    f"{shown}: window {window} at place {place} has no effect: no layer there is attention, with "
+                    f"mixers {list(self.mixers)}"
+                )
+        if not any(pattern):
+            raise ValueError(f"{shown} has no effect: it has no window")
+
     def _check_kv_layers(self) -> None:
         given, layers = self.kv_layers, self.attention_layers
         if given is not None and not layers:
@@ -254,6 +284,21 @@ class ModelConfig(SectionWithParts):
     def attention_layers(self) -> tuple[int, ...]:
         """Layers whose mixer is attention."""
         return tuple(layer for layer, name in enumerate(self.layer_mixers) if name == "attention")
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Most positions that a token sees in each layer, if it is attention; None: all."""
+        pattern = (self.sliding_window,) if self.window_pattern is None else self.window_pattern
+        return pattern * (self.num_layers // len(pattern))
+
+    def reader_windows(self, owner: int) -> tuple[int | None, ...]:
+        """List the windows of the layers that read an owner layer's keys, its own first; None: all positions.
+
+        Args:
+            owner: Layer that owns keys and values.
+        """
+        end = min((layer for layer in self.kv_owner_layers if layer > owner), default=self.num_layers)
+        return tuple(self.layer_windows[layer] for layer in self.attention_layers if owner <= layer < end)
 
     @property
     def moe_layer_indices(self) -> tuple[int, ...]:

@@ -121,6 +121,10 @@ class TrainConfig(Section):
     """Arithmetic of the model; auto: bf16 if the hardware has it, else fp32. Master weights are fp32."""
     recompute_activations: bool = False
     """True: the activations of a block are not kept, but computed again in the backward pass."""
+    loss_chunk_tokens: PositiveInt | None = None
+    """Tokens of a rank whose logits exist at a time, in training and in validation; the loss stays the same within
+    rounding. None: all of a micro-batch if its logits take up to 512 MiB, else as many as take 256 MiB, at least 256
+    tokens."""
     compile: bool = False
     """True: torch.compile compiles attention, norms, dense feed-forward layers and shared experts for training; it does
     not compile routers, dispatch and experts. It needs a C++ compiler, on CUDA also triton, and ZeRO stage 1 or 2. The

@@ -17,8 +17,8 @@ from torch import Tensor
 from moe_train.data import Domain
 from moe_train.data.recovery import ALL_RECOVERED, Unrecovered
 from moe_train.distributed.collectives import Group, all_reduce_sum, group_rank, group_size
-from moe_train.model.transformer import Transformer
-from moe_train.ops.cross_entropy import IGNORED_TARGET, token_cross_entropy
+from moe_train.model.transformer import LossOutput, Transformer
+from moe_train.ops.cross_entropy import IGNORED_TARGET
 from moe_train.train.batches import make_tokens
 
 
@@ -259,9 +259,9 @@ def _measure(
     ids_BS, targets = domain.text.batch(sequences)
     length = int((targets[0] != IGNORED_TARGET).sum())  # without padding, which would take room at the experts
     targets_BS = torch.from_numpy(targets[:, :length]).to(device)
-    output = model(make_tokens(ids_BS[:, :length], sequences, 0, plan.end_of_document, device))
-    losses_T = token_cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())
-    losses_B = losses_T.view(targets_BS.shape).double().sum(1)
+    tokens = make_tokens(ids_BS[:, :length], sequences, 0, plan.end_of_document, device)
+    output: LossOutput = model(tokens, targets_BS=targets_BS)
+    losses_B = output.losses_BS.double().sum(1)
     if output.sums is None:
         return losses_B, None
     return losses_B, torch.stack((output.sums.counts, output.sums.dropped))

@@ -131,7 +131,13 @@ def load_model(trained: Trained) -> Transformer:
         placement = ExpertPlacement(
             mesh.expert.rank, size, mesh.dispatch_groups, parallel.dispatch, payload=parallel.payload
         )
-    model = build_model(config.model, config.model.vocab_size, seed=config.train.seed, placement=placement)
+    model = build_model(
+        config.model,
+        config.model.vocab_size,
+        seed=config.train.seed,
+        placement=placement,
+        loss_chunk=config.train.loss_chunk_tokens,
+    )
     check_fits(model, manifest)
     run_on_all_ranks(
         lambda: verify_files(manifest, sorted(manifest.files)[world.rank :: world.world_size]),

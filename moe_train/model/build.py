@@ -14,7 +14,7 @@ from moe_train.distributed.observer import CommObserver
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.model.block import Block
 from moe_train.model.feed_forward import FeedForward, FeedForwardKind, FeedForwardSpec
-from moe_train.model.layers import Embedding, Linear, SwiGLU, make_norm
+from moe_train.model.layers import Embedding, Head, SwiGLU, make_norm
 from moe_train.model.mixers.base import MixerKind, MixerSpec
 from moe_train.model.moe.capacity import NO_LIMIT, CapacityLimit
 from moe_train.model.moe.dispatch.base import Dispatcher, DispatcherKind, DispatchSpec
@@ -71,6 +71,7 @@ def build_model(
     placement: ExpertPlacement | None = None,
     recompute_activations: bool = False,
     measures: bool = True,
+    loss_chunk: int | None = None,
 ) -> Transformer:
     """Build a model on the meta device: shapes without memory, with only this rank's experts.
 
@@ -81,6 +82,7 @@ def build_model(
         placement: Placement of the experts; None: all are here.
         recompute_activations: Whether blocks are computed again in the backward pass.
         measures: Whether routing sums that only telemetry needs are computed.
+        loss_chunk: Tokens whose logits exist at a time while losses are computed; None: by their size.
 
     Returns:
         The model; `materialize` gives it memory and values.
@@ -93,11 +95,11 @@ def build_model(
         final_norm = (
             make_norm(config.norm, config.hidden_size, config.norm_epsilon) if config.norm_position == "pre" else None
         )
-        head = Linear(config.hidden_size, vocab_size, config.init_std)
+        head = Head(config.hidden_size, vocab_size, config.init_std)
         if config.tie_embeddings:
             head.weight = embedding.weight
         hook = HiddenCopies.of(config) if config.hidden_copies.copies > 1 else None
-        return Transformer(embedding, blocks, final_norm, head, seed, recompute_activations, hook)
+        return Transformer(embedding, blocks, final_norm, head, seed, recompute_activations, hook, loss_chunk)
 
 
 def _build_block(

@@ -80,6 +80,11 @@ def _compile_attention(mixer: AttentionMixer, backend: str) -> None:
         context.rotary_angles(mixer.head_dim, mixer.rope_theta, x_BSD.dtype)
         if context.tokens.copies is not None:
             context.hidden_blocks()
+        if context.tokens.is_whole:
+            context.attention_blocks(mixer.window, mixer.head_dim, x_BSD.dtype)
+        if context.tokens.document_starts is not None:
+            # The compiled code finds the blocks. What it depends on must not change with the documents of a batch.
+            context = replace(context, tokens=replace(context.tokens, document_starts=()))
         if mixer.key is None:
             return forward(x_BSD, context)
         # Without what the layers below hand up, so that the first owner, which gets nothing, shares the compiled code.

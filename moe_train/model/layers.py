@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.model.parameters import Constant, InitialValue, Normal
+from moe_train.ops.cross_entropy import loss_chunk, summed_cross_entropy, token_cross_entropy
 from moe_train.ops.norms import layer_norm, rms_norm
 from moe_train.ops.swiglu import swiglu
 
@@ -24,6 +25,35 @@ class Linear(nn.Linear):
 
     def initial_values(self) -> dict[str, InitialValue]:
         return {"weight": Normal(self.init_std) if self.init_std else Constant(0.0)}
+
+
+class Head(Linear):
+    """The map from hidden states to logits; with targets, to losses, without keeping all logits."""
+
+    def forward(  # type: ignore[override]
+        self, x_BSD: Tensor, targets_BS: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute logits, or losses.
+
+        Args:
+            x_BSD: Hidden states.
+            targets_BS: int64 targets; IGNORED_TARGET has loss 0. None: logits are wanted.
+            chunk: Tokens whose logits exist at a time; None: by their size.
+
+        Returns:
+            [B, S, V] logits; with targets the sum of the losses, a scalar, and the losses [B, S] without a gradient.
+        """
+        if targets_BS is None:
+            return F.linear(x_BSD, self.weight)
+        (vocab_size, hidden_size), tokens = self.weight.shape, targets_BS.numel()
+        chunk = loss_chunk(tokens, vocab_size, hidden_size, self.weight.element_size(), chunk)
+        if chunk < tokens:
+            total, losses_T = summed_cross_entropy(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), chunk)
+        else:
+            logits_BSV = F.linear(x_BSD, self.weight)
+            losses_T = token_cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
+            total = losses_T.sum()
+        return total, losses_T.detach().view(targets_BS.shape)
 
 
 class WideLinear(Linear):

@@ -17,8 +17,7 @@ from moe_train.model.moe.balance.base import BalanceContext, BalanceTerm, BiasRu
 from moe_train.model.moe.routers.last_step import LastStep, remember
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.model.step_size import StepSize
-from moe_train.model.transformer import Tokens, Transformer
-from moe_train.ops.cross_entropy import token_cross_entropy
+from moe_train.model.transformer import LossOutput, Tokens, Transformer
 
 _REDUCED = ("importance", "load", "probability", "counts")  # sums that terms and rules of whole steps need
 
@@ -78,9 +77,8 @@ class TrainingObjective(nn.Module):
         Collective: All ranks.
         """
         self.model.warm_up(min(1.0, tokens.step / self.warmup_steps) if self.warmup_steps else 1.0)
-        output = self.model(tokens)
-        losses_T = token_cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())
-        cross_entropy = losses_T.sum() * (size.num_parts / max(1, size.num_targets))
+        output: LossOutput = self.model(tokens, targets_BS=targets_BS)
+        cross_entropy = output.total * (size.num_parts / max(1, size.num_targets))
         total, shown = cross_entropy, cross_entropy.detach()
         if output.sums is not None and self.balance_terms:
             last = LastStep.of(self.model.routers, output.sums.counts.shape[-1], output.sums.counts.device)

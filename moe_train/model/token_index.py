@@ -42,6 +42,9 @@ class TokenIndex:
         hidden_from: First column whose hidden copies are wanted, if the stream gets hidden copies; None: all.
         first_position: First position, if the host knows that every row's positions are first_position,
             first_position + 1, ...; None: it does not know.
+        is_whole: Whether these are all tokens of the sequences: nothing is decoded.
+        document_starts: Places in the flattened batch at which documents begin, then B*S, known on the host, where rows
+            are whole and the positions follow one another; None: no isolation, or it does not know.
     """
 
     positions_BS: Tensor
@@ -51,6 +54,8 @@ class TokenIndex:
     copies: CopiesLayout | None = None
     hidden_from: int | None = None
     first_position: int | None = None
+    is_whole: bool = False
+    document_starts: tuple[int, ...] | None = None
 
     def columns(self, span: slice) -> "TokenIndex":
         """Select tokens of the stream, which count as tokens without copies."""
@@ -60,6 +65,17 @@ class TokenIndex:
 
         documents_BS = None if self.documents_BS is None else part(self.documents_BS)
         return TokenIndex(part(self.positions_BS), part(self.offsets_BS), documents_BS, part(self.keys_BS))
+
+
+def starts_of_documents(documents_BS: Tensor) -> tuple[int, ...]:
+    """Find the places in the flattened batch at which documents begin; last comes B*S. Host synchronisation.
+
+    Args:
+        documents_BS: int64 ids; a document is a run of equal ids in a row.
+    """
+    begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    return (*begins_BS.flatten().nonzero().squeeze(1).tolist(), documents_BS.numel())
 
 
 def document_offsets(documents_BS: Tensor) -> Tensor:

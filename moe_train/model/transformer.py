@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_train.model.block import NO_STATES, Block, BlockOutput
 from moe_train.model.decode_state import Cache, CacheSpec, LayerStates
-from moe_train.model.layers import Embedding, Linear
+from moe_train.model.layers import Embedding, Head
 from moe_train.model.mixers.base import MixerContext, Shared
 from moe_train.model.moe.layer import MoELayer
 from moe_train.model.moe.routers.base import Router
 from moe_train.model.moe.steps import RoutingSums
-from moe_train.model.token_index import TokenIndex, document_offsets
+from moe_train.model.token_index import TokenIndex, document_offsets, starts_of_documents
 from moe_train.ops.keyed_random import combine, make_key
 
 
@@ -37,6 +37,8 @@ class Tokens:
         first_position: First position, if positions_BS is None.
         hidden_from: First column whose hidden copies are computed, in a model with hidden copies that decodes: only the
             tokens from there on get logits. None: all.
+        document_starts: Places in the flattened batch at which documents begin, then B*S, for whole rows; None: read
+            off the documents, where the host has to wait for the device.
     """
 
     ids_BS: Tensor
@@ -47,6 +49,7 @@ class Tokens:
     offsets_BS: Tensor | None = None
     first_position: int = 0
     hidden_from: int | None = None
+    document_starts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,21 @@ class ModelOutput:
     """
 
     logits_BSV: Tensor
+    sums: RoutingSums | None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Output of a forward pass with targets.
+
+    Attributes:
+        total: Sum of the losses of all tokens, scalar in nats, fp32 or wider.
+        losses_BS: Loss of each token, without a gradient; 0 for ignored targets.
+        sums: Routing sums [L, ...] of this rank's micro-batch; None without MoE layers.
+    """
+
+    total: Tensor
+    losses_BS: Tensor
     sums: RoutingSums | None
 
 
@@ -83,10 +101,11 @@ class Transformer(nn.Module):
         embedding: Embedding,
         blocks: Sequence[Block],
         final_norm: nn.Module | None,
-        head: Linear,
+        head: Head,
         seed: int,
         recompute_activations: bool = False,
         stream_hook: StreamHook | None = None,
+        loss_chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -96,18 +115,27 @@ class Transformer(nn.Module):
         self.token_key = make_key(seed, "tokens")
         self.recompute_activations = recompute_activations
         self.stream_hook = stream_hook
+        self.loss_chunk = loss_chunk
 
-    def forward(self, tokens: Tokens, cache: Cache | None = None, num_logits: int | None = None) -> ModelOutput:
-        """Compute the logits of every next token.
+    def forward(
+        self,
+        tokens: Tokens,
+        cache: Cache | None = None,
+        num_logits: int | None = None,
+        targets_BS: Tensor | None = None,
+    ) -> ModelOutput | LossOutput:
+        """Compute the logits of every next token, or with targets the losses.
 
         Args:
             tokens: Micro-batch; with a cache, only its new tokens, with positions.
             cache: Cache for decoding, from `new_cache`, which takes in the tokens; None: no decoding.
             num_logits: Number of last tokens of each sequence that get logits; None: all, from `hidden_from` on.
+            targets_BS: int64 next tokens; IGNORED_TARGET is left out. None: logits are wanted. With targets, not all
+                logits need to exist at a time.
 
         Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
         """
-        context = MixerContext(0, self._token_index(tokens))
+        context = MixerContext(0, self._token_index(tokens, is_whole=cache is None))
         x_BSD = self.embedding(tokens.ids_BS)
         if self.stream_hook is not None:
             x_BSD, context = self.stream_hook.expand(x_BSD, context)
@@ -125,7 +153,11 @@ class Transformer(nn.Module):
             x_BSD = x_BSD[:, -num_logits:]
         if self.final_norm is not None:
             x_BSD = self.final_norm(x_BSD)
-        return ModelOutput(self.head(x_BSD), RoutingSums.stack(sums) if sums else None)
+        stacked = RoutingSums.stack(sums) if sums else None
+        if targets_BS is None:
+            return ModelOutput(self.head(x_BSD), stacked)
+        total, losses_BS = self.head(x_BSD, targets_BS, self.loss_chunk)
+        return LossOutput(total, losses_BS, stacked)
 
     def for_prefill(self, tokens: Tokens, num_logits: int = 1) -> Tokens:
         """Leave out the hidden copies of a prompt that no logits depend on, neither the last ones nor those to follow.
@@ -170,7 +202,7 @@ class Transformer(nn.Module):
     def _typed_blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))  # ModuleList does not tell what it holds
 
-    def _token_index(self, tokens: Tokens) -> TokenIndex:
+    def _token_index(self, tokens: Tokens, is_whole: bool = True) -> TokenIndex:
         positions_BS, first_position = tokens.positions_BS, None
         if positions_BS is None:
             first_position, length = tokens.first_position, tokens.ids_BS.shape[1]
@@ -179,15 +211,21 @@ class Transformer(nn.Module):
         offsets_BS = tokens.offsets_BS
         if offsets_BS is None:
             offsets_BS = positions_BS if tokens.documents_BS is None else document_offsets(tokens.documents_BS)
+        documents_BS, starts = tokens.documents_BS, None
+        if is_whole and documents_BS is not None and first_position is not None:
+            documents_BS = documents_BS.expand(len(tokens.ids_BS), -1)
+            starts = tokens.document_starts or starts_of_documents(documents_BS)
         sequence_keys_B = combine(combine(tokens.sequences_B, self.token_key), tokens.step)
         keys_BS = combine(sequence_keys_B.unsqueeze(1), positions_BS)
         return TokenIndex(
             positions_BS,
             offsets_BS,
-            tokens.documents_BS,
+            documents_BS,
             keys_BS,
             hidden_from=tokens.hidden_from,
             first_position=first_position,
+            is_whole=is_whole,
+            document_starts=starts,
         )
 
     def _run_block(self, block: Block, x_BSD: Tensor, context: MixerContext, states: LayerStates) -> BlockOutput:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.ops.attention_blocks import AttentionBlocks, partial_blocks, partial_blocks_backward
 from moe_train.ops.partial_attention import additive, merge_attention, partial_attention, partial_attention_backward
 
 _LEAST_BLOCK = 16  # positions of a block: smaller ones compute fewer masked scores, but take longer
@@ -84,7 +85,7 @@ def hidden_blocks(offsets_RS: Tensor, copies: int, window: int, chunk: int | Non
 
 
 def hidden_attention(
-    q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor, blocks: HiddenBlocks, mask_B1SS: Tensor | None
+    q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor, blocks: HiddenBlocks, originals: AttentionBlocks | None
 ) -> Tensor:
     """Compute the attention of all copies of whole rows.
 
@@ -93,12 +94,12 @@ def hidden_attention(
         k_BGNd: Keys, in the same order; G must divide H.
         v_BGNd: Values, in the same order.
         blocks: Visibility of hidden keys, from `hidden_blocks`.
-        mask_B1SS: bool, True where a position sees the original of another; None: of all positions up to its own.
+        originals: Which originals each position sees; None: those of all positions up to its own.
 
     Returns:
         [B, H, N, d], the outputs of all copies.
     """
-    return _HiddenAttention.apply(q_BHNd, k_BGNd, v_BGNd, blocks, mask_B1SS)
+    return _HiddenAttention.apply(q_BHNd, k_BGNd, v_BGNd, blocks, originals)
 
 
 class _HiddenAttention(torch.autograd.Function):
@@ -106,15 +107,22 @@ class _HiddenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor, blocks: HiddenBlocks, mask_B1SS: Tensor | None
+        ctx: Any,
+        q_BHNd: Tensor,
+        k_BGNd: Tensor,
+        v_BGNd: Tensor,
+        blocks: HiddenBlocks,
+        originals: AttentionBlocks | None,
     ) -> Tensor:
         (batch, heads, length, size), copies = q_BHNd.shape, blocks.copies
         positions = length // copies
         k_BGSd, v_BGSd = k_BGNd[:, :, :positions], v_BGNd[:, :, :positions]
         # (B, H, n*S, d) -> (B, H*n, S, d): a group's queries stay together.
-        out, lse = partial_attention(
-            q_BHNd.reshape(batch, heads * copies, positions, size), k_BGSd, v_BGSd, *_originals_mask(mask_B1SS, q_BHNd)
-        )
+        q = q_BHNd.reshape(batch, heads * copies, positions, size)
+        if originals is None:
+            out, lse = partial_attention(q, k_BGSd, v_BGSd, None, is_causal=True)
+        else:
+            out, lse = partial_blocks(q, k_BGSd, v_BGSd, originals)
         out_BHNd, lse_BHN = out.reshape(q_BHNd.shape), lse.reshape(q_BHNd.shape[:3])
         q, k, v, mask = _in_blocks(q_BHNd, k_BGNd, v_BGNd, blocks)
         near, near_lse = partial_attention(q, k, v, mask, is_causal=False)
@@ -126,13 +134,13 @@ class _HiddenAttention(torch.autograd.Function):
             _from_blocks(near_lse.unsqueeze(-1), batch, positions, blocks).squeeze(-1),
         )
         out_BHNd[:, :, hidden], lse_BHN[:, :, hidden] = merged, merged_lse  # both are new tensors
-        ctx.save_for_backward(q_BHNd, k_BGNd, v_BGNd, out_BHNd, lse_BHN, mask_B1SS, blocks.visible)
-        ctx.blocks = blocks
+        ctx.save_for_backward(q_BHNd, k_BGNd, v_BGNd, out_BHNd, lse_BHN, blocks.visible)
+        ctx.blocks, ctx.originals = blocks, originals
         return out_BHNd
 
     @staticmethod
     def backward(ctx: Any, gradient_BHNd: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_BHNd, k_BGNd, v_BGNd, out_BHNd, lse_BHN, mask_B1SS, _ = ctx.saved_tensors
+        q_BHNd, k_BGNd, v_BGNd, out_BHNd, lse_BHN, _ = ctx.saved_tensors
         blocks: HiddenBlocks = ctx.blocks
         (batch, heads, length, _), copies = q_BHNd.shape, blocks.copies
         positions = length // copies
@@ -141,15 +149,11 @@ class _HiddenAttention(torch.autograd.Function):
             return x.reshape(batch, heads * copies, positions, *x.shape[3:])
 
         k_BGSd, v_BGSd = k_BGNd[:, :, :positions], v_BGNd[:, :, :positions]
-        dq, dk, dv = partial_attention_backward(
-            as_heads(gradient_BHNd),
-            as_heads(q_BHNd),
-            k_BGSd,
-            v_BGSd,
-            as_heads(out_BHNd),
-            as_heads(lse_BHN),
-            *_originals_mask(mask_B1SS, q_BHNd),
-        )
+        of_queries = as_heads(q_BHNd), k_BGSd, v_BGSd, as_heads(out_BHNd), as_heads(lse_BHN)
+        if ctx.originals is None:
+            dq, dk, dv = partial_attention_backward(as_heads(gradient_BHNd), *of_queries, None, is_causal=True)
+        else:
+            dq, dk, dv = partial_blocks_backward(as_heads(gradient_BHNd), *of_queries, ctx.originals)
         q, k, v, mask = _in_blocks(q_BHNd, k_BGNd, v_BGNd, blocks)
         near_lse = _to_blocks(lse_BHN.unsqueeze(-1), blocks).squeeze(-1)
         near_dq, near_dk, near_dv = partial_attention_backward(
@@ -160,11 +164,6 @@ class _HiddenAttention(torch.autograd.Function):
         dk_BGNd = torch.cat((dk, _keys_from_blocks(near_dk, batch, positions, blocks)), dim=2)
         dv_BGNd = torch.cat((dv, _keys_from_blocks(near_dv, batch, positions, blocks)), dim=2)
         return dq_BHNd, dk_BGNd, dv_BGNd, None, None
-
-
-def _originals_mask(mask_B1SS: Tensor | None, q_BHNd: Tensor) -> tuple[Tensor | None, bool]:
-    """Return the mask of the originals' keys as the kernels take it, and whether they are causal without one."""
-    return (None, True) if mask_B1SS is None else (additive(mask_B1SS, q_BHNd.dtype), False)
 
 
 def _in_blocks(

@@ -115,14 +115,31 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
+def takes_long_rows(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether causal attention takes memory linear in the number of keys: a kernel that stores no scores is there.
+
+    Args:
+        device: Device of the queries.
+        dtype: dtype of the queries.
+        head_dim: d, head size.
+    """
+    return device.type in _HAS_CPU_KERNEL or takes_flash(device, dtype, head_dim)
+
+
+def takes_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether the flash kernel of CUDA is for such queries; arguments as of `takes_long_rows`."""
+    if (
+        device.type != "cuda"
+        or dtype not in _FLASH_DTYPES
+        or head_dim > _MOST_FLASH_HEAD
+        or head_dim % _FLASH_HEAD_STEP
+    ):
+        return False
+    return torch.cuda.get_device_capability(device) >= _FIRST_FLASH_CAPABILITY
+
+
 def _takes_flash(q_BHSd: Tensor, mask_B1SC: Tensor | None) -> bool:
-    """Return whether the flash kernel takes such queries, on a CUDA device; else the products are explicit."""
-    size = q_BHSd.shape[3]
-    if mask_B1SC is not None or q_BHSd.dtype not in _FLASH_DTYPES or size % _FLASH_HEAD_STEP or size > _MOST_FLASH_HEAD:
-        return False
-    if q_BHSd.device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(q_BHSd.device) >= _FIRST_FLASH_CAPABILITY
+    return mask_B1SC is None and takes_flash(q_BHSd.device, q_BHSd.dtype, q_BHSd.shape[3])
 
 
 def _of_heads(x_BGCd: Tensor, q_BHSd: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moe_train.config.registry import load_part
 from moe_train.model.cost import RouterCost
-from moe_train.ops.cross_entropy import CHUNK_BYTES
+from moe_train.ops.cross_entropy import CHUNK_BYTES, loss_chunk
 from moe_train.ops.routed_mlp import BLOCK_ROWS, NUM_BLOCKS
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
@@ -47,7 +47,8 @@ class HeadMemory:
 
     Attributes:
         saved: Bytes kept, without the gradient of the logits.
-        logits: Bytes of the gradient of the logits, which the forward pass computes.
+        logits: Bytes of the gradient of the logits, which the forward pass computes; of that of the head's weight, if
+            the logits are computed in chunks.
         forward_work: Bytes of the logits and of fp32 copies of their chunks.
         backward_work: Bytes of the gradient that enters the head.
     """
@@ -135,7 +136,19 @@ def head_memory(shape: ModelShape, layout: Layout, device: str) -> HeadMemory:
     norm = _norm_bytes(e, device) if shape.config.norm_position == "pre" else 0
     logits = float(tokens * shape.vocab_size)
     slope = _WIDE if layout.precision == "fp16" else e
+    at_once = loss_chunk(tokens, shape.vocab_size, hidden, e, layout.loss_chunk_tokens)
+    if at_once < tokens:
+        logits = float(at_once * shape.vocab_size)
     chunk = min(_CHUNK_TENSORS * CHUNK_BYTES[device], _CHUNK_TENSORS * _WIDE * logits)
+    if at_once < tokens:
+        # The gradients of the head's input and weight are formed in the forward pass, the latter in fp32.
+        weight = shape.vocab_size * hidden
+        return HeadMemory(
+            saved=tokens * hidden * (norm + e + slope),
+            logits=_WIDE * weight,
+            forward_work=(e + slope) * logits + chunk + slope * weight,
+            backward_work=e * tokens * hidden,
+        )
     return HeadMemory(
         saved=tokens * hidden * (norm + e),
         logits=slope * logits,

@@ -109,6 +109,7 @@ class Layout:
         ranks_per_node: Ranks of a node, where rows pass nodes first; None: they don't.
         copies: Copies of every token that pass the blocks, the original included.
         bucket_elements: Elements of ZeRO's gradient bucket.
+        loss_chunk_tokens: Tokens whose logits exist at a time, as given; None: by their size.
     """
 
     world_size: int
@@ -127,6 +128,7 @@ class Layout:
     ranks_per_node: int | None
     copies: int = 1
     bucket_elements: int = _BUCKET_ELEMENTS
+    loss_chunk_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -247,6 +249,7 @@ def layout_of(resolved: ResolvedConfig, node_size: int) -> Layout:
         ranks_per_node=parallel.node_size,
         copies=resolved.model.hidden_copies.copies,
         bucket_elements=_bucket_elements(resolved),
+        loss_chunk_tokens=train.loss_chunk_tokens,
     )
 
 

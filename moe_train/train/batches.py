@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_train.data import TrainingSequences, document_ids
 from moe_train.distributed.collectives import all_reduce_sum, world_group
 from moe_train.model.step_size import StepSize
+from moe_train.model.token_index import starts_of_documents
 from moe_train.model.transformer import Tokens
 from moe_train.train.progress import Progress
 
@@ -71,14 +72,16 @@ def make_tokens(
         end_of_document: Token that separates packed documents, to isolate them; None: they are not isolated.
         device: Device of the model.
     """
-    documents_BS = None
+    documents_BS, starts = None, None
     if end_of_document is not None:
-        documents_BS = torch.from_numpy(document_ids(ids_BS, end_of_document)).to(device)
+        documents = torch.from_numpy(document_ids(ids_BS, end_of_document))
+        documents_BS, starts = documents.to(device), starts_of_documents(documents)  # on the host: nothing waits
     return Tokens(
         torch.from_numpy(np.ascontiguousarray(ids_BS)).to(device),
         torch.from_numpy(sequences_B).to(device),
         step,
         documents_BS=documents_BS,
+        document_starts=starts,
     )
 
 

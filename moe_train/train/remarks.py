@@ -105,11 +105,11 @@ def _named(section: Section, names: list[str]) -> str:
 
 def _on_model(config: ResolvedConfig) -> Iterator[str]:
     model, moe, length = config.model, config.model.moe, config.train.sequence_length
-    if model.sliding_window is not None and model.sliding_window >= length and model.attention_layers:
-        yield (
-            f"model.sliding_window ({model.sliding_window}) has no effect in training: train.sequence_length "
-            f"({length}) is not longer"
-        )
+    for name, windows in (("sliding_window", (model.sliding_window,)), ("window_pattern", model.window_pattern or ())):
+        for window in dict.fromkeys(windows):
+            if window is not None and window >= length and model.attention_layers:
+                shown = f"model.{name} ({window})" if name == "sliding_window" else f"window {window} of model.{name}"
+                yield f"{shown} has no effect in training: train.sequence_length ({length}) is not longer"
     most = moe.num_experts / moe.top_k
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(moe, name)

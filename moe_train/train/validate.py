@@ -9,7 +9,7 @@ import torch
 
 from moe_train.data import HeldOut
 from moe_train.distributed.collectives import all_reduce_sum, world_group
-from moe_train.ops.cross_entropy import IGNORED_TARGET, token_cross_entropy
+from moe_train.ops.cross_entropy import IGNORED_TARGET
 from moe_train.train.batches import BatchPlan, make_tokens
 from moe_train.train.engine.engine import TrainEngine
 
@@ -64,8 +64,8 @@ def validate(
         ids_BS, targets = held_out.batch(indices)
         targets_BS = torch.from_numpy(targets).to(device)
         with watching(f"validation from sequence {start}"):
-            logits_BSV = engine.evaluate(make_tokens(ids_BS, indices, 0, end_of_document, device))
-            sums[0] += token_cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()).double().sum()
+            tokens = make_tokens(ids_BS, indices, 0, end_of_document, device)
+            sums[0] += engine.evaluate(tokens, targets_BS).flatten().double().sum()
             sums[1] += (targets_BS != IGNORED_TARGET).sum()
     total, count = all_reduce_sum(sums, world_group()).tolist()
     mean = total / count

@@ -64,6 +64,24 @@ from moe_train.config.moe import MoEConfig
         pytest.param({"infini": {"segment_length": 8}}, ["infini", "mixers (['attention'])"], id="not in the pattern"),
         pytest.param({"mixer": "rwkv4", "kv_layers": 1}, ["kv_layers (1)", "rwkv4"], id="owners without attention"),
         pytest.param(
+            {"sliding_window": 9, "window_pattern": [4, None]},
+            ["sliding_window (9)", "window_pattern ([4, None])"],
+            id="window and windows by layer",
+        ),
+        pytest.param(
+            {"window_pattern": [4, None, None]},
+            ["num_layers (4)", "window_pattern ([4, None, None])"],
+            id="uneven windows",
+        ),
+        pytest.param({"window_pattern": [None]}, ["window_pattern ([None])", "no window"], id="no window by layer"),
+        pytest.param({"window_pattern": []}, ["window_pattern"], id="windows of no layer"),
+        pytest.param({"window_pattern": [0]}, ["window_pattern"], id="window of nothing by layer"),
+        pytest.param(
+            {"mixers": ["attention", "rwkv4"], "window_pattern": [None, 4]},
+            ["window_pattern ([None, 4])", "window 4 at place 1", "rwkv4"],
+            id="window of another mixer",
+        ),
+        pytest.param(
             {"mixers": ["rwkv4", "attention"], "kv_layers": 3},
             ["kv_layers (3)", "number of attention layers (2)"],
             id="more owners than attention layers",

@@ -5,6 +5,7 @@ import torch
 
 from moe_train.infer.decode import DecodePlan, Decoder
 from moe_train.infer.sampling import Sampling
+from moe_train.model.mixers import visibility
 from moe_train.model.transformer import Tokens
 from tests.model.small import VOCAB, small_config, small_model
 
@@ -15,6 +16,7 @@ KINDS = {
     "MLKV": {"num_kv_heads": 2, "kv_layers": 2},
     "MLKV, one for all": {"kv_layers": 1, "moe_every": 1},
     "window": {"sliding_window": 3, "kv_layers": 2},
+    "windows by layer": {"window_pattern": [5, 2, 2, None], "kv_layers": [0, 2, 3]},
     "fixed states": {
         "mixers": ["infini", "ttt_linear", "rwkv4", "rwkv7"],
         "infini": {"segment_length": 4, "memory": "delta"},
@@ -49,6 +51,21 @@ def test_unequal_prompts_go_on_as_each_alone(changes, chunk):
     expected = [greedy_without_cache(model, prompt, 6) for prompt in PROMPTS]
     assert continued(model, PROMPTS, 6, prefill_chunk=chunk) == expected
     assert len({tuple(row) for row in expected}) > 1
+
+
+@pytest.mark.parametrize("changes", [KINDS[name] for name in ("MQA", "window", "windows by layer")], ids=str)
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_long_prompt_attends_in_parts(monkeypatch, changes, chunk):
+    monkeypatch.setattr(visibility, "MOST_QUERIES", 3)
+    seen = []
+    attend = visibility.attend
+    monkeypatch.setattr(visibility, "attend", lambda *args: seen.append(args) or attend(*args))
+    for prompts in (PROMPTS, PROMPTS[1:2]):
+        for changed in (changes, changes | {"isolate_documents": True}):
+            model = small_model(small_config(**changed)).eval()
+            expected = [greedy_without_cache(model, prompt, 6) for prompt in prompts]
+            assert continued(model, prompts, 6, prefill_chunk=chunk) == expected
+    assert max(q.shape[2] for q, *_, mask in seen if mask is not None) == 3
 
 
 @kinds

@@ -103,6 +103,26 @@ def test_every_kind_of_model_is_traced_whole_and_every_part_once(changes, packed
     assert 0 < num_graphs() <= NUM_PARTS  # not more for more layers
 
 
+@pytest.mark.parametrize("changes", [{}, {"hidden_copies": {"copies": 2, "window_positions": 2}}])
+def test_other_documents_need_no_other_code(changes):
+    """The number of documents is like a shape: the second one is compiled for, and with it all that follow."""
+    changes = {"sliding_window": 3, "num_kv_heads": 1} | changes
+    model, plain, found = make(**changes), make(**changes), []
+    compile_dense_parts(model, backend="eager")
+    for lengths in (
+        [[130], [65, 65]],
+        [[130], [1, 69, 60]],
+        [[70, 60], [64, 66]],
+        [[130], [130]],
+        [[65, 65], [5, 125]],
+    ):
+        documents = torch.tensor([[n for n, count in enumerate(row) for _ in range(count)] for row in lengths])
+        assert_same(run(model, 2, documents.shape[1], documents), run(plain, 2, documents.shape[1], documents))
+        found.append(num_graphs())
+    assert found[1] == found[0] and found[0] < found[2] == found[3] == found[4] <= found[0] + 2, found
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_hidden_copies_are_traced_whole(packed):
     changes = {"hidden_copies": {"copies": 2, "window_positions": 2, "chunk": 3}, "kv_layers": 2}

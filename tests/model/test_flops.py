@@ -33,6 +33,15 @@ def test_a_window_leaves_fewer_keys():
     assert seen[0] - seen[3] == pytest.approx(6 * 4 * 4 * 4 * 2 * (3.5 - keys))
 
 
+def test_windows_by_layer_are_counted_by_layer():
+    def flops(**changes):
+        return training_flops_per_token(small_config(**changes), VOCAB, 6)
+
+    mean = (flops() + flops(sliding_window=3)) / 2
+    assert flops(window_pattern=[3, None]) == pytest.approx(mean, rel=1e-12)
+    assert flops(window_pattern=[3]) == flops(sliding_window=3)
+
+
 def test_against_what_torch_counts():
     """Dense layers and one token, for which no key is masked and no product is left out or made twice."""
     config = small_config(moe_every=0, moe={})

@@ -107,6 +107,28 @@ def test_losses_add_up():
     assert torch.equal(without.total, without.cross_entropy)
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"hidden_copies": {"copies": 2}}], ids=str)
+def test_loss_by_chunks_of_tokens_changes_nothing(changes):
+    model = small_model(small_config(**changes))
+    ids, targets = random_ids(BATCH, LENGTH), random_ids(BATCH, LENGTH, seed=1)
+    targets[0, 3:] = IGNORED_TARGET
+    found = []
+    for chunk in (None, 3, 1000):
+        model.loss_chunk = chunk
+        found.append(run_objective(model, tokens_of(ids), targets))
+    (whole, grads), *others = found
+    assert torch.equal(others[1][0].total, whole.total)  # a single chunk is what there was without chunks
+    assert all(torch.equal(grad, grads[name]) for name, grad in others[1][1].items())
+    torch.testing.assert_close(others[0][0].total, whole.total, rtol=1e-13, atol=0)  # fp64
+    for name, grad in others[0][1].items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-9, atol=1e-13, msg=name)
+    model.eval()
+    with torch.no_grad():
+        losses = [model(tokens_of(ids), targets_BS=targets).losses_BS for model.loss_chunk in (3, None)]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-13)
+    assert losses[0].shape == targets.shape and not losses[0][0, 3:].any()
+
+
 def test_a_model_without_moe_layers_has_no_sums():
     model = small_model(small_config(moe_every=0, moe={}))
     ids = random_ids(BATCH, LENGTH)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from moe_train.ops import cross_entropy
-from moe_train.ops.cross_entropy import IGNORED_TARGET, mean_cross_entropy, token_cross_entropy
+from moe_train.ops.cross_entropy import (
+    IGNORED_TARGET,
+    loss_chunk,
+    mean_cross_entropy,
+    summed_cross_entropy,
+    token_cross_entropy,
+)
+from tests.ops.tensor_sizes import LargestTensor
 
 TOKENS, VOCAB = 9, 13
 
@@ -97,3 +104,70 @@ def test_logits_and_targets_are_left_as_they_are(chunks):
             token_cross_entropy(logits, targets)
         assert torch.equal(logits.detach(), before)
         assert torch.equal(targets, before_targets)
+
+
+def head_inputs(dtype=torch.float64, hidden=6):
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(rows, hidden, generator=generator, dtype=torch.float64) for rows in (TOKENS, VOCAB))
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), inputs()[1]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 100])
+def test_loss_by_chunks_of_tokens_equals_that_of_all_logits(chunk):
+    x, weight, targets = head_inputs()
+    total, losses = summed_cross_entropy(x, weight, targets, chunk)
+    expected = slow(x @ weight.T, targets)
+    torch.testing.assert_close(losses, expected.detach(), rtol=0, atol=1e-13)  # fp64, thirteen terms
+    assert torch.equal(total, losses.sum()) and not losses.requires_grad
+    grads = [torch.autograd.grad(0.3 * loss, (x, weight)) for loss in (total, expected.sum())]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda *given: summed_cross_entropy(*given, targets, chunk)[0], (x, weight))
+
+
+def test_loss_by_chunks_without_some_gradients():
+    x, weight, targets = head_inputs()
+    expected = torch.autograd.grad(slow(x @ weight.T, targets).sum(), (x, weight))
+    for place in (0, 1):
+        given = [each if number == place else each.detach() for number, each in enumerate((x, weight))]
+        (found,) = torch.autograd.grad(summed_cross_entropy(*given, targets, 4)[0], given[place])
+        torch.testing.assert_close(found, expected[place], rtol=0, atol=1e-13)
+    with torch.no_grad():
+        total, _ = summed_cross_entropy(x, weight, targets, 4)
+    assert total.item() == pytest.approx(slow(x @ weight.T, targets).sum().item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_loss_by_chunks_in_16_bits_is_as_good_as_with_all_logits(dtype):
+    """Small upstream gradients, as of a mean over many tokens, with a loss scale in fp16."""
+    x, weight, targets = head_inputs(dtype)
+    wide = [each.detach().double().requires_grad_() for each in (x, weight)]
+    exact = torch.autograd.grad(slow(wide[0] @ wide[1].T, targets).sum(), wide)
+    scale = 1 / 3000
+    total, losses = summed_cross_entropy(x, weight, targets, 4)
+    assert losses.dtype == torch.float32
+    found = torch.autograd.grad(total * scale, (x, weight))
+    whole = torch.autograd.grad(token_cross_entropy(x @ weight.T, targets).sum() * scale, (x, weight))
+    for mine, all_at_once, theirs in zip(found, whole, exact, strict=True):
+        assert mine.dtype == dtype
+        error, bound = (mine.double() - scale * theirs).norm(), (all_at_once.double() - scale * theirs).norm()
+        assert error < 1.5 * bound + 1e-3 * scale
+
+
+def test_logits_are_cut_only_where_that_saves_memory():
+    # Qwen3-30B: 152k x 2048 in bf16.
+    assert loss_chunk(512, 151_936, 2048, 2, None) == 512  # 148 MiB
+    assert loss_chunk(4096, 151_936, 2048, 2, None) == 768  # 223 of 1187 MiB
+    assert loss_chunk(2048, 151_936, 4096, 2, None) == 2048  # the sum of the gradient takes as much as it saves
+    assert loss_chunk(1 << 20, 257, 64, 4, None) == 261_120  # 256 MiB
+    assert loss_chunk(100_000, 4_000_000, 64, 2, None) == 256  # not fewer
+    assert loss_chunk(100, 50, 8, 4, 30) == 30 and loss_chunk(100, 50, 8, 4, 300) == 100
+
+
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_no_tensor_is_as_large_as_all_logits(chunk):
+    x, weight = torch.randn(512, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    targets = torch.randint(0, 1000, (512,))
+    with LargestTensor() as seen:
+        summed_cross_entropy(x, weight, targets, chunk)[0].backward()
+    assert seen.elements == chunk * 1000

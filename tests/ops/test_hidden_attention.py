@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_train.model.token_index import document_offsets
-from moe_train.ops.attention import visible_keys
+from moe_train.model.token_index import document_offsets, starts_of_documents
+from moe_train.ops.attention_blocks import rows_of_documents
 from moe_train.ops.hidden_attention import hidden_attention, hidden_blocks
 from moe_train.ops.partial_attention import (
     _takes_flash,
@@ -69,10 +69,11 @@ def dense(q, k, v, copies, window, chunk, documents=None, sliding=None):
 def ours(q, k, v, copies, window, chunk, documents=None, sliding=None):
     positions = torch.arange(q.shape[2] // copies)[None]
     offsets = positions if documents is None else document_offsets(documents)
-    mask = None
+    originals = None
     if documents is not None or sliding is not None:
-        mask = visible_keys(positions, positions, documents, documents, sliding)
-    return hidden_attention(q, k, v, hidden_blocks(offsets, copies, window, chunk), mask)
+        starts = None if documents is None else starts_of_documents(documents)
+        originals = rows_of_documents(positions.shape[1], starts, sliding, q.device, q.dtype, q.shape[3])
+    return hidden_attention(q, k, v, hidden_blocks(offsets, copies, window, chunk), originals)
 
 
 def draw(copies, positions, heads, groups, batch=2, size=4):

@@ -26,6 +26,7 @@ CASES = [
     (2, {"parallel.zero_stage": 1, "parallel.expert_parallel_size": 2, "train.global_batch_size": 16}),
     (2, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 1, "train.precision": "bf16"}),
     (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "parallel.dispatch": "unique"}),
+    (1, {"train.loss_chunk_tokens": 64, "model.vocab_size": 4096, "train.micro_batch_size": 16, "model.moe_every": 0}),
     (4, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 2, "parallel.chunks": 2}),
     (4, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "model.tie_embeddings": True}),
     (

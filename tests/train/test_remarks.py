@@ -50,6 +50,10 @@ def test_a_plain_run_has_no_remark() -> None:
             ["on one rank: parallel.zero_stage (3), parallel.p"],
         ),
         ({"model": {"sliding_window": 256}}, ["model.sliding_window (256)", "train.sequence_length (256)"]),
+        (
+            {"model": {"window_pattern": [64, 512]}},
+            ["window 512 of model.window_pattern", "train.sequence_length (256)"],
+        ),
         ({"model": {"moe": {"capacity_factor": 4}}}, ["model.moe.capacity_factor (4)", "num_experts / top_k (4)"]),
         ({"model": {"moe": {"eval_capacity_factor": 5}}}, ["model.moe.eval_capacity_factor (5)"]),
     ],

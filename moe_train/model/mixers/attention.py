@@ -15,9 +15,10 @@ from moe_train.model.decode_state import CacheSpec
 from moe_train.model.layers import Linear, RMSNorm
 from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
 from moe_train.model.mixers.hidden_keys import CopiesState, attend_with_copies
-from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_bytes
-from moe_train.model.mixers.visibility import attention_mask
+from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_bytes, widest
+from moe_train.model.mixers.visibility import attend_held
 from moe_train.ops.attention import attend
+from moe_train.ops.attention_blocks import attend_blocks
 from moe_train.ops.hidden_attention import block_keys
 from moe_train.ops.rotary import apply_rotary
 
@@ -39,6 +40,7 @@ class AttentionMixer(Mixer):
         init_std: float,
         output_std: float,
         window: int | None = None,
+        reader_windows: tuple[int | None, ...] = (None,),
         qk_norm: Literal["none", "head", "projection"] = "none",
         norm_epsilon: float = 1e-5,
         hidden_copies: HiddenCopiesConfig = NO_COPIES,
@@ -46,6 +48,7 @@ class AttentionMixer(Mixer):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope_theta, self.window, self.qk_norm = rope_theta, window, qk_norm
+        self.reader_windows = reader_windows
         self.hidden_copies = hidden_copies
         self.query = Linear(hidden_size, num_heads * head_dim, init_std)
         self.key = Linear(hidden_size, num_kv_heads * head_dim, init_std) if owns_key_value else None
@@ -58,8 +61,8 @@ class AttentionMixer(Mixer):
         if self.key is None:
             return None
         if self.hidden_copies.copies > 1:
-            return CopiesState(spec, self.num_kv_heads, self.head_dim, self.window, self.hidden_copies)
-        return KeyValueState(spec, self.num_kv_heads, self.head_dim, self.window)
+            return CopiesState(spec, self.num_kv_heads, self.head_dim, self.reader_windows, self.hidden_copies)
+        return KeyValueState(spec, self.num_kv_heads, self.head_dim, self.reader_windows)
 
     def forward(self, x_BSD: Tensor, context: MixerContext) -> tuple[Tensor, Shared]:
         shared = context.shared
@@ -77,7 +80,12 @@ class AttentionMixer(Mixer):
         if context.tokens.copies is not None:
             return attend_with_copies(q_BHSd, shared, context, self.window)
         held = KeyValue.from_shared(shared)
-        return attend(q_BHSd, held.k_BGCd, held.v_BGCd, attention_mask(context.tokens, held, self.window))
+        if context.tokens.is_whole:
+            blocks = context.attention_blocks(self.window, self.head_dim, q_BHSd.dtype)
+            if blocks is None:
+                return attend(q_BHSd, held.k_BGCd, held.v_BGCd, None)
+            return attend_blocks(q_BHSd, held.k_BGCd, held.v_BGCd, blocks)
+        return attend_held(q_BHSd, context.tokens, held, self.window)
 
     def _key_value(self, x_BSD: Tensor, context: MixerContext) -> Shared:
         """Compute this layer's keys and values, including those of the tokens before, as they are handed up."""
@@ -91,6 +99,8 @@ class AttentionMixer(Mixer):
         if context.state is not None:
             new = KeyValue(k_BGSd, v_BGSd, tokens.positions_BS, tokens.documents_BS)
             return context.state.append(new, tokens.first_position).as_shared()
+        if tokens.is_whole:  # keys and queries are the same tokens
+            return KeyValue(k_BGSd, v_BGSd, None, None).as_shared()
         positions_BS = None if tokens.first_position is not None else tokens.positions_BS
         return KeyValue(k_BGSd, v_BGSd, positions_BS, tokens.documents_BS).as_shared()
 
@@ -128,7 +138,8 @@ def _build(spec: MixerSpec) -> AttentionMixer:
         owns_key_value=spec.layer in model.kv_owner_layers,
         init_std=model.init_std,
         output_std=spec.output_std,
-        window=model.sliding_window,
+        window=model.layer_windows[spec.layer],
+        reader_windows=model.reader_windows(spec.layer),
         qk_norm=model.qk_norm,
         norm_epsilon=model.norm_epsilon,
         hidden_copies=model.hidden_copies,
@@ -146,7 +157,7 @@ def _state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
         num_kv_heads=model.attention_kv_heads,
         head_dim=model.attention_head_dim,
         bytes_per_element=element_bytes,
-        window=model.sliding_window,
+        window=widest(model.reader_windows(spec.layer)),
     )
 
 
@@ -156,7 +167,7 @@ def _flops(spec: MixerSpec, length: int) -> float:
     All copies of a token count: each sees the originals; hidden ones see those of their token and of the window, too.
     """
     model, own = spec.model, spec.model.hidden_copies
-    window = min(model.sliding_window or length, length)
+    window = min(model.layer_windows[spec.layer] or length, length)
     # The first `window` tokens see 1, 2, ... keys, the others `window`.
     keys = (window * (window + 1) / 2 + (length - window) * window) / length
     hidden = own.copies - 1
@@ -194,7 +205,7 @@ def _cost(spec: MixerSpec) -> MixerCost:
         handed_up=2 * keys if owns_key_value else 0,
         work=3 * queries,
         elementwise=(Elementwise(rotated, *_ROTARY_BYTES),),
-        attention=Attention(model.num_heads, model.attention_head_dim, model.sliding_window, hidden_keys),
+        attention=Attention(model.num_heads, model.attention_head_dim, model.layer_windows[spec.layer], hidden_keys),
     )
 
 

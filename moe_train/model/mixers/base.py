@@ -18,6 +18,7 @@ from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
 from moe_train.model.token_index import TokenIndex
 from moe_train.ops.aligned_blocks import AlignedBlocks, align
+from moe_train.ops.attention_blocks import AttentionBlocks, rows_of_documents, rows_of_positions
 from moe_train.ops.hidden_attention import HiddenBlocks, hidden_blocks
 from moe_train.ops.rotary import rotary_angles
 
@@ -112,12 +113,41 @@ class MixerContext:
             lambda: hidden_blocks(own_BS, copies.number, copies.window, copies.chunk),
         )
 
+    def attention_blocks(self, window: int | None, head_dim: int, dtype: torch.dtype) -> AttentionBlocks | None:
+        """Cut whole rows into blocks of attention, once for all layers with this window; of the originals, with copies.
+
+        Args:
+            window: Most positions that a query sees, its own included; None: all.
+            head_dim: d, head size.
+            dtype: dtype of queries and keys.
+
+        Returns:
+            The blocks; None: every query sees the keys up to its own place.
+        """
+        tokens, positions_BS = self.tokens, self.tokens.positions_BS
+        length = positions_BS.shape[1] if tokens.copies is None else tokens.copies.num_originals
+        documents_BS, starts = tokens.documents_BS, tokens.document_starts
+        is_ordered = tokens.first_position is not None and (documents_BS is None or starts is not None)
+        if window is not None and window >= length and is_ordered:
+            window = None
+        if is_ordered and documents_BS is None and window is None:
+            return None
+
+        def make() -> AttentionBlocks:
+            if is_ordered:
+                return rows_of_documents(length, starts, window, positions_BS.device, dtype, head_dim)
+            own = None if documents_BS is None else documents_BS[:, :length]
+            return rows_of_positions(positions_BS[:, :length], own, window)
+
+        source = positions_BS if documents_BS is None else documents_BS
+        return self.once(("attention blocks", window, head_dim, dtype), source, make)
+
     def once(self, key: Any, source: Tensor, compute: Callable[[], Formed]) -> Formed:
         """Compute a value for all layers, or return the one that a layer below has computed.
 
         Args:
             key: Name of the value, with all arguments that it depends on beside the tokens.
-            source: The tokens' positions or offsets, from which it is computed.
+            source: The tokens' positions, offsets or documents, from which it is computed.
             compute: Function that computes it.
         """
         known = self.formed.get(key)

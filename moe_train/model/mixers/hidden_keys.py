@@ -6,6 +6,8 @@ Legend: B batch, H query heads, G key/value heads, n copies, c = n - 1 hidden co
 hidden copies, N = t + c*s stream, C originals' keys, M positions of hidden keys, W window, d head size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,12 @@ class CopiesState:
     """Keys and values of the originals so far, and of the hidden copies of the last positions in reach."""
 
     def __init__(
-        self, spec: CacheSpec, num_kv_heads: int, head_dim: int, window: int | None, copies: HiddenCopiesConfig
+        self,
+        spec: CacheSpec,
+        num_kv_heads: int,
+        head_dim: int,
+        windows: Sequence[int | None],
+        copies: HiddenCopiesConfig,
     ) -> None:
         """Allocate the memory.
 
@@ -34,14 +41,14 @@ class CopiesState:
             spec: Sizes of the decode states.
             num_kv_heads: G, number of key/value heads.
             head_dim: d, head size.
-            window: Most originals that a query sees, its own included; None: all.
+            windows: Most originals that a query sees in each layer that reads them, its own included; None: all.
             copies: Settings of the hidden copies.
         """
-        self.originals = KeyValueState(spec, num_kv_heads, head_dim, window)
+        self.originals = KeyValueState(spec, num_kv_heads, head_dim, windows)
         self.hidden: KeyValueState | None = None
         if copies.reach:  # the hidden copies of a position are further heads of it
             heads = num_kv_heads * (copies.copies - 1)
-            self.hidden = KeyValueState(spec, heads, head_dim, copies.reach)
+            self.hidden = KeyValueState(spec, heads, head_dim, (copies.reach,))
         self._without_hidden = 0  # tokens since the newest mark without hidden copies; they are the first ones
 
     def append(self, k_BGNd: Tensor, v_BGNd: Tensor, tokens: TokenIndex) -> Shared:
@@ -116,7 +123,7 @@ def attend_with_copies(q_BHNd: Tensor, shared: Shared, context: MixerContext, wi
     assert copies is not None, "the stream has copies"
     own = context.tokens.columns(slice(copies.num_originals))
     if f"{_PREFIX}keys" not in shared and copies.num_positions > 0:
-        return _attend_whole_rows(q_BHNd, held, own, context, window)
+        return _attend_whole_rows(q_BHNd, held, context, window)
     length, positions = copies.num_originals, copies.num_positions
     mask_B1tC = attention_mask(own, held, window)
     if positions == 0:
@@ -134,17 +141,9 @@ def attend_with_copies(q_BHNd: Tensor, shared: Shared, context: MixerContext, wi
     return torch.cat((first_BHsd, merged), dim=2)
 
 
-def _attend_whole_rows(
-    q_BHNd: Tensor, stream: KeyValue, own: TokenIndex, context: MixerContext, window: int | None
-) -> Tensor:
-    length = own.positions_BS.shape[1]
-    positions_BC = None if stream.positions_BC is None else stream.positions_BC[:, :length]
-    documents_BC = None if stream.documents_BC is None else stream.documents_BC[:, :length]
-    keys = KeyValue(stream.k_BGCd[:, :, :length], stream.v_BGCd[:, :, :length], positions_BC, documents_BC)
-    mask_B1SS = attention_mask(own, keys, window)
-    if length == 1 and mask_B1SS is None:  # a single query sees its key, as a causal one does
-        mask_B1SS = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q_BHNd.device)
-    return hidden_attention(q_BHNd, stream.k_BGCd, stream.v_BGCd, context.hidden_blocks(), mask_B1SS)
+def _attend_whole_rows(q_BHNd: Tensor, stream: KeyValue, context: MixerContext, window: int | None) -> Tensor:
+    originals = context.attention_blocks(window, q_BHNd.shape[3], q_BHNd.dtype)
+    return hidden_attention(q_BHNd, stream.k_BGCd, stream.v_BGCd, context.hidden_blocks(), originals)
 
 
 def _over_originals(q_BHnsd: Tensor, held: KeyValue, mask_B1sC: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Legend: B batch, G key/value heads, C keys so far (context), S new tokens, d head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,16 +69,20 @@ class KeyValueState:
     length of its own: rows differ after `keep`. Lengths are known on the host.
     """
 
-    def __init__(self, spec: CacheSpec, num_kv_heads: int, head_dim: int, window: int | None = None) -> None:
+    def __init__(
+        self, spec: CacheSpec, num_kv_heads: int, head_dim: int, windows: Sequence[int | None] = (None,)
+    ) -> None:
         """Allocate the memory.
 
         Args:
             spec: Sizes of the decode states.
             num_kv_heads: G, number of key/value heads.
             head_dim: d, head size.
-            window: Most keys that a query sees, itself included: older ones are not kept; None: all.
+            windows: Most keys that a query sees in each layer that reads them, itself included; None: all. Keys that no
+                layer sees are not kept.
         """
-        self._max_length, self._window = spec.max_length, window
+        window = widest(windows)
+        self._max_length, self._window, self._is_even_window = spec.max_length, window, len(set(windows)) == 1
         self._num_columns = spec.max_length if window is None else min(window, spec.max_length)
         shape = (spec.batch_size, num_kv_heads, self._num_columns, head_dim)
         # Zeros, not empty: a shorter row reads columns that it has not written, with weight 0, and 0 * NaN is NaN.
@@ -182,7 +187,8 @@ class KeyValueState:
     def _read(self, num_queries: int) -> KeyValue:
         length = max(self._lengths)
         held = min(length, self._num_columns)
-        is_plain = self._is_ordered and (length == held or num_queries == 1)
+        # One query may see keys in any order, if it sees all.
+        is_plain = self._is_ordered and (length == held or (num_queries == 1 and self._is_even_window))
         return KeyValue(
             self._k_BGCd[:, :, :held],
             self._v_BGCd[:, :, :held],
@@ -227,12 +233,20 @@ class KeyValueState:
         documents_BC = None
         if self._documents_BC is not None and new.documents_BC is not None:
             documents_BC = torch.cat((self._documents_BC[:, :held], new.documents_BC.expand(batch, -1)), dim=1)
+        positions_BC = torch.cat((self._positions_BC[:, :held], new.positions_BC.expand(batch, -1)), dim=1)
+        is_plain = self._is_ordered and held == max(self._lengths)  # no column has been overwritten
         return KeyValue(
             torch.cat((self._k_BGCd[:, :, :held], new.k_BGCd.to(dtype)), dim=2),
             torch.cat((self._v_BGCd[:, :, :held], new.v_BGCd.to(dtype)), dim=2),
-            torch.cat((self._positions_BC[:, :held], new.positions_BC.expand(batch, -1)), dim=1),
+            None if is_plain else positions_BC,
             documents_BC,
         )
+
+
+def widest(windows: Sequence[int | None]) -> int | None:
+    """Return the largest window; None, which is all positions, is larger than any."""
+    known = [window for window in windows if window is not None]
+    return max(known) if len(known) == len(windows) else None
 
 
 def kv_cache_bytes(

@@ -54,6 +54,7 @@ def make_engine(
         ),
         recompute_activations=config.train.recompute_activations,
         measures=config.telemetry.experts,
+        loss_chunk=config.train.loss_chunk_tokens,
     )
     materialize(transformer, seed=config.train.seed, dtype=torch_dtype(config.train.precision), device=device)
     if config.train.compile:

@@ -16,7 +16,7 @@ from moe_train.model.moe.steps import RoutingSums
 from moe_train.model.objective import TrainingObjective
 from moe_train.model.parameters import LogicalTensor, logical_tensor
 from moe_train.model.step_size import StepSize
-from moe_train.model.transformer import Tokens, Transformer
+from moe_train.model.transformer import LossOutput, Tokens, Transformer
 from moe_train.train.engine.fragments import MappedState, PartitionedState, ZeroState
 from moe_train.train.engine.groups import ExpertEngine, join_process_groups, mark_experts, parameter_groups
 from moe_train.train.engine.optimizers.base import OptimizerKind
@@ -130,10 +130,11 @@ class TrainEngine:
         self._engine.destroy()
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tokens) -> Tensor:
-        """Compute logits in evaluation mode: no router noise. [B, S, V]. Collective: all ranks."""
+    def evaluate(self, tokens: Tokens, targets_BS: Tensor) -> Tensor:
+        """Compute the loss of each token in evaluation mode: no router noise. [B, S]. Collective: all ranks."""
         self._engine.eval()
-        return self._model(tokens).logits_BSV
+        output: LossOutput = self._model(tokens, targets_BS=targets_BS)
+        return output.losses_BS
 
     @property
     def logical_tensors(self) -> list[LogicalTensor]:

@@ -4,7 +4,9 @@ queries and keys."""
 import pytest
 import torch
 
+from moe_train.model.mixers import attention
 from moe_train.model.mixers.key_value import KeyValueState
+from moe_train.ops.attention import visible_keys
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 LENGTH = 11
@@ -260,3 +262,35 @@ def test_a_norm_forgets_the_scale_of_what_it_norms():
         # Norms in fp64 with an epsilon of 1e-12.
         assert torch.allclose(scaled, before, rtol=0, atol=1e-8) == (qk_norm != "none"), qk_norm
         assert torch.allclose(uneven, scaled, rtol=0, atol=1e-8) == forgets_a_head, qk_norm
+
+
+def dense_attention(documents, windows):
+    """In place of attention by blocks: one mask of all pairs, for the layers in their order."""
+    waiting = list(windows)
+
+    def attend(q, k, v, blocks):
+        del blocks
+        positions = torch.arange(q.shape[2])[None]
+        mask = visible_keys(positions, positions, documents, documents, waiting.pop(0))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    return attend
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kv", [{"num_kv_heads": 4}, {"num_kv_heads": 1}, {"kv_layers": 2}, {"kv_layers": 1}], ids=str)
+@pytest.mark.parametrize("windows", [{}, {"sliding_window": 40}, {"window_pattern": [90, 20, None, 7]}], ids=str)
+def test_packed_rows_equal_one_dense_mask_with_all_gradients(monkeypatch, windows, kv, recompute):
+    config = small_config(isolate_documents=True, moe_every=0, moe={}, **windows, **kv)
+    ids = random_ids(2, 230)
+    documents = (torch.rand(2, 230, generator=torch.Generator().manual_seed(3)) < 0.02).long().cumsum(1)
+    found = []
+    for is_dense in (False, True):
+        model = small_model(config, recompute=recompute and not is_dense).train()
+        if is_dense:
+            monkeypatch.setattr(attention, "attend_blocks", dense_attention(documents, config.layer_windows))
+        model(tokens_of(ids, documents_BS=documents), targets_BS=ids.roll(-1, 1)).total.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=1e-9, atol=1e-10, msg=name)  # fp64, sums of 460 losses
+        assert grad.abs().max() > 1e-6, name

@@ -5,7 +5,7 @@ import torch
 
 from moe_train.model.build import build_model
 from moe_train.model.decode_state import CacheSpec
-from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_bytes
+from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_bytes, widest
 from tests.model.small import small_config
 
 HEADS, SIZE, BATCH = 3, 4, 2
@@ -19,7 +19,8 @@ def piece(length, start=0, documents=True, dtype=torch.float32):
 
 
 def state_of(max_length=8, window=None, dtype=torch.float32, device=CPU):
-    return KeyValueState(CacheSpec(BATCH, max_length, dtype, device), HEADS, SIZE, window)
+    windows = window if isinstance(window, tuple) else (window,)
+    return KeyValueState(CacheSpec(BATCH, max_length, dtype, device), HEADS, SIZE, windows)
 
 
 NOWHERE = torch.iinfo(torch.int64).max
@@ -42,6 +43,8 @@ class Filled:
         positions = held.positions_BC
         if positions is None:
             positions = self.state._positions_BC[:, :count]
+            if count > positions.shape[1]:  # more than are kept: held ones and new ones, in order
+                positions = torch.arange(self.end - count, self.end).expand(BATCH, -1)
             assert sorted(positions[row].tolist()) == list(range(self.end - count, self.end))
         places = zip(positions[row].tolist(), held.k_BGCd[row].unbind(1), held.v_BGCd[row].unbind(1), strict=True)
         return {p: (k.flatten().tolist(), v.flatten().tolist()) for p, k, v in places if p != NOWHERE}
@@ -222,3 +225,23 @@ def test_published_table(owners, kv_heads, mebibytes):
     assert len(cache.layers_with_state) == owners
     digits = len(mebibytes.partition(".")[2])
     assert f"{formula / 2**20:.{digits}f}" == mebibytes
+
+
+def test_the_widest_reader_decides_what_is_kept():
+    assert widest((3, 5)) == 5 and widest((3, None)) is None and widest((2,)) == 2
+    assert state_of(max_length=8, window=(2, 5)).nbytes == state_of(max_length=5).nbytes
+    assert state_of(max_length=8, window=(2, None)).nbytes == state_of(max_length=8).nbytes
+
+
+def test_a_narrower_reader_is_told_where_the_keys_are():
+    """A single query that sees all keys may see them in any order, but a layer with a smaller window may not."""
+    for windows, has_positions in (((3, 3), False), ((3, 2), True)):
+        state = state_of(window=windows, max_length=8)
+        for start in range(5):
+            held = state.append(piece(1, start, documents=False), start)
+            assert (held.positions_BC is not None) == (has_positions and start >= 3)
+
+
+def test_a_prompt_in_an_empty_window_is_in_order():
+    held = state_of(window=3, max_length=8).append(piece(6, documents=False), 0)
+    assert held.positions_BC is None and held.k_BGCd.shape[2] == 6

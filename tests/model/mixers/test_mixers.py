@@ -47,6 +47,8 @@ OTHERS = {
     "attention and decay, MLKV": {"mixers": ["attention", "decay", "attention", "attention"], "kv_layers": 2},
     "attention": {"num_kv_heads": 2, "kv_layers": 2},
     "attention, window": {"num_kv_heads": 1, "sliding_window": 4},
+    "attention, windows by layer": {"window_pattern": [4, None]},
+    "attention, readers see less, then more": {"window_pattern": [5, 2, 2, 6], "kv_layers": 2},
 }
 SLOW = {"infini": slow.infini, "rwkv4": slow.rwkv4, "rwkv7": slow.rwkv7, "ttt_linear": slow.ttt, "ttt_mlp": slow.ttt}
 mixers = pytest.mark.parametrize("changes", MIXERS.values(), ids=MIXERS)

@@ -1,0 +1,53 @@
+"""What the long_context benchmark shows: a table in Markdown and a chart."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.long_context.rows import HEAD_DIM, HEADS, KINDS, KV_HEADS, MASKED, STEPPED, WINDOW, Point
+from benchmarks.runner.results import claim_lines, machine_words, markdown_table, new_figure, png_of
+
+_SHOWN = (*KINDS, MASKED, STEPPED)
+
+
+def markdown_report(points: Sequence[Point], claims: Sequence[dict[str, Any]], figures: dict[str, Any]) -> str:
+    """How it was made, the table, and what it shows."""
+    lengths = sorted({point.length for point in points})
+    found = {(point.kind, point.length): point for point in points}
+    memory, times = [], []
+    for kind in _SHOWN:
+        own = [found.get((kind.name, length)) for length in lengths]
+        memory.append([kind.name, *("-" if point is None else f"{point.peak_bytes / 2**20:,.1f}" for point in own)])
+        times.append([kind.name, *("-" if point is None else f"{point.cpu_seconds:,.2f}" for point in own)])
+    heads = [f"{length:,}" for length in lengths]
+    lines = [
+        f"{machine_words(figures['machine'])}, fp32.",
+        "",
+        *markdown_table(["MiB at S tokens", *heads], memory),
+        "",
+        *markdown_table(["CPU seconds at S tokens", *heads], times),
+        "",
+        f"One row, forward and backward. Attention: {HEADS} query heads, {KV_HEADS} key heads of {HEAD_DIM}. Documents "
+        f"have Zipf lengths from 16 tokens to the whole row, the same in every kind; the window is {WINDOW:,} "
+        "positions. MiB: most bytes at one time beside inputs and weights, counted allocation by allocation. A step: "
+        "two layers of width 32, 4 experts, cross-entropy.",
+        "",
+        *claim_lines(claims),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw_chart(points: Sequence[Point]) -> bytes:
+    """A PNG: memory and time over the length."""
+    figure, (left, right) = new_figure(2, 12, 5)
+    for kind in _SHOWN:
+        own = [point for point in points if point.kind == kind.name]
+        lengths, style = [point.length for point in own], "--" if kind.is_masked else "-"
+        left.loglog(lengths, [point.peak_bytes / 2**20 for point in own], style, marker="o", label=kind.name)
+        right.loglog(lengths, [point.cpu_seconds for point in own], style, marker="o", label=kind.name)
+    left.set(xlabel="tokens of a row", ylabel="MiB, forward and backward", title="Memory")
+    right.set(xlabel="tokens of a row", ylabel="CPU seconds, forward and backward", title="Time of one thread")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return png_of(figure)
