@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.plan_check.memory import STEP, peak_bytes
+from benchmarks.runner.peak import STEP, peak_bytes
 from benchmarks.runner.results import say
 from benchmarks.runner.rounds import median_ratio, run_rounds
 from moe_train.config.model import ModelConfig

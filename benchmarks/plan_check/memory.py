@@ -9,13 +9,13 @@ rank writes what it found to FOLDER/RANK.json.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._profiler import _EventType
 
+from benchmarks.runner.peak import STEP, peak_bytes
 from benchmarks.runner.resolved import resolve_for
 from moe_train.config.load import load_config
 from moe_train.config.resolve import ResolvedConfig
@@ -27,7 +27,6 @@ from moe_train.model.transformer import Tokens
 from moe_train.train.engine.build import make_engine
 from moe_train.train.engine.engine import TrainEngine
 
-STEP = "plan_check/step"  # name of the steps that `peak_bytes` looks at
 _LEARNING_RATE = 1e-4
 
 
@@ -89,37 +88,6 @@ def state_bytes(engine: TrainEngine) -> int:
     tensors = [tensor for tensor in [*weights, *masters, *states] if torch.is_tensor(tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # many are views of one
-
-
-def peak_bytes(profile: Any) -> int:
-    """Most bytes at one time in any step but the first, in which the optimizer's states are made.
-
-    What gloo's threads free is not reported (torch 2.13): such a block is taken to be free when its address is given
-    out again.
-    """
-    results = profile.profiler.kineto_results
-    steps = sorted((event.start_ns(), event.end_ns()) for event in results.events() if event.name() == STEP)[1:]
-    live: dict[int, int] = {}
-    held = most = 0
-    for when, address, size in sorted(_allocations(results.experimental_event_tree())):
-        if size > 0:
-            held += size - live.get(address, 0)
-            live[address] = size
-        else:
-            held -= live.pop(address, 0)
-        if any(begin <= when <= end for begin, end in steps):
-            most = max(most, held)
-    return most
-
-
-def _allocations(events: list[Any]) -> Iterator[tuple[int, int, int]]:
-    """Allocations in a tree of events: when, address, bytes; negative bytes where it is freed."""
-    left = list(events)
-    while left:
-        event = left.pop()
-        left.extend(event.children)
-        if event.tag == _EventType.Allocation:
-            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
 
 
 if __name__ == "__main__":

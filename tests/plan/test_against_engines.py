@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.plan_check.memory import make_batches, peak_bytes, size_of, state_bytes
+from benchmarks.plan_check.memory import make_batches, size_of, state_bytes
+from benchmarks.runner.peak import STEP, peak_bytes
 from moe_train.config.load import load_config
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.plan.devices import DEVICES
@@ -53,7 +54,7 @@ def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
         for step in range(2):
             batches = make_batches(config, rank, world_size, step)
             meter.reset()
-            with meter.counting(), torch.profiler.record_function("plan_check/step"):
+            with meter.counting(), torch.profiler.record_function(STEP):
                 engine.train_step(batches, size_of(config), 1e-4)
     return {"states": state_bytes(engine), "peak": peak_bytes(profile), "bytes": meter.read().num_bytes}
 
