@@ -12,6 +12,13 @@ from tests.ranks import RankPool
 
 
 @pytest.fixture(scope="module")
+def pool1() -> Iterator[RankPool]:
+    """One rank, with a process group of its own."""
+    with RankPool(1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
 def pool2() -> Iterator[RankPool]:
     """Two ranks joined by gloo."""
     with RankPool(2) as pool:

@@ -1,4 +1,4 @@
-"""The mesh of ranks: which get other sequences, which share the experts of a layer, which hold the same experts."""
+"""The mesh of ranks: which share the experts of a layer, which hold the same experts, which share sequences."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,11 +35,13 @@ class ParallelMesh:
     """Groups of this process.
 
     Attributes:
-        data: Ranks that get other sequences: all of them.
+        data: Ranks over which the gradients of dense parameters are averaged: all of them. Ranks that share sequences
+            count as ranks with other sequences here.
         expert: Ranks that share the experts of a layer. They are consecutive, and so stay in one node if they fit.
         expert_data: Ranks that hold the same experts; they are strided.
         across_nodes: Ranks of `expert` with this rank's place in their nodes; None: rows do not pass nodes first.
         within_node: Ranks of `expert` in this rank's node; None: rows do not pass nodes first.
+        context: Ranks that share the tokens of sequences; they are consecutive. None: every rank has whole sequences.
     """
 
     data: MeshGroup
@@ -47,6 +49,7 @@ class ParallelMesh:
     expert_data: MeshGroup
     across_nodes: MeshGroup | None = None
     within_node: MeshGroup | None = None
+    context: MeshGroup | None = None
 
     @property
     def dispatch_groups(self) -> tuple[Group, ...]:
@@ -77,13 +80,21 @@ def across_node_ranks(world_size: int, ep_size: int, node_size: int) -> list[tup
     ]
 
 
-def create_mesh(ep_size: int, timeout_seconds: int, node_size: int | None = None) -> ParallelMesh:
+def context_ranks(world_size: int, context_size: int) -> list[tuple[int, ...]]:
+    """List the ranks of every group that shares sequences; they are consecutive."""
+    return [tuple(range(first, first + context_size)) for first in range(0, world_size, context_size)]
+
+
+def create_mesh(
+    ep_size: int, timeout_seconds: int, node_size: int | None = None, context_size: int | None = None
+) -> ParallelMesh:
     """Create the process groups of every rank and return those of this process.
 
     Args:
         ep_size: Ranks that share the experts of a layer; divides the world size.
         timeout_seconds: Timeout of a collective operation, in seconds.
         node_size: Ranks per node, for the groups across and within nodes; divides ep_size. None: no such groups.
+        context_size: Ranks that share sequences; divides the world size. None: no such group.
 
     Collective: All ranks.
     """
@@ -93,11 +104,13 @@ def create_mesh(ep_size: int, timeout_seconds: int, node_size: int | None = None
     data = MeshGroup(world, tuple(range(world_size)), rank)
     expert = _create(expert_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
     expert_data = _create(expert_data_parallel_ranks(world_size, ep_size), rank, timeout_seconds)
-    if node_size is None:
-        return ParallelMesh(data, expert, expert_data)
-    across = _create(across_node_ranks(world_size, ep_size, node_size), rank, timeout_seconds)
-    within = _create(expert_parallel_ranks(world_size, node_size), rank, timeout_seconds)
-    return ParallelMesh(data, expert, expert_data, across, within)
+    across = within = context = None
+    if node_size is not None:
+        across = _create(across_node_ranks(world_size, ep_size, node_size), rank, timeout_seconds)
+        within = _create(expert_parallel_ranks(world_size, node_size), rank, timeout_seconds)
+    if context_size is not None:  # never another axis's group: the operations of each have an order of their own
+        context = _create(context_ranks(world_size, context_size), rank, timeout_seconds)
+    return ParallelMesh(data, expert, expert_data, across, within, context)
 
 
 def create_background_group() -> Group | None:
