@@ -102,7 +102,8 @@ class Manifest:
         files: Tensor files by name.
         buffers: Values of every buffer, such as the routers' biases.
         step_control: State of step control.
-        layout: world_size, expert_parallel_size and zero_stage that wrote it; empty in old checkpoints.
+        layout: world_size, expert_parallel_size, zero_stage and context_parallel_size that wrote it; old checkpoints
+            lack the last, or all.
         config: Resolved configuration of the run.
         moments: Names of the optimizer's state tensors.
         data: Identity of each source of data, as JSON values; empty in old checkpoints.

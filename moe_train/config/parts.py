@@ -40,12 +40,24 @@ class TakesCopies(Protocol):
         """Whether it works on a stream with hidden copies of the tokens."""
 
 
+class DenseLike(TakesCopies, Protocol):
+    """A dense feed-forward layer, as the configuration sees it."""
+
+    @property
+    def takes_sequence_parts(self) -> bool:
+        """Whether it works where ranks share the tokens of a sequence."""
+
+
 class MixerLike(Kind, TakesCopies, Protocol):
     """A mixer, as the configuration sees it."""
 
     @property
     def reads(self) -> frozenset[str]:
         """Fields of the model among MIXER_FIELDS that the mixer reads."""
+
+    @property
+    def part_obstacle(self) -> Callable[[Any, int], str | None]:
+        """Function that says why it does not work where ranks share the tokens of a sequence; None: it does."""
 
     @property
     def check_length(self) -> Callable[[Any, int], None]:
@@ -99,7 +111,7 @@ class Kinds:
     """
 
     mixers: Mapping[str, MixerLike]
-    feed_forwards: Mapping[str, TakesCopies]
+    feed_forwards: Mapping[str, DenseLike]
     router: RouterLike
     dispatcher: DispatcherLike
     optimizer: OptimizerLike
@@ -125,6 +137,7 @@ class Kinds:
             kind.check(model, own)
             kind.check_length(own, config.train.sequence_length)
         self._check_copies(config)
+        self._check_sequence_parts(config)
         section = read_section(self.router.section, moe.part_settings.get(moe.router), f"model.moe.{moe.router}")
         self.router.check(moe, section)
         for name, each in self.balance.items():
@@ -155,6 +168,22 @@ class Kinds:
                     "tokens one after the other, and hidden copies stand side by side; set copies to 1, or "
                     "choose attention and swiglu"
                 )
+
+    def _check_sequence_parts(self, config: Config) -> None:
+        size, model = config.parallel.context_parallel_size, config.model
+        if size == 1:
+            return
+        chunk = config.train.sequence_length // (2 * size)
+        obstacles = []
+        for name, kind in self.mixers.items():
+            own = read_section(kind.section, model.part_settings.get(name), f"model.{name}")
+            obstacles.append((f"model.mixers ({name!r})", kind.part_obstacle(own, chunk)))
+        for name, each in self.feed_forwards.items():
+            obstacle = None if each.takes_sequence_parts else "it looks at tokens that other ranks have"
+            obstacles.append((f"model.feed_forward ({name!r})", obstacle))
+        for setting, obstacle in obstacles:
+            if obstacle is not None:
+                raise UsageError(f"parallel.context_parallel_size ({size}) does not work with {setting}: {obstacle}")
 
 
 def load_kinds(config: Config) -> Kinds:

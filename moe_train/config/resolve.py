@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_train.config.context import check_context, sequence_readers
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.parts import Kinds
@@ -116,7 +117,8 @@ class ResolvedConfig(Config):
     @property
     def accumulation(self) -> int:
         """Micro-batches of one rank in one optimizer step."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.world_size)
+        num_readers = self.world_size // self.parallel.context_parallel_size
+        return self.train.global_batch_size // (self.train.micro_batch_size * num_readers)
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def resolve_sizes(config: Config, world: WorldSize, device: Device, kinds: Kinds
             f"world size ({world.world_size}) must be divisible by parallel.expert_parallel_size ({size}): start "
             f"{size} ranks or a multiple, or find another layout: moe-train plan --config FILE --search --device DEVICE"
         )
+    check_context(config, world.world_size)
     micro, batch = _batch_sizes(config, world.world_size)
     per_node, node_size = config.parallel.ranks_per_node, None
     if passes_nodes:
@@ -219,7 +222,8 @@ def resolve_sizes(config: Config, world: WorldSize, device: Device, kinds: Kinds
     chunks = config.parallel.chunks
     if chunks == "auto":
         copies = config.model.hidden_copies.copies
-        chunks = _number_of_chunks(config, size, micro * config.train.sequence_length * copies)
+        tokens = micro * config.train.sequence_length * copies // config.parallel.context_parallel_size
+        chunks = _number_of_chunks(config, size, tokens)
     return Sizes(size, per_node, node_size, chunks, micro, batch, precision)
 
 
@@ -254,18 +258,19 @@ def router_lr_factor(config: Config) -> float:
 
 def _batch_sizes(config: Config, world_size: int) -> tuple[int, int]:
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    readers, words = sequence_readers(config, world_size)
     if batch is None:
         assert micro != "auto", "the train section needs global_batch_size with it"
-        return micro, micro * world_size
+        return micro, micro * readers
     if micro == "auto":
-        if batch % world_size:
-            raise UsageError(f"train.global_batch_size ({batch}) must be divisible by the ranks ({world_size})")
-        share = batch // world_size
+        if batch % readers:
+            raise UsageError(f"train.global_batch_size ({batch}) must be divisible by the {words} ({readers})")
+        share = batch // readers
         return max(size for size in range(1, AUTO_MICRO_BATCH + 1) if share % size == 0), batch
-    if batch % (micro * world_size):
+    if batch % (micro * readers):
         raise UsageError(
-            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size x ranks "
-            f"({micro} x {world_size} = {micro * world_size})"
+            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size x {words} "
+            f"({micro} x {readers} = {micro * readers})"
         )
     return micro, batch
 

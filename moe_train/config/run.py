@@ -33,6 +33,13 @@ class ParallelConfig(Section):
     """Number format in which rows and their gradients travel between ranks. model: unchanged; bf16: rounded to bf16,
     only for precision fp32; fp8: e4m3 with one scale per row. Every all-to-all rounds them; two_level rounds twice each
     way."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of a sequence (context parallelism), for sequences whose activations do not fit one
+    rank. They are consecutive ranks. train.sequence_length must be a multiple of twice this number, and
+    train.micro_batch_size is the number of sequences that these ranks have together."""
+    context_exchange: Literal["all_gather", "ring"] = "all_gather"
+    """How the keys and values of a shared sequence reach the other ranks. all_gather: all at once; ring: from rank to
+    rank while attention computes, so that a rank holds those of two ranks at a time. The numbers are the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo) or cuda (NCCL); auto: cuda if a device is visible."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
@@ -49,6 +56,11 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_part("dispatchers", self.dispatch, "dispatch")
+        if self.context_parallel_size == 1 and self.differs("context_exchange"):
+            raise ValueError(
+                f"context_exchange ({self.context_exchange!r}) has no effect with context_parallel_size (1): every "
+                "rank has whole sequences"
+            )
         return self
 
 
@@ -111,8 +123,8 @@ class TrainConfig(Section):
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
     micro_batch_size: PositiveInt | Literal["auto"] = 8
-    """Sequences of one rank in one forward and backward pass; auto: the largest number up to 8 that divides a rank's
-    share of global_batch_size."""
+    """Sequences of one rank, or of ranks that share sequences, in one forward and backward pass; auto: the largest
+    number up to 8 that divides a rank's share of global_batch_size."""
     global_batch_size: PositiveInt | None = None
     """Sequences of one optimizer step over all ranks; None: micro_batch_size x ranks, no gradient accumulation."""
     sequence_length: PositiveInt = 256

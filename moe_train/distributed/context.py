@@ -7,7 +7,7 @@ Legend: P ranks, B batch, G key/value heads, s tokens of a rank, d head size.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -71,6 +71,11 @@ class ContextShard:
     length: int
     documents_BS: Tensor | None = None
     reach: Reach | None = None
+
+    def in_layer(self, layer: int) -> "ContextShard":
+        """Let the observer name a layer of the model."""
+        observer = replace(self.ranks.observer, layer=layer)
+        return replace(self, ranks=replace(self.ranks, observer=observer))
 
 
 def visit_key_values(

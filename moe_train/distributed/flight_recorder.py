@@ -15,14 +15,15 @@ Direction = Literal["forward", "backward"]
 
 @dataclass(frozen=True)
 class CollectiveRecord:
-    """Record of one all-to-all of this process.
+    """Record of one all-to-all of this process, or of one exchange between ranks that share a sequence.
 
     Attributes:
-        operation: Name of the operation: all_to_all_rows or all_to_all_counts.
-        layer: Index of the model's layer; None: the all-to-all belongs to no layer.
-        direction: Pass of the all-to-all; a recomputed forward pass is "forward".
-        send: Rows for each rank of the group.
-        receive: Rows from each rank of the group.
+        operation: Name of the operation: all_to_all_rows or all_to_all_counts; all_gather_keys, scatter_gradients,
+            ring_keys or ring_gradients.
+        layer: Index of the model's layer; None: the operation belongs to no layer.
+        direction: Pass of the operation; a recomputed forward pass is "forward".
+        send: Rows for each rank of the group; in an exchange of a sequence, elements.
+        receive: Rows from each rank of the group, or elements.
     """
 
     operation: str

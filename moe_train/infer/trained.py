@@ -159,6 +159,8 @@ def _layout(use: Use, precision: Precision) -> dict[str, Any]:
             "expert_parallel_size": "auto" if use.expert_parallel_size is None else use.expert_parallel_size,
             "ranks_per_node": "auto",
             "threads_per_rank": use.threads or "auto",
+            "context_parallel_size": 1,
+            "context_exchange": "all_gather",
         },
         "train": {"micro_batch_size": 1, "global_batch_size": None, "precision": precision},
     }

@@ -178,7 +178,7 @@ def uptraining_config(manifest: Manifest, source: Config, request: ConversionReq
     steps = request.steps if request.steps is not None else max(1, round(UPTRAINING_SHARE * source.train.steps))
     share = min(1.0, steps / source.train.steps)
     values = source.model_dump(mode="json")
-    values["parallel"]["expert_parallel_size"] = "auto"
+    values["parallel"] |= {"expert_parallel_size": "auto", "context_parallel_size": 1, "context_exchange": "all_gather"}
     values["train"] |= {"run_dir": str(request.output), "steps": steps}
     if source.train.global_batch_size is not None:  # the configuration of a run always has one
         values["train"]["micro_batch_size"] = "auto"

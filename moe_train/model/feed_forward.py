@@ -73,12 +73,14 @@ class FeedForwardKind:
         state_bytes: Function that gives the bytes of a sequence's decode state, from the spec and the bytes per element
             of the model.
         takes_hidden_copies: Whether the layer works on a stream with hidden copies: it computes each token alone.
+        takes_sequence_parts: Whether the layer works on a rank's part of a sequence (`MixerContext.shard`).
     """
 
     build: Callable[[FeedForwardSpec], FeedForward]
     cost: Callable[[FeedForwardSpec], FeedForwardCost]
     state_bytes: Callable[[FeedForwardSpec, int], int] = lambda spec, element_bytes: 0
     takes_hidden_copies: bool = False
+    takes_sequence_parts: bool = False
 
 
 def _build(spec: FeedForwardSpec) -> DenseSwiGLU:
@@ -96,4 +98,4 @@ def _cost(spec: FeedForwardSpec) -> FeedForwardCost:
     )
 
 
-SWIGLU = FeedForwardKind(_build, _cost, takes_hidden_copies=True)
+SWIGLU = FeedForwardKind(_build, _cost, takes_hidden_copies=True, takes_sequence_parts=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_train.distributed.context import ContextShard
 from moe_train.model.block import NO_STATES, Block, BlockOutput
 from moe_train.model.decode_state import Cache, CacheSpec, LayerStates
 from moe_train.model.layers import Embedding, Head
@@ -39,6 +40,8 @@ class Tokens:
             tokens from there on get logits. None: all.
         document_starts: Places in the flattened batch at which documents begin, then B*S, for whole rows; None: read
             off the documents, where the host has to wait for the device.
+        shard: This rank's part of the rows, if ranks share them: then positions and offsets are given. None: the rows
+            are whole.
     """
 
     ids_BS: Tensor
@@ -50,6 +53,7 @@ class Tokens:
     first_position: int = 0
     hidden_from: int | None = None
     document_starts: tuple[int, ...] | None = None
+    shard: ContextShard | None = None
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,10 @@ class Transformer(nn.Module):
             targets_BS: int64 next tokens; IGNORED_TARGET is left out. None: logits are wanted. With targets, not all
                 logits need to exist at a time.
 
-        Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3.
+        Collective: All ranks of the expert-parallel group, and of the data-parallel group under ZeRO-3; all ranks that
+            share the rows.
         """
-        context = MixerContext(0, self._token_index(tokens, is_whole=cache is None))
+        context = MixerContext(0, self._token_index(tokens, is_whole=cache is None), shard=tokens.shard)
         x_BSD = self.embedding(tokens.ids_BS)
         if self.stream_hook is not None:
             x_BSD, context = self.stream_hook.expand(x_BSD, context)

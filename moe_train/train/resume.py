@@ -157,7 +157,8 @@ def _accumulation(manifest: Manifest) -> int | None:
     """Compute the micro-batches per rank and step of a checkpoint's run; None: it does not say."""
     try:
         train = manifest.config["train"]
-        return int(train["global_batch_size"]) // (int(train["micro_batch_size"]) * manifest.layout["world_size"])
+        readers = manifest.layout["world_size"] // manifest.layout.get("context_parallel_size", 1)
+        return int(train["global_batch_size"]) // (int(train["micro_batch_size"]) * readers)
     except (LookupError, TypeError, ValueError, ZeroDivisionError):
         return None  # written by an early version
 

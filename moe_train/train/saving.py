@@ -73,6 +73,7 @@ class Saver:
                 "world_size": self._plan.world_size,
                 "expert_parallel_size": config.parallel.expert_parallel_size,
                 "zero_stage": config.parallel.zero_stage,
+                "context_parallel_size": config.parallel.context_parallel_size,
             },
             "config": config.model_dump(mode="json"),
         }

@@ -33,6 +33,7 @@ def make_summary(run: Run, result: TrainResult, parameters: ParameterCount, samp
         "parameters": {"total": parameters.total, "active": parameters.active},
         "world_size": run.plan.world_size,
         "expert_parallel_size": run.config.parallel.expert_parallel_size,
+        "context_parallel_size": run.config.parallel.context_parallel_size,
         "zero_stage": run.config.parallel.zero_stage,
         "precision": run.config.train.precision,
         "device": str(run.device.type),

@@ -33,7 +33,7 @@ from moe_train.model.count import count_parameters
 from moe_train.model.flops import training_flops_per_token
 from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole
-from moe_train.train.engine.build import make_engine
+from moe_train.train.engine.build import make_engine, sharing_ranks
 from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.loop import Run, TrainResult, train
 from moe_train.train.preparation import PreparedRun
@@ -75,6 +75,8 @@ def train_prepared(prepared: PreparedRun, log: RankLog, sample: Sampler) -> Trai
     console = RunConsole(log.output if world.rank == 0 else None)
     layout = f"{world.world_size} x {prepared.device.type} ({world.launcher}), {config.train.precision}"
     layout += f", expert parallel {config.parallel.expert_parallel_size}, ZeRO {config.parallel.zero_stage}"
+    if config.parallel.context_parallel_size > 1:
+        layout += f", context parallel {config.parallel.context_parallel_size}"
     console.say(f"moe_train: {layout}; run folder {config.train.run_dir}")
     if config.optim.router_lr_factor != 1.0:
         console.say(f"learning rate of the routers: {config.optim.router_lr_factor:.3g} x optim.learning_rate")
@@ -196,7 +198,8 @@ def _build(
     # On all ranks at once: those of a CPU share its cores.
     reference = FlopsReference(flops, peak_flops(device, config.train.precision))
     train, copies = config.train, config.model.hidden_copies.copies
-    plan = BatchPlan(train.micro_batch_size, train.global_batch_size, world.rank, world.world_size, copies)
+    sharing = sharing_ranks(config, engine.mesh, health.flight_recorder)
+    plan = BatchPlan(train.micro_batch_size, train.global_batch_size, world.rank, world.world_size, copies, sharing)
     recorder = StepRecorder(config, plan, console, meter, metrics, alarms, reference)
     # Rank 0's clock decides for all: clocks differ, and a save needs all ranks.
     longest = 60 * config.checkpoint.every_minutes if world.rank == 0 else 0.0

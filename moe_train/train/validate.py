@@ -10,7 +10,7 @@ import torch
 from moe_train.data import HeldOut
 from moe_train.distributed.collectives import all_reduce_sum, world_group
 from moe_train.ops.cross_entropy import IGNORED_TARGET
-from moe_train.train.batches import BatchPlan, make_tokens
+from moe_train.train.batches import BatchPlan, make_tokens, own_targets
 from moe_train.train.engine.engine import TrainEngine
 
 
@@ -56,15 +56,14 @@ def validate(
     wanted = available if num_sequences is None else min(num_sequences, available)
     chosen = np.arange(wanted, dtype=np.int64) * available // wanted
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    stride = plan.micro_batch_size * plan.world_size
-    for start in range(0, wanted, stride):
-        places = start + plan.rank * plan.micro_batch_size + np.arange(plan.micro_batch_size)
+    for start in range(0, wanted, plan.stride):
+        places = start + plan.reader * plan.micro_batch_size + np.arange(plan.micro_batch_size)
         # A rank without sequences of its own takes rows of padding: the others' tokens may need its experts.
         indices = np.where(places < wanted, chosen[np.minimum(places, wanted - 1)], available)
         ids_BS, targets = held_out.batch(indices)
-        targets_BS = torch.from_numpy(targets).to(device)
+        targets_BS = own_targets(targets, plan.context, device)
         with watching(f"validation from sequence {start}"):
-            tokens = make_tokens(ids_BS, indices, 0, end_of_document, device)
+            tokens = make_tokens(ids_BS, indices, 0, end_of_document, device, plan.context)
             sums[0] += engine.evaluate(tokens, targets_BS).flatten().double().sum()
             sums[1] += (targets_BS != IGNORED_TARGET).sum()
     total, count = all_reduce_sum(sums, world_group()).tolist()

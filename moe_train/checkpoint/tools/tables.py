@@ -31,7 +31,10 @@ def as_bytes(number: float) -> str:
 def describe_layout(layout: Mapping[str, int]) -> str:
     """Describe the layout of a manifest: "4 ranks, EP 2, ZeRO 1"."""
     known = (("world_size", "{} ranks"), ("expert_parallel_size", "EP {}"), ("zero_stage", "ZeRO {}"))
-    return ", ".join(text.format(layout[name]) for name, text in known if name in layout) or "-"
+    words = [text.format(layout[name]) for name, text in known if name in layout]
+    if layout.get("context_parallel_size", 1) > 1:
+        words.append(f"context {layout['context_parallel_size']}")
+    return ", ".join(words) or "-"
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str] = (), rows: Sequence[Sequence[object]] = ()) -> Table:

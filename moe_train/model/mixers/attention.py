@@ -10,10 +10,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from moe_train.config.model import HiddenCopiesConfig, ModelConfig
+from moe_train.distributed.context_attention import context_attention
 from moe_train.model.cost import Attention, Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec
 from moe_train.model.layers import Linear, RMSNorm
-from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
+from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared, works_on_parts
 from moe_train.model.mixers.hidden_keys import CopiesState, attend_with_copies
 from moe_train.model.mixers.key_value import KeyValue, KeyValueState, kv_cache_bytes, widest
 from moe_train.model.mixers.visibility import attend_held
@@ -80,6 +81,9 @@ class AttentionMixer(Mixer):
         if context.tokens.copies is not None:
             return attend_with_copies(q_BHSd, shared, context, self.window)
         held = KeyValue.from_shared(shared)
+        if context.shard is not None:
+            shard = context.shard.in_layer(context.layer)
+            return context_attention(q_BHSd, held.k_BGCd, held.v_BGCd, shard, self.window)
         if context.tokens.is_whole:
             blocks = context.attention_blocks(self.window, self.head_dim, q_BHSd.dtype)
             if blocks is None:
@@ -209,4 +213,6 @@ def _cost(spec: MixerSpec) -> MixerCost:
     )
 
 
-ATTENTION = MixerKind(_build, _state_bytes, _flops, _cost, shapes=_shapes, takes_hidden_copies=True)
+ATTENTION = MixerKind(
+    _build, _state_bytes, _flops, _cost, shapes=_shapes, takes_hidden_copies=True, part_obstacle=works_on_parts
+)

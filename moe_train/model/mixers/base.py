@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
 from moe_train.config.model import MIXER_FIELDS, ModelConfig
+from moe_train.distributed.context import ContextShard
 from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
 from moe_train.model.token_index import TokenIndex
@@ -37,6 +38,7 @@ class MixerContext:
         tokens: Index of the tokens.
         shared: Tensors that the layers below have handed up; empty for the first layer.
         state: State of this mixer (or feed-forward layer) while decoding; None: there is none.
+        shard: This rank's part of the rows, if ranks share them; None: the rows are whole.
         formed: Values that layers have computed from the positions in this forward pass, for other layers.
     """
 
@@ -44,6 +46,7 @@ class MixerContext:
     tokens: TokenIndex
     shared: Shared = field(default_factory=dict)
     state: Any = None
+    shard: ContextShard | None = None
     formed: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def rotary_angles(self, head_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -219,6 +222,8 @@ class MixerKind:
         takes_hidden_copies: Whether the mixer works on a stream with hidden copies (`TokenIndex.copies`).
         reads: Fields of the model section among MIXER_FIELDS that the mixer reads. One that no mixer of a pattern reads
             is refused, unless it has its default.
+        part_obstacle: Function that gives the reason why the mixer does not work on a rank's part of a sequence
+            (`MixerContext.shard`), from its section and the tokens of a chunk, of which a rank has two; None: it does.
     """
 
     build: Callable[[MixerSpec], Mixer]
@@ -231,6 +236,12 @@ class MixerKind:
     check_length: Callable[[Any, int], None] = lambda section, length: None
     takes_hidden_copies: bool = False
     reads: frozenset[str] = MIXER_FIELDS
+    part_obstacle: Callable[[Any, int], str | None] = lambda section, chunk: "it needs all tokens of a sequence"
+
+
+def works_on_parts(section: Any, chunk: int) -> None:
+    """Say of a mixer that it works on a rank's part of a sequence, whatever its settings are."""
+    del section, chunk
 
 
 def check_heads(model: ModelConfig, name: str) -> None:

@@ -40,11 +40,12 @@ class MoELayer(FeedForward):
 
         A chunk travels while the shared experts, or the experts of the chunk before it, compute.
 
-        Collective: All ranks of the dispatcher's groups.
+        Collective: All ranks of the dispatcher's groups, and those that share the sequences.
         """
         x_TD, num_sequences = x_BSD.flatten(0, 1), x_BSD.shape[0]  # (B, S, D) -> (T, D)
         with record_function("moe/route"):
-            routing = self.router(x_TD, context.tokens.keys_BS.flatten(), num_sequences)
+            sharing = None if context.shard is None else context.shard.ranks.group
+            routing = self.router(x_TD, context.tokens.keys_BS.flatten(), num_sequences, sharing)
             routing = self.capacity.apply(routing, num_sequences, self.training)
         with record_function("moe/dispatch"):
             first, *later = self.dispatcher.plan(x_TD, routing)

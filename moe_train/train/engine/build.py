@@ -4,8 +4,10 @@ import torch
 
 from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.collectives import world_group
+from moe_train.distributed.context import ContextRanks
 from moe_train.distributed.flight_recorder import FlightRecorder
-from moe_train.distributed.mesh import create_mesh
+from moe_train.distributed.mesh import ParallelMesh, create_mesh
+from moe_train.distributed.observer import CommObserver
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.host.precision import torch_dtype
 from moe_train.model.build import ExpertPlacement, build_model
@@ -15,6 +17,30 @@ from moe_train.model.objective import TrainingObjective
 from moe_train.model.parameters import materialize
 from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.engine.settings import deepspeed_settings
+
+
+def make_mesh(config: ResolvedConfig) -> ParallelMesh:
+    """Create the process groups that a configuration asks for. Collective: all ranks."""
+    parallel = config.parallel
+    context_size = parallel.context_parallel_size if parallel.context_parallel_size > 1 else None
+    return create_mesh(parallel.expert_parallel_size, parallel.timeout_seconds, parallel.node_size, context_size)
+
+
+def sharing_ranks(
+    config: ResolvedConfig, mesh: ParallelMesh, flight_recorder: FlightRecorder | None = None
+) -> ContextRanks | None:
+    """Describe the ranks that share this rank's sequences; None: it has whole sequences.
+
+    Args:
+        config: Resolved configuration.
+        mesh: Groups of this rank, from `make_mesh`.
+        flight_recorder: Recorder of what is sent between these ranks; None: no recorder.
+    """
+    if mesh.context is None:
+        return None
+    observer = CommObserver(flight_recorder=flight_recorder)
+    exchange = config.parallel.context_exchange
+    return ContextRanks(mesh.context.group, mesh.context.rank, mesh.context.size, exchange, observer)
 
 
 def make_engine(
@@ -37,7 +63,7 @@ def make_engine(
     Collective: All ranks.
     """
     model, parallel = config.model, config.parallel
-    mesh = create_mesh(parallel.expert_parallel_size, parallel.timeout_seconds, parallel.node_size)
+    mesh = make_mesh(config)
     transformer = build_model(
         model,
         model.vocab_size,

@@ -48,7 +48,7 @@ class TrainEngine:
 
         Collective: All ranks.
         """
-        self._flight_recorder = flight_recorder or FlightRecorder()
+        self._flight_recorder, self._mesh = flight_recorder or FlightRecorder(), mesh
         parameters = [(p, logical_tensor(n, p)) for n, p in objective.model.named_parameters()]
         self._logical_tensors = [tensor for _, tensor in parameters]
         self._model, self._objective = objective.model, objective
@@ -75,6 +75,11 @@ class TrainEngine:
     def model(self) -> Transformer:
         """Model, for evaluation and generation; under ZeRO-3 all ranks must call it together."""
         return self._model
+
+    @property
+    def mesh(self) -> ParallelMesh:
+        """Groups of this rank."""
+        return self._mesh
 
     def train_step(
         self,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from moe_train.config.base import merge
+from moe_train.config.context import sequence_readers
 from moe_train.config.errors import UsageError
 from moe_train.config.resolve import Precision, ResolvedConfig, Sizes
 from moe_train.config.root import Config
@@ -23,6 +24,7 @@ _REFUSED_SECTIONS = {
     "tensorboard": "the telemetry section",
     "activation_checkpointing": "train.recompute_activations",
     "expert_parallel": "parallel.expert_parallel_size",
+    "sequence_parallel_size": "parallel.context_parallel_size",
     "checkpoint": "the checkpoint section",
 }
 
@@ -40,7 +42,8 @@ def deepspeed_settings(config: ResolvedConfig) -> dict[str, Any]:
         UsageError: If an addition contradicts a field.
     """
     train = config.train
-    ours = _from_fields(config, train.precision, train.global_batch_size, train.micro_batch_size, config.accumulation)
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    ours = _from_fields(config, train.precision, batch, micro, config.accumulation)
     check_additions(config, ours)
     return merge(ours, config.deepspeed)
 
@@ -57,14 +60,16 @@ def check_sizes(config: Config, sizes: Sizes, world_size: int) -> None:
         UsageError: If an addition contradicts a field.
     """
     batch, micro = sizes.global_batch_size, sizes.micro_batch_size
-    check_additions(config, _from_fields(config, sizes.precision, batch, micro, batch // (micro * world_size)))
+    readers, _ = sequence_readers(config, world_size)
+    check_additions(config, _from_fields(config, sizes.precision, batch, micro, batch // (micro * readers)))
 
 
 def _from_fields(
     config: Config, precision: Precision, batch: int, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
     ours: dict[str, Any] = {
-        "train_batch_size": batch,
+        # DeepSpeed (0.19.8) multiplies micro batch, accumulation and ranks: it counts a shared sequence once per rank.
+        "train_batch_size": batch * config.parallel.context_parallel_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.max_grad_norm,

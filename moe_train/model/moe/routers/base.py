@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_train.config.base import Section
 from moe_train.config.model import ModelConfig
 from moe_train.config.moe import MoEConfig
+from moe_train.distributed.collectives import Group, all_reduce_sum, group_size
 from moe_train.model.cost import RouterCost
 from moe_train.model.moe.routers.last_step import LAST_STEP_BUFFERS, add_buffers
 from moe_train.model.moe.steps import Routing, RoutingSums
@@ -106,18 +107,23 @@ class Router(nn.Module, ABC):
     def choose(self, x_TD: Tensor, token_keys_T: Tensor) -> Choice:
         """Choose the experts and gates of every token; the arguments are those of `forward`."""
 
-    def forward(self, x_TD: Tensor, token_keys_T: Tensor, num_sequences: int = 1) -> Routing:
+    def forward(
+        self, x_TD: Tensor, token_keys_T: Tensor, num_sequences: int = 1, sharing: Group | None = None
+    ) -> Routing:
         """Route tokens.
 
         Args:
             x_TD: Token rows.
             token_keys_T: int64 random key of each token, the same on any layout.
             num_sequences: Number of sequences of equal length that the tokens form.
+            sharing: Ranks that have the other tokens of the sequences, equally many; None: the sequences are whole.
+
+        Collective: All ranks of `sharing`, if the balance of each sequence is wanted.
         """
         if self.training and self.options.jitter is not None:
             x_TD = self.options.jitter(x_TD, token_keys_T)
         choice = self.choose(x_TD, token_keys_T)
-        sums = sum_over_tokens(choice, num_sequences, self.options.optional_sums)
+        sums = sum_over_tokens(choice, num_sequences, self.options.optional_sums, sharing)
         return Routing(choice.gates_TK, choice.experts_TK, choice.logits_TE, sums)
 
     def with_bias(self, scores_TE: Tensor) -> Tensor:
@@ -218,13 +224,19 @@ def expert_keys(token_keys_T: Tensor, layer_key: int, num_experts: int) -> Tenso
     return combine(combine(token_keys_T, layer_key).unsqueeze(1), experts_E)  # (T, 1) x (E) -> (T, E)
 
 
-def sum_over_tokens(choice: Choice, num_sequences: int, wanted: frozenset[str] = OPTIONAL_SUMS) -> RoutingSums:
+def sum_over_tokens(
+    choice: Choice, num_sequences: int, wanted: frozenset[str] = OPTIONAL_SUMS, sharing: Group | None = None
+) -> RoutingSums:
     """Compute the sums of one micro-batch; dropped and rows are zero, because a router does not know them.
 
     Args:
         choice: Choice of the router.
         num_sequences: N, number of sequences.
         wanted: Members of OPTIONAL_SUMS to compute; the others are zero.
+        sharing: Ranks that have the other tokens of the sequences; None: the sequences are whole. The balance is that
+            of whole sequences, on each of these ranks, and each counts all of the sequences.
+
+    Collective: All ranks of `sharing`, if the balance of each sequence is wanted.
     """
     logits_TE, experts_TK, gates_TK = choice.logits_TE, choice.experts_TK, choice.gates_TK
     (num_tokens, num_experts), top_k = logits_TE.shape, experts_TK.shape[1]
@@ -240,8 +252,12 @@ def sum_over_tokens(choice: Choice, num_sequences: int, wanted: frozenset[str] =
         probability_E = choice.probability_TE.sum(0)
     if "sequence_balance" in wanted:
         probability_NE = choice.probability_TE.view(num_sequences, length, num_experts).sum(1)
+        counted_NE = counts_NE.to(probability_NE.dtype)
+        if sharing is not None:  # one all-reduce for both
+            both = all_reduce_sum(torch.stack((counted_NE, probability_NE)), sharing)
+            (counted_NE, probability_NE), length = both.unbind(0), length * group_size(sharing)
         # E f p = E (counts / (K S)) (probability / S)
-        balance = (counts_NE * probability_NE).sum() * (num_experts / max(1, top_k * length * length))
+        balance = (counted_NE.detach() * probability_NE).sum() * (num_experts / max(1, top_k * length * length))
     return RoutingSums(
         importance=importance_E,
         load=counts_E.to(gates_TK.dtype) if choice.load_E is None else choice.load_E,
