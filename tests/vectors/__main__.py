@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.vectors import infini, phd, rwkv4, rwkv7, speculative, ttt
+from tests.vectors import infini, phd, ring, rwkv4, rwkv7, speculative, ttt
 from tests.vectors.layers import Check
 
 BOUND = 1e-10
 CHECKS: dict[str, Check] = {
     "infini": infini.check,
     "phd": phd.check,
+    "ring": ring.check,
     "rwkv4": rwkv4.check,
     "rwkv7": rwkv7.check,
     "speculative": speculative.check,

@@ -97,11 +97,11 @@ def test_what_is_damaged_or_empty_is_code_2(content, tmp_path, capsys, damage, w
 
 
 def test_other_kinds_are_skipped_and_files_of_a_folder_are_found(content, tmp_path, capsys):
-    (tmp_path / "ring.json").write_text(json.dumps({"method": "ring", "vectors": [{}]}))
+    (tmp_path / "unheard.json").write_text(json.dumps({"method": "unheard", "vectors": [{}]}))
     (tmp_path / "infini.json").write_text(json.dumps(content))
     assert main([str(tmp_path), "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[-1])["skipped"] == ["ring.json"]
+    assert json.loads(lines[-1])["skipped"] == ["unheard.json"]
     assert main([str(tmp_path / "nowhere")]) == 2
 
 
@@ -144,6 +144,8 @@ def test_vectors_of_other_programs(capsys):
         quantities.setdefault(each["file"], set()).add(each["quantity"])
     ways = ("whole", "parts")
     gradients = {f"grad_{name}" for name in ("k", "v", "decay", "first")}
+    exchanges = [way + again for way in ("all_gather", "ring") for again in ("", ", recomputed")]
+    results = {f"{name} ({way})" for name in ("out", "lse", "dq", "dk", "dv") for way in exchanges}
     mixes = {f"{name} ({way})" for name in ("time_mix", "channel_mix") for way in ways}
     assert told["skipped"] == [] and quantities == {
         "infini.json": {f"y ({way})" for way in ways},
@@ -151,6 +153,7 @@ def test_vectors_of_other_programs(capsys):
             *("visible", "y", "logits_last_copy (whole)", "logits_last_copy (parts)"),
             *("prefill_positions", "last logits of the prefill", "one_fewer_changes_the_logits"),
         },
+        "ring.json": {"zigzag", "work"} | results,
         "rwkv4.json": mixes | gradients | {"wkv", "state_a", "state_b"},
         "rwkv7.json": mixes | {"v_first_out", "state"},
         "speculative.json": {
@@ -165,3 +168,34 @@ def test_vectors_of_other_programs(capsys):
 
 def read_numbers(name: str) -> list[str]:
     return list(json.loads((DATA / name).read_text())["expected_tokens"])
+
+
+@pytest.fixture
+def shared_row() -> dict[str, Any]:
+    """A file of one row that two ranks share, with two documents and a window, from a mask of the whole row."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(heads, 8, 4, dtype=torch.float64, generator=random) for heads in (2, 1, 1, 2))
+    documents, places = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), torch.arange(8)
+    distance = places[:, None] - places
+    visible = (distance >= 0) & (distance < 3) & (documents[:, None] == documents)
+    own = [tensor.requires_grad_() for tensor in (q, k, v)]
+    scores = (q @ k.mT / 2).masked_fill(~visible, -torch.inf)
+    out = scores.softmax(-1) @ v
+    gradients = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, own, grad), strict=True))
+    tensors = {"q": q, "k": k, "v": v, "grad": grad, "out": out, "lse": scores.logsumexp(-1)} | gradients
+    vector = {name: tensor.tolist() for name, tensor in tensors.items()}
+    layout = {"ranks": 2, "window": 3, "zigzag": [[0, 1, 6, 7], [2, 3, 4, 5]], "work": [18, 18]}
+    return {"method": "ring", "vectors": [vector | layout | {"documents": documents.tolist()}]}
+
+
+def test_a_row_that_ranks_share(shared_row, tmp_path, capsys):
+    code, lines, _ = run(tmp_path, shared_row, capsys)
+    found = json.loads(lines[-1])
+    assert code == 0 and len(found["results"]) == 2 + 5 * 4
+    assert all(each["difference"] < 1e-12 for each in found["results"])
+    shared_row["vectors"][0]["dk"][0][3][0] += 1e-9
+    code, lines, _ = run(tmp_path, shared_row, capsys)
+    assert code == 1 and sum(line.endswith(" FAIL") for line in lines) == 4
+    shared_row["vectors"][0]["ranks"] = 99
+    code, _, error = run(tmp_path, shared_row, capsys)
+    assert code == 2 and "ranks (99)" in error
