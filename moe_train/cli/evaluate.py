@@ -48,7 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     Collective: All ranks of the world.
     """
     options, data_options = _parser().parse_known_args(list(arguments))
-    check_positive(options, "max_sequences", "sequence_length", "batch_size")
+    check_positive(options, "max_sequences", "sequence_length", "batch_size", "context_parallel_size")
+    _check_length(options)
     trained = open_from_options(options, "moe-train evaluate", _changes(options), data_options)
     config, world = trained.config, trained.world
     domains = open_domains(
@@ -65,11 +66,11 @@ def run(arguments: Sequence[str]) -> int:
         print(f"warning: {text}, which the model was trained on", file=sys.stderr)
     from moe_train.distributed.collectives import world_group
     from moe_train.infer.evaluate import EvaluationPlan, chosen_sequences, evaluate, joined
-    from moe_train.infer.trained import load_model
+    from moe_train.infer.trained import load_model, sharing_ranks
 
     model = load_model(trained)
     mark = trained.tokenizer.end_of_document if config.model.isolate_documents else None
-    plan = EvaluationPlan(options.batch_size, options.max_sequences, mark)
+    plan = EvaluationPlan(options.batch_size, options.max_sequences, mark, sharing_ranks(trained))
     total = sum(len(chosen_sequences(domain.text.num_sequences, plan.max_sequences)) for domain in domains)
     began = time.perf_counter()
     with _progress(total, world.rank == 0) as advance:
@@ -91,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_trained_options(parser)
+    help_text = "ranks that share the tokens of a sequence, under a launcher (default: 1)"
+    parser.add_argument("--context-parallel-size", type=int, default=1, metavar="N", help=help_text)
     group = parser.add_argument_group("what is measured")
     help_text = "documents of each source (default: held_out of the run's own data, all of other data)"
     group.add_argument("--split", choices=("held_out", "train", "all"), help=help_text)
@@ -103,10 +106,19 @@ def _parser() -> argparse.ArgumentParser:
         "(default: model.moe.eval_capacity_factor of the run)"
     )
     group.add_argument("--capacity-factor", metavar="X", help=help_text)
-    help_text = f"sequences of a rank in one forward pass (default: {_BATCH_SIZE})"
+    help_text = f"sequences of a rank, or of ranks that share them, in one forward pass (default: {_BATCH_SIZE})"
     group.add_argument("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help=help_text)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
+
+
+def _check_length(options: argparse.Namespace) -> None:
+    length, size = options.sequence_length, options.context_parallel_size
+    if length is not None and size > 1 and length % (2 * size):
+        raise UsageError(
+            f"--sequence-length ({length}) must be divisible by 2 x --context-parallel-size (2 x {size} = {2 * size}): "
+            "each rank has two chunks of every sequence"
+        )
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:

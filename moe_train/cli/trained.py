@@ -57,7 +57,8 @@ def use_of(options: argparse.Namespace) -> "Use":
     """Make the settings of the use of a trained model from options of a parser with `add_trained_options`."""
     from moe_train.infer.trained import Use
 
-    return Use(options.device, options.precision, options.expert_parallel_size, options.threads)
+    size = getattr(options, "context_parallel_size", 1)  # an option of evaluation alone
+    return Use(options.device, options.precision, options.expert_parallel_size, options.threads, size)
 
 
 def open_from_options(

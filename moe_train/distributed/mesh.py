@@ -109,8 +109,20 @@ def create_mesh(
         across = _create(across_node_ranks(world_size, ep_size, node_size), rank, timeout_seconds)
         within = _create(expert_parallel_ranks(world_size, node_size), rank, timeout_seconds)
     if context_size is not None:  # never another axis's group: the operations of each have an order of their own
-        context = _create(context_ranks(world_size, context_size), rank, timeout_seconds)
+        context = create_context_group(context_size, timeout_seconds)
     return ParallelMesh(data, expert, expert_data, across, within, context)
+
+
+def create_context_group(context_size: int, timeout_seconds: int) -> MeshGroup:
+    """Create the groups of ranks that share sequences and return that of this process.
+
+    Args:
+        context_size: Ranks that share sequences; divides the world size.
+        timeout_seconds: Timeout of a collective operation, in seconds.
+
+    Collective: All ranks.
+    """
+    return _create(context_ranks(dist.get_world_size(), context_size), dist.get_rank(), timeout_seconds)
 
 
 def create_background_group() -> Group | None:

@@ -1,7 +1,7 @@
 """Evaluation of a trained model on text: loss and expert load for each source.
 
 Results do not depend on the number of ranks: they stay sums over sequences until the end, and the batches are the same
-on any number of ranks. Where every rank holds all experts, results are the same to the last bit.
+on any number of ranks. Where every rank holds all experts and whole sequences, results are the same to the last bit.
 Legend: B sequences of a batch, S tokens per sequence, N sequences of a domain, L MoE layers, E experts.
 """
 
@@ -17,9 +17,10 @@ from torch import Tensor
 from moe_train.data import Domain
 from moe_train.data.recovery import ALL_RECOVERED, Unrecovered
 from moe_train.distributed.collectives import Group, all_reduce_sum, group_rank, group_size
+from moe_train.distributed.context import ContextRanks
 from moe_train.model.transformer import LossOutput, Transformer
 from moe_train.ops.cross_entropy import IGNORED_TARGET
-from moe_train.train.batches import make_tokens
+from moe_train.train.batches import make_tokens, own_targets
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,21 @@ class EvaluationPlan:
     """Settings of an evaluation.
 
     Attributes:
-        batch_size: Sequences per rank and forward pass.
+        batch_size: Sequences per rank, or per ranks that share sequences, and forward pass.
         max_sequences: Most sequences per domain, evenly spread over it; None: all.
         end_of_document: Id of the end-of-document token, where the model isolates documents; None: it does not.
+        context: Ranks that share this rank's sequences; None: it has whole sequences.
     """
 
     batch_size: int
     max_sequences: int | None = None
     end_of_document: int | None = None
+    context: ContextRanks | None = None
+
+    def ranks_of(self, length: int) -> ContextRanks | None:
+        """Return the ranks that share rows of a length; None: one rank takes them whole, as they cannot be shared."""
+        shared = self.context is not None and length % (2 * self.context.size) == 0
+        return self.context if shared else None
 
 
 @dataclass(frozen=True)
@@ -211,11 +219,15 @@ def _evaluate_domain(
     losses_N = torch.zeros(len(chosen), dtype=torch.float64, device=device)
     num_layers, num_experts = len(model.routers), model.routers[0].num_experts if model.routers else 0
     routed_2LE = torch.zeros(2, num_layers, num_experts, dtype=torch.int64, device=device)
-    size, rank = group_size(group), group_rank(group)
+    num_sharing = 1 if plan.context is None else plan.context.size
+    size, reader = group_size(group) // num_sharing, group_rank(group) // num_sharing
     for start in range(0, len(batches), size):
         here = batches[start : start + size]
         # A rank without a batch runs one token that is not counted, because other ranks may need its experts.
-        places = here[rank] if rank < len(here) else np.empty(0, np.int64)
+        places = here[reader] if reader < len(here) else np.empty(0, np.int64)
+        if len(places) and plan.context is not None and plan.context.rank > 0:
+            length = min(text.sequence_length, text.num_tokens - int(chosen[places[0]]) * text.sequence_length)
+            places = places if plan.ranks_of(length) is not None else np.empty(0, np.int64)
         if len(places) == 0:
             ids_BS = np.full((1, 1), text.end_of_document, dtype=np.int64)
             model(make_tokens(ids_BS, np.zeros(1, np.int64), 0, plan.end_of_document, device))
@@ -225,8 +237,8 @@ def _evaluate_domain(
             if sums is not None:
                 routed_2LE += sums
         advance(sum(map(len, here)))
-    # Each sequence has its loss on one rank and zero on the others. So this sum is exact, and the order of the sum over
-    # sequences does not depend on the ranks.
+    # A whole sequence has its loss on one rank and zero on the others. So this sum is exact, and the order of the sum
+    # over sequences does not depend on the ranks.
     losses_N, routed_2LE = all_reduce_sum(losses_N, group), all_reduce_sum(routed_2LE, group)
     counts, dropped = (tuple(map(tuple, table)) for table in routed_2LE.tolist())
     lengths = np.minimum((chosen + 1) * text.sequence_length, text.num_tokens) - chosen * text.sequence_length
@@ -255,11 +267,15 @@ def _batches(chosen: np.ndarray, batch_size: int, num_whole: int) -> list[np.nda
 def _measure(
     model: Transformer, domain: Domain, sequences: np.ndarray, plan: EvaluationPlan, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the loss of each sequence, fp64 [B], and the counts and dropped counts of the experts, [2, L, E]."""
+    """Compute the loss of each sequence, or of this rank's tokens of it, fp64 [B], and the experts' counts [2, L, E].
+
+    The counts are those of all tokens and of the dropped ones.
+    """
     ids_BS, targets = domain.text.batch(sequences)
     length = int((targets[0] != IGNORED_TARGET).sum())  # without padding, which would take room at the experts
-    targets_BS = torch.from_numpy(targets[:, :length]).to(device)
-    tokens = make_tokens(ids_BS[:, :length], sequences, 0, plan.end_of_document, device)
+    context = plan.ranks_of(length)
+    targets_BS = own_targets(targets[:, :length], context, device)
+    tokens = make_tokens(ids_BS[:, :length], sequences, 0, plan.end_of_document, device, context)
     output: LossOutput = model(tokens, targets_BS=targets_BS)
     losses_B = output.losses_BS.double().sum(1)
     if output.sums is None:

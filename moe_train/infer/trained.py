@@ -19,7 +19,8 @@ from moe_train.config.root import Config
 from moe_train.data import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer_file
 from moe_train.distributed.bootstrap import choose_device, export_world, init_process_group, set_threads
 from moe_train.distributed.consensus import run_on_all_ranks
-from moe_train.distributed.mesh import create_mesh
+from moe_train.distributed.context import ContextRanks
+from moe_train.distributed.mesh import create_context_group, create_mesh
 from moe_train.distributed.world import World
 from moe_train.host.memory import keep_freed_memory
 from moe_train.host.precision import describe_device, resolve_precision, torch_dtype
@@ -37,12 +38,14 @@ class Use:
         precision: Precision of weights and activations; auto: that of training, or fp32 if the device lacks it.
         expert_parallel_size: Ranks that share the experts; None: as many as divide experts and ranks of a host.
         threads: CPU threads of a rank; None: its share of the host's.
+        context_parallel_size: Ranks that share the tokens of a sequence, in evaluation.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
     expert_parallel_size: int | None = None
     threads: int | None = None
+    context_parallel_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,21 @@ def load_model(trained: Trained) -> Transformer:
     return model.eval()
 
 
+def sharing_ranks(trained: Trained) -> ContextRanks | None:
+    """Create the groups of ranks that share sequences; None: every rank has whole sequences.
+
+    Args:
+        trained: Opened checkpoint, whose model is loaded.
+
+    Collective: All ranks.
+    """
+    parallel = trained.config.parallel
+    if parallel.context_parallel_size == 1:
+        return None
+    group = create_context_group(parallel.context_parallel_size, parallel.timeout_seconds)
+    return ContextRanks(group.group, group.rank, group.size)
+
+
 def _validate(values: dict[str, Any], origin: str) -> Config:
     return validate_config(values, origin=origin)
 
@@ -159,7 +177,7 @@ def _layout(use: Use, precision: Precision) -> dict[str, Any]:
             "expert_parallel_size": "auto" if use.expert_parallel_size is None else use.expert_parallel_size,
             "ranks_per_node": "auto",
             "threads_per_rank": use.threads or "auto",
-            "context_parallel_size": 1,
+            "context_parallel_size": use.context_parallel_size,
             "context_exchange": "all_gather",
         },
         "train": {"micro_batch_size": 1, "global_batch_size": None, "precision": precision},

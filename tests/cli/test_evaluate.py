@@ -47,6 +47,20 @@ def test_same_numbers_on_any_ranks_and_twice(evaluate):
     assert shared["experts"] == alone["experts"]
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_can_share_sequences(evaluate, ranks):
+    alone = last_object(evaluate("--json", "--batch-size=2"))
+    shared = last_object(evaluate("--json", "--batch-size=2", "--context-parallel-size=2", ranks=ranks))
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert shared["tokens"] == alone["tokens"] and shared["experts"] == alone["experts"]
+
+
+def test_sequences_that_cannot_be_shared(evaluate):
+    check_refused(evaluate("--context-parallel-size=2"), "world size (1)", "parallel.context_parallel_size (2)")
+    words = ("--sequence-length (30)", "2 x --context-parallel-size (2 x 2 = 4)")
+    check_refused(evaluate("--context-parallel-size=2", "--sequence-length=30"), *words)
+
+
 def test_capacity(evaluate):
     bounded = last_object(evaluate("--json", "--capacity-factor=0.5"))
     assert bounded["capacity_factor"] == 0.5
