@@ -101,7 +101,7 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
 
     from moe_train.distributed.collectives import gather_objects
     from moe_train.host.precision import resolve_precision
-    from moe_train.train.parity import SPLITS, choose_layouts, options_for
+    from moe_train.train.parity import SPLITS, choose_layouts, context_obstacle, options_for
 
     if options.layers is not None and options.config is None:
         raise UsageError(f"--layers ({options.layers}) has no effect without --config")
@@ -110,9 +110,15 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
     device = choose_device(config.parallel.device, replace(world, local_world_size=1, local_rank=0))
     limit = _rank_limit(options.max_ranks, world, device.type)
     wanted = choose_layouts(options.layouts)
-    compared = [layout for layout in wanted if layout.world_size <= limit]
-    if len(compared) < 2:
+    skipped = {layout: "too few ranks or devices" for layout in wanted if layout.world_size > limit}
+    for layout in wanted:
+        if layout not in skipped and (obstacle := context_obstacle(config, layout)) is not None:
+            skipped[layout] = obstacle
+    compared = [layout for layout in wanted if layout not in skipped]
+    if len(compared) < 2 and all(layout.world_size > limit for layout in skipped):
         raise UsageError(f"with {limit} rank or device nothing can be compared: give --parallel.device=cpu, or more")
+    if len(compared) < 2:
+        raise UsageError(f"--layouts ({options.layouts!r}): nothing can be compared: {'; '.join(skipped.values())}")
     if world.world_size > 1:
         init_process_group(world, torch.device("cpu"), RUN_TIMEOUT_SECONDS)
     own = resolve_precision(config.train.precision, device)
@@ -129,7 +135,7 @@ def _compare_layouts(options: argparse.Namespace, extra: list[str], world: World
     if world.rank != 0:
         return 0
     passed = all(result.passed for result in results)
-    _show(results, [layout for layout in wanted if layout not in compared], options.json, passed)
+    _show(results, skipped, options.json, passed)
     return 0 if passed else 1
 
 
@@ -271,7 +277,7 @@ def _place(rank: int, world_size: int, world: World, port: int) -> World:
     )
 
 
-def _show(results: "Sequence[Comparison]", skipped: "Sequence[Layout]", as_json: bool, passed: bool) -> None:
+def _show(results: "Sequence[Comparison]", skipped: "dict[Layout, str]", as_json: bool, passed: bool) -> None:
     from moe_train.train.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 
     if as_json:
@@ -299,5 +305,5 @@ def _show(results: "Sequence[Comparison]", skipped: "Sequence[Layout]", as_json:
             "same" if result.passed else "OTHER",
         )
     Console().print(table)
-    for layout in skipped:
-        print(f"left out, too few ranks or devices: {layout.name}")
+    for layout, reason in skipped.items():
+        print(f"left out, {reason}: {layout.name}")

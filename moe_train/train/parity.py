@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moe_train.config.context import check_context
 from moe_train.config.errors import UsageError
 from moe_train.config.model import MIXER_FIELDS
-from moe_train.config.parts import MixerLike
+from moe_train.config.parts import MixerLike, load_kinds
 from moe_train.config.registry import is_part, load_part
 from moe_train.config.root import Config
 from moe_train.train.telemetry.records import Record
@@ -35,6 +36,8 @@ class Layout:
         dispatch: Name of the dispatcher; two_level with two ranks per node.
         chunks: Chunks in which rows travel.
         ignores: Whether the data has targets that are ignored, up to 90% of a sequence's, and sequences without any.
+        context_parallel_size: Ranks that share sequences.
+        context_exchange: How their keys and values meet.
     """
 
     world_size: int
@@ -44,11 +47,15 @@ class Layout:
     dispatch: str = "flat"
     chunks: int = 1
     ignores: bool = False
+    context_parallel_size: int = 1
+    context_exchange: str = "all_gather"
 
     @property
     def name(self) -> str:
         """Name for people."""
         way = f", {self.dispatch} in {self.chunks}" if self.expert_parallel_size > 1 else ""
+        if self.context_parallel_size > 1:
+            way += f", context {self.context_parallel_size} by {self.context_exchange}"
         return (
             f"{self.world_size} ranks, EP {self.expert_parallel_size}{way}, ZeRO {self.zero_stage}, accumulation "
             f"{self.accumulation}{', ignored targets' if self.ignores else ''}"
@@ -56,13 +63,16 @@ class Layout:
 
     def options(self) -> list[str]:
         """Training options of the layout."""
+        readers, is_shared = self.world_size // self.context_parallel_size, self.context_parallel_size > 1
         return [
             f"--parallel.expert_parallel_size={self.expert_parallel_size}",
             f"--parallel.zero_stage={self.zero_stage}",
-            f"--train.micro_batch_size={GLOBAL_BATCH // (self.world_size * self.accumulation)}",
+            f"--train.micro_batch_size={GLOBAL_BATCH // (readers * self.accumulation)}",
             f"--train.global_batch_size={GLOBAL_BATCH}",
             f"--parallel.dispatch={self.dispatch}",
             f"--parallel.chunks={self.chunks}",
+            f"--parallel.context_parallel_size={self.context_parallel_size}",
+            *([f"--parallel.context_exchange={self.context_exchange}"] if is_shared else []),
             *([f"--parallel.ranks_per_node={_NODE_SIZE}"] if self.dispatch == "two_level" else []),
             *(["--data.source=synthetic", "--data.ignored_targets=0.9"] if self.ignores else []),
         ]
@@ -80,9 +90,29 @@ LAYOUTS = (
     Layout(4, 2, 3, 4, dispatch="unique"),
     Layout(1, 1, 1, 1, ignores=True),
     Layout(2, 2, 1, 8, ignores=True),  # micro-batches of one sequence: some have no target
+    Layout(4, 2, 3, 2, context_parallel_size=2, context_exchange="ring"),
+    Layout(4, 4, 1, 4, context_parallel_size=4),
+    Layout(2, 1, 2, 4, ignores=True, context_parallel_size=2),
 )
 # One process with every split of a step: their spread is what bf16 gives beside the layout.
 SPLITS = tuple(Layout(1, 1, 1, accumulation) for accumulation in (1, 2, 4, 8, 16))
+
+
+def context_obstacle(config: Config, layout: Layout) -> str | None:
+    """Say why a model cannot be trained in a layout whose ranks share sequences; None: it can.
+
+    Args:
+        config: Configuration as loaded, of any layout.
+        layout: Layout to train in.
+    """
+    parallel = config.parallel.model_copy(update={"context_parallel_size": layout.context_parallel_size})
+    changed = config.model_copy(update={"parallel": parallel})
+    try:
+        check_context(changed, layout.world_size)
+        load_kinds(changed).check(changed)
+    except UsageError as error:
+        return str(error) if layout.context_parallel_size > 1 else None  # else training says it
+    return None
 
 
 def choose_layouts(numbers: str | None) -> list[Layout]:

@@ -24,6 +24,7 @@ from moe_train.train.parity import (
     bounds_of_spread,
     choose_layouts,
     compare,
+    context_obstacle,
     options_for,
     own_model,
 )
@@ -61,6 +62,7 @@ def test_the_layouts_asked_for_are_compared() -> None:
     assert spread >= {(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 3), (4, 4, 1)}
     assert {x.accumulation for x in LAYOUTS} == {1, 2, 4, 8, 16}
     assert {x.dispatch for x in LAYOUTS} == {"flat", "unique", "two_level"}
+    assert {x.context_parallel_size for x in LAYOUTS} == {1, 2, 4}
     # A micro-batch of one sequence, of which some have no target.
     assert any(x.ignores and x.world_size * x.accumulation == GLOBAL_BATCH for x in LAYOUTS)
 
@@ -145,7 +147,7 @@ def test_under_a_launcher_its_ranks_are_what_is_checked(tmp_path: Path) -> None:
 def test_layouts_are_chosen_with_their_references() -> None:
     assert choose_layouts(None) == list(LAYOUTS)
     assert choose_layouts("3,9") == [LAYOUTS[0], LAYOUTS[3], LAYOUTS[8], LAYOUTS[9]]
-    for wrong in ("10", "x", "1,", "-1"):
+    for wrong in (str(len(LAYOUTS)), "x", "1,", "-1"):
         with pytest.raises(UsageError, match="--layouts"):
             choose_layouts(wrong)
 
@@ -206,3 +208,13 @@ def test_the_small_model_has_no_field_that_no_mixer_reads(extra: list[str], miss
     found = options_for(extra)
     assert found == [option for option in OPTIONS if option.split("=")[0].removeprefix("--model.") not in missing]
     assert len(found) == len(OPTIONS) - len(missing)
+
+
+def test_a_model_that_cannot_share_sequences_is_compared_without() -> None:
+    options = options_for(["--model.mixer=ttt_linear"])
+    config = load_config([*options, "--model.mixer=ttt_linear", "--train.run_dir=unused"], program="t")
+    for layout in LAYOUTS:
+        obstacle = context_obstacle(config, layout)
+        assert (obstacle is None) == (layout.context_parallel_size == 1)
+        assert obstacle is None or "ttt_linear" in obstacle
+    assert all(context_obstacle(load_config([*OPTIONS, "--train.run_dir=u"], program="t"), x) is None for x in LAYOUTS)
