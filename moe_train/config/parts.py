@@ -56,7 +56,7 @@ class MixerLike(Kind, TakesCopies, Protocol):
         """Fields of the model among MIXER_FIELDS that the mixer reads."""
 
     @property
-    def part_obstacle(self) -> Callable[[Any, int], str | None]:
+    def part_obstacle(self) -> Callable[[Any, Any, int], str | None]:
         """Function that says why it does not work where ranks share the tokens of a sequence; None: it does."""
 
     @property
@@ -177,7 +177,7 @@ class Kinds:
         obstacles = []
         for name, kind in self.mixers.items():
             own = read_section(kind.section, model.part_settings.get(name), f"model.{name}")
-            obstacles.append((f"model.mixers ({name!r})", kind.part_obstacle(own, chunk)))
+            obstacles.append((f"model.mixers ({name!r})", kind.part_obstacle(model, own, chunk)))
         for name, each in self.feed_forwards.items():
             obstacle = None if each.takes_sequence_parts else "it looks at tokens that other ranks have"
             obstacles.append((f"model.feed_forward ({name!r})", obstacle))

@@ -8,12 +8,13 @@ Legend: P ranks, B batch, G key/value heads, s tokens of a rank, d head size.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_train.distributed.collectives import Group
 from moe_train.distributed.flight_recorder import CollectiveRecord, Direction
@@ -131,6 +132,36 @@ def gather_gradients(own: Tensor, add_gradients: AddGradients, ranks: ContextRan
         arriving = _rotate(share, ranks, _GRADIENTS, "backward")
     assert arriving is not None, "there is a rank"
     return arriving.wait()
+
+
+def gather_chunks(own: Tensor, ranks: ContextRanks) -> Tensor:
+    """Gather what every rank has of its two chunks, in the order of the row. Differentiable.
+
+    Args:
+        own: Values of this rank's chunks, the earlier first, [2, ...].
+        ranks: Ranks that share the sequences.
+
+    Returns:
+        [2P, ...], the values of all chunks.
+
+    Collective: All ranks of the group, in the backward pass too.
+    """
+    gathered: Tensor = _GatherChunks.apply(own, ranks)
+    return torch.cat((gathered[:, 0], gathered[:, 1].flip(0)))  # (P, 2, ...) -> (2P, ...)
+
+
+class _GatherChunks(torch.autograd.Function):
+    """Gather; every rank's loss may depend on it, so the gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: ContextRanks) -> Tensor:
+        ctx.ranks = ranks
+        return _gather(own, ranks, "forward")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _scatter_sum(grads[0].contiguous(), ctx.ranks), None
 
 
 def _order(rank: int, size: int) -> list[int]:

@@ -96,7 +96,7 @@ def _make_kind(channel_mix: type[RWKVChannelMix] | type[RWKV7ChannelMix], num_mi
         sizes = (model.hidden_size, model.intermediate_size, spec.layer, model.num_layers)
         return channel_mix(*sizes, model.init_std, spec.output_std)
 
-    return FeedForwardKind(build, lambda spec: _cost(spec, num_mixes), _state_bytes)
+    return FeedForwardKind(build, lambda spec: _cost(spec, num_mixes), _state_bytes, takes_sequence_parts=True)
 
 
 RWKV_CHANNEL_MIX = _make_kind(RWKVChannelMix, 2)

@@ -102,6 +102,34 @@ def wkv(
     return y_BSD, Average(state.values[:, -1], state.weights[:, -1], state.exponent[:, -1])
 
 
+def chunk_sums(k_BcD: Tensor, v_BcD: Tensor, w_D: Tensor, begins_Bc: Tensor) -> Tensor:
+    """Compute what a row that is a chunk of a longer one hands on, for `sums_before`. [4, B, D].
+
+    Args:
+        k_BcD: Logarithms of weights, at least fp32.
+        v_BcD: Values.
+        w_D: Logarithm of the decay of a token, negative.
+        begins_Bc: bool, whether the token begins a document.
+    """
+    own = Average(v_BcD, torch.ones_like(v_BcD), k_BcD)
+    each_token = Average(*(part.unsqueeze(1) for part in _parts(own)))
+    begins = begins_Bc[:, None, :, None]
+    added, passing = _added(each_token, w_D, begins, torch.ones_like(begins))
+    return torch.stack((*_parts(added), passing)).squeeze(2)
+
+
+def sums_before(chunks_B4nD: Tensor) -> Tensor:
+    """Combine what the chunks of a row hand on: the sums before each of them, as three tensors in one. [B, 3, n, D].
+
+    Args:
+        chunks_B4nD: Results of `chunk_sums`, in the order of the row.
+    """
+    values, weights, exponent, passing = chunks_B4nD.unbind(1)
+    empty = Average.empty(values[:, :1])
+    sums = _scan(empty, Average(values[:, :-1], weights[:, :-1], exponent[:, :-1]), passing[:, :-1])
+    return torch.stack(_parts(sums), dim=1)
+
+
 def _entering(own: Average, w_D: Tensor, before: Average, begins: Tensor, valid: Tensor) -> Average:
     """Compute the sums that enter each chunk. [B, n, D].
 
@@ -115,16 +143,40 @@ def _entering(own: Average, w_D: Tensor, before: Average, begins: Tensor, valid:
     first = Average(before.values.unsqueeze(1), before.weights.unsqueeze(1), before.exponent.unsqueeze(1))
     if begins.shape[1] == 1:
         return first
-    # What each chunk but the last adds, as seen from behind it: its tokens since the last one that begins a document.
     own = Average(own.values[:, :-1], own.weights[:, :-1], own.exponent[:, :-1])
-    begins, valid = begins[:, :-1], valid[:, :-1]
+    added, passing = _added(own, w_D, begins[:, :-1], valid[:, :-1])
+    return _scan(first, added, passing)
+
+
+def _added(own: Average, w_D: Tensor, begins: Tensor, valid: Tensor) -> tuple[Average, Tensor]:
+    """Compute what chunks add, as seen from behind them: their tokens since the last one that begins a document.
+
+    Args:
+        own: Each token alone, [B, n, c, D].
+        w_D: Logarithm of the decay of a token.
+        begins: bool [B, n, c, 1], whether the token begins a document.
+        valid: bool [B, n, c, 1].
+
+    Returns:
+        What is added, and the logarithm of the factor by which the sums before a chunk fade in it; all [B, n, D].
+    """
     document = begins.cumsum(2)
     later = valid.sum(2, keepdim=True) - valid.cumsum(2)
     faded = own.faded(later * w_D).where((document == document[:, :, -1:]) & valid)
     exponent = faded.exponent.detach().amax(2)
     shares = (faded.exponent - exponent.unsqueeze(2)).exp()
     added = Average((shares * faded.values).sum(2), (shares * faded.weights).sum(2), exponent)
-    passing = torch.where(begins.any(2), EMPTY, valid.sum(2) * w_D)
+    return added, torch.where(begins.any(2), EMPTY, valid.sum(2) * w_D)
+
+
+def _scan(first: Average, added: Average, passing: Tensor) -> Average:
+    """Compute the sums that enter each chunk and, after the last given one, those that leave it. [B, n + 1, D].
+
+    Args:
+        first: Sums before the first chunk, [B, 1, D].
+        added: What each chunk adds, [B, n, D].
+        passing: Logarithm of the factor by which the sums before fade in each chunk, [B, n, D].
+    """
     # Element 0 is what was before; then element i is the sum of all up to chunk i, faded by `passing`.
     sums = Average(*(torch.cat(pair, dim=1) for pair in zip(_parts(first), _parts(added), strict=True)))
     passing = F.pad(passing, (0, 0, 1, 0))

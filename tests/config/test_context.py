@@ -36,7 +36,7 @@ def make(world=4, size=2, **sections):
         ({"model": {"mixer": "rwkv7"}}, ["mixers ('rwkv7')", "context_parallel_size (2)"]),
         (
             {"model": {"mixer": "infini", "infini": {"segment_length": 8, "memory": "delta"}}},
-            ["mixers ('infini')", "context_parallel_size (2)"],
+            ["mixers ('infini')", "context_parallel_size (2)", "memory ('delta')"],
         ),
         ({"model": {"hidden_copies": {"copies": 2}}}, ["hidden_copies.copies (2)", "context_parallel_size (2)"]),
         ({"train": {"compile": True}}, ["train.compile (True)", "context_parallel_size (2)"]),

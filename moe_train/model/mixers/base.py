@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
 from moe_train.config.model import MIXER_FIELDS, ModelConfig
-from moe_train.distributed.context import ContextShard
+from moe_train.distributed.context import ContextRanks, ContextShard
 from moe_train.model.cost import MixerCost
 from moe_train.model.decode_state import CacheSpec, DecodeState
 from moe_train.model.token_index import TokenIndex
@@ -48,6 +48,11 @@ class MixerContext:
     state: Any = None
     shard: ContextShard | None = None
     formed: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def sharing(self) -> ContextRanks | None:
+        """Ranks that share the rows; their observer names this layer. None: the rows are whole."""
+        return None if self.shard is None else self.shard.in_layer(self.layer).ranks
 
     def rotary_angles(self, head_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Compute `ops.rotary.rotary_angles` of these positions, once for all layers with the same arguments.
@@ -223,7 +228,8 @@ class MixerKind:
         reads: Fields of the model section among MIXER_FIELDS that the mixer reads. One that no mixer of a pattern reads
             is refused, unless it has its default.
         part_obstacle: Function that gives the reason why the mixer does not work on a rank's part of a sequence
-            (`MixerContext.shard`), from its section and the tokens of a chunk, of which a rank has two; None: it does.
+            (`MixerContext.shard`), from the model's and its own section and the tokens of a chunk, of which a rank has
+            two; None: it does.
     """
 
     build: Callable[[MixerSpec], Mixer]
@@ -236,12 +242,14 @@ class MixerKind:
     check_length: Callable[[Any, int], None] = lambda section, length: None
     takes_hidden_copies: bool = False
     reads: frozenset[str] = MIXER_FIELDS
-    part_obstacle: Callable[[Any, int], str | None] = lambda section, chunk: "it needs all tokens of a sequence"
+    part_obstacle: Callable[[ModelConfig, Any, int], str | None] = lambda model, section, chunk: (
+        "it needs all tokens of a sequence"
+    )
 
 
-def works_on_parts(section: Any, chunk: int) -> None:
+def works_on_parts(model: ModelConfig, section: Any, chunk: int) -> None:
     """Say of a mixer that it works on a rank's part of a sequence, whatever its settings are."""
-    del section, chunk
+    del model, section, chunk
 
 
 def check_heads(model: ModelConfig, name: str) -> None:

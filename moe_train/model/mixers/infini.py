@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from moe_train.config.base import Section
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
+from moe_train.distributed.context import ContextRanks
 from moe_train.model.cost import Attention, Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec, RecurrentState, Tensors
 from moe_train.model.layers import Linear
 from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
+from moe_train.model.mixers.chunks import join_chunks, memory_before, split_chunks
 from moe_train.model.parameters import Constant, InitialValue, OptimRule
 from moe_train.ops.aligned_blocks import AlignedBlocks, align
 from moe_train.ops.attention import attend
@@ -127,6 +129,8 @@ class InfiniMixer(Mixer):
             keys, queries = place(), place(is_compact=True) if x_BSD.shape[1] < columns else None
             advance = partial(self._advance, keys=keys, queries=queries)
             memory_BSHd, local_BSHd = context.state.append(new, advance)
+        elif context.sharing is not None:
+            memory_BSHd, local_BSHd = map(join_chunks, self._mix_chunks(new, context.sharing, wide))
         else:
             blocks = context.aligned_blocks(self.segment_length)
             segments = _Segments(blocks, blocks, None, blocks.split(offsets_BS < self.segment_length).any(2))
@@ -135,6 +139,16 @@ class InfiniMixer(Mixer):
         gate_H1 = self.beta.to(wide).sigmoid().unsqueeze(-1)
         mixed_BSHd = gate_H1 * memory_BSHd + (1 - gate_H1) * local_BSHd
         return self.output(mixed_BSHd.flatten(2).to(x_BSD.dtype)), context.shared
+
+    def _mix_chunks(self, new: Tensors, ranks: ContextRanks, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mix rows that ranks share: chunks are whole segments of one document, and only memories are handed on."""
+        chunks = {name: split_chunks(tensor) for name, tensor in new.items()}
+        before, offsets = memory_before(chunks["keys"].to(wide), chunks["values"].to(wide), ranks), chunks["offsets"]
+        tensors = self._empty_memories(len(offsets), wide, offsets.device)
+        tensors |= {"committed_matrix": before.matrix, "committed_total": before.total}
+        blocks = align(offsets, self.segment_length)
+        segments = _Segments(blocks, blocks, None, blocks.split(offsets < self.segment_length).any(2))
+        return self._mix(tensors, chunks, segments)[1]
 
     def _empty_memories(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Tensors:
         shape = (batch_size, self.num_kv_heads, self.head_dim, self.head_dim)
@@ -246,6 +260,15 @@ def _check_length(section: InfiniConfig, length: int) -> None:
         )
 
 
+def _obstacle(model: ModelConfig, section: InfiniConfig, chunk: int) -> str | None:
+    if section.memory == "delta":
+        return "model.infini.memory ('delta') reads what all segments before have written"
+    if chunk % section.segment_length:
+        size = section.segment_length
+        return f"a rank's chunk, {chunk} tokens, must be a multiple of model.infini.segment_length ({size})"
+    return "model.isolate_documents (True) lets segments begin on another rank" if model.isolate_documents else None
+
+
 def _state_bytes(spec: MixerSpec, length: int, element_bytes: int) -> int:
     heads, size = spec.model.attention_kv_heads, spec.model.attention_head_dim
     memories = 2 * heads * (size * size + size) * max(4, element_bytes)
@@ -298,4 +321,5 @@ INFINI = MixerKind(
     shapes=_shapes,
     check_length=_check_length,
     reads=frozenset({"num_heads", "num_kv_heads", "head_dim", "rope_theta"}),
+    part_obstacle=_obstacle,
 )

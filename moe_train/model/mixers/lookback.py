@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.distributed.context import ContextRanks
 from moe_train.model.decode_state import CacheSpec, RecurrentState, Tensors
 from moe_train.model.mixers.base import MixerContext
+from moe_train.model.mixers.chunks import join_chunks, rows_before, split_chunks
 
 
 def lookback_state(spec: CacheSpec, width: int, count: int = 1) -> RecurrentState:
@@ -34,8 +36,12 @@ def look_back(x_BSD: Tensor, context: MixerContext, state: RecurrentState | None
 
     Returns:
         K tensors [B, S, D] in the dtype of x.
+
+    Collective: All ranks that share the rows, if they are shared.
     """
     length = x_BSD.shape[1]
+    if context.sharing is not None and state is None:
+        return _look_back_in_chunks(x_BSD, context, context.sharing, count)
     if state is None:
         joined = F.pad(x_BSD, (0, 0, count, 0))
     else:
@@ -43,6 +49,16 @@ def look_back(x_BSD: Tensor, context: MixerContext, state: RecurrentState | None
     offsets_BS1 = context.tokens.offsets_BS.unsqueeze(-1)
     return [
         torch.where(offsets_BS1 >= back, joined[:, count - back : count - back + length], 0.0)
+        for back in range(1, count + 1)
+    ]
+
+
+def _look_back_in_chunks(x_BSD: Tensor, context: MixerContext, ranks: ContextRanks, count: int) -> list[Tensor]:
+    length = x_BSD.shape[1] // 2
+    joined = torch.cat((rows_before(x_BSD, count, ranks), split_chunks(x_BSD)), dim=1)  # (2B, K + c, D)
+    offsets_BS1 = context.tokens.offsets_BS.unsqueeze(-1)
+    return [
+        torch.where(offsets_BS1 >= back, join_chunks(joined[:, count - back : count - back + length]), 0.0)
         for back in range(1, count + 1)
     ]
 

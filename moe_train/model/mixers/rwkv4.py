@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.config.model import ModelConfig
+from moe_train.distributed.context import ContextRanks
 from moe_train.model.cost import Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec, RecurrentState, StateGroup, Tensors
 from moe_train.model.layers import Linear
-from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared
+from moe_train.model.mixers.base import Mixer, MixerContext, MixerKind, MixerSpec, Shared, works_on_parts
+from moe_train.model.mixers.chunks import all_chunks, join_chunks, own_chunks, split_chunks
 from moe_train.model.mixers.lookback import look_back, lookback_state
 from moe_train.model.parameters import Computed, InitialValue, OptimRule
-from moe_train.ops.wkv import Average, wkv
+from moe_train.ops.wkv import Average, chunk_sums, sums_before, wkv
 
 _LARGEST_DECAY = 20.0  # its exponential is the fading of a token; beyond, nothing but the token before counts anyway
 _SUMS = ("values", "weights", "exponent")
@@ -67,9 +69,22 @@ class RWKV4Mixer(Mixer):
         new = {"k": k_BSD.to(wide), "v": v_BSD.to(wide), "begins": begins_BS}
         if context.state is not None:
             average_BSD = context.state["average"].append(new)
+        elif context.sharing is not None:
+            average_BSD = self._average_in_chunks(new, context.sharing)
         else:
             _, average_BSD = self._advance(_empty(new["k"][:, 0]), new, None)
         return self.output((r_BSD.to(wide).sigmoid() * average_BSD).to(x_BSD.dtype)), context.shared
+
+    def _average_in_chunks(self, new: Tensors, ranks: ContextRanks) -> Tensor:
+        """Average over rows that ranks share: each chunk from the sums that those before hand on."""
+        wide = new["k"].dtype
+        w_D = -self.decay.to(wide).clamp(max=_LARGEST_DECAY).exp()
+        chunks = {name: split_chunks(tensor) for name, tensor in new.items()}
+        own = chunk_sums(chunks["k"], chunks["v"], w_D, chunks["begins"])  # (4, 2B, D)
+        everyone = all_chunks(own.transpose(0, 1), ranks)  # (B, 2P, 4, D)
+        before = sums_before(everyone.transpose(1, 2)).transpose(1, 2)  # (B, 2P, 3, D)
+        entering = dict(zip(_SUMS, own_chunks(before, ranks).unbind(1), strict=True))
+        return join_chunks(self._advance(entering, chunks, None)[1])
 
     def _advance(self, tensors: Tensors, new: Tensors, valid_BS: Tensor | None) -> tuple[Tensors, Tensor]:
         wide = new["k"].dtype
@@ -113,4 +128,5 @@ RWKV4 = MixerKind(
     cost=_cost,
     shapes=_shapes,
     reads=frozenset(),  # there are no heads
+    part_obstacle=works_on_parts,
 )

@@ -44,8 +44,8 @@ class MoELayer(FeedForward):
         """
         x_TD, num_sequences = x_BSD.flatten(0, 1), x_BSD.shape[0]  # (B, S, D) -> (T, D)
         with record_function("moe/route"):
-            sharing = None if context.shard is None else context.shard.ranks.group
-            routing = self.router(x_TD, context.tokens.keys_BS.flatten(), num_sequences, sharing)
+            group = None if context.shard is None else context.shard.ranks.group
+            routing = self.router(x_TD, context.tokens.keys_BS.flatten(), num_sequences, group)
             routing = self.capacity.apply(routing, num_sequences, self.training)
         with record_function("moe/dispatch"):
             first, *later = self.dispatcher.plan(x_TD, routing)
