@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.runner.peak import STEP, peak_bytes
@@ -21,10 +22,12 @@ from moe_train.config.load import load_config
 from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.bootstrap import discover_world, init_process_group
 from moe_train.distributed.collectives import barrier
+from moe_train.distributed.context import ContextRanks
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.model.step_size import StepSize
 from moe_train.model.transformer import Tokens
-from moe_train.train.engine.build import make_engine
+from moe_train.train.batches import make_tokens, own_targets
+from moe_train.train.engine.build import make_engine, sharing_ranks
 from moe_train.train.engine.engine import TrainEngine
 
 _LEARNING_RATE = 1e-4
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
         engine = make_engine(config, device, meter)
         for step in range(num_steps):
-            batches = make_batches(config, world.rank, world.world_size, step)
+            batches = make_batches(config, world.rank, world.world_size, step, sharing_ranks(config, engine.mesh))
             meter.reset()
             with meter.counting(), torch.profiler.record_function(STEP):
                 engine.train_step(batches, size_of(config), _LEARNING_RATE)
@@ -58,14 +61,18 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def make_batches(config: ResolvedConfig, rank: int, world_size: int, step: int) -> list[tuple[Tokens, torch.Tensor]]:
-    """Draw random tokens of this rank for one step."""
+def make_batches(
+    config: ResolvedConfig, rank: int, world_size: int, step: int, sharing: ContextRanks | None = None
+) -> list[tuple[Tokens, torch.Tensor]]:
+    """Draw random tokens for one step: this rank's, or its part of those that it shares."""
     micro, length = config.train.micro_batch_size, config.train.sequence_length
-    draws, found = torch.Generator().manual_seed(1000 * step + rank), []
+    reader = rank // config.parallel.context_parallel_size
+    draws, found, device = torch.Generator().manual_seed(1000 * step + reader), [], torch.device("cpu")
     for number in range(config.accumulation):
-        ids = torch.randint(0, config.model.vocab_size, (micro, length + 1), generator=draws)
-        sequences_B = torch.arange(micro) + micro * (rank + world_size * number)
-        found.append((Tokens(ids[:, :-1].contiguous(), sequences_B, step), ids[:, 1:].contiguous()))
+        ids = torch.randint(0, config.model.vocab_size, (micro, length + 1), generator=draws).numpy()
+        sequences_B = np.arange(micro) + micro * (reader + world_size * number)
+        tokens = make_tokens(ids[:, :-1], sequences_B, step, None, device, sharing)
+        found.append((tokens, own_targets(ids[:, 1:], sharing, device)))
     return found
 
 

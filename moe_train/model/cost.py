@@ -70,6 +70,8 @@ class MixerCost:
         work: fp32 elements that the backward pass needs temporarily.
         elementwise: Elementwise work.
         attention: Attention; None: it has none.
+        exchanged: Elements that ranks that share a sequence send each other, keys and values, in the model's dtype;
+            fp32 gradients of them travel back. What is sent for a chunk, not for a token, does not count.
     """
 
     products: tuple[Product, ...]
@@ -80,6 +82,7 @@ class MixerCost:
     work: int = 0
     elementwise: tuple[Elementwise, ...] = ()
     attention: Attention | None = None
+    exchanged: int = 0
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
     norm = _norm_bytes(e, device) * tokens * config.hidden_size
     kept = norm + e * tokens * mixer.kept + _WIDE * tokens * mixer.kept_fp32
     kept += _norm_bytes(e, device) * tokens * mixer.normed
-    work = _WIDE * tokens * (3 * config.hidden_size + mixer.work)
+    work = _WIDE * tokens * (3 * config.hidden_size + mixer.work) + _exchange_work(mixer.exchanged, layout)
     held = e * tokens * (config.hidden_size + mixer.handed_up)
     elements = layer.dense + layer.experts // layout.ep_size
     if layer.feed_forward is not None:
@@ -94,6 +94,17 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
         return BlockMemory(saved, held, max(work, e * tokens * dense.work), 0.0, elements)
     own, extra, buffers = _moe_memory(shape, layout, loads, device)
     return BlockMemory(kept + norm + own, held, max(work, extra), buffers, elements)
+
+
+def _exchange_work(exchanged: int, layout: Layout) -> float:
+    """Compute the bytes that attention needs beside for keys and values of other ranks, in its backward pass."""
+    size, e = layout.context_size, layout.dtype_bytes
+    if size == 1:
+        return 0.0
+    # This rank's own together, what has been gathered or is held and arriving, and their gradients: those of all ranks
+    # and what arrives from all, or the share of one step and what arrives.
+    held, shares = (size, 2 * size) if layout.context_exchange == "all_gather" else (2, 3)
+    return float(layout.tokens * exchanged * (e * (1 + held) + _WIDE * shares))
 
 
 def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ rank, K top_k, R rows at the experts of a rank, V vocabulary; e bytes per elemen
 from dataclasses import dataclass
 
 from moe_train.config.registry import load_part
-from moe_train.model.cost import FeedForwardCost, MixerCost, RouterCost
+from moe_train.model.cost import Attention, FeedForwardCost, MixerCost, RouterCost
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.rates import Rates
@@ -154,19 +154,30 @@ def _stated(cost: MixerCost | FeedForwardCost, layout: Layout, rates: Rates) -> 
 
 
 def _mixer(cost: MixerCost, layout: Layout, rates: Rates) -> Pass:
-    tokens, length, e = layout.tokens, layout.sequence_length, layout.dtype_bytes
+    tokens, e = layout.tokens, layout.dtype_bytes
     work = _stated(cost, layout, rates)
     if cost.normed:
         work += _elementwise(rates, tokens * cost.normed, _norm(rates, e))
     if cost.attention is None:
         return work
-    window = cost.attention.window or length
-    heads = layout.micro_batch * cost.attention.num_heads
-    scores = heads * layout.copies * _scores(length, window, cost.attention.head_dim, rates)
+    return work + attention_work(cost.attention, layout, rates)
+
+
+def attention_work(attention: Attention, layout: Layout, rates: Rates) -> Pass:
+    """Compute the time of the scores of attention and of what is read by them, without the projections.
+
+    Args:
+        attention: Attention of a layer.
+        layout: Layout of the run; ranks that share sequences have equal parts of the visible pairs.
+        rates: Speed of the machine.
+    """
+    length, window = layout.sequence_length, attention.window or layout.sequence_length
+    heads = layout.micro_batch * attention.num_heads / layout.context_size
+    scores = heads * layout.copies * _scores(length, window, attention.head_dim, rates)
     if layout.copies > 1:
-        hidden, keys = length * (layout.copies - 1), cost.attention.hidden_keys
-        scores += heads * _masked_scores(hidden, keys, cost.attention.head_dim, rates)
-    return work + Pass(scores, _ATTENTION_BACKWARD * scores)
+        hidden, keys = length * (layout.copies - 1), attention.hidden_keys
+        scores += heads * _masked_scores(hidden, keys, attention.head_dim, rates)
+    return Pass(scores, _ATTENTION_BACKWARD * scores)
 
 
 def _scores(length: int, window: int, size: int, rates: Rates) -> float:

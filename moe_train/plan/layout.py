@@ -97,7 +97,7 @@ class Layout:
         node_size: Ranks per node.
         ep_size: Ranks that share the experts of a layer.
         zero_stage: Stage of DeepSpeed ZeRO.
-        micro_batch: Sequences per rank and pass.
+        micro_batch: Sequences per rank, or per ranks that share sequences, and pass.
         accumulation: Passes per step.
         sequence_length: Tokens per sequence.
         precision: Precision of the model, bf16, fp16 or fp32.
@@ -110,6 +110,8 @@ class Layout:
         copies: Copies of every token that pass the blocks, the original included.
         bucket_elements: Elements of ZeRO's gradient bucket.
         loss_chunk_tokens: Tokens whose logits exist at a time, as given; None: by their size.
+        context_size: Ranks that share sequences.
+        context_exchange: How their keys and values meet.
     """
 
     world_size: int
@@ -129,16 +131,18 @@ class Layout:
     copies: int = 1
     bucket_elements: int = _BUCKET_ELEMENTS
     loss_chunk_tokens: int | None = None
+    context_size: int = 1
+    context_exchange: str = "all_gather"
 
     @property
     def tokens(self) -> int:
         """Tokens per rank and pass that the blocks compute, hidden copies included."""
-        return self.micro_batch * self.sequence_length * self.copies
+        return self.micro_batch * self.sequence_length * self.copies // self.context_size
 
     @property
     def predictions(self) -> int:
         """Tokens per rank and pass that head and loss compute: one copy of each."""
-        return self.micro_batch * self.sequence_length
+        return self.micro_batch * self.sequence_length // self.context_size
 
     @property
     def dtype_bytes(self) -> int:
@@ -170,6 +174,11 @@ class Layout:
     def expert_parallel(self) -> RankGroup:
         """Group of the ranks that share the experts; they are consecutive."""
         return RankGroup(self.ep_size, _mean_on_node(self.ep_size, self.node_size, self.world_size))
+
+    @property
+    def context(self) -> RankGroup:
+        """Group of the ranks that share sequences; they are consecutive."""
+        return RankGroup(self.context_size, _mean_on_node(self.context_size, self.node_size, self.world_size))
 
     @property
     def expert_data_parallel(self) -> RankGroup:
@@ -250,6 +259,8 @@ def layout_of(resolved: ResolvedConfig, node_size: int) -> Layout:
         copies=resolved.model.hidden_copies.copies,
         bucket_elements=_bucket_elements(resolved),
         loss_chunk_tokens=train.loss_chunk_tokens,
+        context_size=parallel.context_parallel_size,
+        context_exchange=parallel.context_exchange,
     )
 
 

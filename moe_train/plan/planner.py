@@ -118,6 +118,7 @@ class Plan:
             "world_size": layout.world_size,
             "expert_parallel_size": layout.ep_size,
             "zero_stage": layout.zero_stage,
+            "context_parallel_size": layout.context_size,
             "micro_batch_size": layout.micro_batch,
             "gradient_accumulation": layout.accumulation,
             "recompute_activations": layout.recomputes,

@@ -19,8 +19,9 @@ def show_plan(plan: Plan, console: Console) -> None:
     count, layout = plan.shape.parameters, plan.layout
     ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
     console.print(f"parameters  {count.total:,} total, {count.active:,} active per token")
+    context = f", context parallel {layout.context_size}" if layout.context_size > 1 else ""
     console.print(
-        f"layout      {ranks}, expert parallel {layout.ep_size}, ZeRO {layout.zero_stage}, "
+        f"layout      {ranks}, expert parallel {layout.ep_size}{context}, ZeRO {layout.zero_stage}, "
         f"micro-batch {layout.micro_batch} x {layout.accumulation}, dispatch {layout.dispatch} in {layout.chunks}, "
         f"{layout.precision}{', recomputation' if layout.recomputes else ''}",
         soft_wrap=True,

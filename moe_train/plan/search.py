@@ -1,8 +1,8 @@
 """Search for the fastest layout of a configuration that fits; every candidate is planned by arithmetic.
 
 The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute_activations, dispatch and chunks. The
-global batch stays the same, so that every candidate takes the same steps. Memory is planned first: a layout that does
-not fit is not timed, and recomputation is tried only where it is needed.
+global batch stays the same, so that every candidate takes the same steps; so does context_parallel_size. Memory is
+planned first: a layout that does not fit is not timed, and recomputation is tried only where it is needed.
 """
 
 from collections.abc import Iterator
@@ -116,7 +116,7 @@ def apply_layout(config: Config, layout: Layout) -> Config:
         config: Configuration as loaded.
         layout: Layout of a candidate.
     """
-    batch = layout.micro_batch * layout.accumulation * layout.world_size
+    batch = layout.micro_batch * layout.accumulation * layout.world_size // layout.context_size
     parallel = {
         "expert_parallel_size": layout.ep_size,
         "zero_stage": layout.zero_stage,

@@ -5,7 +5,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from moe_train.plan.compute import BlockWork, Pass, around_operations, block_work, head_work
+from moe_train.plan.compute import NOTHING, BlockWork, Pass, around_operations, attention_work, block_work, head_work
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.rates import Rates
@@ -16,6 +16,7 @@ from moe_train.plan.traffic import (
     Reduction,
     Sent,
     gradient_reductions,
+    key_value_exchange,
     latency,
     layer_traffic,
     send_seconds,
@@ -32,6 +33,7 @@ TERMS = (
     "head_and_loss",
     "recomputation",
     "all_to_all",
+    "key_value_exchange",
     "gradient_reduction",
     "weight_gathering",
     "small_reductions",
@@ -106,7 +108,9 @@ def step_traffic(shape: ModelShape, layout: Layout, loads: RowLoads, states: Mod
         "all_to_all_forward": layer.forward * (again * number),
         "all_to_all_backward": layer.backward * number,
     }
+    forward, backward = key_value_exchange(shape, layout)
     lists = {
+        "key_value_exchange": (forward * again + backward) * layout.accumulation,
         "gradient_reduction": gradient_reductions(states, layout),
         "weight_gathering": weight_gathers(states, layout),
         "small_reductions": small_reductions(shape, states, layout),
@@ -150,7 +154,7 @@ def plan_step(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelS
             exchanged, hidden = exchanged + shown, hidden + behind
             again = work.experts.forward if layout.recomputes else 0.0
             varying += _both(work.experts) + again + shown
-    times["all_to_all"] = exchanged
+    times["all_to_all"], times["key_value_exchange"] = exchanged, _meet(shape, layout, rates)
     times["operations"] = _both(host)
     times = {name: seconds * layout.accumulation for name, seconds in times.items()}
     varying, hidden = varying * layout.accumulation, hidden * layout.accumulation
@@ -207,6 +211,18 @@ def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rat
         shown += fixed + moving - can_hide
         behind += can_hide
     return shown, behind
+
+
+def _meet(shape: ModelShape, layout: Layout, rates: Rates) -> float:
+    """Compute the seconds in which keys and values of shared sequences travel, in one micro-batch, and nothing else."""
+    forward, backward = key_value_exchange(shape, layout)
+    moving = [sum(each.seconds(rates.machine) for each in found) for found in (forward, backward)]
+    if layout.context_exchange == "ring" and not rates.is_cpu:  # each block but the last hides a hop
+        works = [layer.mixer.attention for layer in shape.layers if layer.mixer.exchanged and layer.mixer.attention]
+        behind = sum((attention_work(each, layout, rates) for each in works), NOTHING)
+        share = (layout.context_size - 1) / layout.context_size
+        moving = [max(0.0, moving[0] - share * behind.forward), max(0.0, moving[1] - share * behind.backward)]
+    return moving[0] * (2 if layout.recomputes else 1) + moving[1]
 
 
 def _add_reductions(

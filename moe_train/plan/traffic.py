@@ -10,7 +10,7 @@ Legend: T tokens per rank, K top_k, E experts, x experts on a rank of the group,
 from dataclasses import dataclass
 
 from moe_train.config.machine import Link, Machine, Network
-from moe_train.model.moe.balance.build import balance_kinds
+from moe_train.model.moe.balance.build import balance_kinds, needed_sums
 from moe_train.plan.activations import payload_bytes
 from moe_train.plan.layout import Layout, RankGroup, dispatch_hops
 from moe_train.plan.loads import RowLoads
@@ -155,6 +155,29 @@ def layer_traffic(shape: ModelShape, layout: Layout, loads: RowLoads) -> LayerTr
     return LayerTraffic(passed + counts, passed, (forward[0], forward[1]), (operations[0], operations[1]))
 
 
+def key_value_exchange(shape: ModelShape, layout: Layout) -> tuple[list[Reduction], list[Reduction]]:
+    """List how keys and values of shared sequences travel in a micro-batch: in a forward pass, and in a backward pass.
+
+    With X bytes of a rank's keys and values in a layer, a forward pass sends (P - 1) X. A backward pass sends as much
+    again, and (P - 1) X' for their fp32 gradients, or P X' in a ring, which takes them home.
+
+    Args:
+        shape: Sizes of the model.
+        layout: Layout of the run.
+    """
+    size, ranks = layout.context_size, layout.context
+    elements = [layer.mixer.exchanged for layer in shape.layers if layer.mixer.exchanged]
+    if size == 1 or not elements:
+        return [], []
+    own, number = float(layout.tokens * sum(elements)), len(elements)
+    is_ring = layout.context_exchange == "ring"
+    hops = size - 1 if is_ring else 1
+    keys = Reduction("all_gather", ranks, size * own * layout.dtype_bytes, hops * number)
+    # A reduction of B bytes sends (P - 1)/P B. In a ring, gradients make P hops.
+    whole = own * _SUM_BYTES * size * (size / (size - 1) if is_ring else 1)
+    return [keys], [keys, Reduction("all_gather", ranks, whole, (size if is_ring else 1) * number)]
+
+
 def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
     """List ZeRO's reductions of gradients per step: dense tensors over all ranks, experts over ranks with the same.
 
@@ -205,7 +228,7 @@ def weight_gathers(states: ModelStates, layout: Layout) -> list[Reduction]:
 
 
 def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> list[Reduction]:
-    """List the sums of few numbers over all ranks: balance terms of each pass, gradient norms and overflow flags.
+    """List the sums of few numbers over ranks: balance terms of each pass, gradient norms and overflow flags.
 
     Args:
         shape: Sizes of the model.
@@ -221,6 +244,11 @@ def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> 
     if shape.num_moe_layers and any(kind.remembers(moe, section) for _, kind, section in balance_kinds(moe)):
         size = _STEP_SUMS * _WIDE_BYTES * shape.num_moe_layers * moe.num_experts
         found.append(Reduction("all_reduce", layout.world, float(size), 1))  # once per step
+    needed = needed_sums(moe) if shape.num_moe_layers else frozenset()
+    if layout.context_size > 1 and "sequence_balance" in needed:  # counts and probabilities of every sequence
+        times = (3 if layout.recomputes else 2) * layout.accumulation * shape.num_moe_layers
+        size = 2 * _SUM_BYTES * layout.micro_batch * moe.num_experts
+        found.append(Reduction("all_reduce", layout.context, float(times * size), times))
     norms = len(states.groups) + 2
     found.append(Reduction("all_reduce", layout.world, float(_SUM_BYTES * norms), norms))
     return found

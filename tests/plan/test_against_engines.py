@@ -1,6 +1,7 @@
 """Model states, peak memory and bytes of the plan, all-to-alls' and ZeRO's, against real engines on gloo ranks."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.plan_check.memory import make_batches, size_of, state_bytes
 from benchmarks.runner.peak import STEP, peak_bytes
 from moe_train.config.load import load_config
+from moe_train.distributed.observer import CommObserver
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.plan.devices import DEVICES
 from moe_train.plan.layout import Cluster
@@ -20,6 +22,7 @@ from tests.ranks import RankPool
 from tests.resolved import resolve_for
 
 CPU = DEVICES["h100"].model_copy(update={"device": "cpu"})
+LONG = {"train.sequence_length": 1024, "train.micro_batch_size": 1, "train.recompute_activations": True}
 CASES = [
     (1, {"parallel.zero_stage": 1}),
     (1, {"parallel.zero_stage": 2, "train.global_batch_size": 8, "train.precision": "bf16"}),
@@ -39,30 +42,36 @@ CASES = [
             "train.recompute_activations": True,
         },
     ),
+    (2, {"parallel.context_parallel_size": 2, "parallel.expert_parallel_size": 1, **LONG}),
+    (4, {"parallel.context_parallel_size": 4, "parallel.context_exchange": "ring", "parallel.zero_stage": 3, **LONG}),
 ]
 ALWAYS = (3,)  # by `make test`; the others, of each stage and number of ranks, take a minute
 
 
 def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    from moe_train.train.engine.build import make_engine
+    from moe_train.train.engine.build import make_engine, sharing_ranks
 
     config, device = resolve_for(load_config(given, program="test"), world_size), torch.device("cpu")
+    keys = TrafficMeter(device)
     meter, kinds = TrafficMeter(device), [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
         engine = make_engine(config, device, meter)
+        sharing = sharing_ranks(config, engine.mesh)
+        if sharing is not None:
+            sharing = replace(sharing, observer=CommObserver(keys))
         for step in range(2):
-            batches = make_batches(config, rank, world_size, step)
+            batches = make_batches(config, rank, world_size, step, sharing)
             meter.reset()
-            with meter.counting(), torch.profiler.record_function(STEP):
+            keys.reset()
+            with meter.counting(), keys.counting(), torch.profiler.record_function(STEP):
                 engine.train_step(batches, size_of(config), 1e-4)
-    return {"states": state_bytes(engine), "peak": peak_bytes(profile), "bytes": meter.read().num_bytes}
-
-
-@pytest.fixture(scope="module")
-def pool1():
-    with RankPool(1) as pool:
-        yield pool
+    return {
+        "states": state_bytes(engine),
+        "peak": peak_bytes(profile),
+        "bytes": meter.read().num_bytes,
+        "keys": keys.read().num_bytes,
+    }
 
 
 @pytest.mark.parametrize(
@@ -81,6 +90,20 @@ def test_states_peak_and_all_to_all_bytes(ranks: int, changes: dict, request: py
     sent = parts["all_to_all_forward"].total + parts["all_to_all_backward"].total
     # Routing is random: a few percent of the expected rows for so few tokens.
     assert sent == pytest.approx(sum(each["bytes"] for each in found) / ranks, rel=0.03)
+    assert [each["keys"] for each in found] == [parts["key_value_exchange"].total] * ranks
+
+
+@pytest.mark.slow
+def test_activations_fall_where_ranks_share_sequences(pool1: RankPool, pool2: RankPool) -> None:
+    activations = []
+    for ranks, pool in ((1, pool1), (2, pool2)):
+        changes = {"parallel.context_parallel_size": ranks, "parallel.expert_parallel_size": 1, **LONG}
+        given = options(SMALL, changes | {"train.sequence_length": 4096})
+        peak = max(each["peak"] for each in pool.run(run_steps, given, timeout=200))
+        memory = make_plan(load_config(given, program="test"), VOCAB, Question(Cluster(1, ranks, CPU))).memory
+        assert memory.moment.startswith("backward of block")
+        activations.append(peak - (memory.total - memory.parts["activations"]))
+    assert activations[0] >= 1.6 * activations[1], activations
 
 
 class RingBytes(TorchDispatchMode):

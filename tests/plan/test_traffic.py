@@ -71,3 +71,22 @@ def test_stage_two_reduces_after_every_pass() -> None:
     often = planned(parallel__zero_stage=2)
     assert often.layout.accumulation == 4
     assert often.traffic.parts["gradient_reduction"].total == pytest.approx(4 * once)
+
+
+def test_keys_and_values_of_shared_sequences() -> None:
+    size, accumulation = 4, 2
+    changes = {"parallel__context_parallel_size": size, "train__micro_batch_size": 16}
+    plan, ring = (planned(**changes, parallel__context_exchange=way) for way in ("all_gather", "ring"))
+    assert plan.layout.accumulation == accumulation and plan.layout.tokens == 16 * 2048 // size
+    keys = 2 * 4 * 128 * plan.layout.tokens  # 2 G d elements of a token
+    once = accumulation * plan.shape.config.num_layers
+    there = 2 * (size - 1) * keys * 2  # in both passes, bf16
+    assert plan.traffic.parts["key_value_exchange"].total == once * (there + (size - 1) * keys * 4)
+    assert ring.traffic.parts["key_value_exchange"].total == once * (there + size * keys * 4)  # gradients go home
+    assert plan.traffic.parts["key_value_exchange"].inter_node == 0  # eight ranks a node
+    again = planned(**changes, train__recompute_activations=True).traffic.parts["key_value_exchange"].total
+    assert again == plan.traffic.parts["key_value_exchange"].total + once * (size - 1) * keys * 2
+    assert ring.step.terms["key_value_exchange"] < plan.step.terms["key_value_exchange"]  # hidden behind blocks
+    alone = planned(train__micro_batch_size=16 // size)
+    assert alone.traffic.parts["key_value_exchange"].total == alone.step.terms["key_value_exchange"] == 0
+    assert alone.layout.tokens == plan.layout.tokens

@@ -210,6 +210,7 @@ def _cost(spec: MixerSpec) -> MixerCost:
         work=3 * queries,
         elementwise=(Elementwise(rotated, *_ROTARY_BYTES),),
         attention=Attention(model.num_heads, model.attention_head_dim, model.layer_windows[spec.layer], hidden_keys),
+        exchanged=2 * keys,
     )
 
 
