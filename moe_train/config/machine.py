@@ -21,7 +21,7 @@ class Link(Section):
     bytes_per_second: PositiveFloat
     """Bytes per second that one rank sends to others while all ranks of the group send; what a rank keeps for itself
     does not count. With n ranks and B bytes per rank, a rank sends (n - 1)/n B in an all-to-all and in an all-gather of
-    n parts of B/n, and twice as much in an all-reduce."""
+    n parts of B/n, twice as much in an all-reduce, and B in a hop of a ring."""
 
 
 class Network(Section):
@@ -33,6 +33,8 @@ class Network(Section):
     """Sum over all ranks."""
     all_gather: Link
     """All-gather; a reduce-scatter takes as long."""
+    ring: Link | None = None
+    """Hop of a ring: every rank sends to the next one, and receives from the one before. None: as an all-gather."""
 
 
 class Product(Section):

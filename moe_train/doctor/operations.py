@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_train.distributed.collectives import Group, group_rank, group_size
 
-OPERATIONS = ("all_to_all", "all_reduce", "all_gather")
+OPERATIONS = ("all_to_all", "all_reduce", "all_gather", "ring")
 # The dtypes that training sends: activations and gradients, counts, and fp8 rows as bytes.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 _LARGEST = 199  # integers up to 256 are exact in bf16, and up to 255 in a byte
@@ -26,7 +26,7 @@ class Prepared:
         run: Runs the operation once.
         is_right: Returns whether the buffers hold the right result, after the first run.
         sent_bytes: Bytes that a rank sends to other ranks in one run: (P - 1)/P of its buffer; twice that for an
-            all-reduce.
+            all-reduce; all of it for a hop of a ring.
     """
 
     run: Callable[[], None]
@@ -41,7 +41,8 @@ def prepare(
 
     Args:
         operation: One of OPERATIONS.
-        num_bytes: Size of the whole buffer: a rank's rows, the tensor to sum, or the gathered tensor.
+        num_bytes: Size of the whole buffer: a rank's rows, the tensor to sum, the gathered tensor, or what a rank
+            sends to the next one.
         dtype: Dtype of the elements.
         device: Device of this rank.
         group: Process group.
@@ -53,6 +54,8 @@ def prepare(
         return _all_to_all(share, dtype, device, group, uneven)
     if operation == "all_reduce":
         return _all_reduce(share * size, dtype, device, group)
+    if operation == "ring":
+        return _ring(share * size, dtype, device, group)
     return _all_gather(share, dtype, device, group)
 
 
@@ -114,3 +117,21 @@ def _all_gather(share: int, dtype: torch.dtype, device: torch.device, group: Gro
         gather(result, given, group=group)
 
     return Prepared(run, lambda: torch.equal(result, wanted), (size - 1) * share * dtype.itemsize)
+
+
+def _ring(num: int, dtype: torch.dtype, device: torch.device, group: Group) -> Prepared:
+    """One hop, as keys and values of a shared sequence make it: to the next rank, and from the one before."""
+    rank, size = group_rank(group), group_size(group)
+    before, after = (rank - 1) % size, (rank + 1) % size
+    given, wanted = (_pattern(num, source, 0, dtype, device) for source in (rank, before))
+    result = torch.empty_like(wanted)
+    operations = [
+        dist.P2POp(dist.isend, given, group=group, group_peer=after),
+        dist.P2POp(dist.irecv, result, group=group, group_peer=before),
+    ]
+
+    def run() -> None:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+    return Prepared(run, lambda: torch.equal(result, wanted), num * dtype.itemsize)

@@ -67,7 +67,7 @@ class Reduction:
     """Collective operations of one kind in a step.
 
     Attributes:
-        kind: Kind of the operations, all_reduce or all_gather; a reduce-scatter counts as an all-gather.
+        kind: Kind of the operations, all_reduce, all_gather or ring; a reduce-scatter counts as an all-gather.
         ranks: RankGroup of the group.
         num_bytes: Bytes of the tensors, summed over all operations.
         operations: Number of operations.
@@ -121,8 +121,8 @@ def latency(machine: Machine, kind: str, ranks: RankGroup) -> float:
 def link_of(network: Network | None, kind: str) -> Link:
     """Return the link rates of an operation; `layout.Cluster` has checked that the machine has the network."""
     assert network is not None
-    found: Link = getattr(network, kind)
-    return found
+    found: Link | None = getattr(network, kind)
+    return network.all_gather if found is None else found
 
 
 def layer_traffic(shape: ModelShape, layout: Layout, loads: RowLoads) -> LayerTraffic:
@@ -172,10 +172,11 @@ def key_value_exchange(shape: ModelShape, layout: Layout) -> tuple[list[Reductio
     own, number = float(layout.tokens * sum(elements)), len(elements)
     is_ring = layout.context_exchange == "ring"
     hops = size - 1 if is_ring else 1
-    keys = Reduction("all_gather", ranks, size * own * layout.dtype_bytes, hops * number)
+    kind = "ring" if is_ring else "all_gather"
+    keys = Reduction(kind, ranks, size * own * layout.dtype_bytes, hops * number)
     # A reduction of B bytes sends (P - 1)/P B. In a ring, gradients make P hops.
     whole = own * _SUM_BYTES * size * (size / (size - 1) if is_ring else 1)
-    return [keys], [keys, Reduction("all_gather", ranks, whole, (size if is_ring else 1) * number)]
+    return [keys], [keys, Reduction(kind, ranks, whole, (size if is_ring else 1) * number)]
 
 
 def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:

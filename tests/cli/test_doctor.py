@@ -55,7 +55,7 @@ def test_ranks_of_one_host(tmp_path: Path) -> None:
     assert report["folder"]["path"] == str(tmp_path)
     assert list(tmp_path.iterdir()) == []
     found = {(each["operation"], each["scope"], each["bytes"]) for each in report["collectives"]}
-    assert {(name, "within", 1024) for name in ("all_to_all", "all_reduce", "all_gather")} <= found
+    assert {(name, "within", 1024) for name in ("all_to_all", "all_reduce", "all_gather", "ring")} <= found
     assert all(each["correct"] and each["seconds"] > 0 for each in report["collectives"])
     assert {(link["source"], link["target"]) for link in report["links"]} == {
         (a, b) for a in range(4) for b in range(4) if a != b

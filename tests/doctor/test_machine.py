@@ -41,6 +41,7 @@ def test_network_needs_all_operations() -> None:
     assert fit_network([timing(1.0)], "within") is None
     found = fit_network([timing(1.0, operation=name) for name in ("all_reduce", "all_gather", "all_to_all")], "within")
     assert found is not None and found.all_reduce.bytes_per_second == pytest.approx(1000.0)
+    assert found.ring is None  # measured by earlier versions, or not at all
 
 
 def test_products_that_all_ranks_have() -> None:
