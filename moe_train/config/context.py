@@ -10,14 +10,20 @@ from moe_train.config.root import Config
 
 
 def sequence_readers(config: Config, world_size: int) -> tuple[int, str]:
-    """Count the parts of a micro-step that have different sequences, and name them: ranks, or ranks that share some.
+    """Count the ranks with sequences of their own; ranks that share sequences count as one.
 
     Args:
         config: Configuration as loaded.
         world_size: Number of ranks.
+
+    Returns:
+        The number, and a note for messages that name it; empty if all ranks count.
     """
     size = config.parallel.context_parallel_size
-    return world_size // size, "ranks" if size == 1 else "ranks / parallel.context_parallel_size"
+    note = (
+        "" if size == 1 else f", where parallel.context_parallel_size ({size}) ranks share sequences and count as one"
+    )
+    return world_size // size, note
 
 
 def check_context(config: Config, world_size: int) -> None:

@@ -258,19 +258,19 @@ def router_lr_factor(config: Config) -> float:
 
 def _batch_sizes(config: Config, world_size: int) -> tuple[int, int]:
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    readers, words = sequence_readers(config, world_size)
+    readers, note = sequence_readers(config, world_size)
     if batch is None:
         assert micro != "auto", "the train section needs global_batch_size with it"
         return micro, micro * readers
     if micro == "auto":
         if batch % readers:
-            raise UsageError(f"train.global_batch_size ({batch}) must be divisible by the {words} ({readers})")
+            raise UsageError(f"train.global_batch_size ({batch}) must be divisible by the ranks ({readers}){note}")
         share = batch // readers
         return max(size for size in range(1, AUTO_MICRO_BATCH + 1) if share % size == 0), batch
     if batch % (micro * readers):
         raise UsageError(
-            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size x {words} "
-            f"({micro} x {readers} = {micro * readers})"
+            f"train.global_batch_size ({batch}) must be divisible by train.micro_batch_size x ranks "
+            f"({micro} x {readers} = {micro * readers}){note}"
         )
     return micro, batch
 

@@ -126,7 +126,8 @@ class TrainConfig(Section):
     """Sequences of one rank, or of ranks that share sequences, in one forward and backward pass; auto: the largest
     number up to 8 that divides a rank's share of global_batch_size."""
     global_batch_size: PositiveInt | None = None
-    """Sequences of one optimizer step over all ranks; None: micro_batch_size x ranks, no gradient accumulation."""
+    """Sequences of one optimizer step over all ranks; None: micro_batch_size x ranks, no gradient accumulation (ranks
+    that share sequences count as one)."""
     sequence_length: PositiveInt = 256
     """Tokens of one sequence."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

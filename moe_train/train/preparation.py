@@ -106,16 +106,16 @@ def _with_saved_batch(config: Config, world_size: int) -> Config:
     size, folder = saved
     is_given = "micro_batch_size" in train.model_fields_set and train.micro_batch_size != "auto"
     micro = int(train.micro_batch_size) if is_given else 1
-    readers, words = sequence_readers(config, world_size)
+    readers, note = sequence_readers(config, world_size)
     if size % (micro * readers):
-        sizes = f"train.micro_batch_size x {words} ({micro} x {readers} = {micro * readers})"
+        sizes = f"train.micro_batch_size x ranks ({micro} x {readers} = {micro * readers})"
         largest = max((each for each in range(1, micro + 1) if size % (each * readers) == 0), default=None)
         first = f"give --train.micro_batch_size={largest}" if largest else f"take ranks that divide {size}"
         multiple = math.ceil(size / (micro * readers)) * micro * readers
         raise UsageError(
             f"the global batch of {size} sequences, which comes from {folder} because no train.global_batch_size is "
-            f"given, must be divisible by {sizes if is_given else f'the {words} ({readers})'}: {first}, or change the "
-            f"steps that follow by --train.global_batch_size={multiple}"
+            f"given, must be divisible by {sizes if is_given else f'the ranks ({readers})'}{note}: {first}, or change "
+            f"the steps that follow by --train.global_batch_size={multiple}"
         )
     changes = {"global_batch_size": size} | ({} if is_given else {"micro_batch_size": "auto"})
     return config.model_copy(update={"train": train.model_copy(update=changes)})

@@ -42,7 +42,7 @@ def make(world=4, size=2, **sections):
         ({"train": {"compile": True}}, ["train.compile (True)", "context_parallel_size (2)"]),
         (
             {"train": {"global_batch_size": 6}},
-            ["train.global_batch_size (6)", "ranks / parallel.context_parallel_size", "2 x 2 = 4"],
+            ["train.global_batch_size (6)", "2 x 2 = 4", "parallel.context_parallel_size (2) ranks share"],
         ),
         ({"size": 1, "parallel": {"context_exchange": "ring"}}, ["context_exchange ('ring')", "no effect"]),
     ],
