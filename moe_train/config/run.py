@@ -37,9 +37,11 @@ class ParallelConfig(Section):
     """Ranks that share the tokens of a sequence (context parallelism), for sequences whose activations do not fit one
     rank. They are consecutive ranks. train.sequence_length must be a multiple of twice this number, and
     train.micro_batch_size is the number of sequences that these ranks have together."""
-    context_exchange: Literal["all_gather", "ring"] = "all_gather"
-    """How the keys and values of a shared sequence reach the other ranks. all_gather: all at once; ring: from rank to
-    rank while attention computes, so that a rank holds those of two ranks at a time. The numbers are the same."""
+    context_exchange: Literal["all_gather", "gather_once", "ring"] = "all_gather"
+    """How the keys and values of a shared sequence reach the other ranks. all_gather: all at once, for each layer and
+    pass; gather_once: all at once, for all layers that read them (model.kv_layers), which keeps them in memory; ring:
+    from rank to rank while attention computes, so that a rank holds those of two ranks at a time. The numbers are the
+    same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo) or cuda (NCCL); auto: cuda if a device is visible."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"

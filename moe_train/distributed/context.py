@@ -1,8 +1,9 @@
 """Context parallelism: ranks that share the tokens of a sequence, and how their keys and values meet.
 
-Two ways to exchange give the same numbers. `all_gather`: every rank gets the keys and values of all ranks at once, and
+All ways to exchange give the same numbers. `all_gather`: every rank gets the keys and values of all ranks at once, and
 sends every rank the gradients of its own. `ring`: they travel from rank to rank, each block while another computes.
-Either way a rank sends (P - 1) X bytes in a forward pass, where X are the bytes of its keys and values.
+`gather_once`: the layer that makes keys and values gathers them for all layers that read them, and they are kept. Any
+exchange of a layer sends (P - 1) X bytes in a forward pass, where X are the bytes of a rank's keys and values.
 Legend: P ranks, B batch, G key/value heads, s tokens of a rank, d head size.
 """
 
@@ -22,7 +23,7 @@ from moe_train.distributed.observer import UNOBSERVED, CommObserver
 from moe_train.ops.pending import Pending
 from moe_train.ops.ring_attention import Reach, zigzag_spans
 
-ExchangeName = Literal["all_gather", "ring"]
+ExchangeName = Literal["all_gather", "gather_once", "ring"]
 AddGradients = Callable[[int, Tensor, Tensor], None]
 """Function of a rank, its keys and values [2, B, G, s, d], and a tensor of their shape to which it adds gradients."""
 
@@ -92,12 +93,12 @@ def visit_key_values(
     Collective: All ranks of the group, which must take all that is yielded.
     """
     rank, size = ranks.rank, ranks.size
-    if ranks.exchange == "all_gather":
+    if ranks.exchange != "ring":
         gathered = _gather(own, ranks, direction)
-        yield from ((source, gathered[source]) for source in _order(rank, size))
+        yield from ((source, gathered[source]) for source in visiting_order(rank, size))
         return
     held = own.contiguous()
-    for step, source in enumerate(_order(rank, size)):
+    for step, source in enumerate(visiting_order(rank, size)):
         pending = _rotate(held, ranks, _KEYS, direction) if step + 1 < size else None
         yield source, held
         if pending is not None:
@@ -118,7 +119,7 @@ def gather_gradients(own: Tensor, add_gradients: AddGradients, ranks: ContextRan
     Collective: All ranks of the group.
     """
     wide = torch.promote_types(own.dtype, torch.float32)
-    if ranks.exchange == "all_gather":
+    if ranks.exchange != "ring":
         shares = own.new_zeros((ranks.size, *own.shape), dtype=wide)
         for source, held in visit_key_values(own, ranks, "backward"):
             add_gradients(source, held, shares[source])
@@ -134,6 +135,23 @@ def gather_gradients(own: Tensor, add_gradients: AddGradients, ranks: ContextRan
     return arriving.wait()
 
 
+def gather_key_values(k_BGsd: Tensor, v_BGsd: Tensor, ranks: ContextRanks) -> tuple[Tensor, Tensor]:
+    """Gather the keys and values of all ranks, for all layers that read them. Differentiable.
+
+    Args:
+        k_BGsd: Keys of this rank.
+        v_BGsd: Values of this rank.
+        ranks: Ranks that share the sequences.
+
+    Returns:
+        Keys and values of every rank, each [P, B, G, s, d].
+
+    Collective: All ranks of the group, in the backward pass too.
+    """
+    gathered: Tensor = _Gather.apply(torch.stack((k_BGsd, v_BGsd)), ranks)
+    return gathered[:, 0], gathered[:, 1]
+
+
 def gather_chunks(own: Tensor, ranks: ContextRanks) -> Tensor:
     """Gather what every rank has of its two chunks, in the order of the row. Differentiable.
 
@@ -146,25 +164,27 @@ def gather_chunks(own: Tensor, ranks: ContextRanks) -> Tensor:
 
     Collective: All ranks of the group, in the backward pass too.
     """
-    gathered: Tensor = _GatherChunks.apply(own, ranks)
+    gathered: Tensor = _Gather.apply(own, ranks)
     return torch.cat((gathered[:, 0], gathered[:, 1].flip(0)))  # (P, 2, ...) -> (2P, ...)
 
 
-class _GatherChunks(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     """Gather; every rank's loss may depend on it, so the gradient is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, ranks: ContextRanks) -> Tensor:
-        ctx.ranks = ranks
+        ctx.ranks, ctx.dtype = ranks, own.dtype
         return _gather(own, ranks, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scatter_sum(grads[0].contiguous(), ctx.ranks), None
+        wide = torch.promote_types(ctx.dtype, torch.float32)  # the sum over ranks is wide
+        return _scatter_sum(grads[0].to(wide).contiguous(), ctx.ranks).to(ctx.dtype), None
 
 
-def _order(rank: int, size: int) -> list[int]:
+def visiting_order(rank: int, size: int) -> list[int]:
+    """List the ranks in the order in which their keys are seen: first this rank, then those before it."""
     return [(rank - step) % size for step in range(size)]
 
 

@@ -2,7 +2,7 @@
 
 Each rank computes the outputs of its own tokens. Keys and values travel, queries do not. The backward pass sends them
 again, so that only tensors of a rank's own tokens are kept.
-Legend: B batch, H query heads, G key/value heads, s tokens of a rank, d head size.
+Legend: B batch, H query heads, G key/value heads, s tokens of a rank, d head size, P ranks.
 """
 
 from typing import Any
@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_train.distributed.context import ContextRanks, ContextShard, gather_gradients, visit_key_values
+from moe_train.distributed.context import (
+    ContextRanks,
+    ContextShard,
+    gather_gradients,
+    visit_key_values,
+    visiting_order,
+)
 from moe_train.ops.ring_attention import BlockGradients, MergedAttention, RowVisibility
 
 
@@ -41,6 +47,46 @@ def attention_with_logsumexp(
     """Compute `context_attention`, and the logsumexp of the scores [B, H, s], fp32 or wider, without a gradient."""
     visibility = RowVisibility(shard.length, window, shard.documents_BS, shard.reach)
     return _ContextAttention.apply(q_BHsd, k_BGsd, v_BGsd, visibility, shard.ranks)
+
+
+def gathered_attention(
+    q_BHsd: Tensor, k_PBGsd: Tensor, v_PBGsd: Tensor, shard: ContextShard, window: int | None = None
+) -> Tensor:
+    """Compute `context_attention` over keys and values that are here, from `gather_key_values`. Nothing is sent."""
+    visibility = RowVisibility(shard.length, window, shard.documents_BS, shard.reach)
+    mixed: Tensor = _GatheredAttention.apply(q_BHsd, k_PBGsd, v_PBGsd, visibility, shard.ranks)
+    return mixed
+
+
+class _GatheredAttention(torch.autograd.Function):
+    """Merged attention with its gradients, over the blocks of gathered keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHsd: Tensor, k_PBGsd: Tensor, v_PBGsd: Tensor, visibility: RowVisibility, ranks: ContextRanks
+    ) -> Tensor:
+        merged = MergedAttention(q_BHsd, visibility)
+        for source in visiting_order(ranks.rank, ranks.size):
+            for block in visibility.blocks(ranks.size, ranks.rank, source):
+                merged.add(block, k_PBGsd[source], v_PBGsd[source])
+        out_BHsd = merged.out_BHsd.to(q_BHsd.dtype)
+        ctx.save_for_backward(q_BHsd, k_PBGsd, v_PBGsd, out_BHsd, merged.lse_BHs)
+        ctx.visibility, ctx.ranks = visibility, ranks
+        return out_BHsd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BHsd: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q_BHsd, k_PBGsd, v_PBGsd, out_BHsd, lse_BHs = ctx.saved_tensors
+        visibility: RowVisibility = ctx.visibility
+        ranks: ContextRanks = ctx.ranks
+        gradients = BlockGradients(gradient_BHsd, q_BHsd, out_BHsd, lse_BHs, visibility)
+        wide = gradients.dq_BHsd.dtype
+        dk_PBGsd, dv_PBGsd = (torch.zeros_like(held, dtype=wide) for held in (k_PBGsd, v_PBGsd))
+        for source in visiting_order(ranks.rank, ranks.size):
+            for block in visibility.blocks(ranks.size, ranks.rank, source):
+                gradients.add(block, k_PBGsd[source], v_PBGsd[source], dk_PBGsd[source], dv_PBGsd[source])
+        return gradients.dq_BHsd.to(q_BHsd.dtype), dk_PBGsd.to(k_PBGsd.dtype), dv_PBGsd.to(v_PBGsd.dtype), None, None
 
 
 class _ContextAttention(torch.autograd.Function):

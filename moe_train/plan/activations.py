@@ -86,7 +86,10 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
     kept = norm + e * tokens * mixer.kept + _WIDE * tokens * mixer.kept_fp32
     kept += _norm_bytes(e, device) * tokens * mixer.normed
     work = _WIDE * tokens * (3 * config.hidden_size + mixer.work) + _exchange_work(mixer.exchanged, layout)
-    held = e * tokens * (config.hidden_size + mixer.handed_up)
+    if layout.context_exchange == "gather_once":  # what is handed up is of all ranks
+        kept += e * tokens * (layout.context_size - 1) * mixer.handed_up
+    ranks = layout.context_size if layout.context_exchange == "gather_once" else 1
+    held = e * tokens * (config.hidden_size + ranks * mixer.handed_up)
     elements = layer.dense + layer.experts // layout.ep_size
     if layer.feed_forward is not None:
         dense = layer.feed_forward
@@ -103,7 +106,7 @@ def _exchange_work(exchanged: int, layout: Layout) -> float:
         return 0.0
     # This rank's own together, what has been gathered or is held and arriving, and their gradients: those of all ranks
     # and what arrives from all, or the share of one step and what arrives.
-    held, shares = (size, 2 * size) if layout.context_exchange == "all_gather" else (2, 3)
+    held, shares = (2, 3) if layout.context_exchange == "ring" else (size, 2 * size)
     return float(layout.tokens * exchanged * (e * (1 + held) + _WIDE * shares))
 
 

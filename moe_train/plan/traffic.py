@@ -159,14 +159,17 @@ def key_value_exchange(shape: ModelShape, layout: Layout) -> tuple[list[Reductio
     """List how keys and values of shared sequences travel in a micro-batch: in a forward pass, and in a backward pass.
 
     With X bytes of a rank's keys and values in a layer, a forward pass sends (P - 1) X. A backward pass sends as much
-    again, and (P - 1) X' for their fp32 gradients, or P X' in a ring, which takes them home.
+    again, unless they were gathered once, and (P - 1) X' for their fp32 gradients, or P X' in a ring, which takes them
+    home.
 
     Args:
         shape: Sizes of the model.
         layout: Layout of the run.
     """
-    size, ranks = layout.context_size, layout.context
-    elements = [layer.mixer.exchanged for layer in shape.layers if layer.mixer.exchanged]
+    size, ranks, is_once = layout.context_size, layout.context, layout.context_exchange == "gather_once"
+    mixers = [layer.mixer for layer in shape.layers]
+    # Gathered once: by the layers that hand them up.
+    elements = [mixer.exchanged for mixer in mixers if mixer.exchanged and (mixer.handed_up or not is_once)]
     if size == 1 or not elements:
         return [], []
     own, number = float(layout.tokens * sum(elements)), len(elements)
@@ -176,7 +179,7 @@ def key_value_exchange(shape: ModelShape, layout: Layout) -> tuple[list[Reductio
     keys = Reduction(kind, ranks, size * own * layout.dtype_bytes, hops * number)
     # A reduction of B bytes sends (P - 1)/P B. In a ring, gradients make P hops.
     whole = own * _SUM_BYTES * size * (size / (size - 1) if is_ring else 1)
-    return [keys], [keys, Reduction(kind, ranks, whole, (size if is_ring else 1) * number)]
+    return [keys], [*([] if is_once else [keys]), Reduction(kind, ranks, whole, (size if is_ring else 1) * number)]
 
 
 def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:

@@ -44,6 +44,10 @@ CASES = [
     ),
     (2, {"parallel.context_parallel_size": 2, "parallel.expert_parallel_size": 1, **LONG}),
     (4, {"parallel.context_parallel_size": 4, "parallel.context_exchange": "ring", "parallel.zero_stage": 3, **LONG}),
+    (
+        2,
+        {"parallel.context_parallel_size": 2, "parallel.context_exchange": "gather_once", "model.kv_layers": 2, **LONG},
+    ),
 ]
 ALWAYS = (3,)  # by `make test`; the others, of each stage and number of ranks, take a minute
 

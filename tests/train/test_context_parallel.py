@@ -42,7 +42,7 @@ class Layout:
 LAYOUTS = (
     Layout(1, 1, 1, 1),
     Layout(2, 2, 1, 2),
-    Layout(4, 2, 2, 3, recompute=True),
+    Layout(4, 2, 2, 3, exchange="gather_once", recompute=True),
     Layout(4, 4, 2, 1, exchange="ring", recompute=True),
     Layout(4, 2, 4, 1, exchange="ring"),
 )

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from moe_train.config.model import HiddenCopiesConfig, ModelConfig
-from moe_train.distributed.context_attention import context_attention
+from moe_train.distributed.context import gather_key_values
+from moe_train.distributed.context_attention import context_attention, gathered_attention
 from moe_train.model.cost import Attention, Elementwise, MixerCost, Product
 from moe_train.model.decode_state import CacheSpec
 from moe_train.model.layers import Linear, RMSNorm
@@ -83,7 +84,8 @@ class AttentionMixer(Mixer):
         held = KeyValue.from_shared(shared)
         if context.shard is not None:
             shard = context.shard.in_layer(context.layer)
-            return context_attention(q_BHSd, held.k_BGCd, held.v_BGCd, shard, self.window)
+            attend_shared = gathered_attention if shard.ranks.exchange == "gather_once" else context_attention
+            return attend_shared(q_BHSd, held.k_BGCd, held.v_BGCd, shard, self.window)
         if context.tokens.is_whole:
             blocks = context.attention_blocks(self.window, self.head_dim, q_BHSd.dtype)
             if blocks is None:
@@ -103,6 +105,8 @@ class AttentionMixer(Mixer):
         if context.state is not None:
             new = KeyValue(k_BGSd, v_BGSd, tokens.positions_BS, tokens.documents_BS)
             return context.state.append(new, tokens.first_position).as_shared()
+        if context.sharing is not None and context.sharing.exchange == "gather_once":
+            k_BGSd, v_BGSd = gather_key_values(k_BGSd, v_BGSd, context.sharing)  # (B, ...) -> (P, B, ...)
         if tokens.is_whole:  # keys and queries are the same tokens
             return KeyValue(k_BGSd, v_BGSd, None, None).as_shared()
         positions_BS = None if tokens.first_position is not None else tokens.positions_BS

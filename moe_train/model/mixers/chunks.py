@@ -31,7 +31,7 @@ def all_chunks(own: Tensor, ranks: ContextRanks) -> Tensor:
 
 def own_chunks(chunks: Tensor, ranks: ContextRanks) -> Tensor:
     """Take the values of this rank's chunks. (B, 2P, ...) -> (2B, ...)."""
-    return chunks[:, [ranks.rank, 2 * ranks.size - 1 - ranks.rank]].flatten(0, 1)
+    return torch.stack((chunks[:, ranks.rank], chunks[:, -1 - ranks.rank]), dim=1).flatten(0, 1)
 
 
 def memory_before(k_BcGd: Tensor, v_BcGd: Tensor, ranks: ContextRanks) -> Memory:

@@ -65,6 +65,8 @@ def differences(
 def test_all_is_that_of_whole_rows(pattern, size, pool2, pool4):
     pool = {2: pool2, 4: pool4}[size]
     ways = [(False, "all_gather", False), (pattern != "infini", "ring", True)]  # documents and infini: refused
+    if "kv_layers" in PATTERNS[pattern]:
+        ways += [(True, "gather_once", False), (True, "gather_once", True)]
     for has_documents, exchange, recompute in ways:
         arguments = (PATTERNS[pattern], has_documents, exchange, recompute)
         for outputs, gradients in pool.run(differences, *arguments, timeout=120):

@@ -17,8 +17,8 @@ class Built(Exception):
 def test_how_tokens_travel(monkeypatch):
     asked = []
 
-    def create_mesh(ep_size, timeout_seconds, node_size):
-        asked.append((ep_size, node_size))
+    def create_mesh(ep_size, timeout_seconds, node_size, context_size):
+        asked.append((ep_size, node_size, context_size))
         expert, alone = MeshGroup("ep", (0, 1, 2, 3), 1), MeshGroup("edp", (1,), 0)
         nodes = (MeshGroup(name, (0, 1), 1) for name in ("across", "within"))
         return ParallelMesh(expert, expert, alone, *nodes)
@@ -33,5 +33,5 @@ def test_how_tokens_travel(monkeypatch):
     config = resolve_for(validate_config(sections), 4, 2)
     with pytest.raises(Built) as built:
         build.make_engine(config, torch.device("cpu"))
-    assert asked == [(4, 2)]
+    assert asked == [(4, 2, None)]
     assert built.value.args == (ExpertPlacement(1, 4, ("across", "within"), "two_level", 3, "fp8"),)
