@@ -85,7 +85,7 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
     norm = _norm_bytes(e, device) * tokens * config.hidden_size
     kept = norm + e * tokens * mixer.kept + _WIDE * tokens * mixer.kept_fp32
     kept += _norm_bytes(e, device) * tokens * mixer.normed
-    work = _WIDE * tokens * (3 * config.hidden_size + mixer.work) + _exchange_work(mixer.exchanged, layout)
+    work = _WIDE * tokens * (3 * config.hidden_size + mixer.work)
     if layout.context_exchange == "gather_once":  # what is handed up is of all ranks
         kept += e * tokens * (layout.context_size - 1) * mixer.handed_up
     ranks = layout.context_size if layout.context_exchange == "gather_once" else 1
@@ -93,10 +93,13 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
     elements = layer.dense + layer.experts // layout.ep_size
     if layer.feed_forward is not None:
         dense = layer.feed_forward
-        saved = kept + norm + tokens * (e * dense.kept + _WIDE * dense.kept_fp32)
-        return BlockMemory(saved, held, max(work, e * tokens * dense.work), 0.0, elements)
-    own, extra, buffers = _moe_memory(shape, layout, loads, device)
-    return BlockMemory(kept + norm + own, held, max(work, extra), buffers, elements)
+        own = float(tokens * (e * dense.kept + _WIDE * dense.kept_fp32))
+        extra, buffers = float(e * tokens * dense.work), 0.0
+    else:
+        own, extra, buffers = _moe_memory(shape, layout, loads, device)
+    # When keys and values are exchanged in the backward pass, what the feed-forward layer kept is gone.
+    exchanging = work + _exchange_work(mixer.exchanged, layout) - own
+    return BlockMemory(kept + norm + own, held, max(work, extra, exchanging), buffers, elements)
 
 
 def _exchange_work(exchanged: int, layout: Layout) -> float:
