@@ -17,7 +17,7 @@ MARK = 5  # token that ends a document
 INFINI = {"mixer": "infini", "infini": {"segment_length": 4}, "moe_every": 2}
 PATTERNS: dict[str, dict[str, Any]] = {
     "attention": {"num_kv_heads": 2, "kv_layers": 2},
-    "window": {"num_kv_heads": 1, "sliding_window": 5},
+    "windows by layer": {"num_kv_heads": 1, "window_pattern": [5, None]},
     "rwkv4": {"mixer": "rwkv4", "feed_forward": "rwkv_channel_mix", "moe_every": 2},
     "rwkv4 and attention": {"mixers": ["rwkv4", "attention"], "feed_forward": "rwkv7_channel_mix", "moe_every": 2},
     "infini": INFINI,
