@@ -12,6 +12,7 @@ from moe_train.train.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, NUM_STEP
 from moe_train.train.telemetry.records import EXPERT_FIGURES
 from tests.train.runs import losses, records, train_forked
 
+pytestmark = pytest.mark.slow  # several runs of 20 steps; parity has context layouts in the fast suite
 GLOBAL_BATCH = 4
 
 
