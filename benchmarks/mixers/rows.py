@@ -240,7 +240,11 @@ def results_in(folder: Path, runs: Sequence[Run]) -> list[RunResult]:
 
 def read_result(run: Run, records: Sequence[dict[str, Any]]) -> RunResult:
     """Read what a run came to from its records; the last of the validations is over all held-out text."""
-    curve = {record["train/tokens"]: record["val/bits_per_byte"] for record in records if "val/bits_per_byte" in record}
+    # A validation between two records of training has no count of tokens of its own; every step has as many.
+    trained = next(record for record in reversed(records) if "train/tokens" in record)
+    tokens = trained["train/tokens"] // trained["step"]
+    validated = [record for record in records if "val/bits_per_byte" in record]
+    curve = {record["step"] * tokens: record["val/bits_per_byte"] for record in validated}
     return RunResult(run.variant.name, run.seed, tuple(sorted(curve.items())))
 
 
