@@ -68,9 +68,9 @@ def test_they_train_alike_in_every_layout_and_go_on_in_another(tmp_path: Path) -
         (4, 3, STEPS),
     ]
     assert all(each["loss_difference"] < 1e-5 and each["grad_norm_difference"] < 1e-4 for each in found)
-    lines = (tmp_path / "layout_3" / "losses.csv").read_text().splitlines()
+    lines = (tmp_path / "layout_03" / "losses.csv").read_text().splitlines()
     assert [int(line.split(";")[0]) for line in lines] == list(range(1, STEPS + 1))
-    folders = [tmp_path / f"layout_{number}" for number in (0, 3)]
+    folders = [tmp_path / f"layout_{number:02d}" for number in (0, 3)]
     for folder in folders:
         assert read_manifest(folder / "checkpoints" / f"step_{STEPS:08d}").moments == ("momentum_buffer",)
         moe_train("train", f"--config={folder / 'config.yaml'}", *one_rank(STEPS + 3), f"--train.run_dir={folder}")

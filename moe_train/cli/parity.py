@@ -187,7 +187,7 @@ def _compare_in(
     reference: dict[bool, list[Record]] = {}
     results = []
     for index, layout in enumerate(layouts):
-        records = runs.train(layout, f"{prefix}layout_{index}", precision)
+        records = runs.train(layout, f"{prefix}layout_{index:02d}", precision)
         if runs.world.rank == 0:
             first = reference.setdefault(layout.ignores, records)
             results.append(compare(layout, records, first, bounds, precision))

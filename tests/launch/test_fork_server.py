@@ -224,7 +224,7 @@ def test_parity_that_is_stopped_leaves_nothing(tmp_path: Path, signum: signal.Si
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         parity = subprocess.Popen(command, cwd=ROOT, preexec_fn=take_interrupts, **silent)
     try:
-        assert eventually(lambda: (tmp_path / "layout_0" / "logs").exists() or parity.poll() is not None, SECONDS)
+        assert eventually(lambda: (tmp_path / "layout_00" / "logs").exists() or parity.poll() is not None, SECONDS)
         started = descendants(parity.pid)
         assert len(started) >= 2  # the server and a rank
         parity.send_signal(signum)

@@ -1,12 +1,14 @@
 """Runs that several tests look at: started once."""
 
 import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.processes import ProcessResult, run_process
 from tests.train.runs import ROOT, SMALL, train_under_deepspeed
@@ -23,10 +25,17 @@ class ParityRuns:
 
 @pytest.fixture(scope="session")
 def parity_runs(tmp_path_factory: pytest.TempPathFactory) -> ParityRuns:
-    """Every layout of `moe-train parity`, each in its own real processes."""
-    keep = tmp_path_factory.mktemp("parity")
-    command = [sys.executable, "-m", "moe_train", "parity", "--json", "--keep", str(keep)]
-    result = run_process(command, timeout=500, env={"DS_ACCELERATOR": "cpu"}, cwd=ROOT)
+    """Every layout of `moe-train parity`, each in its own real processes; run once for all workers of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity_of_all"
+    keep, done = shared / "runs", shared / "result.json"
+    shared.mkdir(exist_ok=True)
+    with FileLock(shared / "lock"):
+        if not done.exists():
+            command = [sys.executable, "-m", "moe_train", "parity", "--json", "--keep", str(keep)]
+            result = run_process(command, timeout=500, env={"DS_ACCELERATOR": "cpu"}, cwd=ROOT)
+            done.write_text(json.dumps(asdict(result)))
+    result = ProcessResult(**json.loads(done.read_text()))
     assert result.returncode in (0, 1) and result.stdout, result
     summary = json.loads(result.stdout.splitlines()[-1])
     return ParityRuns(result, summary, sorted(keep.glob("layout_*")))
