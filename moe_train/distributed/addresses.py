@@ -1,6 +1,8 @@
 """Addresses, interfaces and ports of this host at which the other ranks can meet it."""
 
+import contextlib
 import fcntl
+import random
 import socket
 import struct
 from collections.abc import MutableMapping
@@ -9,11 +11,22 @@ from moe_train.config.errors import UsageError
 
 PROBE_SECONDS = 3.0  # for one connection within a cluster; a firewall that drops packets uses all of it
 SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # gloo reads no other variable for it
+RENDEZVOUS_PORTS = (10000, 30000)  # below 32768, where Linux's ports for outgoing connections begin
+_MOST_TRIES = 100
 SIOCGIFADDR = 0x8915  # Linux: request for the IPv4 address of a network interface
 
 
 def free_port() -> int:
-    """Find a TCP port of this host that is free now."""
+    """Find a TCP port of this host that is free now, and that the system gives to no other process meanwhile.
+
+    The system's own choices, for port 0 and for outgoing connections, are in another range: a port of that range can be
+    taken by any connection until rank 0 listens.
+    """
+    choose = random.SystemRandom()  # two launches of one seed must differ
+    for _ in range(_MOST_TRIES):
+        port = choose.randrange(*RENDEZVOUS_PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
 

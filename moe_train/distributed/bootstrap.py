@@ -147,7 +147,9 @@ def _agree_on_address(environ: Mapping[str, str], world: Any, is_leader: bool, n
     with contextlib.ExitStack() as stack:
         offer = None
         if world.Get_rank() == 0:
-            listener = stack.enter_context(socket.create_server(("", wanted[1]), backlog=socket.SOMAXCONN))
+            listener = stack.enter_context(
+                socket.create_server(("", wanted[1] or free_port()), backlog=socket.SOMAXCONN)
+            )
             offer = (list(interface_addresses().values()), listener.getsockname()[1])
         addresses, port_number = world.bcast(offer)
         reached = [not is_leader or accepts_connections(address, port_number) for address in addresses]

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 
 from moe_train.config.errors import UsageError
+from moe_train.distributed.addresses import RENDEZVOUS_PORTS
 
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # batch scripts, interactive shells and similar have step ids from here on
-FIRST_PORT, NUM_PORTS = 10000, 20000  # below 32768, where Linux's ports for outgoing connections begin
 PORTS_BETWEEN_JOBS = 101  # so that the first steps of consecutive jobs on the same host get different ports
 
 
@@ -69,4 +69,5 @@ def expand_tasks_per_node(text: str) -> list[int]:
 
 def derive_port(job_id: int, step_id: int) -> int:
     """Derive a port that is the same for all tasks of a step, and differs for the steps and jobs next to it."""
-    return FIRST_PORT + (job_id * PORTS_BETWEEN_JOBS + step_id) % NUM_PORTS
+    first, end = RENDEZVOUS_PORTS
+    return first + (job_id * PORTS_BETWEEN_JOBS + step_id) % (end - first)

@@ -10,9 +10,10 @@ import pytest
 from moe_train.cli.doctor import run
 from moe_train.config.errors import UsageError
 from moe_train.config.machine import read_machine
+from moe_train.distributed.addresses import free_port
 from tests.doctor.faulty import examine, report_of
 from tests.processes import run_process
-from tests.train.runs import CPU, ROOT, free_port
+from tests.train.runs import CPU, ROOT
 
 TWO_HOSTS = [
     {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": str(rank)} for rank in range(2)

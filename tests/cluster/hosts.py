@@ -8,10 +8,11 @@
         second.power_off()  # without a word to anybody
         second.power_on()
 
-Files and processors are the machine's, seen by all hosts alike, as with a shared file system; /dev/shm, /etc/hosts and
-/root/.ssh are each host's own. The hosts are host1, host2, ... at 10.77.0.1, 10.77.0.2, ... on eth0, root may go from
-each to each over ssh, and their switch has a namespace too: the machine's network is not touched, and several clusters
-can be up at once. Needs root, iproute2, util-linux and openssh-server; ClusterUnavailable says what is missing.
+Files and processors are the machine's, seen by all hosts alike, as with a shared file system; /dev/shm, /etc/hosts,
+/root/.ssh and the folder of TMPDIR are each host's own. The hosts are host1, host2, ... at 10.77.0.1, 10.77.0.2, ... on
+eth0, root may go from each to each over ssh, and their switch has a namespace too: the machine's network is not
+touched, and several clusters can be up at once. Needs root, iproute2, util-linux and openssh-server; ClusterUnavailable
+says what is missing.
 """
 
 import contextlib
@@ -51,11 +52,13 @@ UsePAM no
 StrictModes no
 MaxStartups 100
 UseDNS no
+SetEnv TMPDIR={temporary}
 """
 # Process 1 of a host. It waits for others' orphans (a bare sleep would leave zombies), and all end with it.
 _FIRST_PROCESS = """
 hostname {name}
 mount -t tmpfs -o size=4g tmpfs /dev/shm
+mount -t tmpfs -o size=4g tmpfs {temporary}
 mount --bind {folder}/ssh /root/.ssh
 mount --bind {folder}/hosts /etc/hosts
 {sshd} -f {folder}/sshd_config -E {folder}/sshd.log
@@ -77,6 +80,8 @@ class Host:
         namespace: Of its network.
         switch: Network namespace of the switch, whose port has the name of the host.
         folder: Its own files: ssh/ is /root/.ssh.
+        temporary: Where it has its own TMPDIR, empty when it starts: Open MPI's session folders are named by host and
+            pid, and a host's pids begin with 1 each time.
     """
 
     name: str
@@ -84,22 +89,24 @@ class Host:
     namespace: str
     switch: str
     folder: Path
+    temporary: Path
     _process: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
     _first_pid: int = 0  # of its process 1, as seen from outside
 
     @property
     def prefix(self) -> list[str]:
         """What comes before a command that is to run in the host, in the present folder."""
-        return ["nsenter", "-t", str(self._first_pid), "-n", "-m", "-p", "-u", "-i", f"--wdns={Path.cwd()}", "--"]
+        return self._prefix(Path.cwd())
+
+    def _prefix(self, cwd: Path) -> list[str]:
+        enter = ["nsenter", "-t", str(self._first_pid), "-n", "-m", "-p", "-u", "-i", f"--wdns={cwd}", "--"]
+        return [*enter, "env", f"TMPDIR={self.temporary}"]
 
     def run(
         self, *args: str | Path, timeout: float, env: Mapping[str, str | None] | None = None, cwd: Path | None = None
     ) -> ProcessResult:
         """Run a command in the host and wait for it, as `run_process` does."""
-        prefix = self.prefix
-        if cwd is not None:
-            prefix[-2] = f"--wdns={cwd}"
-        return run_process([*prefix, *args], timeout, env=env)
+        return run_process([*self._prefix(cwd or Path.cwd()), *args], timeout, env=env)
 
     def cut(self) -> None:
         """Pull its cable."""
@@ -143,7 +150,7 @@ class Host:
 
     def _start(self) -> None:
         sshd = shutil.which("sshd", path=command_path())
-        script = _FIRST_PROCESS.format(name=self.name, folder=self.folder, sshd=sshd)
+        script = _FIRST_PROCESS.format(name=self.name, folder=self.folder, temporary=self.temporary, sshd=sshd)
         apart = ["unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
         with (self.folder / "first_process.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -262,9 +269,11 @@ def _put_up(name: str, num_hosts: int, folder: Path) -> list[Host]:
     _need("ip", "netns", "add", switch)
     _need("ip", "-n", switch, "link", "add", "bridge0", "type", "bridge")
     _need("ip", "-n", switch, "link", "set", "bridge0", "up")
+    (folder / "tmp").mkdir()
     hosts = []
     for number in range(1, num_hosts + 1):
-        host = Host(f"host{number}", f"10.77.0.{number}", f"{name}-host{number}", switch, folder / f"host{number}")
+        own = folder / f"host{number}"
+        host = Host(f"host{number}", f"10.77.0.{number}", f"{name}-host{number}", switch, own, folder / "tmp")
         (host.folder / "ssh").mkdir(parents=True)
         hosts.append(host)
         _need("ip", "netns", "add", host.namespace)
@@ -292,7 +301,7 @@ def _write_files(hosts: Sequence[Host], folder: Path) -> None:
     for host in hosts:
         lines = ["127.0.0.1 localhost", *(f"{each.address} {each.name}" for each in hosts)]
         (host.folder / "hosts").write_text("\n".join(lines) + "\n")
-        (host.folder / "sshd_config").write_text(_SSHD_CONFIG.format(folder=host.folder))
+        (host.folder / "sshd_config").write_text(_SSHD_CONFIG.format(folder=host.folder, temporary=host.temporary))
         shutil.copy(folder / "host_key", host.folder)
         shutil.copy(folder / "id_ed25519", host.folder / "ssh")
         shutil.copy(folder / "id_ed25519.pub", host.folder / "ssh" / "authorized_keys")

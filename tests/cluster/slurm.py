@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.distributed.addresses import free_port
 from tests.distributed.test_launchers import launch
 from tests.processes import ProcessResult
-from tests.train.runs import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv")
 SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # where daemons are, and PATH of a user need not lead

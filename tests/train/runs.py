@@ -3,7 +3,6 @@
 import atexit
 import functools
 import json
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.cli.parity import TRAINING_MODULES
+from moe_train.distributed.addresses import free_port
 from moe_train.distributed.bootstrap import local_rank_environments
 from moe_train.launch.fork_server import ForkedRank, ForkServer, wait_for_all
 from moe_train.train.telemetry.records import read_records
@@ -35,13 +35,6 @@ SMALL = (
     "--data.validation_max_bytes=20000",
     "--telemetry.every=1",
 )
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def train_alone(*arguments: str, timeout: float = 120) -> ProcessResult:
