@@ -199,7 +199,7 @@ def _loss_table(results: "Sequence[Evaluation]", has_experts: bool) -> Table:
 def _load_table(results: "Sequence[Evaluation]", layers: Sequence[int]) -> Table:
     from moe_train.train.telemetry.load_report import load_bars
 
-    title = "Tokens an expert (a full bar: twice the mean)"
+    title = "Tokens per expert (a full bar: twice the mean)"
     table = Table(title=title, title_justify="left", min_width=len(title) + 2)
     table.add_column("layer", justify="right")
     table.add_column("text", overflow="fold")

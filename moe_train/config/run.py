@@ -8,7 +8,14 @@ from moe_train.config.base import Section, SectionWithParts
 from moe_train.config.paths import UserPath
 from moe_train.config.registry import PartName, check_part
 
-ALARM_FIELDS = ("dead_after_steps", "max_violation_alarm", "entropy_alarm", "alarm_after_steps")  # in telemetry
+ALARM_FIELDS = (  # in telemetry
+    "dead_after_steps",
+    "max_violation_alarm",
+    "entropy_alarm",
+    "kappa_alarm",
+    "information_alarm",
+    "alarm_after_steps",
+)
 
 
 class ParallelConfig(Section):
@@ -241,8 +248,14 @@ class TelemetryConfig(SectionWithParts):
     entropy_alarm: float = Field(0.05, ge=0.0, lt=1.0)
     """Mean entropy of a router's distribution below which its layer gets a warning, as a share of ln(num_experts); 0:
     no warning."""
+    kappa_alarm: float = Field(0.1, ge=0.0, lt=1.0)
+    """Agreement of a noisy router with its own choice without noise, scaled so that dice have 0 (moe/clean_kappa),
+    below which its layer gets a warning after warm-up: it routes at random; 0: no warning."""
+    information_alarm: float = Field(0.02, ge=0.0, lt=1.0)
+    """Share of the choice of experts that the token's id explains (val/expert_information), below which a layer gets a
+    warning after warm-up; 0: no warning."""
     alarm_after_steps: PositiveInt = 100
-    """Steps for which MaxVio or the entropy must be out of bounds before the warning."""
+    """Steps for which a figure must be out of bounds before the warning."""
 
     @property
     def active_sinks(self) -> tuple[str, ...]:

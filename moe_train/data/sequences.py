@@ -156,6 +156,22 @@ class HeldOut:
         """Say what of the text decoding does not give back."""
         return self.unrecovered.describe(self.num_documents, self.num_bytes)
 
+    def count_inputs(self, indices: np.ndarray, vocab_size: int) -> np.ndarray:
+        """Count how often every token id is an input of given sequences, padding left out.
+
+        Args:
+            indices: int64 sequence numbers from 0.
+            vocab_size: Number of token ids.
+
+        Returns:
+            int64 [vocab_size].
+        """
+        counts, length = np.zeros(vocab_size, dtype=np.int64), self.sequence_length
+        for sequence in np.asarray(indices).tolist():
+            tokens = self.tokens[sequence * length : sequence * length + length + 1]
+            counts += np.bincount(tokens[:-1], minlength=vocab_size)
+        return counts
+
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return given sequences, which are numbered in the order of the text.
 

@@ -25,6 +25,7 @@ class StepLine:
     tokens_per_second: float
     seconds_left: float
     max_violation: float | None
+    clean_kappa: float | None = None
 
     @property
     def figures(self) -> str:
@@ -42,7 +43,8 @@ class StepLine:
 
     @property
     def _balance(self) -> str:
-        return "" if self.max_violation is None else f"  MaxVio {self.max_violation:.2f}"
+        text = "" if self.max_violation is None else f"  MaxVio {self.max_violation:.2f}"
+        return text if self.clean_kappa is None else f"{text}  kappa {self.clean_kappa:.2f}"
 
 
 class _Console(Console):

@@ -162,12 +162,16 @@ def _validate(run: Run, done: int, num_sequences: int | None) -> ValidationResul
         return None
     run.flight_recorder.at("validate")
     result = validate(
-        run.engine, run.data.held_out, run.plan, num_sequences, run.isolation_mark, run.device, run.watchdog.watching
+        run.engine,
+        run.data.held_out,
+        run.plan,
+        num_sequences,
+        run.isolation_mark,
+        run.device,
+        run.watchdog.watching,
+        run.config.telemetry.experts,
     )
     bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits/byte, "
     run.console.say(f"step {done:6d}  held out: {bits}{result.cross_entropy:.4f} nats/token")
-    figures = {"val/cross_entropy": result.cross_entropy}
-    if result.bits_per_byte is not None:
-        figures["val/bits_per_byte"] = result.bits_per_byte
-    run.recorder.complete(done, figures)
+    run.recorder.complete(done, result.figures(run.config.model.moe_layer_indices))
     return result

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_train.model.count import ParameterCount
 from moe_train.train.loop import Run, TrainResult
-from moe_train.train.telemetry.load_report import expert_load, load_table
+from moe_train.train.telemetry.load_report import expert_load, learning_remark, load_table
 from moe_train.train.telemetry.records import read_records
 
 
@@ -49,6 +49,8 @@ def make_summary(run: Run, result: TrainResult, parameters: ParameterCount, samp
         "moe/max_violation": load.max_violation if load else None,
         "moe/dead_experts": [[each.layer, expert] for each in by_layer for expert in each.dead],
         "moe/counts": {f"layer_{each.layer:02d}": each.counts for each in by_layer},
+        "moe/clean_kappa": {f"layer_{each.layer:02d}": each.clean_kappa for each in by_layer},
+        "val/expert_information": {f"layer_{each.layer:02d}": each.expert_information for each in by_layer},
         "moe/records": load.num_records if load else 0,
         "sample": sample,
         "checkpoint": str(result.checkpoint),
@@ -85,6 +87,10 @@ def show_summary(run: Run, summary: dict[str, Any]) -> None:
     load = expert_load(read_records(run.folder.metrics))
     if load is not None:
         say(load_table(load))
+        bounds = run.config.telemetry
+        remark = learning_remark(load, bounds.kappa_alarm, bounds.information_alarm)
+        if remark is not None:
+            say(remark)
     if summary["sample"]:
         say("A text drawn from the model:")
         say("\n".join(f"  | {line}" for line in summary["sample"].splitlines()))

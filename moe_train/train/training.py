@@ -281,7 +281,7 @@ def _open_metrics(
     writer.describe(layers if config.telemetry.experts else (), fields, dump_yaml(config))
     if not (config.telemetry.experts and layers):
         return writer, None
-    bounds = Bounds.of(config.telemetry, config.model.moe)
+    bounds = Bounds.of(config.telemetry, config.model.moe, config.optim.warmup_steps)
     return writer, LoadAlarms(layers, bounds, read_records(folder.metrics))
 
 

@@ -92,12 +92,13 @@ def test_options_of_the_configuration_reach_their_places():
 @pytest.mark.parametrize(
     ("moe", "measures", "sums"),
     [
-        ({}, True, {"entropy", "squared_logsumexp"}),
+        ({}, True, {"entropy", "squared_logsumexp", "agreement"}),
+        ({"router": "softmax_topk"}, True, {"entropy", "squared_logsumexp"}),
         ({"switch_aux_coef": 0.1}, False, {"probability"}),
         (
             {"switch_aux_coef": 0.1, "switch_scope": "micro_batch"},
             True,
-            {"probability", "entropy", "squared_logsumexp"},
+            {"probability", "entropy", "squared_logsumexp", "agreement"},
         ),
         ({"switch_aux_coef": 0.1, "switch_scope": "sequence"}, False, {"sequence_balance"}),
         ({"z_loss_coef": 0.1}, False, {"squared_logsumexp"}),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.train.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, NUM_STEPS, OPTIONS
-from moe_train.train.telemetry.records import EXPERT_FIGURES
+from moe_train.train.telemetry.records import EXPERT_FIGURES, LEARNING_FIGURES
 from tests.train.runs import losses, records, train_forked
 
 pytestmark = pytest.mark.slow  # several runs of 20 steps; parity has context layouts in the fast suite
@@ -98,6 +98,8 @@ def test_figures_are_those_of_one_rank(runs: list[Path], index: int) -> None:
         for name in EXPERT_FIGURES:
             if name != "moe/rank_overload":  # it is about ranks
                 assert here[name] == pytest.approx(there[name], rel=5e-3, abs=1e-6), name
+    for name in LEARNING_FIGURES:
+        assert ours[-1][f"{name}/layer_01"] == pytest.approx(reference[-1][f"{name}/layer_01"], abs=5e-3), name
     assert ours[-1]["val/cross_entropy"] == pytest.approx(reference[-1]["val/cross_entropy"], rel=LOSS_TOLERANCE)
 
 

@@ -82,13 +82,13 @@ def test_expert_figures_are_those_of_one_process(parity_runs: ParityRuns, index:
     for layer in (1, 3):
         assert ours[0][f"moe/counts/layer_{layer:02d}"] == reference[0][f"moe/counts/layer_{layer:02d}"]
     for here, there in zip(ours, reference):
-        for name in EXPERT_FIGURES:
+        for name in (*EXPERT_FIGURES, "moe/clean_agreement", "moe/clean_kappa"):
             if name == "moe/rank_overload":  # it is about ranks
                 continue
             for suffix in ("", "/layer_01", "/layer_03"):
                 # Later a rounding may send a token elsewhere. Of 256 tokens an expert one is 0.4%, which is MaxVio's
                 # and rank rows' unit; CV^2 of 0.003 then changes by at most 2 x 0.05 x 0.004 / 8.
-                is_share = name in ("moe/max_violation", "moe/dropped_fraction")
+                is_share = name in ("moe/max_violation", "moe/dropped_fraction", "moe/clean_kappa")
                 close = pytest.approx(there[name + suffix], rel=5e-3, abs=1e-2 if is_share else 1e-4)
                 assert here[name + suffix] == close, (here["step"], name + suffix)
         for layer in (1, 3):

@@ -30,6 +30,7 @@ class RoutingSums:
             that expert i has; p_i: its mean probability over the sequence); differentiable.
         squared_logsumexp: [...], sum over tokens of logsumexp(logits)^2; differentiable.
         entropy: [...], sum over tokens of the entropy of the router's distribution, nats.
+        agreement: [...] int64, assignments that the router would have made without its noise too.
         tokens: [...] int64, number of tokens.
         sequences: [...] int64, number of sequences.
         rows: [...] int64, rows that this rank's experts computed: over all ranks, the assignments not dropped.
@@ -43,6 +44,7 @@ class RoutingSums:
     sequence_balance: Tensor
     squared_logsumexp: Tensor
     entropy: Tensor
+    agreement: Tensor
     tokens: Tensor
     sequences: Tensor
     rows: Tensor

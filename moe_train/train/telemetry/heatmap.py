@@ -1,6 +1,6 @@
-"""Heat map of expert load: one row per layer, one column per expert, white at the mean, red above it, blue below.
+"""Heat maps of expert load: white at the mean, red above it, blue below, black for none.
 
-Legend: L MoE layers, E experts.
+Legend: L MoE layers, E experts, N records.
 """
 
 import io
@@ -15,6 +15,7 @@ _END = 4.0  # the share of the mean, and its inverse, where colours end
 _LEGEND = ((0.0, "none"), (0.25, "1/4"), (0.5, "1/2"), (1.0, "mean"), (2.0, "2 x"), (4.0, "4 x or more"))
 _CELL_HEIGHT, _LEFT, _TOP, _TEXT = 22, 52, 20, (50, 50, 50)
 _WIDTH = 350  # pixels that TensorBoard shows without shrinking
+_HISTORY_WIDTH = 600  # pixels of the cells of a picture over time
 
 
 def load_colors(shares: np.ndarray) -> np.ndarray:
@@ -54,13 +55,42 @@ def draw_load(counts_LE: np.ndarray, layers: Sequence[int]) -> Image.Image:
     pen.text((4, 4), "expert", _TEXT, font)
     for expert in range(0, num_experts, max(1, math.ceil(18 / width))):
         pen.text((_LEFT + expert * width + 1, 4), str(expert), _TEXT, font)
-    left = 4
+    _draw_legend(pen, bottom + 12)
+    return canvas
+
+
+def draw_history(shares_EN: np.ndarray, steps: Sequence[int]) -> Image.Image:
+    """Draw the load of a layer's experts over the run: one row per expert, time to the right, in RGB.
+
+    Args:
+        shares_EN: Tokens of every expert over the mean, of each record.
+        steps: Steps done at each record, ascending.
+    """
+    num_experts, num_records = shares_EN.shape
+    height, width = max(3, min(_CELL_HEIGHT, 360 // num_experts)), max(1, _HISTORY_WIDTH // num_records)
+    cells = load_colors(shares_EN).repeat(height, 0).repeat(width, 1)
+    bottom = _TOP + num_experts * height
+    canvas = Image.new("RGB", (_LEFT + max(_HISTORY_WIDTH, num_records * width) + 6, bottom + 52), "white")
+    canvas.paste(Image.fromarray(cells), (_LEFT, _TOP))
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    pen.text((4, 4), "expert", _TEXT, font)
+    for expert in range(0, num_experts, max(1, math.ceil(12 / height))):
+        pen.text((4, _TOP + expert * height + (height - 11) // 2), str(expert), _TEXT, font)
+    end = _LEFT + num_records * width
+    pen.text((_LEFT, bottom + 4), f"step {steps[0]}", _TEXT, font)
+    if num_records * width > 120:
+        pen.text((end - font.getlength(f"{steps[-1]}"), bottom + 4), f"{steps[-1]}", _TEXT, font)
+    _draw_legend(pen, bottom + 30)
+    return canvas
+
+
+def _draw_legend(pen: ImageDraw.ImageDraw, top: int) -> None:
+    left, font = 4, ImageFont.load_default()
     for share, text in _LEGEND:
         color = tuple(int(value) for value in load_colors(np.array([share]))[0])
-        pen.rectangle((left, bottom + 12, left + 12, bottom + 24), fill=color, outline=_TEXT)
-        pen.text((left + 16, bottom + 12), text, _TEXT, font)
+        pen.rectangle((left, top, left + 12, top + 12), fill=color, outline=_TEXT)
+        pen.text((left + 16, top), text, _TEXT, font)
         left += 16 + math.ceil(font.getlength(text)) + 12
-    return canvas
 
 
 def encode_png(picture: Image.Image) -> bytes:

@@ -1,4 +1,7 @@
-"""Alarms about experts that are not used: a warning is given once, and again only after its cause was over."""
+"""Alarms about experts that are not used, and routers that choose at random.
+
+A warning is given once, and again only after its cause was over.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,6 +13,7 @@ from moe_train.config.run import TelemetryConfig
 from moe_train.train.telemetry.records import Record, by_layer, expert_counts, layer_name
 
 _MOST_NAMED = 8  # experts of a layer in one warning
+_HELP = "smaller balance weights (model.moe.*_coef) or a larger optim.router_lr_factor let it learn"
 
 
 @dataclass(frozen=True)
@@ -20,22 +24,36 @@ class Bounds:
         dead_after_steps: Steps without a token after which an expert is dead.
         max_violation: Upper bound of MaxVio.
         entropy: Lower bound of a router's mean entropy, in nats.
-        after_steps: Steps for which MaxVio or the entropy must be out of bounds before a warning.
+        after_steps: Steps for which a figure must be out of bounds before a warning.
+        kappa: Lower bound of moe/clean_kappa.
+        information: Lower bound of val/expert_information; 0 if every token goes to every expert.
+        warmup_steps: Steps of the learning rate's warm-up, in which routers may choose at random.
     """
 
     dead_after_steps: int
     max_violation: float
     entropy: float
     after_steps: int
+    kappa: float = 0.0
+    information: float = 0.0
+    warmup_steps: int = 0
 
     @classmethod
-    def of(cls, telemetry: TelemetryConfig, moe: MoEConfig) -> Self:
-        """Make the bounds of a configuration."""
+    def of(cls, telemetry: TelemetryConfig, moe: MoEConfig, warmup_steps: int) -> Self:
+        """Make the bounds of a configuration, and of the warm-up's steps."""
         violation = telemetry.max_violation_alarm
         if violation is None:
             violation = min(2.0, (moe.num_experts / moe.top_k - 1) / 2)
         entropy = telemetry.entropy_alarm * math.log(moe.num_experts)
-        return cls(telemetry.dead_after_steps, violation, entropy, telemetry.alarm_after_steps)
+        return cls(
+            telemetry.dead_after_steps,
+            violation,
+            entropy,
+            telemetry.alarm_after_steps,
+            kappa=telemetry.kappa_alarm,
+            information=telemetry.information_alarm if moe.top_k < moe.num_experts else 0.0,
+            warmup_steps=warmup_steps,
+        )
 
 
 class LoadAlarms:
@@ -53,16 +71,36 @@ class LoadAlarms:
         self._lasting: dict[tuple[str, int, int], int] = {}  # steps for which a (kind, layer, expert) has had its fault
         self._over: dict[tuple[str, int, int], int] = {}  # steps for which a fault that was warned of has been over
         self._said: set[tuple[str, int, int]] = set()
+        self._validated = bounds.warmup_steps  # last step that a validation was judged at
         for record in records:
             if "moe/steps" in record:
                 self.observe(record)
+            if "val/expert_information" in record:
+                self.observe_validation(record)
 
     def begun_anew(self, records: Iterable[Record]) -> "LoadAlarms":
         """Make alarms with the same layers and bounds from other records."""
         return LoadAlarms(self._layers, self._bounds, records)
 
+    def observe_validation(self, record: Record) -> list[str]:
+        """Take in a record of a validation, and return the warnings that are due now."""
+        steps, bound = record["step"] - self._validated, self._bounds.information
+        if steps <= 0:
+            return []
+        self._validated, warnings = record["step"], []
+        for layer in self._layers:
+            known = record.get(layer_name("val/expert_information", layer))
+            information = bound if known is None else known  # None: it was not finite
+            is_low = information < bound
+            if self._begins(place := ("information", layer, 0), is_low, steps, self._bounds.after_steps):
+                warnings.append(
+                    f"layer {layer:02d} routes at random: a token's id explains {max(0.0, information):.1%} of the "
+                    f"choice of experts on held-out text, under {bound:.1%} for {self._lasting[place]} steps: {_HELP}"
+                )
+        return warnings
+
     def observe(self, record: Record) -> list[str]:
-        """Take in a record, and return the warnings that are due now."""
+        """Take in a record of training, and return the warnings that are due now."""
         steps, warnings = record["moe/steps"], []
         for layer, counts in expert_counts(record).items():
             dead = {
@@ -91,6 +129,15 @@ class LoadAlarms:
             warnings.append(
                 f"layer {layer:02d}, expert {busiest} above all: the router's entropy is {entropy:.3f} nats a token, "
                 f"and has been under {bounds.entropy:.3f} for {self._lasting[place]} steps"
+            )
+        kappa = record.get(layer_name("moe/clean_kappa", layer))
+        is_random = kappa is not None and kappa < bounds.kappa and record["step"] > bounds.warmup_steps
+        if self._begins(place := ("kappa", layer, 0), is_random, steps, bounds.after_steps):
+            agreement = record[layer_name("moe/clean_agreement", layer)]
+            warnings.append(
+                f"layer {layer:02d} routes at random: without its noise the router would choose {agreement:.1%} of the "
+                f"same experts (kappa {kappa:.2f}: dice have 0), under {bounds.kappa:g} for {self._lasting[place]} "
+                f"steps: {_HELP}"
             )
         return warnings
 

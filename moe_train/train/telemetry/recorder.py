@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from moe_train.config.registry import load_part
 from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.train.batches import BatchPlan
@@ -98,6 +99,8 @@ class StepRecorder:
         self._config, self._plan, self._console = config, plan, console
         self._meter, self._writer, self._alarms = meter, writer, alarms
         self._reference = reference
+        has_noise = meter is not None and load_part("routers", config.model.moe.router).has_noise
+        self._noisy_top_k = config.model.moe.top_k if has_noise else 0
         self._window = StepWindow(meter) if meter is not None else None
         self._clock = _Clock()
         self._record: Record = {}
@@ -156,9 +159,7 @@ class StepRecorder:
         self._begin_window()
         if self._alarms is None or "moe/steps" not in self._record:
             return dict(self._record)
-        warnings = self._alarms.observe(self._record)
-        for warning in warnings:
-            self._console.say(f"step {done:6d}  warning: {warning}")
+        warnings = self._say_all(done, self._alarms.observe({"step": done} | self._record))
         return self._record | self._alarms.dead_experts() | ({"moe/alarms": warnings} if warnings else {})
 
     def write(self, done: int, record: Record) -> None:
@@ -168,8 +169,12 @@ class StepRecorder:
 
     def complete(self, done: int, figures: Record) -> None:
         """Add figures to the last record, if it is of this step; else write a record with them alone."""
-        if self._writer is not None:
-            self._writer.complete(done, figures)
+        if self._writer is None:
+            return
+        if self._alarms is not None and "val/expert_information" in figures:
+            warnings = self._say_all(done, self._alarms.observe_validation({"step": done} | figures))
+            figures = figures | ({"val/alarms": warnings} if warnings else {})
+        self._writer.complete(done, figures)
 
     def rewind(self, step: int) -> None:
         """Go back to a step: drop the records of later steps, and begin a new window."""
@@ -183,6 +188,11 @@ class StepRecorder:
         """Write what is buffered."""
         if self._writer is not None:
             self._writer.close()
+
+    def _say_all(self, done: int, warnings: list[str]) -> list[str]:
+        for warning in warnings:
+            self._console.say(f"step {done:6d}  warning: {warning}")
+        return warnings
 
     def _begin_window(self) -> None:
         self._clock.reset()
@@ -213,7 +223,8 @@ class StepRecorder:
         if self._config.train.precision == "fp16":
             record["train/loss_scale"] = result.loss_scale
         if measured.window is not None:
-            record |= routing_record(measured.window, self._config.model.moe_layer_indices, self._plan.copies)
+            layers, copies = self._config.model.moe_layer_indices, self._plan.copies
+            record |= routing_record(measured.window, layers, copies, self._noisy_top_k)
             record["moe/all_to_all_fraction"] = measured.window.all_to_all_seconds / seconds
         return record
 
@@ -228,4 +239,5 @@ class StepRecorder:
             tokens_per_second=self._tokens_per_step / seconds,
             seconds_left=seconds * (self._config.train.steps - done),
             max_violation=record.get("moe/max_violation"),
+            clean_kappa=record.get("moe/clean_kappa"),
         )

@@ -21,6 +21,9 @@ EXPERT_FIGURES: dict[str, Callable[[Sequence[float]], float]] = {
     "moe/rank_overload": max,
     "moe/z_loss": max,
 }
+# Figures of what the routers have learned, which not every record has: from routers with noise, and from validation.
+LEARNING_FIGURES = ("moe/clean_agreement", "moe/clean_kappa", "val/expert_information", "val/max_violation")
+ALARMS = ("moe/alarms", "val/alarms")  # lists of warnings
 
 
 def layer_name(name: str, layer: int) -> str:

@@ -1,6 +1,7 @@
 """Warnings: once when something begins, again only after it was over, and the same after resuming."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,10 +11,11 @@ from moe_train.train.telemetry.load_alarms import Bounds, LoadAlarms
 from moe_train.train.telemetry.records import Record
 
 BOUNDS = Bounds(dead_after_steps=20, max_violation=1.5, entropy=0.1, after_steps=30)
+LEARNING = replace(BOUNDS, kappa=0.1, information=0.02, warmup_steps=20)
 
 
 def record(counts: dict[int, list[int]], violation: float = 0.0, entropy: float = 1.0, steps: int = 10) -> Record:
-    made: Record = {"moe/steps": steps}
+    made: Record = {"step": 1000, "moe/steps": steps}
     for layer, row in counts.items():
         made[f"moe/counts/layer_{layer:02d}"] = row
         made[f"moe/max_violation/layer_{layer:02d}"] = violation
@@ -105,6 +107,41 @@ def test_old_records_bring_it_up_to_date() -> None:
     ],
 )
 def test_bounds_of_a_configuration(moe: dict, telemetry: dict, violation: float) -> None:
-    bounds = Bounds.of(TelemetryConfig(**telemetry, dead_after_steps=7, entropy_alarm=0.5), MoEConfig(**moe))
+    bounds = Bounds.of(TelemetryConfig(**telemetry, dead_after_steps=7, entropy_alarm=0.5), MoEConfig(**moe), 10)
     assert bounds.max_violation == violation and bounds.dead_after_steps == 7
     assert bounds.entropy == pytest.approx(0.5 * math.log(moe["num_experts"]))
+
+
+def random_choice(step: int, kappa: float | None) -> Record:
+    found = {"moe/clean_agreement/layer_01": 0.3, "moe/clean_kappa/layer_01": kappa} if kappa is not None else {}
+    return record({1: [5, 5, 5]}) | {"step": step} | found
+
+
+def test_a_router_that_chooses_by_its_noise_is_named_after_warm_up() -> None:
+    watch = LoadAlarms((1,), LEARNING)
+    said = [watch.observe(random_choice(step, 0.05)) for step in range(10, 80, 10)]
+    assert [len(warnings) for warnings in said] == [0, 0, 0, 0, 1, 0, 0]  # 30 steps, from step 30 on
+    assert said[4][0].startswith("layer 01 routes at random: without its noise the router would choose 30.0% of the")
+    assert "kappa 0.05" in said[4][0] and "for 30 steps" in said[4][0]
+    for kappa in (0.2, None):  # one that decides, and one that draws no noise
+        watch = LoadAlarms((1,), LEARNING)
+        assert not any(watch.observe(random_choice(step, kappa)) for step in range(10, 200, 10))
+
+
+def test_held_out_text_shows_a_choice_at_random_too() -> None:
+    def validated(step: int, information: float | None) -> Record:
+        return {"step": step, "val/expert_information": 0.5, "val/expert_information/layer_01": information}
+
+    watch = LoadAlarms((1,), LEARNING)
+    said = [watch.observe_validation(validated(step, 0.01)) for step in (15, 40, 60, 80)]
+    assert [len(warnings) for warnings in said] == [0, 0, 1, 0]  # steps since warm-up: 20, 40
+    assert "layer 01 routes at random: a token's id explains 1.0%" in said[2][0]
+    resumed = LoadAlarms((1,), LEARNING, [validated(40, 0.01), validated(60, 0.01)])
+    assert resumed.observe_validation(validated(80, 0.01)) == []  # it was said before
+    watch = LoadAlarms((1,), LEARNING)
+    assert not any(watch.observe_validation(validated(step, value)) for step in (40, 90, 140) for value in (0.3, None))
+
+
+def test_where_every_token_goes_to_every_expert_there_is_no_choice_to_warn_of() -> None:
+    bounds = Bounds.of(TelemetryConfig(), MoEConfig(num_experts=2, top_k=2, load_cv2_coef=0.0), 10)
+    assert bounds.information == 0.0 and Bounds.of(TelemetryConfig(), MoEConfig(), 10).information == 0.02

@@ -45,7 +45,7 @@ class InputJitter:
 
 
 # Sums that not every run needs; they are zero unless a loss or telemetry needs them.
-OPTIONAL_SUMS = frozenset({"probability", "sequence_balance", "squared_logsumexp", "entropy"})
+OPTIONAL_SUMS = frozenset({"probability", "sequence_balance", "squared_logsumexp", "entropy", "agreement"})
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Choice:
         experts_TK: int64, chosen experts.
         gates_TK: fp32 or wider, gates of the chosen experts.
         load_E: Smooth load; None: the counts.
+        clean_experts_TK: int64, experts that it would have chosen without its noise; None: it has drawn none, or
+            nobody asks (`agreement` is not among the optional sums).
     """
 
     logits_TE: Tensor
@@ -85,6 +87,7 @@ class Choice:
     experts_TK: Tensor
     gates_TK: Tensor
     load_E: Tensor | None = None
+    clean_experts_TK: Tensor | None = None
 
 
 class Router(nn.Module, ABC):
@@ -158,6 +161,7 @@ class RouterKind:
         build: Function that makes the router of a layer.
         cost: Cost of the router, for the planner.
         has_smooth_load: Whether its load has a gradient (`Choice.load_E`), which the CV^2 loss of the load needs.
+        has_noise: Whether it draws noise in training, so that it may choose by the noise alone.
         section: Class of its own settings, written under model.moe.NAME; None: its settings are fields of model.moe.
         check: Function that refuses settings that cannot work: it raises UsageError naming fields and values.
         shapes: Function that gives the settings on which the meaning of a checkpoint's weights depends, by field name;
@@ -167,6 +171,7 @@ class RouterKind:
     build: Callable[[RouterSpec], Router]
     cost: RouterCost
     has_smooth_load: bool = False
+    has_noise: bool = False
     section: type[Section] | None = None
     check: Callable[[MoEConfig, Any], None] = lambda moe, section: None
     shapes: Callable[[MoEConfig, Any], dict[str, Any]] = lambda moe, section: {}
@@ -267,6 +272,7 @@ def sum_over_tokens(
         sequence_balance=balance,
         squared_logsumexp=logits_TE.logsumexp(1).square().sum() if "squared_logsumexp" in wanted else zero,
         entropy=_entropy(choice.probability_TE) if "entropy" in wanted else zero,
+        agreement=_agreement(choice) if "agreement" in wanted else counts_E.new_zeros(()),
         tokens=counts_E.new_full((), num_tokens),
         sequences=counts_E.new_full((), num_sequences),
         rows=counts_E.new_zeros(()),
@@ -277,3 +283,10 @@ def sum_over_tokens(
 def _entropy(probability_TE: Tensor) -> Tensor:
     # Sum over tokens of -sum p log p, nats; xlogy takes 0 log 0 as 0.
     return -torch.xlogy(probability_TE, probability_TE).sum()
+
+
+def _agreement(choice: Choice) -> Tensor:
+    """Count the assignments that the router would have made without its noise too; 0 if it has drawn none."""
+    if choice.clean_experts_TK is None:
+        return choice.experts_TK.new_zeros(())
+    return (choice.experts_TK.unsqueeze(2) == choice.clean_experts_TK.unsqueeze(1)).sum()  # (T, K, 1) x (T, 1, K)

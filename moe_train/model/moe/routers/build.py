@@ -23,7 +23,8 @@ def build_router(config: ModelConfig, layer: int, seed: int, measures: bool) -> 
     moe = config.moe
     kind: RouterKind = load_part("routers", moe.router)
     section = read_section(kind.section, moe.part_settings.get(moe.router), f"model.moe.{moe.router}")
-    sums = needed_sums(moe) | ({"entropy", "squared_logsumexp"} if measures else set())
+    measured = {"entropy", "squared_logsumexp", *(["agreement"] if kind.has_noise else [])}
+    sums = needed_sums(moe) | (measured if measures else set())
     jitter = InputJitter(moe.input_jitter, make_key(seed, "router_jitter", layer)) if moe.input_jitter else None
     options = RouterOptions(jitter, make_bias_rule(moe) is not None, sums, remembered_sums(moe))
     return kind.build(RouterSpec(config, section, layer, seed, options))

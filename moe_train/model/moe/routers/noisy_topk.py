@@ -57,7 +57,10 @@ class NoisyTopKRouter(Router):
         gates_TK = gates_of(noisy_TE, experts_TK, self.renormalize)
         # The bias takes part in the choice, and so in the probability of being chosen.
         chosen_TE = probability_in_top_k(self.with_bias(clean_TE), self.with_bias(noisy_TE), sigma_TE, self.top_k)
-        return Choice(clean_TE, clean_TE.softmax(1), experts_TK, gates_TK, load_E=chosen_TE.sum(0))
+        clean_TK = None
+        if "agreement" in self.options.optional_sums:
+            clean_TK = choose_experts(self.with_bias(clean_TE), token_keys_T, self.top_k)
+        return Choice(clean_TE, clean_TE.softmax(1), experts_TK, gates_TK, chosen_TE.sum(0), clean_TK)
 
 
 def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, sigma_TE: Tensor, top_k: int) -> Tensor:
@@ -91,4 +94,6 @@ def _build(spec: RouterSpec) -> NoisyTopKRouter:
     return NoisyTopKRouter(*sizes, moe.noise_epsilon, moe.gates_sum_to_one, layer_key=key, options=spec.options)
 
 
-NOISY_TOPK = RouterKind(_build, RouterCost(products=2, kept=9, forward=120, backward=40), has_smooth_load=True)
+NOISY_TOPK = RouterKind(
+    _build, RouterCost(products=2, kept=9, forward=120, backward=40), has_smooth_load=True, has_noise=True
+)

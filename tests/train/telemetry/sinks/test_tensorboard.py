@@ -1,12 +1,15 @@
 """The TensorBoard sink: what TensorBoard reads of a run's records."""
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from moe_train.train.telemetry.heatmap import draw_history
+from moe_train.train.telemetry.records import Record
 from moe_train.train.telemetry.sinks.base import SinkSpec
-from moe_train.train.telemetry.sinks.tensorboard import TENSORBOARD
+from moe_train.train.telemetry.sinks.tensorboard import TENSORBOARD, LoadHistory
 from tests.train.telemetry.test_writer import RECORD
 
 
@@ -61,8 +64,37 @@ def test_hyper_parameters_configuration_and_warnings(board: EventAccumulator) ->
 def test_the_layout_shows_all_experts_of_a_layer_in_one_chart(board: EventAccumulator) -> None:
     (event,) = board.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["Experts", "Balance", "Training", "Traffic"]
-    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert [category.title for category in layout.category] == ["Training", "Experts", "Balance", "Traffic"]
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[1].chart}
     assert list(charts.values()) == [["workload/layer_01/.*"], ["workload/layer_03/.*"]]
-    balance = [tag for chart in layout.category[1].chart for tag in chart.multiline.tag]
+    balance = [tag for chart in layout.category[2].chart for tag in chart.multiline.tag]
     assert "moe/max_violation/layer_.*" in balance and "moe/dead_experts/layer_.*" in balance
+
+
+def counted(step: int, first: int) -> Record:
+    return {"step": step, "moe/counts/layer_01": [first, 10 - first]}
+
+
+def test_pictures_over_time_keep_a_bounded_number_of_steps() -> None:
+    history = LoadHistory()
+    due = [step for step in range(1, 2001) if history.add(counted(step, 2))]
+    assert due and len(history.steps) <= 300 and history.steps[-1] > 1990 and history.steps == sorted(history.steps)
+    (value,) = history.summary().value
+    assert value.tag == "moe/load_over_time/layer_01" and value.image.width > 600
+
+
+def test_pictures_over_time_forget_steps_that_are_taken_again() -> None:
+    history = LoadHistory([counted(step, 2) for step in range(1, 41)])
+    history.rewind(30)
+    assert history.steps == list(range(1, 31))
+    assert not history.add({"step": 31, "val/cross_entropy": 1.0}) and history.steps[-1] == 30
+
+
+def test_a_picture_over_time_shows_a_dying_expert() -> None:
+    shares_EN = np.ones((2, 10))
+    shares_EN[1, 5:] = 0.0
+    pixels = np.array(draw_history(shares_EN, range(10)))
+    left, right = pixels[:, 52:352], pixels[:, 352:652]
+    black = (20, 20, 20)
+    assert not (left == black).all(-1).any()
+    assert (right == black).all(-1).sum() == 22 * 300  # one row, of half the steps
