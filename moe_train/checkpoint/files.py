@@ -130,7 +130,7 @@ def check_files(
     for name, found in manifest.pieces.items():
         for piece in found:
             if piece.file in pieces:
-                pieces[piece.file] |= {f"{kind}/{name}": [piece.numel] for kind in manifest.state_kinds}
+                pieces[piece.file] |= {f"{kind}/{name}": [piece.numel] for kind in manifest.kinds_of(name)}
     for file, expected in pieces.items():
         try:
             _verify_file(manifest, file, expected, advance)

@@ -107,6 +107,7 @@ class Manifest:
         config: Resolved configuration of the run.
         moments: Names of the optimizer's state tensors.
         data: Identity of each source of data, as JSON values; empty in old checkpoints.
+        tensor_moments: State tensors of the logical tensors that have not all of `moments`, by the tensor's name.
     """
 
     folder: Path
@@ -125,21 +126,21 @@ class Manifest:
     config: dict[str, Any] = field(default_factory=dict)
     moments: tuple[str, ...] = ADAM_MOMENTS
     data: tuple[dict[str, Any], ...] = ()
+    tensor_moments: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def optimizer(self) -> str:
         """Name of the optimizer whose moments it has."""
         return str(self.config.get("optim", {}).get("name", "adamw"))
 
-    @property
-    def state_kinds(self) -> tuple[str, ...]:
-        """Kinds of fp32 values that every tensor has: its weight and the optimizer's moments."""
-        return ("weight", *self.moments)
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """Return the kinds of fp32 values that a logical tensor has: its weight and the optimizer's moments of it."""
+        return ("weight", *self.tensor_moments.get(name, self.moments))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors: fp32 weights and moments."""
-        return 4 * len(self.state_kinds) * sum(math.prod(shape) for shape in self.shapes.values())
+        return 4 * sum(len(self.kinds_of(name)) * math.prod(shape) for name, shape in self.shapes.items())
 
 
 def encode_manifest(values: Mapping[str, Any]) -> str:
@@ -268,6 +269,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Manifest:
         config=config,
         moments=_read_moments(path, raw.get("moments", ADAM_MOMENTS)),
         data=_read_data(path, raw.get("data", [])),
+        tensor_moments={name: _read_moments(path, own) for name, own in raw.get("tensor_moments", {}).items()},
     )
 
 

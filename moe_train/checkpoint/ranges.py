@@ -28,7 +28,7 @@ class RangeReader:
 
         Args:
             name: Name of the logical tensor.
-            kind: One of manifest.state_kinds.
+            kind: One of manifest.kinds_of(name).
             start: First element of the range in the flattened tensor.
             end: Element behind the last one of the range; an empty range gives an empty tensor.
 

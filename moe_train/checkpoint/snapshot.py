@@ -20,6 +20,7 @@ class Snapshot:
         loss_scale: Loss scale of fp16; 1 in another precision.
         buffers: Values of the model's buffers, the same on every rank.
         moments: Names of the optimizer's state tensors.
+        tensor_moments: Those of the tensors that have not all of them, by the tensor's name.
     """
 
     tensors: dict[str, Tensor]
@@ -29,6 +30,7 @@ class Snapshot:
     loss_scale: float
     buffers: dict[str, list[float]]
     moments: tuple[str, ...]
+    tensor_moments: dict[str, tuple[str, ...]]
 
 
 class HostMemory:
@@ -44,7 +46,7 @@ class HostMemory:
             state: Training state to copy.
         """
         fragments, kinds = list(state.fragments()), ("weight", *state.moments)
-        needed = len(kinds) * sum(fragment.numel for fragment in fragments)
+        needed = sum(len(fragment.states) * fragment.numel for fragment in fragments)
         if self._memory is None or self._memory.numel() < needed:
             # With pinned memory, copies from a CUDA device run without the host.
             is_pinned = bool(fragments) and fragments[0].states["weight"].is_cuda
@@ -53,6 +55,8 @@ class HostMemory:
         place = 0
         for kind in kinds:
             for fragment in fragments:
+                if kind not in fragment.states:
+                    continue
                 copy = self._memory[place : place + fragment.numel]
                 copy.copy_(fragment.states[kind], non_blocking=True)
                 tensors[f"{kind}/{fragment.tensor.name}"] = copy
@@ -68,4 +72,9 @@ class HostMemory:
             loss_scale=state.loss_scale,
             buffers=buffers,
             moments=state.moments,
+            tensor_moments={
+                fragment.tensor.name: tuple(name for name in state.moments if name in fragment.states)
+                for fragment in fragments
+                if len(fragment.states) < len(kinds)
+            },
         )

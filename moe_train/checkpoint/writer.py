@@ -141,7 +141,7 @@ class CheckpointWriter:
 
     def _complete(self, step: int, snapshot: Snapshot, values: dict[str, Any], written: WrittenFile) -> Path:
         entry = {"xxh3_128": written.digest, "bytes": written.num_bytes, "ranges": snapshot.ranges}
-        everyone = gather_objects((self._file, entry, snapshot.shapes), self._group)
+        everyone = gather_objects((self._file, entry, snapshot.shapes, snapshot.tensor_moments), self._group)
         part = self._part(step)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -150,8 +150,9 @@ class CheckpointWriter:
             "loss_scale": snapshot.loss_scale,
             "buffers": snapshot.buffers,
             "moments": list(snapshot.moments),
-            "tensors": {name: list(shape) for _, _, shapes in everyone for name, shape in shapes.items()},
-            "files": {file: entry for file, entry, _ in everyone if entry["ranges"]},
+            "tensor_moments": {name: list(own) for *_, moments in everyone for name, own in moments.items()},
+            "tensors": {name: list(shape) for _, _, shapes, _ in everyone for name, shape in shapes.items()},
+            "files": {file: entry for file, entry, *_ in everyone if entry["ranges"]},
         }
         self._run_on_first_rank(lambda: complete_checkpoint(part, manifest))
         if self._rank == 0:

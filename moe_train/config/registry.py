@@ -55,6 +55,7 @@ REGISTRY: dict[PartGroup, dict[str, str]] = {
     # optim.name: the optimizer. An OptimizerKind (train/engine/optimizers/base.py).
     "optimizers": {
         "adamw": "moe_train.train.engine.optimizers.adamw:ADAMW",
+        "muon": "moe_train.train.engine.optimizers.muon:MUON",
     },
     # telemetry.sinks: what gets a run's records beside metrics.jsonl. A SinkKind (train/telemetry/sinks/base.py).
     "sinks": {

@@ -79,8 +79,9 @@ class OptimConfig(SectionWithParts):
     part_group = "optimizers"
 
     name: str = "adamw"
-    """Optimizer. adamw: AdamW with decoupled weight decay. An optimizer of another package is given by its name; its
-    own settings are under that name, beside this field."""
+    """Optimizer. adamw: AdamW with decoupled weight decay; muon: the same for embedding, head, norms, routers and
+    vectors, and orthogonalised momentum for the matrices of the blocks (Jordan 2024). An optimizer of another package
+    is given by its name. An optimizer's own settings are under its name, beside this field."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     router_lr_factor: PositiveFloat | Literal["auto"] = "auto"

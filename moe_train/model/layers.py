@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_train.model.parameters import Constant, InitialValue, Normal
+from moe_train.model.parameters import Constant, InitialValue, Normal, OptimRule
 from moe_train.ops.cross_entropy import loss_chunk, summed_cross_entropy, token_cross_entropy
 from moe_train.ops.norms import layer_norm, rms_norm
 from moe_train.ops.swiglu import swiglu
@@ -19,16 +19,30 @@ from moe_train.ops.swiglu import swiglu
 class Linear(nn.Linear):
     """A linear map without bias."""
 
-    def __init__(self, in_features: int, out_features: int, init_std: float) -> None:
+    def __init__(self, in_features: int, out_features: int, init_std: float, beside: int = 1) -> None:
+        """Make a map.
+
+        Args:
+            in_features: Width of the input.
+            out_features: Width of the output.
+            init_std: Standard deviation of the initial values.
+            beside: Number of maps that it is, side by side along the output.
+        """
         super().__init__(in_features, out_features, bias=False)
-        self.init_std = init_std
+        self.init_std, self.beside = init_std, beside
 
     def initial_values(self) -> dict[str, InitialValue]:
         return {"weight": Normal(self.init_std) if self.init_std else Constant(0.0)}
 
+    def optim_rules(self) -> dict[str, OptimRule]:
+        return {"weight": OptimRule(matrices=self.beside)}
+
 
 class Head(Linear):
     """The map from hidden states to logits; with targets, to losses, without keeping all logits."""
+
+    def optim_rules(self) -> dict[str, OptimRule]:
+        return {}  # its rows are vectors of single tokens, as those of the embedding
 
     def forward(  # type: ignore[override]
         self, x_BSD: Tensor, targets_BS: Tensor | None = None, chunk: int | None = None
@@ -58,6 +72,9 @@ class Head(Linear):
 
 class WideLinear(Linear):
     """A linear map for routers, computed and returned in at least fp32, whatever the dtype of the weights."""
+
+    def optim_rules(self) -> dict[str, OptimRule]:
+        return {}  # its rows are vectors of single experts
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -116,7 +133,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, init_std: float, output_std: float) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden_size, 2 * intermediate_size, init_std)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, init_std, beside=2)
         self.down = Linear(intermediate_size, hidden_size, output_std)
 
     def forward(self, x: Tensor) -> Tensor:

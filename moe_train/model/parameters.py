@@ -48,10 +48,13 @@ class OptimRule:
     Attributes:
         lr_factor: Factor of the learning rate.
         weight_decay: Whether weight decay applies.
+        matrices: Number of linear maps that a parameter stores side by side along its outputs, for optimizers that
+            treat a matrix as a whole; of experts, those of each one. 0: it is updated element by element.
     """
 
     lr_factor: float = 1.0
     weight_decay: bool = True
+    matrices: int = 0
 
 
 @runtime_checkable

@@ -256,6 +256,8 @@ def _restore(
     console.say(f"going on from {manifest.folder}: {manifest.step} steps done, {left} to do")
     for change in changed_fields(manifest, config):
         console.say(f"  changed since: {change}")
+    if config.optim.name != manifest.optimizer:
+        console.say(f"  the moments of {config.optim.name} start at zero")
     for change in changed_data(manifest, prepared.data.sources):
         console.say(f"  data changed since: {change}")
     return Progress(manifest.step, manifest.consumed_sequences)

@@ -139,7 +139,7 @@ def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> tuple[FieldDiffere
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
     names = ("format_version", "step", "consumed_sequences", "optimizer_step", "loss_scale", "tokenizer", "layout")
-    return {name: getattr(manifest, name) for name in (*names, "moments")}
+    return {name: getattr(manifest, name) for name in (*names, "moments", "tensor_moments")}
 
 
 def _shapes(manifest: Manifest) -> dict[str, list[int]]:
@@ -150,7 +150,7 @@ def _shapes(manifest: Manifest) -> dict[str, list[int]]:
 def _compare_tensors(a: Manifest, b: Manifest, names: Iterable[str]) -> Iterator[TensorDifference]:
     with RangeReader(a) as ours, RangeReader(b) as theirs:
         for name in names:
-            for kind in a.state_kinds if name in a.shapes else ():
+            for kind in a.kinds_of(name) if name in a.shapes else ():
                 chunks = zip(read_chunks(ours, a, name, kind), read_chunks(theirs, b, name, kind), strict=True)
                 yield _compare(name, kind, chunks)
 

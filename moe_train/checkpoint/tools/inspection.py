@@ -153,7 +153,7 @@ def read_chunks(reader: RangeReader, manifest: Manifest, name: str, kind: str) -
         reader: Reader of the checkpoint.
         manifest: Manifest of the checkpoint.
         name: Name of the logical tensor.
-        kind: One of manifest.state_kinds.
+        kind: One of manifest.kinds_of(name).
     """
     numel = math.prod(manifest.shapes[name])
     for start in range(0, numel, CHUNK):
@@ -168,7 +168,7 @@ def tensor_statistics(manifest: Manifest, name: str) -> list[Statistics]:
         name: Name of the logical tensor.
 
     Returns:
-        Statistics for each of manifest.state_kinds.
+        Statistics for each of manifest.kinds_of(name).
 
     Raises:
         UsageError: If there is no such tensor, or a file cannot be read.
@@ -177,7 +177,7 @@ def tensor_statistics(manifest: Manifest, name: str) -> list[Statistics]:
         raise UsageError(f"--tensor ({name!r}): {manifest.folder} has no such tensor; inspect lists them")
     check_sizes(manifest)
     with RangeReader(manifest) as reader:
-        return [_statistics(kind, read_chunks(reader, manifest, name, kind)) for kind in manifest.state_kinds]
+        return [_statistics(kind, read_chunks(reader, manifest, name, kind)) for kind in manifest.kinds_of(name)]
 
 
 def _statistics(kind: str, chunks: Iterator[Tensor]) -> Statistics:

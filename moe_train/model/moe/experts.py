@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.model.moe.steps import Assignments
-from moe_train.model.parameters import ExpertParameter, InitialValue, Normal
+from moe_train.model.parameters import ExpertParameter, InitialValue, Normal, OptimRule
 from moe_train.ops.routed_mlp import routed_swiglu
 
 
@@ -33,6 +33,9 @@ class GroupedExperts(nn.Module):
 
     def initial_values(self) -> dict[str, InitialValue]:
         return {"gate_up": Normal(self.init_std), "down": Normal(self.output_std)}
+
+    def optim_rules(self) -> dict[str, OptimRule]:
+        return {"gate_up": OptimRule(matrices=2), "down": OptimRule(matrices=1)}
 
     def forward(self, rows_ND: Tensor, assignments: Assignments) -> Tensor:
         """Compute the gate-weighted sum of each row's experts, of those that are on this rank. [N, D]."""

@@ -14,7 +14,7 @@ from moe_train.distributed.flight_recorder import FlightRecorder
 from moe_train.distributed.mesh import ParallelMesh
 from moe_train.model.moe.steps import RoutingSums
 from moe_train.model.objective import TrainingObjective
-from moe_train.model.parameters import LogicalTensor, logical_tensor
+from moe_train.model.parameters import LogicalTensor, logical_tensor, optim_rules
 from moe_train.model.step_size import StepSize
 from moe_train.model.transformer import LossOutput, Tokens, Transformer
 from moe_train.train.engine.fragments import MappedState, PartitionedState, ZeroState
@@ -59,16 +59,19 @@ class TrainEngine:
         self._optimizer = optim.name
         self._kind: OptimizerKind = load_part("optimizers", optim.name)
         section = read_section(self._kind.section, optim.part_settings.get(optim.name), f"optim.{optim.name}")
+        parts_matrices = self._kind.matrix_moments is not None
+        rules = optim_rules(objective.model) if parts_matrices else {}
+        matrices = {name: rule.matrices for name, rule in rules.items() if rule.matrices}
         self._engine = ExpertEngine(
             args=None,
             model=TupleObjective(objective),
-            optimizer=self._kind.build(parameter_groups(objective.model, optim), optim, section),
+            optimizer=self._kind.build(parameter_groups(objective.model, optim, parts_matrices), optim, section),
             config=settings,
             config_class=read_by_deepspeed(settings),
         )
         self._zero = self._engine.optimizer
         state_of = PartitionedState if stage == 3 else MappedState
-        self._state: ZeroState = state_of(self._zero, parameters, self._kind)
+        self._state: ZeroState = state_of(self._zero, parameters, self._kind, matrices)
         self._gate = UpdateGate(self._zero, self._state, stage)
 
     @property

@@ -77,37 +77,46 @@ def mark_experts(model: nn.Module, mesh: ParallelMesh) -> None:
             parameter.ds_zero_partition_group_name = parameter.group_name
 
 
-def parameter_groups(model: Transformer, optim: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: Transformer, optim: OptimConfig, parts_matrices: bool = False) -> list[dict[str, Any]]:
     """Group the parameters by their optimizer rules, experts apart.
 
     Args:
         model: Model marked by `mark_experts`.
         optim: Optimizer settings, resolved: the weight decay, and the factor of the routers' learning rate.
+        parts_matrices: Whether matrices have groups of their own.
 
     Returns:
         Groups as torch's optimizers take them, with "lr_factor": the learning rate of a group is that of the schedule
-        times this factor.
+        times this factor; and "is_matrix": whether it has matrices alone, which are apart from the others.
     """
     rules, router_factor = optim_rules(model), optim.router_lr_factor
     assert router_factor != "auto", "the configuration is resolved"
     maps = {id(parameter) for router in model.routers for parameter in router.parameters()}
     by_rule: dict[OptimRule, list[nn.Parameter]] = {rule: [] for rule in _USUAL_RULES}
     for name, parameter in model.named_parameters():
-        rule = rules[name]
+        rule = replace(rules[name], matrices=int(parts_matrices and rules[name].matrices > 0))
         if id(parameter) in maps:
             rule = replace(rule, lr_factor=rule.lr_factor * router_factor)
         by_rule.setdefault(rule, []).append(parameter)
     wanted = [
         {
-            "name": _USUAL_RULES.get(rule, f"lr x {rule.lr_factor:g}, {'decay' if rule.weight_decay else 'no decay'}"),
+            "name": _name_of(rule),
             "params": parameters,
             "weight_decay": optim.weight_decay if rule.weight_decay else 0.0,
             "lr_factor": rule.lr_factor,
+            "is_matrix": rule.matrices > 0,
         }
         for rule, parameters in by_rule.items()
     ]
     split = split_params_into_different_moe_groups_for_optimizer(wanted)
     return [group for group in split if group["params"]]
+
+
+def _name_of(rule: OptimRule) -> str:
+    if rule in _USUAL_RULES:
+        return _USUAL_RULES[rule]
+    name = f"lr x {rule.lr_factor:g}, {'decay' if rule.weight_decay else 'no decay'}"
+    return f"{name}, matrices" if rule.matrices else name
 
 
 def _group_name(mesh: ParallelMesh) -> str:
