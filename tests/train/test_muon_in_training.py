@@ -70,5 +70,5 @@ def test_another_optimizer_goes_on_with_the_weights(tmp_path: Path, before: str,
 
 def test_settings_of_muon_are_checked() -> None:
     config = load_config(["--train.run_dir=x", "--optim.name=muon", "--optim.muon.momentun=0.9"], program="t")
-    with pytest.raises(UsageError, match="optim.muon.momentun .* momentum"):
+    with pytest.raises(UsageError, match=r"optim\.muon\.momentun .* momentum"):
         resolve_for(config, 1)
