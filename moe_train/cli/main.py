@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "evaluate": "measure a trained model on text: loss, bits per byte, expert load",
     "generate": "continue a text with a trained model",
     "load": "show how the experts of a run share the tokens, the worst layers first",
+    "experts": "show what every expert of a trained model works on: its share, and the tokens that are typical of it",
     "checkpoint": "list, verify, inspect, compare, remove and export the checkpoints of a run",
     "convert-attention": "reduce a trained model's keys and values to fewer heads and layers, averaging them",
     "params": "count a configuration's parameters without allocating them",

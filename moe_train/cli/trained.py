@@ -41,6 +41,11 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
 def add_trained_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that uses a trained model."""
     add_run_option(parser)
+    add_place_options(parser)
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where a trained model runs."""
     group = parser.add_argument_group("where it runs")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it is")
     help_text = "of the model; auto: as it was trained, fp32 where the device lacks that"

@@ -7,6 +7,7 @@ Legend: B sequences of a batch, S tokens per sequence, N sequences of a domain, 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from moe_train.data import Domain
 from moe_train.data.recovery import ALL_RECOVERED, Unrecovered
 from moe_train.distributed.collectives import Group, all_reduce_sum, group_rank, group_size
 from moe_train.distributed.context import ContextRanks
+from moe_train.model.moe.expert_information import ChoiceCounts
 from moe_train.model.transformer import LossOutput, Transformer
 from moe_train.ops.cross_entropy import IGNORED_TARGET
 from moe_train.train.batches import make_tokens, own_targets
@@ -144,6 +146,7 @@ def evaluate(
     device: torch.device,
     group: Group | None = None,
     advance: Callable[[int], object] = lambda _: None,
+    choices: ChoiceCounts | None = None,
 ) -> list[Evaluation]:
     """Evaluate a model on each domain, without router noise.
 
@@ -154,6 +157,7 @@ def evaluate(
         device: Device of the model.
         group: Ranks that share the sequences; None: this rank takes all.
         advance: Called after every batch with the number of sequences that all ranks evaluated in it.
+        choices: Counts to which the choice of experts of every token is added on this rank; None: they are not counted.
 
     Returns:
         Results of each domain, the same on every rank.
@@ -161,7 +165,7 @@ def evaluate(
     Collective: All ranks of the group.
     """
     model.eval()
-    return [_evaluate_domain(model, domain, plan, device, group, advance) for domain in domains]
+    return [_evaluate_domain(model, domain, plan, device, group, advance, choices) for domain in domains]
 
 
 def chosen_sequences(num_sequences: int, max_sequences: int | None) -> np.ndarray:
@@ -212,6 +216,7 @@ def _evaluate_domain(
     device: torch.device,
     group: Group | None,
     advance: Callable[[int], object],
+    choices: ChoiceCounts | None,
 ) -> Evaluation:
     text = domain.text
     chosen = chosen_sequences(text.num_sequences, plan.max_sequences)
@@ -232,7 +237,7 @@ def _evaluate_domain(
             ids_BS = np.full((1, 1), text.end_of_document, dtype=np.int64)
             model(make_tokens(ids_BS, np.zeros(1, np.int64), 0, plan.end_of_document, device))
         else:
-            losses_B, sums = _measure(model, domain, chosen[places], plan, device)
+            losses_B, sums = _measure(model, domain, chosen[places], plan, device, choices)
             losses_N[torch.from_numpy(places).to(device)] = losses_B
             if sums is not None:
                 routed_2LE += sums
@@ -265,7 +270,12 @@ def _batches(chosen: np.ndarray, batch_size: int, num_whole: int) -> list[np.nda
 
 
 def _measure(
-    model: Transformer, domain: Domain, sequences: np.ndarray, plan: EvaluationPlan, device: torch.device
+    model: Transformer,
+    domain: Domain,
+    sequences: np.ndarray,
+    plan: EvaluationPlan,
+    device: torch.device,
+    choices: ChoiceCounts | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the loss of each sequence, or of this rank's tokens of it, fp64 [B], and the experts' counts [2, L, E].
 
@@ -276,7 +286,9 @@ def _measure(
     context = plan.ranks_of(length)
     targets_BS = own_targets(targets[:, :length], context, device)
     tokens = make_tokens(ids_BS[:, :length], sequences, 0, plan.end_of_document, device, context)
-    output: LossOutput = model(tokens, targets_BS=targets_BS)
+    are_counted_BS = torch.ones_like(tokens.ids_BS, dtype=torch.bool)
+    with choices.counting(tokens.ids_BS, are_counted_BS) if choices is not None else nullcontext():
+        output: LossOutput = model(tokens, targets_BS=targets_BS)
     losses_B = output.losses_BS.double().sum(1)
     if output.sums is None:
         return losses_B, None

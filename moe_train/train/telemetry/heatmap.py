@@ -84,6 +84,29 @@ def draw_history(shares_EN: np.ndarray, steps: Sequence[int]) -> Image.Image:
     return canvas
 
 
+def draw_kinds(lifts: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
+    """Draw how much more than its share each row gets of each column, in RGB; white where a column is empty.
+
+    Args:
+        lifts: For each row, its share of each column over the column's share of everything; may be not a number.
+        rows: Names of the rows.
+        columns: Names of the columns.
+    """
+    shares = np.nan_to_num(np.array(lifts, dtype=float), nan=1.0)
+    width, height = 84, 16
+    cells = load_colors(shares).repeat(height, 0).repeat(width, 1)
+    bottom = _TOP + len(rows) * height
+    canvas = Image.new("RGB", (_LEFT + len(columns) * width + 6, bottom + 34), "white")
+    canvas.paste(Image.fromarray(cells), (_LEFT, _TOP))
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    for place, name in enumerate(columns):
+        pen.text((_LEFT + place * width + 2, 4), name, _TEXT, font)
+    for place, name in enumerate(rows):
+        pen.text((4, _TOP + place * height + 2), name, _TEXT, font)
+    _draw_legend(pen, bottom + 12)
+    return canvas
+
+
 def _draw_legend(pen: ImageDraw.ImageDraw, top: int) -> None:
     left, font = 4, ImageFont.load_default()
     for share, text in _LEGEND:
