@@ -34,10 +34,13 @@ class ResumePoint:
     Attributes:
         manifest: Manifest of a checkpoint whose files are valid; None: start from step 0.
         damaged: Newer checkpoints that are not valid.
+        initial: Manifest of a valid checkpoint whose weights alone are taken, if the run starts from step 0; None: the
+            initial values.
     """
 
     manifest: Manifest | None
     damaged: tuple[Damage, ...] = ()
+    initial: Manifest | None = None
 
 
 def find_resume_point(
@@ -77,6 +80,27 @@ def find_resume_point(
             "another train.run_dir"
         )
     return point
+
+
+def find_initial_weights(setting: str, rank: int, world_size: int, group: Group | None = None) -> Manifest:
+    """Find the checkpoint that checkpoint.init_from names. All ranks together read all its bytes.
+
+    Args:
+        setting: checkpoint.init_from.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        group: All ranks, with a long timeout; None: the default group.
+
+    Raises:
+        UsageError: If it does not exist or is damaged.
+
+    Collective: All ranks.
+    """
+
+    def read() -> Manifest:
+        return _read_valid(find_checkpoint_folder(setting, "checkpoint.init_from"), rank, world_size)
+
+    return run_on_all_ranks(read, group=group)
 
 
 def latest_valid(checkpoints: Path, read: Callable[[Path], Manifest], group: Group | None = None) -> ResumePoint:

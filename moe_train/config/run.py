@@ -215,9 +215,18 @@ class CheckpointConfig(Section):
     """Checkpoint to resume from. auto: the newest valid checkpoint of the run folder, if there is one; never: none, and
     a run folder with checkpoints is refused; or a path: the folder of a run or of its checkpoints (the newest one),
     latest in the latter, or the folder of one checkpoint."""
+    init_from: UserPath | None = None
+    """Checkpoint whose weights alone a new run begins with, at step 0 with new moments: the folder of a run, of its
+    checkpoints or of one checkpoint, of the same model and tokenizer. It counts until the run has a checkpoint of its
+    own; None: the initial values."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"init_from ({self.init_from!r}) and resume ({self.resume!r}) both name a checkpoint to begin with: "
+                "leave one out"
+            )
         if self.keep_every and self.every == 0:
             raise ValueError(f"keep_every ({self.keep_every}) has no effect with every (0): no save is at a known step")
         if self.every and self.keep_every % self.every:

@@ -36,6 +36,20 @@ def check_resumable(manifest: Manifest, config: ResolvedConfig, tokenizer: str) 
     """
     if manifest.step > config.train.steps:
         raise UsageError(f"train.steps ({config.train.steps}) is below the step of {manifest.folder} ({manifest.step})")
+    check_same_meaning(manifest, config, tokenizer)
+
+
+def check_same_meaning(manifest: Manifest, config: ResolvedConfig, tokenizer: str) -> None:
+    """Refuse a configuration or tokenizer that would give a checkpoint's weights another meaning.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        config: Configuration of this run.
+        tokenizer: Fingerprint of this run's tokenizer.
+
+    Raises:
+        UsageError: If a field of the model's shape or the tokenizer differs.
+    """
     before, now = _meaning(manifest), _shape_fields(config.model)
     for name, value in now.items():
         if name in before and before[name] != value:

@@ -7,10 +7,11 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 from moe_train.checkpoint.folders import Retention, remove_leftovers
 from moe_train.checkpoint.reader import load_checkpoint
-from moe_train.checkpoint.resume_point import ResumePoint, find_resume_point, quarantine_damaged
+from moe_train.checkpoint.resume_point import ResumePoint, find_initial_weights, find_resume_point, quarantine_damaged
 from moe_train.checkpoint.writer import CheckpointWriter
 from moe_train.config.base import field_values
 from moe_train.config.errors import RunFailed, UsageError
@@ -41,7 +42,7 @@ from moe_train.train.progress import Progress
 from moe_train.train.rank_log import RankLog
 from moe_train.train.recovery import Recovery
 from moe_train.train.remarks import remarks
-from moe_train.train.resume import changed_data, changed_fields, check_resumable, split_warnings
+from moe_train.train.resume import changed_data, changed_fields, check_resumable, check_same_meaning, split_warnings
 from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
 from moe_train.train.run_lock import RunLock, acquire_together
 from moe_train.train.saving import Saver
@@ -171,8 +172,13 @@ def _agree(prepared: PreparedRun, group: Group | None) -> ResumePoint:
 
     run_on_all_ranks(tidy, describe)
     point = find_resume_point(config.checkpoint.resume, folder.checkpoints, world.rank, world.world_size, group)
+    fingerprint = prepared.data.tokenizer.fingerprint
     if point.manifest is not None:
-        check_resumable(point.manifest, config, prepared.data.tokenizer.fingerprint)
+        check_resumable(point.manifest, config, fingerprint)
+    elif config.checkpoint.init_from is not None:
+        initial = find_initial_weights(config.checkpoint.init_from, world.rank, world.world_size, group)
+        check_same_meaning(initial, config, fingerprint)
+        point = replace(point, initial=initial)
     return point
 
 
@@ -246,6 +252,9 @@ def _restore(
 ) -> Progress:
     """Load the checkpoint, if there is one. Collective: All ranks."""
     manifest, config = point.manifest, prepared.config
+    if point.initial is not None:
+        load_checkpoint(engine, point.initial, group, weights_only=True)
+        console.say(f"the weights of {point.initial.folder} ({point.initial.step} steps), at step 0 of this run")
     if manifest is None:
         return Progress()
     load_checkpoint(engine, manifest, group)
