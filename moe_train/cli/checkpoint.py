@@ -94,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     help_text = "and those of steps that are a multiple of K"
     command.add_argument("--keep-every", type=int, default=0, metavar="K", help=help_text)
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    more = (
+        "The new run folder goes on at the newest one's step, with moments of zero; generate, evaluate and init_from "
+    )
+    more += "take it like any other. Everything is verified first."
+    command = add("average", _average, "write the mean of the weights of several checkpoints", more)
+    help_text = "checkpoints' folders; or one run's, for its newest ones (--last)"
+    command.add_argument("paths", type=path_argument, metavar="CHECKPOINT", nargs="+", help=help_text)
+    command.add_argument("--last", type=int, metavar="N", help="the newest N checkpoints of the run")
+    help_text = "folder of the new run"
+    command.add_argument("--output", type=path_argument, required=True, metavar="NEW_RUN_DIR", help=help_text)
     more = "As safetensors files of whole tensors, with an index and the model's configuration. It is verified first."
     command = add("export", _export, "write a checkpoint's weights alone", more)
     command.add_argument("checkpoint", type=path_argument, metavar="CHECKPOINT", help=one)
@@ -222,6 +232,32 @@ def _prune(options: argparse.Namespace, show: Show) -> int:
     show(f"kept: {', '.join(found.kept) or 'none'}")
     show(f"{as_bytes(found.freed_bytes)} {'would be freed' if options.dry_run else 'freed'}")
     _print_json(options, found.as_dict() | {"dry_run": options.dry_run, "folder": str(folder)})
+    return 0
+
+
+def _average(options: argparse.Namespace, show: Show) -> int:
+    from moe_train.checkpoint.folders import list_checkpoints
+    from moe_train.checkpoint.inventory import checkpoints_folder, find_checkpoint_folder
+    from moe_train.checkpoint.manifest import read_manifest
+    from moe_train.checkpoint.tools.average import average_checkpoints
+
+    if options.last is None:
+        folders = [find_checkpoint_folder(path, "CHECKPOINT") for path in options.paths]
+    elif len(options.paths) > 1:
+        raise UsageError(f"--last ({options.last}) is for the checkpoints of one run: give one folder")
+    else:
+        folders = list_checkpoints(checkpoints_folder(options.paths[0], "CHECKPOINT"))
+        if len(folders) < options.last:
+            raise UsageError(f"--last ({options.last}): {options.paths[0]} has {len(folders)} checkpoints")
+        folders = folders[-options.last :] if options.last > 0 else []
+    if len({folder.resolve() for folder in folders}) != len(folders) or len(folders) < 2:
+        raise UsageError(f"an average is of at least two different checkpoints, and these are {len(folders)}")
+    manifests = [read_manifest(folder) for folder in folders]
+    num_bytes = sum(entry.num_bytes or 0 for manifest in manifests for entry in manifest.files.values())
+    with _progress("verifying", lambda: num_bytes) as advance:
+        done = average_checkpoints(manifests, Path(options.output), advance)
+    show(f"{done}: the mean of {len(folders)} checkpoints")
+    _print_json(options, {"checkpoint": str(done), "averaged": [str(folder) for folder in folders]})
     return 0
 
 

@@ -8,20 +8,19 @@ Source: Ainslie et al. 2023, arXiv 2305.13245 (heads); Zuhri et al. 2024, arXiv 
 
 import math
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from moe_train.checkpoint.files import Advance, check_files, sync_folder, write_durably, write_tensor_file
+from moe_train.checkpoint.files import Advance, check_files, sync_folder, write_durably
 from moe_train.checkpoint.folders import begin_checkpoint, complete_checkpoint, step_folder
-from moe_train.checkpoint.manifest import ADAM_MOMENTS, FORMAT_VERSION, Manifest
+from moe_train.checkpoint.manifest import FORMAT_VERSION, Manifest
 from moe_train.checkpoint.matching import check_same_model
 from moe_train.checkpoint.ranges import RangeReader
+from moe_train.checkpoint.tensor_files import FILE_ELEMENTS, TensorFiles
 from moe_train.checkpoint.tools.inspection import read_chunks
 from moe_train.config.errors import UsageError
 from moe_train.config.load import dump_yaml, validate_config
@@ -35,7 +34,6 @@ from moe_train.model.parameters import logical_tensors
 from moe_train.train.run_folder import RunFolder
 
 UPTRAINING_SHARE = 0.05  # share of the source's steps, which gives the number of tokens of Zuhri et al.
-FILE_ELEMENTS = 1 << 27  # weights per file; with their moments, a file has 1.6 GB
 _ELEMENT_BYTES = 4  # bytes per element of a KV cache in fp32
 _LAYOUT = {"world_size": 1, "expert_parallel_size": 1, "zero_stage": 1}
 
@@ -237,7 +235,7 @@ def _write_run(
     if tokenizer.is_file():
         write_durably(folder.tokenizer, tokenizer.read_text(encoding="utf-8"))
     checkpoint = begin_checkpoint(folder.checkpoints, 0)
-    files = _TensorFiles(checkpoint, min(file_elements, _count(shapes)))
+    files = TensorFiles(checkpoint, min(file_elements, _count(shapes)))
     with RangeReader(manifest) as reader:
         for name in shapes:
             for block in _blocks(reader, manifest, source, config, name, shapes[name]):
@@ -285,44 +283,3 @@ def _blocks(
     if before == shape:
         return read_chunks(reader, manifest, name, "weight")
     return widened_blocks(reader, name, before, shape, config.train.seed, config.model.init_std)
-
-
-class _TensorFiles:
-    """Writer of checkpoint files: it takes tensors in blocks, one after the other, and adds moments of zero."""
-
-    def __init__(self, folder: Path, num_elements: int) -> None:
-        self._folder = folder
-        self._weights, self._zeros = torch.empty(num_elements), torch.zeros(num_elements)
-        self._used = 0
-        self._ranges: dict[str, list[int]] = {}  # [start, number of elements] of each tensor in the current file
-        self._ends: Counter[str] = Counter()  # elements of each tensor that have been added
-        self._files: dict[str, dict[str, Any]] = {}
-
-    def add(self, name: str, block: Tensor) -> None:
-        """Append the next block of a tensor. fp32, 1-D."""
-        while block.numel():
-            taken = block[: len(self._weights) - self._used]
-            self._weights[self._used : self._used + len(taken)] = taken
-            self._ranges.setdefault(name, [self._ends[name], 0])[1] += len(taken)
-            self._used, self._ends[name] = self._used + len(taken), self._ends[name] + len(taken)
-            block = block[len(taken) :]
-            if self._used == len(self._weights):
-                self._write()
-
-    def finish(self) -> dict[str, dict[str, Any]]:
-        """Write the last file, and return the manifest's entry of every file."""
-        if self._used:
-            self._write()
-        return self._files
-
-    def _write(self) -> None:
-        tensors: dict[str, Tensor] = {}
-        place = 0
-        for name, (_, numel) in self._ranges.items():
-            kept = (self._weights[place : place + numel], self._zeros[:numel], self._zeros[:numel])
-            tensors |= {f"{kind}/{name}": tensor for kind, tensor in zip(("weight", *ADAM_MOMENTS), kept, strict=True)}
-            place += numel
-        path = self._folder / f"rank_{len(self._files):05d}.safetensors"
-        written = write_tensor_file(path, tensors)
-        self._files[path.name] = {"xxh3_128": written.digest, "bytes": written.num_bytes, "ranges": self._ranges}
-        self._ranges, self._used = {}, 0
