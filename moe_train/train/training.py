@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from moe_train.checkpoint.folders import Retention, remove_leftovers
 from moe_train.checkpoint.reader import load_checkpoint
@@ -18,7 +19,9 @@ from moe_train.config.errors import RunFailed, UsageError
 from moe_train.config.load import dump_yaml
 from moe_train.config.parts import read_section
 from moe_train.config.registry import load_part
-from moe_train.config.run import TelemetryConfig
+from moe_train.config.resolve import ResolvedConfig
+from moe_train.config.root import Config
+from moe_train.config.run import TelemetryConfig, TrainConfig
 from moe_train.distributed.bootstrap import init_process_group
 from moe_train.distributed.collectives import Group, barrier
 from moe_train.distributed.consensus import run_on_all_ranks
@@ -281,7 +284,19 @@ def _open_metrics(
         save_tokenizer(folder, prepared.data.tokenizer)
         sinks = open_sinks(config.telemetry, folder, first_step)
         writer = MetricsWriter(folder.root, first_step, sinks, console.say, lock.writing)
-    # Fields for the comparison of runs: without the run's folder, and without fields that are None.
+    writer.describe(layers if config.telemetry.experts else (), _compared_fields(config), dump_yaml(config))
+    if not (config.telemetry.experts and layers):
+        return writer, None
+    bounds = Bounds.of(config.telemetry, config.model.moe, config.optim.warmup_steps)
+    return writer, LoadAlarms(layers, bounds, read_records(folder.metrics))
+
+
+def _compared_fields(config: ResolvedConfig) -> dict[str, Any]:
+    """Return the fields for the comparison of runs, those that differ from the defaults first.
+
+    They are without the run's folder, and without fields that are None.
+    """
+    defaults = dict(field_values(Config(train=TrainConfig(run_dir=config.train.run_dir)).model_dump(mode="json")))
     fields = {
         name: value
         for name, value in field_values(config.model_dump(mode="json"))
@@ -289,11 +304,8 @@ def _open_metrics(
         and name != "train.run_dir"
         and value is not None
     }
-    writer.describe(layers if config.telemetry.experts else (), fields, dump_yaml(config))
-    if not (config.telemetry.experts and layers):
-        return writer, None
-    bounds = Bounds.of(config.telemetry, config.model.moe, config.optim.warmup_steps)
-    return writer, LoadAlarms(layers, bounds, read_records(folder.metrics))
+    chosen = [name for name, value in fields.items() if defaults.get(name) not in (value, "auto")]
+    return {name: fields[name] for name in dict.fromkeys([*chosen, *fields])}
 
 
 def open_sinks(telemetry: TelemetryConfig, folder: RunFolder, first_step: int) -> dict[str, Sink]:
