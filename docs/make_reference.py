@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from moe_train.cli.main import SUBCOMMANDS
 from moe_train.config.data import MixtureEntry
-from moe_train.config.machine import Link, Machine, Network, Product
+from moe_train.config.machine import Host, Link, Machine, Network, Product
 from moe_train.config.root import Config
 
 DOCS = Path(__file__).resolve().parent
@@ -191,7 +191,7 @@ def configuration_page() -> str:
             lines += section_table(MixtureEntry)
     lines += ["## deepspeed", "", *field_paragraph("deepspeed", Config.model_fields["deepspeed"])]
     lines += [MACHINE]
-    for inner in (Machine, Network, Link, Product):
+    for inner in (Machine, Host, Network, Link, Product):
         lines += [f"({anchor(inner)})=", f"### {inner.__name__}", "", prose(inner.__doc__ or ""), ""]
         lines += section_table(inner)
     return ORIGIN.format(where="moe_train/config/") + "\n" + "\n".join(lines).strip() + "\n"

@@ -160,7 +160,7 @@ def _search(config: Config, size: int, question: "Question", options: argparse.N
 
     found = search(config, size, question)
     if not found.best:
-        _show_nothing(found, question.capacity, options.json)
+        _show_nothing(found, question, options.json)
         return EXIT_NOTHING_FITS
     chosen = apply_layout(config, found.best[0].layout)
     text = dump_yaml(chosen)
@@ -183,11 +183,15 @@ def _search(config: Config, size: int, question: "Question", options: argparse.N
     return 0
 
 
-def _show_nothing(found: "Found", capacity: float, as_json: bool) -> None:
-    room, least = capacity / 2**30, found.smallest.total / 2**30
+def _show_nothing(found: "Found", question: "Question", as_json: bool) -> None:
+    capacity, host_capacity = question.capacity, question.host_capacity
+    room, least, host = capacity / 2**30, found.smallest.total / 2**30, ""
+    if host_capacity is not None and found.smallest.host_total > host_capacity:
+        in_host = found.smallest.host_total / 2**30
+        host = f", and {in_host:.1f} of {host_capacity / 2**30:.1f} GiB in the memory of its host"
     print(
         f"moe-train plan: none of {found.tried:,} layouts fits: the smallest takes {least:.1f} of {room:.1f} GiB a "
-        "rank; take more nodes, or train.sequence_length or a model that are smaller",
+        f"rank{host}; take more nodes, or train.sequence_length or a model that are smaller",
         file=sys.stderr,
     )
     if as_json:

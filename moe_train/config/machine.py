@@ -37,6 +37,17 @@ class Network(Section):
     """Hop of a ring: every rank sends to the next one, and receives from the one before. None: as an all-gather."""
 
 
+class Host(Section):
+    """Host of a node's devices, to whose memory ZeRO-Offload moves the optimizer."""
+
+    memory_bytes: PositiveInt
+    """Bytes of memory of the node, for all its ranks."""
+    memory_bytes_per_second: PositiveFloat
+    """Bytes per second that the cores of one rank read and write while those of all ranks do."""
+    link_bytes_per_second: PositiveFloat
+    """Bytes per second between one device and pinned memory, in one direction, while all devices of the node copy."""
+
+
 class Product(Section):
     """Speed of a matrix product of one shape, measured while all ranks of the node work."""
 
@@ -68,6 +79,8 @@ class Machine(Section):
     """Fixed seconds of one small operation: the launch of a kernel, or the host's time for it."""
     ranks_per_node: PositiveInt
     """Ranks per node during the measurement; for a data sheet, the devices of a node."""
+    host: Host | None = None
+    """Host of the node's devices; None: not known, or the device is a cpu, whose memory is the host's."""
     intra_node: Network | None = None
     """Network among the ranks of one node; None: not known, for example because each node had one rank."""
     inter_node: Network | None = None

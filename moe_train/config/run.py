@@ -26,6 +26,11 @@ class ParallelConfig(Section):
     a node, or with dispatch two_level takes whole nodes."""
     zero_stage: int = Field(1, ge=1, le=3)
     """Stage of DeepSpeed ZeRO: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where master weights, optimizer states and the update are. none: on the rank's device; cpu: in pinned memory of
+    the host (ZeRO-Offload), for a model whose states do not fit the devices. Gradients go to the host and weights back,
+    and the cores of the rank make the update. The numbers are the same. On a machine that trains on its CPU, device and
+    host are the same memory, so that it saves nothing there."""
     dispatch: str = "flat"
     """How tokens travel to experts on other ranks. flat: one row per assignment. unique: one row for each rank that a
     token has experts on; it saves more bytes the more experts a token has. two_level: one row for each node, then one

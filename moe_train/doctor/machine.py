@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from moe_train.config.machine import Link, Machine, Network, Product
+from moe_train.config.machine import Host, Link, Machine, Network, Product
 from moe_train.doctor.collectives import Timing
 from moe_train.doctor.facts import Facts
 from moe_train.doctor.operations import OPERATIONS
@@ -54,6 +54,24 @@ def combine_products(speeds: Sequence[Speed]) -> dict[str, tuple[Product, ...]]:
     return {precision: products for precision, products in combined.items() if products}
 
 
+def make_host(facts: Sequence[Facts], speeds: Sequence[Speed]) -> Host | None:
+    """Make the host of a node from the measurements of all ranks; None: their devices are CPUs.
+
+    Args:
+        facts: Facts of each rank.
+        speeds: Device speed of each rank.
+    """
+    memory = [s.host_memory_bytes_per_second for s in speeds if s.host_memory_bytes_per_second is not None]
+    links = [s.host_link_bytes_per_second for s in speeds if s.host_link_bytes_per_second is not None]
+    if not (memory and links):
+        return None
+    return Host(
+        memory_bytes=min(fact.memory for fact in facts),
+        memory_bytes_per_second=statistics.median(memory),
+        link_bytes_per_second=statistics.median(links),
+    )
+
+
 def make_machine(
     facts: Sequence[Facts], timings: Sequence[Timing], speeds: Sequence[Speed], peaks: dict[str, float]
 ) -> Machine:
@@ -83,6 +101,7 @@ def make_machine(
         memory_bytes_per_second=memory,
         operation_seconds=statistics.median(speed.operation_seconds for speed in speeds),
         ranks_per_node=per_node,
+        host=make_host(facts, speeds),
         intra_node=fit_network(timings, "within"),
         inter_node=fit_network(timings, "across"),
     )

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,17 @@ class Speed:
         products: Matrix products by precision, each as (rows, width, operations per second).
         memory_bytes_per_second: Bytes read and written per second by an elementwise sum.
         operation_seconds: Time of one small operation.
+        host_memory_bytes_per_second: Bytes read and written per second by an elementwise sum on this rank's cores; None
+            where the device is the CPU.
+        host_link_bytes_per_second: Bytes copied per second from the device to pinned memory of the host; None where the
+            device is the CPU.
     """
 
     products: dict[str, list[tuple[int, int, float]]]
     memory_bytes_per_second: float
     operation_seconds: float
+    host_memory_bytes_per_second: float | None = None
+    host_link_bytes_per_second: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -49,7 +55,21 @@ def measure_speed(device: torch.device, precisions: Sequence[Precision], budget_
     operation = _measure_operation(device)
     memory = _measure_memory(device)
     products = {precision: measure_products(device, precision, budget_seconds) for precision in precisions}
-    return Speed({name: found for name, found in products.items() if found}, memory, operation)
+    found = Speed({name: found for name, found in products.items() if found}, memory, operation)
+    if device.type == "cpu":
+        return found
+    return replace(
+        found,
+        host_memory_bytes_per_second=_measure_memory(torch.device("cpu")),
+        host_link_bytes_per_second=measure_link(device),
+    )
+
+
+def measure_link(device: torch.device) -> float:
+    """Measure the bytes per second from this rank's device to the memory of its host, pinned where that is another."""
+    given = torch.zeros(_ELEMENTS["cpu"], device=device)
+    kept = torch.zeros(_ELEMENTS["cpu"], pin_memory=device.type != "cpu")
+    return given.nbytes / _median_seconds(lambda: kept.copy_(given, non_blocking=True), device, 1.0)
 
 
 def measure_products(device: torch.device, precision: Precision, budget_seconds: float) -> list[tuple[int, int, float]]:

@@ -16,7 +16,7 @@ from moe_train.train.engine.optimizers.base import OptimizerKind
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _BUCKET_ELEMENTS = 500_000_000  # zero_optimization.reduce_bucket_size of deepspeed 0.19.8
-_PLANNED = ("stage", "reduce_bucket_size", "offload_optimizer", "offload_param")  # settings that a plan considers
+_PLANNED = ("stage", "reduce_bucket_size", "offload_param")  # settings that a plan considers
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Layout:
         loss_chunk_tokens: Tokens whose logits exist at a time, as given; None: by their size.
         context_size: Ranks that share sequences.
         context_exchange: How their keys and values meet.
+        offloads: Whether master weights and optimizer states are in the host's memory.
     """
 
     world_size: int
@@ -133,6 +134,7 @@ class Layout:
     loss_chunk_tokens: int | None = None
     context_size: int = 1
     context_exchange: str = "all_gather"
+    offloads: bool = False
 
     @property
     def tokens(self) -> int:
@@ -227,6 +229,11 @@ def plan_layout(config: Config, cluster: Cluster, vocab_size: int) -> tuple[Reso
         raise UsageError(
             f"train.precision ({train.precision}): nothing is known of it for {machine.name}, only {known}"
         )
+    if resolved.parallel.offload_optimizer == "cpu" and machine.device == "cuda" and machine.host is None:
+        raise UsageError(
+            f"parallel.offload_optimizer (cpu): nothing is known of the host of {machine.name}: run moe-train doctor "
+            "of this version on it, or plan for a device by its name"
+        )
     return resolved, layout_of(resolved, cluster.gpus_per_node)
 
 
@@ -261,6 +268,7 @@ def layout_of(resolved: ResolvedConfig, node_size: int) -> Layout:
         loss_chunk_tokens=train.loss_chunk_tokens,
         context_size=parallel.context_parallel_size,
         context_exchange=parallel.context_exchange,
+        offloads=parallel.offload_optimizer == "cpu",
     )
 
 
@@ -279,10 +287,9 @@ def dispatch_hops(moe: MoEConfig, layout: Layout, assignments: float) -> tuple[H
 
 def _bucket_elements(config: Config) -> int:
     zero = _zero_settings(config)
-    for name in ("offload_optimizer", "offload_param"):
-        kept = zero.get(name)
-        if kept is not None and not (isinstance(kept, dict) and kept.get("device", "none") == "none"):
-            raise UsageError(f"deepspeed.zero_optimization.{name} ({kept!r}) is not planned: leave it out")
+    kept = zero.get("offload_param")
+    if kept is not None and not (isinstance(kept, dict) and kept.get("device", "none") == "none"):
+        raise UsageError(f"deepspeed.zero_optimization.offload_param ({kept!r}) is not planned: leave it out")
     size = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS)
     is_number = isinstance(size, int | float) and not isinstance(size, bool)
     if not is_number or not 1 <= size < float("inf") or size != int(size):

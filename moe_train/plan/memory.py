@@ -3,13 +3,15 @@
 The peak is what torch.cuda.max_memory_allocated counts: bytes of tensors that exist at the same time, also where parts
 of a buffer have not been used. Four moments can be the peak: the loss (activations of all blocks, and the logits), the
 backward pass of a block (activations of the blocks below, gradients of the blocks above), the reduction of gradients,
-and the update of the optimizer.
+and the update of the optimizer. What offloading moves to the host's memory does not change during a step. A device that
+is a CPU has the same memory as its host, so that the peak counts both.
 """
 
 from dataclasses import dataclass
 
 from moe_train.model.build import feed_forward_of, mixer_of
 from moe_train.plan.activations import BlockMemory, HeadMemory, block_memory, head_memory
+from moe_train.plan.host import host_parts, largest_tensor
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.shapes import LayerShape, ModelShape
@@ -54,16 +56,23 @@ class Memory:
         parts: Bytes by name of PARTS, at the moment when their sum is largest.
         moment: Name of this moment: loss, backward of a block, reduce or update.
         states: Weights and optimizer states.
+        host: Bytes of the host's memory by name of HOST_PARTS, where it is not that of the device.
     """
 
     parts: dict[str, float]
     moment: str
     states: ModelStates
+    host: dict[str, float]
 
     @property
     def total(self) -> float:
-        """Bytes of all parts."""
+        """Bytes of all parts of the device."""
         return sum(self.parts.values())
+
+    @property
+    def host_total(self) -> float:
+        """Bytes of the host's memory that this rank takes."""
+        return sum(self.host.values())
 
 
 def plan_memory(
@@ -79,7 +88,14 @@ def plan_memory(
         decoding: Sequences whose keys and values are kept beside training; None: no KV cache.
     """
     states = model_states(shape, layout)
-    steady = {"weights": float(states.weights), "optimizer_states": float(states.optimizer_states)}
+    host = host_parts(states, layout, device)
+    steady = {"weights": float(states.weights)}
+    if not layout.offloads:
+        steady["optimizer_states"] = float(states.optimizer_states)
+    elif layout.zero_stage < 3:
+        steady["zero_buffers"] = float(layout.dtype_bytes * largest_tensor(states))
+    if device == "cpu":  # the same memory
+        steady, host = _sum(steady, {part: held for part, held in host.items() if held}), {}
     if decoding is not None:
         steady["kv_cache"] = float(_kv_cache(shape, layout, decoding))
     known: dict[LayerShape, BlockMemory] = {}
@@ -92,7 +108,7 @@ def plan_memory(
     parts = {part: steady.get(part, 0.0) + most.get(part, 0.0) for part in PARTS}
     if device == "cuda":
         parts["framework"] = _CUDA_FRAMEWORK + _CUDA_FRAGMENTATION * sum(parts.values())
-    return Memory(parts, name, states)
+    return Memory(parts, name, states, host)
 
 
 def _kv_cache(shape: ModelShape, layout: Layout, decoding: Decoding) -> int:
@@ -133,13 +149,27 @@ def _passes(
 def _gradients_before(states: ModelStates, layout: Layout) -> dict[str, float]:
     """Compute the bytes of gradients and buffers that exist in the last forward pass of a step."""
     if layout.zero_stage == 3:
-        held = {"gradients": float(layout.gradient_bytes * states.partition_elements)}
+        held = {"gradients": float(_own_gradients(layout) * states.partition_elements)}
         return held | {"zero_buffers": float(layout.bucket_elements * layout.dtype_bytes)}
     if layout.accumulation == 1:
         return {}
     if layout.zero_stage == 2:
-        return {"gradients": float(_FP32 * states.partition_elements)}
+        return {"gradients": float(_own_gradients(layout) * states.partition_elements)}
     return {"gradients": float(_FP32 * states.local_elements), **_bucket(states, layout)}
+
+
+def _own_gradients(layout: Layout) -> int:
+    """Compute the bytes per element of this rank's averaged gradients that are on the device after a backward pass."""
+    if not layout.offloads:
+        return layout.gradient_bytes
+    # Stages 1 and 2 add up on the device where the sums are wider than the weights.
+    is_wider = layout.gradient_bytes > layout.dtype_bytes
+    return layout.gradient_bytes if is_wider and layout.zero_stage < 3 else 0
+
+
+def _norm_bytes(states: ModelStates) -> int:
+    """Compute the bytes of the largest gradient in the type of its norm."""
+    return _NORM_BYTES * max(min(group.largest, group.partition) for group in states.groups)
 
 
 def _bucket(states: ModelStates, layout: Layout) -> dict[str, float]:
@@ -162,7 +192,7 @@ def _gradients_made(elements: int, states: ModelStates, layout: Layout) -> dict[
     copies = {"zero_buffers": float(e * min(bucket, elements))} if flushed else {}
     if layout.zero_stage == 3 or layout.accumulation > 1 or not flushed:
         return copies
-    return {"gradients": float(e * states.partition_elements), **copies}
+    return {"gradients": float(_own_gradients(layout) * states.partition_elements), **copies}
 
 
 def _reduce(states: ModelStates, layout: Layout) -> tuple[str, dict[str, float]]:
@@ -171,13 +201,14 @@ def _reduce(states: ModelStates, layout: Layout) -> tuple[str, dict[str, float]]
     filled = min(layout.bucket_elements, local)
     of_one_group = max(sum(g.numel for g in states.groups if g.is_expert is kind) for kind in (True, False))
     copied = min(filled, of_one_group)
+    norm = _norm_bytes(states) if layout.offloads else 0  # which is formed before a gradient goes to the host
     if layout.zero_stage == 3:
         held = _gradients_before(states, layout)
-        return _REDUCE, _sum(held, {"zero_buffers": float(e * copied)})
+        return _REDUCE, _sum(held, {"zero_buffers": float(e * copied + norm)})
     bucket = _bucket(states, layout)
     size = layout.gradient_bytes if layout.zero_stage == 1 else e
-    own = _FP32 if layout.accumulation > 1 and e < _FP32 else e
-    parts = {"gradients": float(own * states.partition_elements), "zero_buffers": float(size * copied)}
+    own = _own_gradients(layout) * states.partition_elements
+    parts = {"gradients": float(own), "zero_buffers": float(max(size * copied, norm))}
     if layout.zero_stage == 1:
         parts["gradients"] += size * (local - filled)
     return _REDUCE, _sum(parts, bucket)
@@ -186,17 +217,18 @@ def _reduce(states: ModelStates, layout: Layout) -> tuple[str, dict[str, float]]
 def _update(states: ModelStates, layout: Layout) -> tuple[str, dict[str, float]]:
     """Compute the bytes of the optimizer's update, which flattens the gradients of one group at a time to fp32."""
     e, size = layout.dtype_bytes, layout.gradient_bytes
+    held = {"gradients": float(_own_gradients(layout) * states.partition_elements)}
+    if layout.zero_stage == 3:
+        held = _gradients_before(states, layout)
+    if layout.offloads:
+        return _UPDATE, held
     largest = max(group.partition for group in states.groups)
     narrow = size < _FP32
     if layout.zero_stage == 3 or not (layout.accumulation > 1 and e < _FP32):
         flat = (size + (_FP32 if narrow else 0)) * largest
     else:
         flat = 0  # they are already one fp32 tensor
-    norm = _NORM_BYTES * max(min(group.largest, group.partition) for group in states.groups)
-    held = {"gradients": float(size * states.partition_elements)}
-    if layout.zero_stage == 3:
-        held = _gradients_before(states, layout)
-    return _UPDATE, _sum(held, {"zero_buffers": float(max(flat, norm))})
+    return _UPDATE, _sum(held, {"zero_buffers": float(max(flat, _norm_bytes(states)))})
 
 
 def _sum(*parts: dict[str, float]) -> dict[str, float]:

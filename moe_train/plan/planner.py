@@ -40,6 +40,17 @@ class Question:
         """Bytes of memory that a rank may use."""
         return self.cluster.machine.memory_bytes * (1 - self.margin)
 
+    @property
+    def host_capacity(self) -> float | None:
+        """Bytes of the host's memory that a rank may use; None: nothing is known of it, or the device is a CPU."""
+        host = self.cluster.machine.host
+        return None if host is None else host.memory_bytes / self.cluster.gpus_per_node * (1 - self.margin)
+
+    def fits(self, memory: Memory) -> bool:
+        """Whether a peak is within the memory of the device and of its host."""
+        in_host = self.host_capacity is None or memory.host_total <= self.host_capacity
+        return memory.total <= self.capacity and in_host
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,7 +65,7 @@ class Plan:
         traffic: Bytes that a rank sends per step.
         step: Time of a step.
         mfu: Model FLOPs utilisation: operations that the model needs, divided by operations at the peak rate.
-        capacity: Bytes of memory that a rank may use.
+        question: Settings of the plan.
         not_planned: Settings of DeepSpeed that were given but do not change the plan.
         warnings: Messages about what the plan cannot know.
     """
@@ -67,14 +78,19 @@ class Plan:
     traffic: Traffic
     step: Step
     mfu: float
-    capacity: float
+    question: Question
     not_planned: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether the peak memory is within the capacity."""
-        return self.memory.total <= self.capacity
+        """Whether the peak memory is within the capacity of the device and of its host."""
+        return self.question.fits(self.memory)
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of the device's memory that a rank may use."""
+        return self.question.capacity
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,13 +99,16 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain values for JSON."""
-        count, total = self.shape.parameters, self.traffic.total
+        count, total, host_capacity = self.shape.parameters, self.traffic.total, self.question.host_capacity
         return {
             "parameters": {"total": count.total, "active": count.active},
             "memory": {name: int(held) for name, held in self.memory.parts.items()},
             "memory_total": int(self.memory.total),
             "memory_capacity": int(self.capacity),
             "memory_moment": self.memory.moment,
+            "host_memory": {name: int(held) for name, held in self.memory.host.items()},
+            "host_memory_total": int(self.memory.host_total),
+            "host_memory_capacity": None if host_capacity is None else int(host_capacity),
             "traffic": {"intra_node": int(total.intra_node), "inter_node": int(total.inter_node)},
             "traffic_by_part": {
                 name: {"intra_node": int(sent.intra_node), "inter_node": int(sent.inter_node)}
@@ -122,6 +141,7 @@ class Plan:
             "micro_batch_size": layout.micro_batch,
             "gradient_accumulation": layout.accumulation,
             "recompute_activations": layout.recomputes,
+            "offload_optimizer": "cpu" if layout.offloads else "none",
             "dispatch": layout.dispatch,
             "chunks": layout.chunks,
             "precision": layout.precision,
@@ -149,4 +169,4 @@ def make_plan(config: Config, vocab_size: int, question: Question) -> Plan:
     flops = shape.flops_per_token * resolved.train.global_batch_size * layout.sequence_length
     mfu = flops / (step.seconds * layout.world_size * machine.flops_per_second[layout.precision])
     ignored, warnings = settings_not_planned(resolved), question.cluster.warnings
-    return Plan(resolved, layout, shape, loads, memory, traffic, step, mfu, question.capacity, ignored, warnings)
+    return Plan(resolved, layout, shape, loads, memory, traffic, step, mfu, question, ignored, warnings)

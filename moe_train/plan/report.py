@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_train.plan.layout import Layout
 from moe_train.plan.planner import Plan
 from moe_train.plan.search import Candidate
 
@@ -23,7 +24,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"layout      {ranks}, expert parallel {layout.ep_size}{context}, ZeRO {layout.zero_stage}, "
         f"micro-batch {layout.micro_batch} x {layout.accumulation}, dispatch {layout.dispatch} in {layout.chunks}, "
-        f"{layout.precision}{', recomputation' if layout.recomputes else ''}",
+        f"{', '.join((layout.precision, *_savings(layout)))}",
         soft_wrap=True,
     )
     console.print()
@@ -49,6 +50,12 @@ def verdict(plan: Plan) -> str:
     held, room = plan.memory.total / _GIB, plan.capacity / _GIB
     if plan.fits:
         return f"fits: {held:.1f} of {room:.1f} GiB a rank"
+    host_room = plan.question.host_capacity
+    if held <= room and host_room is not None:
+        return (
+            f"does not fit: over by {(plan.memory.host_total - host_room) / _GIB:.1f} GiB a rank in the memory of the "
+            f"host ({plan.memory.host_total / _GIB:.1f} of {host_room / _GIB:.1f} GiB)"
+        )
     part = max(plan.memory.parts, key=lambda name: plan.memory.parts[name])
     return (
         f"does not fit: over by {held - room:.1f} GiB ({held:.1f} of {room:.1f} GiB a rank), largest part "
@@ -64,7 +71,7 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
         tried: Number of layouts that were planned.
         console: Console to print to.
     """
-    columns = ("EP", "ZeRO", "batch", "recomputes", "dispatch", "GiB", "step", "p99", "largest term")
+    columns = ("EP", "ZeRO", "batch", "saves by", "dispatch", "GiB", "step", "p99", "largest term")
     title = f"the fastest of {tried:,} layouts"
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for candidate in best:
@@ -73,7 +80,7 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
             str(layout.ep_size),
             str(layout.zero_stage),
             f"{layout.micro_batch} x {layout.accumulation}",
-            "yes" if layout.recomputes else "no",
+            ", ".join(_savings(layout)) or "-",
             f"{layout.dispatch} x {layout.chunks}",
             f"{candidate.memory.total / _GIB:.1f}",
             _time(step.seconds),
@@ -81,6 +88,12 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
             step.largest_term.replace("_", " "),
         )
     console.print(table)
+
+
+def _savings(layout: Layout) -> list[str]:
+    """List how a layout saves memory of its devices."""
+    ways = {"recomputation": layout.recomputes, "offload": layout.offloads}
+    return [name for name, is_taken in ways.items() if is_taken]
 
 
 def _show_memory(plan: Plan, console: Console) -> None:
@@ -102,6 +115,12 @@ def _show_memory(plan: Plan, console: Console) -> None:
             line.append(f"{name.replace('_', ' '):<18}{held / _GIB:>9.2f} GiB {held / total:>6.1%}")
             console.print(line)
     console.print(f"            at its most in: {plan.memory.moment}")
+    room = plan.question.host_capacity
+    if room is not None:
+        ranks, held = plan.question.cluster.gpus_per_node, plan.memory.host_total
+        console.print(
+            f"host        {held * ranks / _GIB:,.1f} of {room * ranks / _GIB:,.1f} GiB a node", soft_wrap=True
+        )
 
 
 def _traffic_table(plan: Plan) -> Table:

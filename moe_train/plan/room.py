@@ -8,6 +8,7 @@ from moe_train.config.errors import UsageError
 from moe_train.config.resolve import ResolvedConfig
 from moe_train.distributed.world import World
 from moe_train.host.memory import host_memory
+from moe_train.plan.host import host_parts
 from moe_train.plan.layout import layout_of
 from moe_train.plan.shapes import model_shape
 from moe_train.plan.states import model_states
@@ -18,7 +19,7 @@ _RANKS_PER_NODE = 8
 
 
 def check_room(config: ResolvedConfig, world: World, device: torch.device) -> None:
-    """Check that weights and optimizer states of one rank fit into its device, before any data is read.
+    """Check that weights and optimizer states fit into the device of a rank and into its host, before any data is read.
 
     It is a lower bound: gradients and activations come on top, and an unknown vocabulary counts one row.
 
@@ -30,13 +31,18 @@ def check_room(config: ResolvedConfig, world: World, device: torch.device) -> No
     Raises:
         UsageError: If the states do not fit. It offers the commands that find and start a layout that fits.
     """
-    if any(name.startswith("offload_") for name in config.deepspeed.get("zero_optimization", {})):
+    if "offload_param" in config.deepspeed.get("zero_optimization", {}):
         return  # where the states are then is DeepSpeed's choice
     memory = _memory_of_rank(world, device)
     shape = model_shape(config.model, config.model.vocab_size, config.train.sequence_length)
     layout = layout_of(config, world.local_world_size)
     states = model_states(shape, layout)
-    needed = states.weights + states.optimizer_states
+    in_host = sum(host_parts(states, layout, device.type).values()) if layout.offloads else 0.0
+    if device.type == "cuda":
+        _check_host(in_host, world)
+        needed: float = states.weights + (0 if layout.offloads else states.optimizer_states)
+    else:  # the same memory
+        needed = states.weights + (in_host if layout.offloads else states.optimizer_states)
     if needed <= memory:
         return
     parameters = sum(tensor.global_numel for tensor in shape.tensors)
@@ -52,6 +58,16 @@ def check_room(config: ResolvedConfig, world: World, device: torch.device) -> No
         "--output fitting.yaml\n"
         "  moe-train launch --hostfile HOSTS -- launch/train.py --config fitting.yaml"
     )
+
+
+def _check_host(in_host: float, world: World) -> None:
+    needed, memory = in_host * world.local_world_size, host_memory()[0]
+    if needed > memory:
+        raise UsageError(
+            "parallel.offload_optimizer (cpu): master weights, optimizer states, gradients and the copy for a "
+            f"checkpoint take {needed / _GIB:,.1f} GiB in the memory of a host ({world.local_world_size} ranks), which "
+            f"has {memory / _GIB:,.1f} GiB: take more hosts, or a model that is smaller"
+        )
 
 
 def _memory_of_rank(world: World, device: torch.device) -> float:

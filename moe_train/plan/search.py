@@ -1,13 +1,15 @@
 """Search for the fastest layout of a configuration that fits; every candidate is planned by arithmetic.
 
-The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute_activations, dispatch and chunks. The
-global batch stays the same, so that every candidate takes the same steps; so does context_parallel_size. Memory is
-planned first: a layout that does not fit is not timed, and recomputation is tried only where it is needed.
+The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute_activations, offload_optimizer,
+dispatch and chunks. The global batch stays the same, so that every candidate takes the same steps; so does
+context_parallel_size. Memory is planned first: a layout that does not fit is not timed. Recomputation and offloading
+are tried only where they are needed, one of them before both.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from moe_train.config.machine import Machine
 from moe_train.config.registry import load_part, part_names
 from moe_train.config.root import Config
 from moe_train.model.moe.dispatch.base import DispatcherKind
@@ -78,14 +80,14 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
         return loads[key], plan_memory(shape, layout, loads[key], machine.device, question.decoding)
 
     for spread in _spreads(shape, base, config.train.compile):
-        for recomputes in (False, True):
+        for savings in _savings(spread, machine):
             fitted = False
-            for layout in _ways(replace(spread, recomputes=recomputes), shape):
+            for layout in (way for saving in savings for way in _ways(saving, shape)):
                 own_loads, memory = planned(layout)
                 tried += 1
                 if smallest is None or memory.total < smallest.total:
                     smallest = memory
-                if memory.total > question.capacity:
+                if not question.fits(memory):
                     continue
                 fitted = True
                 step = plan_step(shape, layout, own_loads, memory.states, rates)
@@ -99,7 +101,13 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
 
 def _open(config: Config) -> Config:
     """Reset the fields that are searched, because their values in the configuration may not suit the cluster."""
-    parallel = {"expert_parallel_size": 1, "dispatch": "flat", "ranks_per_node": "auto", "chunks": 1}
+    parallel = {
+        "expert_parallel_size": 1,
+        "offload_optimizer": "none",
+        "dispatch": "flat",
+        "ranks_per_node": "auto",
+        "chunks": 1,
+    }
     train = {} if config.train.global_batch_size is None else {"micro_batch_size": 1}
     return config.model_copy(
         update={
@@ -120,6 +128,7 @@ def apply_layout(config: Config, layout: Layout) -> Config:
     parallel = {
         "expert_parallel_size": layout.ep_size,
         "zero_stage": layout.zero_stage,
+        "offload_optimizer": "cpu" if layout.offloads else "none",
         "dispatch": layout.dispatch,
         "chunks": layout.chunks,
         "payload": layout.payload,
@@ -151,6 +160,14 @@ def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout
         for stage in (1, 2) if compiles else (1, 2, 3):
             for micro in micros:
                 yield replace(base, ep_size=size, zero_stage=stage, micro_batch=micro, accumulation=share // micro)
+
+
+def _savings(layout: Layout, machine: Machine) -> tuple[tuple[Layout, ...], ...]:
+    """List the ways to save memory in a layout: each is tried if nothing before it fits."""
+    again = replace(layout, recomputes=True)
+    if machine.host is None:  # a CPU has one memory, and of other hosts nothing is known
+        return (layout,), (again,)
+    return (layout,), (again, replace(layout, offloads=True)), (replace(again, offloads=True),)
 
 
 def _ways(layout: Layout, shape: ModelShape) -> Iterator[Layout]:

@@ -6,6 +6,7 @@ from statistics import NormalDist
 import numpy as np
 
 from moe_train.plan.compute import NOTHING, BlockWork, Pass, around_operations, attention_work, block_work, head_work
+from moe_train.plan.host import copy_seconds, update_seconds
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
 from moe_train.plan.rates import Rates
@@ -38,6 +39,7 @@ TERMS = (
     "weight_gathering",
     "small_reductions",
     "optimizer",
+    "host_copies",
     "operations",
     "waiting",
 )
@@ -46,8 +48,9 @@ _CPU_VARIATION = 0.1  # of a rank's time between two all-to-alls, because other 
 _COPIES_OF_A_GRADIENT = 8  # reads and writes per element on its way through ZeRO's bucket
 _OPERATIONS_OF_A_TENSOR = 25  # operations of ZeRO per tensor and reduction
 _OPERATIONS_OF_A_GATHER = 60  # operations of ZeRO-3 per module with weights, pass and micro-batch
-# Bytes per element of the optimizer's update: parameter and gradient; clipping; the norm in fp64. And of a moment.
-_UPDATE_BYTES, _MOMENT_BYTES = 12 + 8 + 16, 8
+_NORM_BYTES = 16  # per element of the norm in fp64
+# Bytes per element of the optimizer's update: parameter and gradient; clipping. And of a moment.
+_UPDATE_BYTES, _MOMENT_BYTES = 12 + 8, 8
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,11 @@ def _add_reductions(
     times["weight_gathering"] = seconds(weight_gathers(states, layout))
     times["weight_gathering"] += rates.moving(2 * states.gathered) * layout.accumulation
     times["small_reductions"] = seconds(small_reductions(shape, states, layout))
-    updated = _UPDATE_BYTES + _MOMENT_BYTES * layout.num_moments
+    if layout.offloads:
+        times["optimizer"] = rates.moving(_NORM_BYTES * own) + update_seconds(states, layout, rates)
+        times["host_copies"] = copy_seconds(states, layout, rates)
+        return
+    updated = _UPDATE_BYTES + _NORM_BYTES + _MOMENT_BYTES * layout.num_moments
     times["optimizer"] = rates.moving((updated + 3 * size + 4 + layout.dtype_bytes) * own)
 
 

@@ -61,17 +61,20 @@ class Layout:
         expert_parallel_size: Ranks that share the experts of a layer.
         zero_stage: Of DeepSpeed.
         precision: fp32 or bf16.
+        offload_optimizer: none or cpu.
     """
 
     world_size: int
     expert_parallel_size: int
     zero_stage: int
     precision: str = "fp32"
+    offload_optimizer: str = "none"
 
     @property
     def name(self) -> str:
         """For people and folders: "4x2z3" is 4 ranks, EP 2, ZeRO 3."""
         suffix = "" if self.precision == "fp32" else f"-{self.precision}"
+        suffix += "" if self.offload_optimizer == "none" else "-offload"
         return f"{self.world_size}x{self.expert_parallel_size}z{self.zero_stage}{suffix}"
 
     def options(self) -> list[str]:
@@ -81,6 +84,7 @@ class Layout:
             f"--parallel.zero_stage={self.zero_stage}",
             f"--train.micro_batch_size={_GLOBAL_BATCH // self.world_size}",
             f"--train.precision={self.precision}",
+            f"--parallel.offload_optimizer={self.offload_optimizer}",
         ]
 
 

@@ -23,12 +23,20 @@ PAIRS = covering_pairs()  # `python -m benchmarks.layout_matrix` has all 324
 # What is saved is fp32 in every precision.
 NARROW = Layout(1, 1, 2, "bf16")
 PRECISION_PAIRS = [(NARROW, Layout(2, 2, 3)), (Layout(2, 1, 1), Layout(1, 1, 3, "bf16"))]
+OFFLOADED = [Layout(2, 2, stage, offload_optimizer="cpu") for stage in (1, 2, 3)]
+OFFLOAD_PAIRS = [
+    *((saved_by, Layout(2, 2, saved_by.zero_stage)) for saved_by in OFFLOADED),
+    *((Layout(2, 2, loaded_by.zero_stage), loaded_by) for loaded_by in OFFLOADED),
+    (OFFLOADED[1], OFFLOADED[2]),
+    (OFFLOADED[2], Layout(4, 2, 1)),
+    (Layout(1, 1, 3), OFFLOADED[0]),
+]
 
 
 @pytest.fixture(scope="module")
 def origins(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Origin]:
     """The same training in every layout, saved and gone on."""
-    return save_in_layouts([*LAYOUTS, NARROW], tmp_path_factory.mktemp("origins"))
+    return save_in_layouts([*LAYOUTS, NARROW, *OFFLOADED], tmp_path_factory.mktemp("origins"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,7 @@ def resumptions(
     origins: dict[Layout, Origin], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[Layout, Layout], Resumption]:
     """Each pair."""
-    pairs = [(origins[saved_by], loaded_by) for saved_by, loaded_by in [*PAIRS, *PRECISION_PAIRS]]
+    pairs = [(origins[saved_by], loaded_by) for saved_by, loaded_by in [*PAIRS, *PRECISION_PAIRS, *OFFLOAD_PAIRS]]
     found = resume_in_layouts(pairs, tmp_path_factory.mktemp("resumed"))
     return {(one.saved_by, one.loaded_by): one for one in found}
 
@@ -69,12 +77,12 @@ def test_what_differs_is_found(tmp_path: Path) -> None:
     assert differing(whole, other) == ["buffers", "exp_avg/norm.weight", "optimizer_step"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *OFFLOADED], ids=lambda layout: layout.name)
 def test_every_layout_trains_alike(origins: dict[Layout, Origin], layout: Layout) -> None:
     assert origins[layout].losses == pytest.approx(origins[LAYOUTS[0]].losses, rel=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name}-{pair[1].name}")
+@pytest.mark.parametrize("pair", [*PAIRS, *OFFLOAD_PAIRS], ids=lambda pair: f"{pair[0].name}-{pair[1].name}")
 def test_it_goes_on_in_another_layout(
     resumptions: dict[tuple[Layout, Layout], Resumption], pair: tuple[Layout, Layout]
 ) -> None:

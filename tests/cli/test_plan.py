@@ -35,6 +35,17 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < found["mfu"] < 1 and found["fits"] is True
 
 
+def test_offload_in_json_and_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*CONFIG, *CLUSTER, "--parallel.offload_optimizer=cpu"]
+    found = plan_json(capsys, *given)
+    assert found["layout"]["offload_optimizer"] == "cpu" and found["memory"]["optimizer_states"] == 0
+    assert sum(found["host_memory"].values()) == pytest.approx(found["host_memory_total"], abs=10)
+    assert 0 < found["host_memory_total"] < found["host_memory_capacity"] == 2e12 / 8
+    assert main(["plan", *given]) == 0
+    text = capsys.readouterr().out
+    assert ", offload\n" in text and "GiB a node" in text and "host copies" in text
+
+
 def test_what_does_not_fit_is_said_with_the_largest_part(capsys: pytest.CaptureFixture[str]) -> None:
     single = [*CONFIG, "--device", "a100", "--parallel.expert_parallel_size=1", "--parallel.zero_stage=1"]
     assert main(["plan", *single]) == 0
@@ -127,6 +138,10 @@ def test_a_machine_out_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: P
         (
             [*CONFIG, *CLUSTER, zero("offload_param", {"device": "cpu"})],
             "offload_param ({'device': 'cpu'}) is not planned",
+        ),
+        (
+            [*CONFIG, *CLUSTER, zero("offload_optimizer", {"device": "cpu"})],
+            "offload_optimizer ({'device': 'cpu'}) has its home in parallel.offload_optimizer",
         ),
     ],
 )

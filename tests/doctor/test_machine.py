@@ -1,12 +1,14 @@
 """From measured times to a machine for the planner."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.doctor.collectives import Timing, merge_timings
-from moe_train.doctor.machine import combine_products, fit_link, fit_network
-from moe_train.doctor.speed import Speed
+from moe_train.doctor.machine import combine_products, fit_link, fit_network, make_host
+from moe_train.doctor.speed import Speed, measure_link
+from tests.doctor.test_judge_ranks import facts
 
 SIZES = (1e3, 1e4, 2.5e5, 4e6, 1.6e7)
 
@@ -50,3 +52,16 @@ def test_products_that_all_ranks_have() -> None:
     ]
     (product,) = combine_products(speeds)["fp32"]
     assert (product.rows, product.width, product.flops_per_second) == (16, 64, 2e9)
+
+
+def test_the_host_is_that_of_the_ranks_in_the_middle() -> None:
+    speeds = [Speed({}, 1e12, 1e-6, 1e10 * rank, 2e10 * rank) for rank in (1, 3, 2)]
+    given = facts("aab")
+    host = make_host(given, speeds)
+    assert host is not None and host.memory_bytes == min(fact.memory for fact in given)
+    assert (host.memory_bytes_per_second, host.link_bytes_per_second) == (2e10, 4e10)
+    assert make_host(given, [Speed({}, 1e12, 1e-6)] * 3) is None
+
+
+def test_a_copy_has_a_speed() -> None:
+    assert 1e8 < measure_link(torch.device("cpu")) < 1e13

@@ -15,14 +15,17 @@ from moe_train.config.load import load_config
 from moe_train.distributed.observer import CommObserver
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.plan.devices import DEVICES
+from moe_train.plan.host import host_parts
 from moe_train.plan.layout import Cluster
 from moe_train.plan.planner import Question, make_plan
+from moe_train.train.engine.engine import TrainEngine
 from tests.plan.cases import SMALL, VOCAB, options
 from tests.ranks import RankPool
 from tests.resolved import resolve_for
 
 CPU = DEVICES["h100"].model_copy(update={"device": "cpu"})
 LONG = {"train.sequence_length": 1024, "train.micro_batch_size": 1, "train.recompute_activations": True}
+OFFLOADS = {"parallel.offload_optimizer": "cpu"}
 CASES = [
     (1, {"parallel.zero_stage": 1}),
     (1, {"parallel.zero_stage": 2, "train.global_batch_size": 8, "train.precision": "bf16"}),
@@ -48,8 +51,19 @@ CASES = [
         2,
         {"parallel.context_parallel_size": 2, "parallel.context_exchange": "gather_once", "model.kv_layers": 2, **LONG},
     ),
+    (2, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 2, "train.precision": "bf16", **OFFLOADS}),
+    (1, {"parallel.zero_stage": 1, **OFFLOADS}),
+    (1, {"parallel.zero_stage": 2, "train.global_batch_size": 8, "train.precision": "bf16", **OFFLOADS}),
+    (2, {"parallel.zero_stage": 2, "train.global_batch_size": 16, **OFFLOADS}),
+    (2, {"parallel.zero_stage": 1, "train.global_batch_size": 16, "train.precision": "bf16", **OFFLOADS}),
+    (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, **OFFLOADS}),
+    (4, {"parallel.zero_stage": 3, "train.global_batch_size": 32, "train.precision": "bf16", **OFFLOADS}),
+    (
+        4,
+        {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 2, "train.recompute_activations": True, **OFFLOADS},
+    ),
 ]
-ALWAYS = (3,)  # by `make test`; the others, of each stage and number of ranks, take a minute
+ALWAYS = (3, 13)  # by `make test`; the others, of each stage and number of ranks, take a minute
 
 
 def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
@@ -73,9 +87,29 @@ def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
     return {
         "states": state_bytes(engine),
         "peak": peak_bytes(profile),
+        "host": host_bytes(engine),
         "bytes": meter.read().num_bytes,
         "keys": keys.read().num_bytes,
     }
+
+
+def host_bytes(engine: TrainEngine) -> int:
+    """Bytes of the storages that DeepSpeed would have in the memory of a GPU's host."""
+    zero: Any = engine._zero
+    masters = [
+        *getattr(zero, "single_partition_of_fp32_groups", ()),
+        *getattr(zero, "fp32_partitioned_groups_flat", ()),
+    ]
+    tensors = [*masters, *(master.grad for master in masters)]
+    tensors += [value for state in zero.optimizer.state.values() for value in state.values()]
+    tensors += [
+        *getattr(zero, "accumulated_grads_in_cpu", {}).values(),
+        getattr(zero, "grad_partitions_flat_buffer", None),
+    ]
+    tensors += getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    tensors.append(getattr(zero, "temp_grad_buffer_for_cpu_offload", None))
+    storages = [tensor.untyped_storage() for tensor in tensors if torch.is_tensor(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize(
@@ -89,7 +123,14 @@ def test_states_peak_and_all_to_all_bytes(ranks: int, changes: dict, request: py
     states = plan.memory.states
     # Adam's step counters are 4 bytes a group; what is not the same on all ranks is padding.
     assert states.weights + states.optimizer_states == pytest.approx(max(each["states"] for each in found), rel=0.001)
-    assert plan.memory.total == pytest.approx(max(each["peak"] for each in found), rel=0.15)
+    peak = max(each["peak"] for each in found)
+    assert plan.memory.total == pytest.approx(peak, rel=0.15)
+    if plan.layout.offloads:
+        in_host = sum(host_parts(states, plan.layout, "cpu").values())
+        assert in_host == pytest.approx(max(each["host"] for each in found), rel=0.001)
+        # On this CPU the peak has both; what a GPU would hold is the rest.
+        on_device = max(each["peak"] - each["host"] for each in found)
+        assert plan.memory.total - in_host == pytest.approx(on_device, rel=0.15)
     parts = plan.traffic.parts
     sent = parts["all_to_all_forward"].total + parts["all_to_all_backward"].total
     # Routing is random: a few percent of the expected rows for so few tokens.

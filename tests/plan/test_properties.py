@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from moe_train.config.machine import Product
 from moe_train.model.count import count_parameters
 from moe_train.plan.devices import DEVICES
+from moe_train.plan.host import HOST_PARTS
 from moe_train.plan.layout import Cluster
 from moe_train.plan.memory import PARTS, Decoding
 from moe_train.plan.planner import Question, make_plan
@@ -48,6 +49,31 @@ def test_recomputation_saves_activations_and_costs_time(layout: dict) -> None:
     without, again = (planned(**(layout | {"train__recompute_activations": value})) for value in (False, True))
     assert again.memory.total <= without.memory.total
     assert again.step.seconds > without.step.seconds
+
+
+@RELAXED
+@given(LAYOUTS)
+def test_offload_moves_memory_to_the_host_and_costs_time(layout: dict) -> None:
+    without, moved = (planned(**layout, parallel__offload_optimizer=where) for where in ("none", "cpu"))
+    # At least the states, less buffers of one tensor, its gradient's norm and the allocator's share.
+    buffers = 10 * max(group.largest for group in moved.memory.states.groups)
+    assert moved.memory.total <= without.memory.total - without.memory.states.optimizer_states + buffers
+    assert moved.memory.parts["optimizer_states"] == 0
+    assert moved.memory.host_total >= without.memory.host_total + 16 * 0.9 * moved.memory.states.partition_elements / 2
+    assert tuple(moved.memory.host) == HOST_PARTS and min(moved.memory.host.values()) >= 0
+    assert moved.step.seconds > without.step.seconds
+    assert moved.step.terms["host_copies"] > 0 == without.step.terms["host_copies"]
+
+
+@RELAXED
+@given(LAYOUTS)
+def test_on_a_cpu_offload_saves_nothing(layout: dict) -> None:
+    cpu = DEVICES["h100"].model_copy(update={"device": "cpu", "host": None})
+    totals = [
+        make_plan(config_of(LARGE, **layout, parallel__offload_optimizer=where), 32000, Question(Cluster(4, 8, cpu)))
+        for where in ("none", "cpu")
+    ]
+    assert totals[0].memory.total <= totals[1].memory.total and totals[1].memory.host_total == 0
 
 
 @RELAXED

@@ -10,6 +10,7 @@ from moe_train.config.load import load_config
 from moe_train.config.root import Config
 from moe_train.distributed.world import World
 from moe_train.host.memory import host_memory
+from moe_train.plan.host import host_parts
 from moe_train.plan.layout import layout_of
 from moe_train.plan.room import check_room
 from moe_train.plan.shapes import model_shape
@@ -53,6 +54,32 @@ def test_the_bound_is_the_states_against_the_share_of_the_host(
     monkeypatch.setattr("moe_train.plan.room.host_memory", lambda: ((needed - 1) * per_host, 0))
     with pytest.raises(UsageError, match=r"(?s)per rank \(world size .*plan --config FILE --search --nodes"):
         check_room(config, world_of(ranks, per_host), CPU)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_offload_takes_memory_of_the_host(monkeypatch: pytest.MonkeyPatch, zero_stage: int) -> None:
+    config = resolve_for(configuration(64, zero_stage=zero_stage, offload_optimizer="cpu"), 4)
+    shape = model_shape(config.model, config.model.vocab_size, config.train.sequence_length)
+    layout = layout_of(config, 2)
+    states, world = model_states(shape, layout), world_of(4, 2)
+    # The memory of CPUs is that of their host, and has everything in it.
+    everything = states.weights + sum(host_parts(states, layout, "cpu").values())
+    assert everything > states.weights + states.optimizer_states
+    monkeypatch.setattr("moe_train.plan.room.host_memory", lambda: (2 * everything, 0))
+    check_room(config, world, CPU)
+    monkeypatch.setattr("moe_train.plan.room.host_memory", lambda: (2 * everything - 2, 0))
+    with pytest.raises(UsageError, match="does not fit"):
+        check_room(config, world, CPU)
+    # A GPU has the weights alone, its host the rest.
+    in_host = sum(host_parts(states, layout, "cuda").values())
+    monkeypatch.setattr("moe_train.plan.room._memory_of_rank", lambda world, device: states.weights)
+    monkeypatch.setattr("moe_train.plan.room.host_memory", lambda: (2 * in_host, 0))
+    check_room(config, world, torch.device("cuda"))
+    monkeypatch.setattr("moe_train.plan.room.host_memory", lambda: (2 * in_host - 2, 0))
+    with pytest.raises(
+        UsageError, match=r"parallel\.offload_optimizer \(cpu\).* GiB in the memory of a host \(2 ranks"
+    ):
+        check_room(config, world, torch.device("cuda"))
 
 
 def test_a_real_host_has_room_for_the_small_and_none_for_the_giant(tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ class ZeroState(ABC):
         return self._optimizer.moments_of(tensor.name in self._matrices)
 
     @abstractmethod
+    def forget_gradients(self) -> None:
+        """Forget the gradients of a step whose update is skipped."""
+
+    @abstractmethod
     def refresh_working_weights(self) -> None:
         """Copy the fp32 weights to those that the model computes with. Collective: all ranks."""
 
@@ -123,6 +127,10 @@ class MappedState(ZeroState):
     """State of ZeRO stages 1 and 2."""
 
     _places: dict[int, int] | None = None
+
+    def forget_gradients(self) -> None:
+        # With offload, DeepSpeed (0.19.8) keeps the fp32 sums of a skipped step, and adds the next step to them.
+        self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
 
     def refresh_working_weights(self) -> None:
         self._zero.update_lp_params()
@@ -173,6 +181,9 @@ class MappedState(ZeroState):
 
 class PartitionedState(ZeroState):
     """State of ZeRO stage 3."""
+
+    def forget_gradients(self) -> None:
+        """Forget nothing: the first micro-batch of the next step writes over them."""
 
     def refresh_working_weights(self) -> None:
         # As in DeepSpeed's own step: gathered parameters are freed, because they would keep the old values.

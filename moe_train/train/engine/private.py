@@ -27,6 +27,7 @@ PRIVATE = {
     # Without an underscore, but documented nowhere:
     "scaled_global_norm": "replaced in update_gate.UpdateGate: gives the norm of ZeRO 1 and 2",
     "overflow": "set in update_gate.UpdateGate: the update is left out",
+    "averaged_gradients": "emptied in fragments.MappedState after a skipped step: fp32 sums by group",
     "loss_scaler": "its min_scale is read, and its cur_scale set on resume",
     "single_partition_of_fp32_groups": "flat fp32 partitions of ZeRO 1 and 2",
     "fp32_partitioned_groups_flat": "flat fp32 partitions of ZeRO 3",

@@ -73,4 +73,6 @@ class UpdateGate:
             is_bad = self._should_skip(Gradients(self._loss, self.grad_norm, overflowed))
             self._zero.overflow = is_bad or overflowed
             self.skipped_gradients = self._state.gradient_sums(scale) if is_bad else {}
+        if self._zero.overflow:
+            self._state.forget_gradients()
         self._update_scale(has_overflow and not is_bad)  # only an overflow of its own lowers the scale

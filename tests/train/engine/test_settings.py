@@ -99,3 +99,17 @@ def test_what_needs_no_world_is_refused_before_it_is_known():
     with pytest.raises(UsageError, match=r"zero_optimization\.stage \(2\)"):
         check_additions(make(additions={"zero_optimization": {"stage": 2}}))
     check_additions(make(additions={"zero_optimization": {"stage": 1}, "train_batch_size": 999}))
+
+
+def test_an_offloaded_optimizer_is_any_of_torch():
+    settings = deepspeed_settings(make(parallel={"offload_optimizer": "cpu"}))
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    assert "offload_optimizer" not in deepspeed_settings(make())["zero_optimization"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "nvme", "none"])
+def test_offload_has_a_field(device):
+    additions = {"zero_optimization": {"offload_optimizer": {"device": device}}}
+    with pytest.raises(UsageError, match=r"offload_optimizer \(.*has its home in parallel\.offload_optimizer"):
+        check_additions(make(additions=additions))
