@@ -87,6 +87,10 @@ class OptimizerLike(HasSection, Protocol):
     def fields(self) -> frozenset[str]:
         """Fields among OPTIONAL_FIELDS that the optimizer reads."""
 
+    @property
+    def works_on_host(self) -> bool:
+        """Whether the update can be made in the memory of the host."""
+
 
 class DispatcherLike(Protocol):
     """A dispatcher, as the configuration sees it."""
@@ -149,6 +153,11 @@ class Kinds:
         for field in OPTIONAL_FIELDS:
             if optim.differs(field) and field not in self.optimizer.fields:
                 raise UsageError(f"optim.{field} ({getattr(optim, field)}) has no effect with name {optim.name!r}")
+        if config.parallel.offload_optimizer == "cpu" and not self.optimizer.works_on_host:
+            raise UsageError(
+                f"parallel.offload_optimizer (cpu) does not work with optim.name ({optim.name!r}), whose update needs "
+                "whole matrices on the devices: set offload_optimizer to none, or name to adamw"
+            )
         if moe.load_cv2_coef > 0 and not self.router.has_smooth_load:
             raise UsageError(
                 f"model.moe.load_cv2_coef ({moe.load_cv2_coef}) has no effect with router {moe.router!r}: its load has "

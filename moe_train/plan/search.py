@@ -20,6 +20,7 @@ from moe_train.plan.planner import Question
 from moe_train.plan.rates import Rates
 from moe_train.plan.shapes import ModelShape, model_shape
 from moe_train.plan.step import Step, plan_step
+from moe_train.train.engine.optimizers.base import OptimizerKind
 
 _CHUNKS = (1, 2, 4)
 _LARGEST_MICRO_BATCH, _MOST_MICRO_BATCHES = 64, 16  # bounds of the micro-batches that are tried
@@ -165,7 +166,9 @@ def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout
 def _savings(layout: Layout, machine: Machine) -> tuple[tuple[Layout, ...], ...]:
     """List the ways to save memory in a layout: each is tried if nothing before it fits."""
     again = replace(layout, recomputes=True)
-    if machine.host is None:  # a CPU has one memory, and of other hosts nothing is known
+    optimizer: OptimizerKind = load_part("optimizers", layout.optimizer)
+    # A CPU has one memory, and of other hosts nothing is known.
+    if machine.host is None or not optimizer.works_on_host:
         return (layout,), (again,)
     return (layout,), (again, replace(layout, offloads=True)), (replace(again, offloads=True),)
 

@@ -105,3 +105,12 @@ def test_a_host_of_which_nothing_is_known() -> None:
     # A search does without.
     found = search(QWEN3, VOCABULARY, Question(Cluster(1, 8, unknown), margin=0.05))
     assert found.best == () and found.tried > 0
+
+
+def test_muon_stays_on_the_devices() -> None:
+    with pytest.raises(
+        UsageError, match=r"parallel\.offload_optimizer \(cpu\) does not work with optim\.name \('muon'\)"
+    ):
+        offloaded(optim__name="muon")
+    muon = QWEN3.model_copy(update={"optim": QWEN3.optim.model_copy(update={"name": "muon"})})
+    assert not any(each.layout.offloads for each in search(muon, VOCABULARY, Question(NODE, margin=0.05)).best)

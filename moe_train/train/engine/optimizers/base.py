@@ -81,6 +81,11 @@ class OptimizerKind:
     section: type[Section] | None = None
     matrix_moments: tuple[str, ...] | None = None
 
+    @property
+    def works_on_host(self) -> bool:
+        """Whether the update can be made in the memory of the host; one of whole matrices needs the devices."""
+        return self.matrix_moments is None
+
     def moments_of(self, is_matrix: bool) -> tuple[str, ...]:
         """Return the names of the state tensors of a parameter that is, or is not, made of matrices."""
         return self.matrix_moments if is_matrix and self.matrix_moments is not None else self.moments
