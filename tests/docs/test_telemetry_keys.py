@@ -16,8 +16,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Those of six steps, with a record every second one and one validation before the end."""
     folder: Path = tmp_path_factory.mktemp("docs") / "run"
     options = ["--telemetry.every=2", "--train.steps=6", "--train.validate_every=4", "--train.validation_sequences=4"]
-    # Too high an entropy is asked for, so that an alarm is due.
+    # Too high an entropy and information are asked for, so that alarms are due.
     options += ["--telemetry.alarm_after_steps=2", "--telemetry.entropy_alarm=0.9999", "--optim.learning_rate=0.05"]
+    options += ["--telemetry.information_alarm=0.99"]
     done = train_alone(*SMALL, *options, f"--train.run_dir={folder}")
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
