@@ -20,10 +20,11 @@ def show_plan(plan: Plan, console: Console) -> None:
     ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
     console.print(f"parameters  {count.total:,} total, {count.active:,} active per token")
     context = f", context parallel {layout.context_size}" if layout.context_size > 1 else ""
+    again = "" if layout.recompute.part == "none" else f", recompute {layout.recompute}"
     console.print(
         f"layout      {ranks}, expert parallel {layout.ep_size}{context}, ZeRO {layout.zero_stage}, "
         f"micro-batch {layout.micro_batch} x {layout.accumulation}, dispatch {layout.dispatch} in {layout.chunks}, "
-        f"{layout.precision}{', recomputation' if layout.recomputes else ''}",
+        f"{layout.precision}{again}",
         soft_wrap=True,
     )
     console.print()
@@ -64,7 +65,7 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
         tried: Number of layouts that were planned.
         console: Console to print to.
     """
-    columns = ("EP", "ZeRO", "batch", "recomputes", "dispatch", "GiB", "step", "p99", "largest term")
+    columns = ("EP", "ZeRO", "batch", "recompute", "dispatch", "GiB", "step", "p99", "largest term")
     title = f"the fastest of {tried:,} layouts"
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for candidate in best:
@@ -73,7 +74,7 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
             str(layout.ep_size),
             str(layout.zero_stage),
             f"{layout.micro_batch} x {layout.accumulation}",
-            "yes" if layout.recomputes else "no",
+            str(layout.recompute),
             f"{layout.dispatch} x {layout.chunks}",
             f"{candidate.memory.total / _GIB:.1f}",
             _time(step.seconds),

@@ -1,15 +1,18 @@
 """Search for the fastest layout of a configuration that fits; every candidate is planned by arithmetic.
 
-The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute_activations, dispatch and chunks. The
-global batch stays the same, so that every candidate takes the same steps; so does context_parallel_size. Memory is
+The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute, recompute_every, dispatch and chunks.
+The global batch stays the same, so that every candidate takes the same steps; so does context_parallel_size. Memory is
 planned first: a layout that does not fit is not timed, and recomputation is tried only where it is needed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from moe_train.config.registry import load_part, part_names
 from moe_train.config.root import Config
+from moe_train.config.run import RecomputedPart
+from moe_train.model.block import NO_RECOMPUTE, Recompute
 from moe_train.model.moe.dispatch.base import DispatcherKind
 from moe_train.plan.layout import Layout, plan_layout
 from moe_train.plan.loads import RowLoads, row_loads
@@ -19,7 +22,7 @@ from moe_train.plan.rates import Rates
 from moe_train.plan.shapes import ModelShape, model_shape
 from moe_train.plan.step import Step, plan_step
 
-_CHUNKS = (1, 2, 4)
+_CHUNKS, _RECOMPUTE_EVERY = (1, 2, 4), (1, 2, 4)
 _LARGEST_MICRO_BATCH, _MOST_MICRO_BATCHES = 64, 16  # bounds of the micro-batches that are tried
 
 
@@ -78,9 +81,9 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
         return loads[key], plan_memory(shape, layout, loads[key], machine.device, question.decoding)
 
     for spread in _spreads(shape, base, config.train.compile):
-        for recomputes in (False, True):
+        for recomputations in ([NO_RECOMPUTE], _recomputations(shape)):
             fitted = False
-            for layout in _ways(replace(spread, recomputes=recomputes), shape):
+            for layout in (way for each in recomputations for way in _ways(replace(spread, recompute=each), shape)):
                 own_loads, memory = planned(layout)
                 tried += 1
                 if smallest is None or memory.total < smallest.total:
@@ -128,7 +131,8 @@ def apply_layout(config: Config, layout: Layout) -> Config:
     train = {
         "micro_batch_size": layout.micro_batch,
         "global_batch_size": batch,
-        "recompute_activations": layout.recomputes,
+        "recompute": layout.recompute.part,
+        "recompute_every": layout.recompute.every,
     }
     return config.model_copy(
         update={
@@ -151,6 +155,12 @@ def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout
         for stage in (1, 2) if compiles else (1, 2, 3):
             for micro in micros:
                 yield replace(base, ep_size=size, zero_stage=stage, micro_batch=micro, accumulation=share // micro)
+
+
+def _recomputations(shape: ModelShape) -> list[Recompute]:
+    """List the ways to recompute something."""
+    parts = [part for part in get_args(RecomputedPart) if part != NO_RECOMPUTE.part]
+    return [Recompute(part, every) for part in parts for every in _RECOMPUTE_EVERY if every <= len(shape.layers)]
 
 
 def _ways(layout: Layout, shape: ModelShape) -> Iterator[Layout]:

@@ -22,11 +22,11 @@ from tests.ranks import RankPool
 from tests.resolved import resolve_for
 
 CPU = DEVICES["h100"].model_copy(update={"device": "cpu"})
-LONG = {"train.sequence_length": 1024, "train.micro_batch_size": 1, "train.recompute_activations": True}
+LONG = {"train.sequence_length": 1024, "train.micro_batch_size": 1, "train.recompute": "block"}
 CASES = [
     (1, {"parallel.zero_stage": 1}),
     (1, {"parallel.zero_stage": 2, "train.global_batch_size": 8, "train.precision": "bf16"}),
-    (1, {"parallel.zero_stage": 3, "train.recompute_activations": True, "train.micro_batch_size": 8}),
+    (1, {"parallel.zero_stage": 3, "train.recompute": "block", "train.micro_batch_size": 8}),
     (2, {"parallel.zero_stage": 1, "parallel.expert_parallel_size": 2, "train.global_batch_size": 16}),
     (2, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 1, "train.precision": "bf16"}),
     (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "parallel.dispatch": "unique"}),
@@ -39,7 +39,7 @@ CASES = [
             "parallel.expert_parallel_size": 4,
             "parallel.dispatch": "two_level",
             "parallel.ranks_per_node": 2,
-            "train.recompute_activations": True,
+            "train.recompute": "block",
         },
     ),
     (2, {"parallel.context_parallel_size": 2, "parallel.expert_parallel_size": 1, **LONG}),
@@ -164,7 +164,7 @@ ZERO_CASES = [
     ),
     pytest.param(
         2,
-        {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute_activations": True},
+        {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute": "block"},
         marks=pytest.mark.slow,
     ),
 ]

@@ -52,7 +52,7 @@ def test_fewer_bytes_across_nodes_the_more_a_row_serves() -> None:
 def test_payload_and_recomputation() -> None:
     plain = planned(parallel__expert_parallel_size=8).traffic.parts
     narrow = planned(parallel__expert_parallel_size=8, parallel__payload="fp8").traffic.parts
-    again = planned(parallel__expert_parallel_size=8, train__recompute_activations=True).traffic.parts
+    again = planned(parallel__expert_parallel_size=8, train__recompute="block").traffic.parts
     assert narrow["all_to_all_backward"].total == pytest.approx(plain["all_to_all_backward"].total / 2, rel=0.01)
     assert again["all_to_all_forward"].total == pytest.approx(2 * plain["all_to_all_forward"].total)
 
@@ -84,7 +84,7 @@ def test_keys_and_values_of_shared_sequences() -> None:
     assert plan.traffic.parts["key_value_exchange"].total == once * (there + (size - 1) * keys * 4)
     assert ring.traffic.parts["key_value_exchange"].total == once * (there + size * keys * 4)  # gradients go home
     assert plan.traffic.parts["key_value_exchange"].inter_node == 0  # eight ranks a node
-    again = planned(**changes, train__recompute_activations=True).traffic.parts["key_value_exchange"].total
+    again = planned(**changes, train__recompute="block").traffic.parts["key_value_exchange"].total
     assert again == plan.traffic.parts["key_value_exchange"].total + once * (size - 1) * keys * 2
     assert ring.step.terms["key_value_exchange"] < plan.step.terms["key_value_exchange"]  # hidden behind blocks
     alone = planned(train__micro_batch_size=16 // size)
