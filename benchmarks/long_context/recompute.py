@@ -36,7 +36,7 @@ class RecomputeRow:
 
     Attributes:
         way: What is recomputed, in words.
-        peak_bytes: Most bytes at one time in the forward and backward pass, without inputs and weights.
+        peak_bytes: Most bytes at one time in the forward and backward pass, without weights and their gradients.
         time_ratio: CPU time divided by that of a step without recomputation, median over the rounds.
     """
 

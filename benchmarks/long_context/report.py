@@ -42,10 +42,10 @@ def markdown_report(
             [[row.way, f"{row.peak_bytes / 2**20:,.1f}", f"{row.time_ratio:.2f}"] for row in recomputed],
         ),
         "",
-        f"A step, forward and backward, of one row of {LENGTH:,} tokens with documents: {MODEL['num_layers']} layers of "
-        f"width {MODEL['hidden_size']}, all with {MODEL['moe']['num_experts']} experts of width "
-        f"{MODEL['moe']['intermediate_size']}, of which a token takes {MODEL['moe']['top_k']}. MiB: gradients of the "
-        "weights are among them. CPU time: median ratio of rounds in which each has its turn.",
+        f"A step, forward and backward, of one row of {LENGTH:,} tokens with documents: {MODEL['num_layers']} layers "
+        f"of width {MODEL['hidden_size']}, all with {MODEL['moe']['num_experts']} experts of width "
+        f"{MODEL['moe']['intermediate_size']}, of which a token takes {MODEL['moe']['top_k']}. MiB: beside weights and "
+        "their gradients. CPU time: median ratio of rounds in which each has its turn.",
         "",
         *claim_lines(claims),
         "",

@@ -256,7 +256,7 @@ def training_step(
     tokens = Tokens(ids_1S, torch.zeros(1, dtype=torch.int64), documents_BS=documents_1S, document_starts=starts)
 
     def run() -> None:
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)
         output: LossOutput = model(tokens, targets_BS=ids_1S.roll(-1, 1))
         output.total.backward()
 

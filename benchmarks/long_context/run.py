@@ -1,7 +1,8 @@
 """Long rows: memory and time of attention with documents and windows, and of a step, over the length of a row.
 
 Beside it stands torch's attention with a mask of all pairs of tokens, as far as that goes. Documents in one row are
-timed beside the same documents alone, in turn, and a step beside steps that recompute parts of it. Writes long_context.md and long_context.png.
+timed beside the same documents alone, in turn, and a step beside steps that recompute parts of it. Writes
+long_context.md and long_context.png.
 
     python -m benchmarks.long_context [--json] [--lengths 1024 ... 65536] [--rounds 7] [--output FOLDER]
 """

@@ -126,8 +126,8 @@ def block_memory(
     kept = norm + e * tokens * mixer.kept + _WIDE * tokens * mixer.kept_fp32
     kept += _norm_bytes(e, device) * tokens * mixer.normed
     work = _WIDE * tokens * (3 * config.hidden_size + mixer.work)
-    if layout.context_exchange == "gather_once":  # what is handed up is of all ranks
-        kept += e * tokens * (layout.context_size - 1) * mixer.handed_up
+    if layout.context_exchange == "gather_once" and mixer.owns_exchanged:  # keys and values of all ranks
+        kept += e * tokens * (layout.context_size - 1) * mixer.exchanged
     ranks = layout.context_size if layout.context_exchange == "gather_once" else 1
     stream = e * tokens * config.hidden_size
     held = stream + e * tokens * ranks * mixer.handed_up

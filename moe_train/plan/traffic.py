@@ -177,8 +177,8 @@ def key_value_exchange(mixer: MixerCost, layout: Layout) -> tuple[list[Reduction
         layout: Layout of the run.
     """
     size, ranks, is_once = layout.context_size, layout.context, layout.context_exchange == "gather_once"
-    # Gathered once: by the layers that hand them up.
-    if size == 1 or not mixer.exchanged or (is_once and not mixer.handed_up):
+    # Gathered once: by the layers that make them.
+    if size == 1 or not mixer.exchanged or (is_once and not mixer.owns_exchanged):
         return [], []
     own = float(layout.tokens * mixer.exchanged)
     is_ring = layout.context_exchange == "ring"

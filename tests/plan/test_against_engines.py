@@ -48,8 +48,21 @@ CASES = [
         2,
         {"parallel.context_parallel_size": 2, "parallel.context_exchange": "gather_once", "model.kv_layers": 2, **LONG},
     ),
+    (
+        2,
+        {
+            "parallel.context_parallel_size": 2,
+            "parallel.context_exchange": "ring",
+            **LONG,
+            "train.recompute": "attention",
+        },
+    ),
+    (1, {"train.precision": "bf16", "train.micro_batch_size": 16, "model.moe_every": 1, "train.recompute": "experts"}),
+    (1, {"train.micro_batch_size": 16, "model.kv_layers": 2, "train.recompute": "block", "train.recompute_every": 2}),
+    (1, {"train.micro_batch_size": 16, "train.recompute": "attention", "train.recompute_every": 2}),
+    (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute": "experts"}),
 ]
-ALWAYS = (3,)  # by `make test`; the others, of each stage and number of ranks, take a minute
+ALWAYS = (3, len(CASES) - 1)  # by `make test`; the others, of each stage and number of ranks, take a minute
 
 
 def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
@@ -162,10 +175,13 @@ ZERO_CASES = [
         {"parallel.zero_stage": 1, "parallel.expert_parallel_size": 2, "train.precision": "bf16"} | ACCUMULATES,
         marks=pytest.mark.slow,
     ),
-    pytest.param(
-        2,
-        {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute": "block"},
-        marks=pytest.mark.slow,
+    *(
+        pytest.param(
+            2,
+            {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute": part},
+            marks=pytest.mark.slow,
+        )
+        for part in ("attention", "experts", "block")
     ),
 ]
 

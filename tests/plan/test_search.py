@@ -8,6 +8,7 @@ import yaml
 
 from moe_train.config.load import dump_yaml, validate_config
 from moe_train.config.run import RecomputedPart
+from moe_train.model.block import Recompute
 from moe_train.plan.devices import DEVICES
 from moe_train.plan.layout import Cluster
 from moe_train.plan.planner import Question, make_plan
@@ -67,6 +68,17 @@ def test_micro_batches_are_all_divisors_and_a_payload_goes_with_its_traffic() ->
     assert apply_layout(config, alone).parallel.payload == "model"
     shared = next(each.layout for each in found.best if each.layout.ep_size == 8)
     assert apply_layout(config, shared).parallel.payload == "fp8"
+
+
+def test_no_more_is_recomputed_than_must_be() -> None:
+    config = config_of(LARGE, train__global_batch_size=64, parallel__zero_stage=1)
+    parts = {}
+    for margin in (0.0, 0.4):
+        found = search(config, 32000, Question(Cluster(1, 8, DEVICES["h100"]), margin=margin))
+        parts[margin] = {each.layout.recompute for each in found.best}
+    assert Recompute("none") in parts[0.0]
+    for way in (Recompute("attention", 2), Recompute("experts"), Recompute("experts", 4), Recompute("block")):
+        assert way in parts[0.4], way
 
 
 def test_every_candidate_fits_with_its_margin() -> None:
