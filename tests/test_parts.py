@@ -57,7 +57,7 @@ def moe_train(*arguments: str, code: int = 0) -> str:
 
 
 def test_they_train_alike_in_every_layout_and_go_on_in_another(tmp_path: Path) -> None:
-    changes = [f"--train.steps={STEPS}", "--train.recompute_activations=true", "--telemetry.every=1"]
+    changes = [f"--train.steps={STEPS}", "--train.recompute=block", "--telemetry.every=1"]
     # One process; EP 2; ZeRO 2; EP 2 with ZeRO 3 on four ranks. The code is 1, for parity asks for more steps.
     given = ["--layouts=1,2,3", "--json", f"--keep={tmp_path}", *PARTS, *changes]
     found = json.loads(moe_train("parity", *given, code=1).splitlines()[-1])["layouts"]

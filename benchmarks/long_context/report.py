@@ -3,14 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.long_context.recompute import LENGTH, MODEL, RecomputeRow
 from benchmarks.long_context.rows import HEAD_DIM, HEADS, KINDS, KV_HEADS, MASKED, STEPPED, WINDOW, Point
 from benchmarks.runner.results import claim_lines, machine_words, markdown_table, new_figure, png_of
 
 _SHOWN = (*KINDS, MASKED, STEPPED)
 
 
-def markdown_report(points: Sequence[Point], claims: Sequence[dict[str, Any]], figures: dict[str, Any]) -> str:
-    """How it was made, the table, and what it shows."""
+def markdown_report(
+    points: Sequence[Point],
+    recomputed: Sequence[RecomputeRow],
+    claims: Sequence[dict[str, Any]],
+    figures: dict[str, Any],
+) -> str:
+    """How it was made, the tables, and what they show."""
     lengths = sorted({point.length for point in points})
     found = {(point.kind, point.length): point for point in points}
     memory, times = [], []
@@ -30,6 +36,16 @@ def markdown_report(points: Sequence[Point], claims: Sequence[dict[str, Any]], f
         f"have Zipf lengths from 16 tokens to the whole row, the same in every kind; the window is {WINDOW:,} "
         "positions. MiB: most bytes at one time beside inputs and weights, counted allocation by allocation. A step: "
         "two layers of width 32, 4 experts, cross-entropy.",
+        "",
+        *markdown_table(
+            ["`train.recompute`", "MiB", "CPU time, none = 1"],
+            [[row.way, f"{row.peak_bytes / 2**20:,.1f}", f"{row.time_ratio:.2f}"] for row in recomputed],
+        ),
+        "",
+        f"A step, forward and backward, of one row of {LENGTH:,} tokens with documents: {MODEL['num_layers']} layers "
+        f"of width {MODEL['hidden_size']}, all with {MODEL['moe']['num_experts']} experts of width "
+        f"{MODEL['moe']['intermediate_size']}, of which a token takes {MODEL['moe']['top_k']}. MiB: beside weights and "
+        "their gradients. CPU time: median ratio of rounds in which each has its turn.",
         "",
         *claim_lines(claims),
         "",

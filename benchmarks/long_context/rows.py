@@ -20,6 +20,7 @@ from benchmarks.runner.peak import STEP, peak_bytes
 from benchmarks.runner.results import say
 from benchmarks.runner.rounds import median_ratio, run_rounds
 from moe_train.config.model import ModelConfig
+from moe_train.model.block import NO_RECOMPUTE, Recompute
 from moe_train.model.build import build_model
 from moe_train.model.parameters import materialize
 from moe_train.model.transformer import LossOutput, Tokens, Transformer
@@ -181,7 +182,19 @@ def claims_of(points: Sequence[Point], packing: float) -> list[dict[str, Any]]:
 
 def _measure(kind: Kind, length: int, seed: int) -> Point:
     starts = zipf_starts(length, seed) if kind.is_packed else None
-    run = _step(length, starts, seed) if kind.is_step else _attention(kind, length, starts, seed)
+    if kind.is_step:
+        assert starts is not None, "the row has documents"
+        run = training_step(_MODEL, length, starts, seed)
+    else:
+        run = _attention(kind, length, starts, seed)
+    peak = peak_of(run)
+    began = time.process_time()
+    run()
+    return Point(kind.name, length, peak, time.process_time() - began)
+
+
+def peak_of(run: Callable[[], None]) -> int:
+    """Count the most bytes that exist at one time while something runs, beside those that existed before."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
@@ -189,9 +202,7 @@ def _measure(kind: Kind, length: int, seed: int) -> Point:
             pass  # the first one does not count
         with torch.profiler.record_function(STEP):
             run()
-    began = time.process_time()
-    run()
-    return Point(kind.name, length, peak_bytes(profile), time.process_time() - began)
+    return peak_bytes(profile)
 
 
 def _attention(kind: Kind, length: int, starts: tuple[int, ...] | None, seed: int) -> Callable[[], None]:
@@ -224,18 +235,28 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, starts: tuple[int, ...] | None, win
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-def _step(length: int, starts: tuple[int, ...] | None, seed: int) -> Callable[[], None]:
-    """Make a function that runs a small model forward and backward."""
-    model: Transformer = build_model(ModelConfig.model_validate(_MODEL), _VOCAB_SIZE, measures=False)
+def training_step(
+    values: dict[str, Any], length: int, starts: tuple[int, ...], seed: int, recompute: Recompute = NO_RECOMPUTE
+) -> Callable[[], None]:
+    """Make a function that runs a small model forward and backward, over one row.
+
+    Args:
+        values: Model section of a configuration.
+        length: S, tokens of the row.
+        starts: First columns of its documents, and S.
+        seed: Seed of weights and tokens.
+        recompute: What the backward pass computes again.
+    """
+    config = ModelConfig.model_validate(values)
+    model: Transformer = build_model(config, _VOCAB_SIZE, recompute=recompute, measures=False)
     materialize(model, seed=seed, dtype=torch.float32, device=_CPU)
-    assert starts is not None, "the row has documents"
     sizes = torch.tensor(starts).diff()
     ids_1S = torch.randint(_VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(seed))
     documents_1S = torch.repeat_interleave(torch.arange(len(sizes)), sizes)[None]
     tokens = Tokens(ids_1S, torch.zeros(1, dtype=torch.int64), documents_BS=documents_1S, document_starts=starts)
 
     def run() -> None:
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)
         output: LossOutput = model(tokens, targets_BS=ids_1S.roll(-1, 1))
         output.total.backward()
 

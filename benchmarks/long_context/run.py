@@ -1,7 +1,8 @@
 """Long rows: memory and time of attention with documents and windows, and of a step, over the length of a row.
 
 Beside it stands torch's attention with a mask of all pairs of tokens, as far as that goes. Documents in one row are
-timed beside the same documents alone, in turn. Writes long_context.md and long_context.png.
+timed beside the same documents alone, in turn, and a step beside steps that recompute parts of it. Writes
+long_context.md and long_context.png.
 
     python -m benchmarks.long_context [--json] [--lengths 1024 ... 65536] [--rounds 7] [--output FOLDER]
 """
@@ -10,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from benchmarks.long_context.recompute import measure_recompute, recompute_claims
 from benchmarks.long_context.report import draw_chart, markdown_report
 from benchmarks.long_context.rows import claims_of, measure_packing, measure_points
 from benchmarks.runner.command_line import BenchmarkParser
@@ -20,9 +22,9 @@ LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, checked."""
-    parser = BenchmarkParser("long_context", __doc__, epilog="About three minutes of one core; needs 4 GB of memory.")
+    parser = BenchmarkParser("long_context", __doc__, epilog="About five minutes of one core; needs 4 GB of memory.")
     parser.add_numbers("--lengths", LENGTHS, "tokens of a row", least=64, metavar="S")
-    parser.add_number("--rounds", 7, "rounds in which documents in a row and alone have their turn")
+    parser.add_number("--rounds", 7, "rounds in which all that is timed side by side has its turn")
     parser.add_number("--seed", 0, "seed of documents and tokens", least=0)
     parser.add_output("long_context.md and long_context.png")
     options = parser.read(arguments)
@@ -36,10 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_matplotlib()
     points = measure_points(options.lengths, options.seed)
     packing = measure_packing(options.rounds, options.seed)
-    claims = claims_of(points, packing)
+    recomputed = measure_recompute(options.rounds, options.seed)
+    claims = claims_of(points, packing) + recompute_claims(recomputed)
     machine = describe_machine(threads=1)
-    report = markdown_report(points, claims, {"machine": machine})
+    report = markdown_report(points, recomputed, claims, {"machine": machine})
     write_results(options.output, "long_context", report, draw_chart(points))
-    figures = {"machine": machine, "points": [asdict(point) for point in points], "packing": packing}
+    figures = {
+        "machine": machine,
+        "points": [asdict(point) for point in points],
+        "packing": packing,
+        "recompute": recomputed,
+    }
     print_json(options, figures | {"claims": claims})
     return 0 if all(claim["holds"] for claim in claims) else 1

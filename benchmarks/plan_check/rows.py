@@ -121,7 +121,10 @@ SETTINGS = (
     _setting("quickstart_4", 4, _QUICKSTART, parallel={"zero_stage": 2, "expert_parallel_size": 4}),
     _setting("larger_1", 1, _LARGER, parallel={"zero_stage": 2}),
     _setting("larger_1_accumulates", 1, _LARGER, parallel={"zero_stage": 1}, train={"global_batch_size": 8}),
-    _setting("larger_1_recomputes", 1, _LARGER, train={"recompute_activations": True, "micro_batch_size": 8}),
+    *(
+        _setting(f"larger_1_recomputes_{part}", 1, _LARGER, train={"recompute": part, "micro_batch_size": 8})
+        for part in ("attention", "experts", "block")
+    ),
     _setting("larger_2_flat", 2, _LARGER, parallel={"zero_stage": 1, "expert_parallel_size": 2}),
     _setting("larger_2_dense", 2, _LARGER, parallel={"zero_stage": 2, "expert_parallel_size": 1}),
     _setting(
@@ -134,7 +137,7 @@ SETTINGS = (
     _setting("larger_2_zero3", 2, _LARGER, parallel={"zero_stage": 3, "expert_parallel_size": 2}),
     _setting("larger_4_zero3", 4, _LARGER, parallel={"zero_stage": 3, "expert_parallel_size": 2}),
     _setting("largest_1", 1, _LARGEST, parallel={"zero_stage": 1}),
-    _setting("largest_2_recomputes", 2, _LARGEST, parallel={"zero_stage": 1}, train={"recompute_activations": True}),
+    _setting("largest_2_recomputes", 2, _LARGEST, parallel={"zero_stage": 1}, train={"recompute": "block"}),
     _setting(
         "largest_4", 4, _LARGEST, parallel={"expert_parallel_size": 4, "chunks": 2}, train={"micro_batch_size": 2}
     ),

@@ -92,22 +92,29 @@ def _as_details(item: Any) -> InitErrorDetails:
 
 
 _WHOLE = ("coef_schedules",)
-_SAME = {"mixer": "mixers", "mixers": "mixer"}  # two names of one field: the one given above replaces the other below
+# Two names of one field: the one given above replaces the other below.
+_SAME = {"mixer": "mixers", "mixers": "mixer"}
+_SAME |= {"recompute": "recompute_activations", "recompute_activations": "recompute"}
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any], is_one_layer: bool = False) -> dict[str, Any]:
     """Merge two nested mappings; if both have a value, the one of `above` counts.
 
     A schedule is one value: points of one file make no sense among the points of another. An empty section of `above`
     says nothing, so that the section of `below` stays.
+
+    Args:
+        below: Values of a layer, such as a file.
+        above: Values of a layer that overrides it, such as the command line.
+        is_one_layer: Whether both are parts of one layer: then two names of one field both stay, and are refused later.
     """
-    merged = {key: value for key, value in below.items() if _SAME.get(key) not in above or key in above}
+    merged = {key: value for key, value in below.items() if is_one_layer or _SAME.get(key) not in above or key in above}
     for key, value in above.items():
         old = merged.get(key)
         if key in _WHOLE or not isinstance(old, dict):
             merged[key] = value
         elif value is not None:
-            merged[key] = merge(old, value) if isinstance(value, dict) else value
+            merged[key] = merge(old, value, is_one_layer) if isinstance(value, dict) else value
     return merged
 
 

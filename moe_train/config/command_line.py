@@ -76,9 +76,9 @@ def read_command_line(arguments: Sequence[str], *, program: str, description: st
     names = [name for name, _ in field_values(of_parts)]
     for name, field in _fields():
         if (texts := _texts(options, name)) is not None:
-            values = merge(values, nested(name.split("."), _read_field(name, field, texts)))
+            values = merge(values, nested(name.split("."), _read_field(name, field, texts)), is_one_layer=True)
             names.append(name)
-    return CommandLine(tuple(_texts(options, "config") or ()), merge(values, of_parts), tuple(names))
+    return CommandLine(tuple(_texts(options, "config") or ()), merge(values, of_parts, is_one_layer=True), tuple(names))
 
 
 def _texts(options: argparse.Namespace, name: str) -> list[str] | None:

@@ -81,6 +81,11 @@ class Config(Section):
                 f"telemetry.max_violation_alarm ({alarm}) has no effect: MaxVio is at most "
                 f"num_experts / top_k - 1 ({most:g})"
             )
+        again, layers = self.train.recompute_every, self.model.num_layers
+        if again > layers:
+            raise ValueError(
+                f"train.recompute_every ({again}) is above model.num_layers ({layers}): no block would be recomputed"
+            )
         self._check_held_out()
         size, experts = self.parallel.expert_parallel_size, self.model.moe.num_experts
         if isinstance(size, int):

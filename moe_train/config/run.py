@@ -1,8 +1,8 @@
 """Settings of a run: parallelism, optimizer, loop, checkpoints, telemetry."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from moe_train.config.base import Section, SectionWithParts
 from moe_train.config.paths import UserPath
@@ -16,6 +16,9 @@ ALARM_FIELDS = (  # in telemetry
     "information_alarm",
     "alarm_after_steps",
 )
+
+RecomputedPart = Literal["none", "attention", "experts", "block"]
+"""Part of a block that the backward pass computes again."""
 
 
 class ParallelConfig(Section):
@@ -147,8 +150,15 @@ class TrainConfig(Section):
     """Tokens of one sequence."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the model; auto: bf16 if the hardware has it, else fp32. Master weights are fp32."""
-    recompute_activations: bool = False
-    """True: the activations of a block are not kept, but computed again in the backward pass."""
+    recompute: RecomputedPart = "none"
+    """Part of a block whose activations are not kept, but computed again in the backward pass. attention: the norm and
+    the sequence mixer, of any kind; experts: the norm and the feed-forward layer, with or without experts, whose rows
+    then travel again; block: both. The numbers stay the same."""
+    recompute_every: PositiveInt = 1
+    """Recomputation only in every recompute_every-th block (1: in all; 2: in the blocks 1, 3, 5, ... counted from 0),
+    for less time and more memory."""
+    recompute_activations: bool | None = None
+    """Earlier form of recompute: true is block, false is none."""
     loss_chunk_tokens: PositiveInt | None = None
     """Tokens of a rank whose logits exist at a time, in training and in validation; the loss stays the same within
     rounding. None: all of a micro-batch if its logits take up to 512 MiB, else as many as take 256 MiB, at least 256
@@ -185,8 +195,29 @@ class TrainConfig(Section):
     """Longest time that a start waits for a run folder in which another run is at work; then it ends with exit code 2.
     A run that is dead on this host is replaced at once, one on another host after 60 seconds without a sign of life."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_recompute_activations(cls, values: Any) -> Any:
+        given = values.get("recompute_activations") if isinstance(values, dict) else None
+        if given is None:
+            return values
+        try:
+            part = "block" if TypeAdapter(bool).validate_python(given) else "none"
+        except ValidationError:
+            return values  # said of the field
+        if values.get("recompute", part) != part:
+            raise ValueError(
+                f"recompute ({values['recompute']!r}) and recompute_activations ({given}), which means {part!r}, "
+                "contradict each other: give recompute alone"
+            )
+        return values | {"recompute": part, "recompute_activations": None}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.recompute == "none" and self.differs("recompute_every"):
+            raise ValueError(
+                f"recompute_every ({self.recompute_every}) has no effect with recompute ('none'): nothing is recomputed"
+            )
         if self.micro_batch_size == "auto" and self.global_batch_size is None:
             raise ValueError("micro_batch_size ('auto') needs global_batch_size: it is a part of it")
         if self.differs("validation_sequences") and self.validate_every == 0:

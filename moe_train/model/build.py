@@ -12,7 +12,7 @@ from moe_train.distributed.collectives import Group
 from moe_train.distributed.flight_recorder import FlightRecorder
 from moe_train.distributed.observer import CommObserver
 from moe_train.distributed.traffic import TrafficMeter
-from moe_train.model.block import Block
+from moe_train.model.block import NO_RECOMPUTE, Block, Recompute
 from moe_train.model.feed_forward import FeedForward, FeedForwardKind, FeedForwardSpec
 from moe_train.model.layers import Embedding, Head, SwiGLU, make_norm
 from moe_train.model.mixers.base import MixerKind, MixerSpec
@@ -69,7 +69,7 @@ def build_model(
     *,
     seed: int = 0,
     placement: ExpertPlacement | None = None,
-    recompute_activations: bool = False,
+    recompute: Recompute = NO_RECOMPUTE,
     measures: bool = True,
     loss_chunk: int | None = None,
 ) -> Transformer:
@@ -80,7 +80,7 @@ def build_model(
         vocab_size: Rows of the embedding.
         seed: Seed of the run; it keys the router noise.
         placement: Placement of the experts; None: all are here.
-        recompute_activations: Whether blocks are computed again in the backward pass.
+        recompute: What the backward pass computes again.
         measures: Whether routing sums that only telemetry needs are computed.
         loss_chunk: Tokens whose logits exist at a time while losses are computed; None: by their size.
 
@@ -91,7 +91,10 @@ def build_model(
     output_std = config.init_std / math.sqrt(2 * config.num_layers)
     with torch.device("meta"):
         embedding = Embedding(vocab_size, config.hidden_size, config.init_std)
-        blocks = [_build_block(config, layer, seed, place, output_std, measures) for layer in range(config.num_layers)]
+        blocks = [
+            _build_block(config, layer, seed, place, output_std, measures, recompute)
+            for layer in range(config.num_layers)
+        ]
         final_norm = (
             make_norm(config.norm, config.hidden_size, config.norm_epsilon) if config.norm_position == "pre" else None
         )
@@ -99,11 +102,17 @@ def build_model(
         if config.tie_embeddings:
             head.weight = embedding.weight
         hook = HiddenCopies.of(config) if config.hidden_copies.copies > 1 else None
-        return Transformer(embedding, blocks, final_norm, head, seed, recompute_activations, hook, loss_chunk)
+        return Transformer(embedding, blocks, final_norm, head, seed, hook, loss_chunk)
 
 
 def _build_block(
-    config: ModelConfig, layer: int, seed: int, place: ExpertPlacement, output_std: float, measures: bool
+    config: ModelConfig,
+    layer: int,
+    seed: int,
+    place: ExpertPlacement,
+    output_std: float,
+    measures: bool,
+    recompute: Recompute,
 ) -> Block:
     feed_forward: FeedForward
     if layer in config.moe_layer_indices:
@@ -114,7 +123,7 @@ def _build_block(
         feed_forward = dense.build(dense_spec)
     norms = [make_norm(config.norm, config.hidden_size, config.norm_epsilon) for _ in range(2)]
     kind, spec = mixer_of(config, layer, output_std)
-    return Block(kind.build(spec), feed_forward, norms[0], norms[1], config.norm_position)
+    return Block(kind.build(spec), feed_forward, norms[0], norms[1], config.norm_position, recompute.in_layer(layer))
 
 
 def feed_forward_of(

@@ -72,6 +72,7 @@ class MixerCost:
         attention: Attention; None: it has none.
         exchanged: Elements that ranks that share a sequence send each other, keys and values, in the model's dtype;
             fp32 gradients of them travel back. What is sent for a chunk, not for a token, does not count.
+        owns_exchanged: Whether this layer makes these keys and values; False: a layer below has handed them up.
     """
 
     products: tuple[Product, ...]
@@ -83,6 +84,7 @@ class MixerCost:
     elementwise: tuple[Elementwise, ...] = ()
     attention: Attention | None = None
     exchanged: int = 0
+    owns_exchanged: bool = False
 
 
 @dataclass(frozen=True)

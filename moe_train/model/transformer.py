@@ -9,10 +9,9 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe_train.distributed.context import ContextShard
-from moe_train.model.block import NO_STATES, Block, BlockOutput
+from moe_train.model.block import NO_STATES, Block
 from moe_train.model.decode_state import Cache, CacheSpec, LayerStates
 from moe_train.model.layers import Embedding, Head
 from moe_train.model.mixers.base import MixerContext, Shared
@@ -107,7 +106,6 @@ class Transformer(nn.Module):
         final_norm: nn.Module | None,
         head: Head,
         seed: int,
-        recompute_activations: bool = False,
         stream_hook: StreamHook | None = None,
         loss_chunk: int | None = None,
     ) -> None:
@@ -117,7 +115,6 @@ class Transformer(nn.Module):
         self.final_norm = final_norm
         self.head = head
         self.token_key = make_key(seed, "tokens")
-        self.recompute_activations = recompute_activations
         self.stream_hook = stream_hook
         self.loss_chunk = loss_chunk
 
@@ -148,7 +145,7 @@ class Transformer(nn.Module):
         sums = []
         for layer, block in enumerate(self._typed_blocks):
             states = cache.layer(layer) if cache is not None else NO_STATES
-            output = self._run_block(block, x_BSD, replace(context, layer=layer, shared=shared), states)
+            output = block(x_BSD, replace(context, layer=layer, shared=shared), states)
             x_BSD, shared = output.x_BSD, output.shared
             if output.sums is not None:
                 sums.append(output.sums)
@@ -232,29 +229,3 @@ class Transformer(nn.Module):
             is_whole=is_whole,
             document_starts=starts,
         )
-
-    def _run_block(self, block: Block, x_BSD: Tensor, context: MixerContext, states: LayerStates) -> BlockOutput:
-        if self.recompute_activations and self.training and torch.is_grad_enabled():
-            return run_recomputed(block, x_BSD, context)
-        return block(x_BSD, context, states)
-
-
-def run_recomputed(block: Block, x_BSD: Tensor, context: MixerContext) -> BlockOutput:
-    """Run a block and keep only its inputs: the rest is computed again in the backward pass.
-
-    Everything that carries a gradient goes in and out as a plain tensor, as the reentrant form needs. The other form is
-    not possible under ZeRO-3, which frees a module's weights after the second forward (deepspeed 0.19.8). Every draw is
-    keyed, so no generator's state is kept.
-    """
-
-    def run(x_BSD: Tensor, *below: Tensor) -> tuple[Tensor, ...]:
-        shared = dict(zip(context.shared, below, strict=True))
-        output = block(x_BSD, replace(context, shared=shared))
-        names.append(tuple(output.shared))
-        return output.x_BSD, *output.shared.values(), *(output.sums.tensors if output.sums else ())
-
-    names: list[tuple[str, ...]] = []
-    tensors = checkpoint(run, x_BSD, *context.shared.values(), use_reentrant=True, preserve_rng_state=False)
-    shared = dict(zip(names[0], tensors[1:], strict=False))
-    sums = tensors[1 + len(shared) :]
-    return BlockOutput(tensors[0], shared, RoutingSums(*sums) if sums else None)

@@ -9,6 +9,7 @@ R rows at the experts of a rank, K top_k, E experts, V vocabulary, C chunks; e b
 from dataclasses import dataclass
 
 from moe_train.config.registry import load_part
+from moe_train.config.run import RecomputedPart
 from moe_train.model.cost import RouterCost
 from moe_train.ops.cross_entropy import CHUNK_BYTES, loss_chunk
 from moe_train.ops.routed_mlp import BLOCK_ROWS, NUM_BLOCKS
@@ -23,22 +24,58 @@ _CHUNK_TENSORS = 2  # tensors of a chunk of the cross-entropy at once
 
 
 @dataclass(frozen=True)
-class BlockMemory:
-    """Activation memory of one block on one rank.
+class PartMemory:
+    """Activation memory of a part of a block on one rank: its mixer or its feed-forward layer, with the norm.
 
     Attributes:
         saved: Bytes kept from its forward pass to its backward pass.
-        input: Bytes kept instead where the block is recomputed.
+        input: Bytes kept instead where it is recomputed: its input, and what it hands up.
         work: Bytes needed temporarily in its backward pass, without the gradients of its weights.
         buffers: Bytes of all-to-all buffers, needed temporarily in its backward pass.
-        elements: Number of elements of its weights on this rank.
     """
 
     saved: float
     input: float
     work: float
-    buffers: float
+    buffers: float = 0.0
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """Activation memory of one block on one rank.
+
+    Attributes:
+        mixer: That of its mixer.
+        feed_forward: That of its feed-forward layer.
+        recomputed: Part that the backward pass computes again.
+        elements: Number of elements of its weights on this rank.
+    """
+
+    mixer: PartMemory
+    feed_forward: PartMemory
+    recomputed: RecomputedPart
     elements: int
+
+    @property
+    def kept(self) -> float:
+        """Bytes kept from its forward pass to its backward pass."""
+        mixer, feed_forward = self.mixer, self.feed_forward
+        return {
+            "none": mixer.saved + feed_forward.saved,
+            "attention": mixer.input + feed_forward.saved,
+            "experts": mixer.saved + feed_forward.input,
+            "block": mixer.input,
+        }[self.recomputed]
+
+    @property
+    def in_backward(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Bytes of activations and of all-to-all buffers in the backward pass of each part, the later part first."""
+        mixer, feed_forward = self.mixer, self.feed_forward
+        again = {"experts": feed_forward.saved, "block": mixer.saved + feed_forward.saved}.get(self.recomputed, 0.0)
+        first = self.kept + again + feed_forward.work
+        # What the feed-forward layer kept is gone.
+        held = mixer.saved + (mixer.input if self.recomputed in ("attention", "block") else 0.0)
+        return (first, feed_forward.buffers), (held + mixer.work, mixer.buffers)
 
 
 @dataclass(frozen=True)
@@ -70,7 +107,9 @@ def payload_bytes(layout: Layout, hidden_size: int) -> int:
     return sizes[layout.payload]
 
 
-def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowLoads, device: str) -> BlockMemory:
+def block_memory(
+    shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowLoads, device: str, recomputed: RecomputedPart
+) -> BlockMemory:
     """Compute the activation memory of one block.
 
     Args:
@@ -79,6 +118,7 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
         layout: Layout of the run.
         loads: Rows at the experts of a rank.
         device: Device type, cpu or cuda.
+        recomputed: Part that the backward pass computes again.
     """
     config, e, tokens = shape.config, layout.dtype_bytes, layout.tokens
     mixer = layer.mixer
@@ -86,20 +126,23 @@ def block_memory(shape: ModelShape, layer: LayerShape, layout: Layout, loads: Ro
     kept = norm + e * tokens * mixer.kept + _WIDE * tokens * mixer.kept_fp32
     kept += _norm_bytes(e, device) * tokens * mixer.normed
     work = _WIDE * tokens * (3 * config.hidden_size + mixer.work)
-    if layout.context_exchange == "gather_once":  # what is handed up is of all ranks
-        kept += e * tokens * (layout.context_size - 1) * mixer.handed_up
+    if layout.context_exchange == "gather_once" and mixer.owns_exchanged:  # keys and values of all ranks
+        kept += e * tokens * (layout.context_size - 1) * mixer.exchanged
     ranks = layout.context_size if layout.context_exchange == "gather_once" else 1
-    held = e * tokens * (config.hidden_size + ranks * mixer.handed_up)
-    elements = layer.dense + layer.experts // layout.ep_size
+    stream = e * tokens * config.hidden_size
+    held = stream + e * tokens * ranks * mixer.handed_up
     if layer.feed_forward is not None:
         dense = layer.feed_forward
         own = float(tokens * (e * dense.kept + _WIDE * dense.kept_fp32))
         extra, buffers = float(e * tokens * dense.work), 0.0
     else:
-        own, extra, buffers = _moe_memory(shape, layout, loads, device)
-    # When keys and values are exchanged in the backward pass, what the feed-forward layer kept is gone.
-    exchanging = work + _exchange_work(mixer.exchanged, layout) - own
-    return BlockMemory(kept + norm + own, held, max(work, extra, exchanging), buffers, elements)
+        own, extra, buffers = _moe_memory(shape, layout, loads, device, recomputed in ("experts", "block"))
+    return BlockMemory(
+        PartMemory(kept, held, work + _exchange_work(mixer.exchanged, layout)),
+        PartMemory(norm + own, stream, extra, buffers),
+        recomputed,
+        layer.dense + layer.experts // layout.ep_size,
+    )
 
 
 def _exchange_work(exchanged: int, layout: Layout) -> float:
@@ -113,10 +156,12 @@ def _exchange_work(exchanged: int, layout: Layout) -> float:
     return float(layout.tokens * exchanged * (e * (1 + held) + _WIDE * shares))
 
 
-def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str) -> tuple[float, float, float]:
+def _moe_memory(
+    shape: ModelShape, layout: Layout, loads: RowLoads, device: str, is_recomputed: bool
+) -> tuple[float, float, float]:
     config, e, tokens = shape.config, layout.dtype_bytes, layout.tokens
     # Kept memory is summed over blocks. Recomputed and temporary memory belongs to one block at a time.
-    kept = loads.busiest_rows if layout.recomputes else loads.most_rows
+    kept = loads.busiest_rows if is_recomputed else loads.most_rows
     hidden, inner, moe = config.hidden_size, config.expert_intermediate_size, config.moe
     assignments = tokens * moe.top_k
     saved = float(e * tokens * hidden)  # the normed input, which the experts use directly where they are on one rank
@@ -127,7 +172,7 @@ def _moe_memory(shape: ModelShape, layout: Layout, loads: RowLoads, device: str)
     saved += _INDICES_OF_AN_ASSIGNMENT * _INDEX * assignments + e * 2 * inner * kept  # and the first product
     buffers = 0.0
     if layout.ep_size > 1:
-        saved += e * hidden * (loads.busiest_arriving if layout.recomputes else loads.most_arriving)
+        saved += e * hidden * (loads.busiest_arriving if is_recomputed else loads.most_arriving)
         # Rows sent and rows received, two chunks at a time; in the model's dtype too if the payload is another.
         row = payload_bytes(layout, hidden) + (0 if layout.payload == "model" else e * hidden)
         buffers = min(1.0, 2 / layout.chunks) * row * (loads.sent + loads.busiest_arriving)

@@ -9,6 +9,7 @@ rank, K top_k, R rows at the experts of a rank, V vocabulary; e bytes per elemen
 from dataclasses import dataclass
 
 from moe_train.config.registry import load_part
+from moe_train.config.run import RecomputedPart
 from moe_train.model.cost import Attention, FeedForwardCost, MixerCost, RouterCost
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
@@ -18,9 +19,10 @@ from moe_train.plan.shapes import LayerShape, ModelShape
 _WIDE = 4
 _ATTENTION_BACKWARD = 2.5  # times the forward pass: five products instead of two
 _ROUTER_BYTES = 8  # of an element that a router reads and writes
-# Operations, forward and backward: of a block, in addition of an MoE layer, of an expert on a CPU, of dispatch, and of
-# a chunk.
-_BLOCK, _MOE, _EXPERT, _DISPATCH, _CHUNK = (75, 130), (110, 90), (9, 13), (90, 40), (40, 30)
+# Operations, forward and backward: of a mixer and of a feed-forward layer, each with its norm, in addition of an MoE
+# layer, of an expert on a CPU, of dispatch, and of a chunk.
+_MIXER, _FEED_FORWARD = (55, 83), (20, 47)
+_MOE, _EXPERT, _DISPATCH, _CHUNK = (110, 90), (9, 13), (90, 40), (40, 30)
 _AROUND = (80, 60)  # embedding, head, loss and balance terms
 _LOSS_PASSES = (6, 3)  # passes over [T, V] in fp32 that do not fit a cache, forward and backward
 _CPU_KEY_BLOCK = 512  # keys per block of torch's attention on CPU
@@ -59,14 +61,24 @@ class BlockWork:
         feed_forward: Time of the dense feed-forward layer or the shared experts.
         router: Time of the router of an MoE layer, and of the local work of dispatch.
         experts: Time of the experts of an MoE layer, for the mean rows of a rank.
-        operations: Fixed time of all operations.
+        mixer_operations: Fixed time of the operations of norm and mixer.
+        feed_forward_operations: Fixed time of the operations of norm and feed-forward layer.
     """
 
     mixer: Pass
     feed_forward: Pass
     router: Pass
     experts: Pass
-    operations: Pass
+    mixer_operations: Pass
+    feed_forward_operations: Pass
+
+    def forward(self, part: RecomputedPart) -> tuple[float, float]:
+        """Return the seconds of a part's forward pass, and the fixed time of its operations in them."""
+        mixer = (self.mixer.forward, self.mixer_operations.forward)
+        others = self.feed_forward.forward + self.router.forward + self.experts.forward
+        experts = (others, self.feed_forward_operations.forward)
+        block = (mixer[0] + experts[0], mixer[1] + experts[1])
+        return {"none": (0.0, 0.0), "attention": mixer, "experts": experts, "block": block}[part]
 
 
 def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowLoads, rates: Rates) -> BlockWork:
@@ -84,10 +96,10 @@ def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowL
     norms = _elementwise(rates, tokens * hidden, _norm(rates, e))
     residual = _elementwise(rates, tokens * hidden, (3 * e, 3 * e))
     mixer = _mixer(layer.mixer, layout, rates) + norms + residual
-    operations = _operations(rates, _BLOCK)
+    mixer_operations, operations = _operations(rates, _MIXER), _operations(rates, _FEED_FORWARD)
     if layer.feed_forward is not None:
         feed_forward = _stated(layer.feed_forward, layout, rates) + norms + residual
-        return BlockWork(mixer, feed_forward, NOTHING, NOTHING, operations)
+        return BlockWork(mixer, feed_forward, NOTHING, NOTHING, mixer_operations, operations)
     moe, inner = config.moe, config.expert_intermediate_size
     cost: RouterCost = load_part("routers", moe.router).cost
     router = _linear(rates, tokens, hidden, moe.num_experts, "fp32") * cost.products + norms + residual
@@ -113,7 +125,7 @@ def block_work(shape: ModelShape, layer: LayerShape, layout: Layout, loads: RowL
     shared = NOTHING
     if moe.num_shared_experts:
         shared = _swiglu(rates, tokens, hidden, moe.num_shared_experts * inner, e)
-    return BlockWork(mixer, shared, router, experts, operations)
+    return BlockWork(mixer, shared, router, experts, mixer_operations, operations)
 
 
 def head_work(shape: ModelShape, layout: Layout, rates: Rates) -> Pass:

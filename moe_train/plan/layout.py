@@ -10,6 +10,7 @@ from moe_train.config.parts import load_kinds
 from moe_train.config.registry import load_part
 from moe_train.config.resolve import Device, Ranks, ResolvedConfig, resolve
 from moe_train.config.root import Config
+from moe_train.model.block import Recompute
 from moe_train.model.cost import DispatchSizes, Hop
 from moe_train.model.moe.dispatch.base import DispatcherKind
 from moe_train.train.engine.optimizers.base import OptimizerKind
@@ -101,7 +102,7 @@ class Layout:
         accumulation: Passes per step.
         sequence_length: Tokens per sequence.
         precision: Precision of the model, bf16, fp16 or fp32.
-        recomputes: Whether blocks are recomputed in the backward pass.
+        recompute: What the backward pass computes again.
         dispatch: Name of the dispatcher.
         chunks: Number of chunks in which tokens travel.
         payload: Number format in which rows travel.
@@ -123,7 +124,7 @@ class Layout:
     accumulation: int
     sequence_length: int
     precision: Arithmetic
-    recomputes: bool
+    recompute: Recompute
     dispatch: str
     chunks: int
     payload: str
@@ -257,7 +258,7 @@ def layout_of(resolved: ResolvedConfig, node_size: int) -> Layout:
         accumulation=resolved.accumulation,
         sequence_length=train.sequence_length,
         precision=train.precision,
-        recomputes=train.recompute_activations,
+        recompute=Recompute(train.recompute, train.recompute_every),
         dispatch=parallel.dispatch,
         chunks=parallel.chunks if parallel.expert_parallel_size > 1 else 1,
         payload=parallel.payload,

@@ -9,6 +9,7 @@ is a CPU has the same memory as its host, so that the peak counts both.
 
 from dataclasses import dataclass
 
+from moe_train.config.run import RecomputedPart
 from moe_train.model.build import feed_forward_of, mixer_of
 from moe_train.plan.activations import BlockMemory, HeadMemory, block_memory, head_memory
 from moe_train.plan.host import host_parts, largest_tensor
@@ -98,11 +99,12 @@ def plan_memory(
         steady, host = _sum(steady, {part: held for part, held in host.items() if held}), {}
     if decoding is not None:
         steady["kv_cache"] = float(_kv_cache(shape, layout, decoding))
-    known: dict[LayerShape, BlockMemory] = {}
-    for layer in shape.layers:
-        if layer not in known:
-            known[layer] = block_memory(shape, layer, layout, loads, device)
-    blocks, head = [known[layer] for layer in shape.layers], head_memory(shape, layout, device)
+    known: dict[tuple[LayerShape, RecomputedPart], BlockMemory] = {}
+    keys = [(layer, layout.recompute.in_layer(number)) for number, layer in enumerate(shape.layers)]
+    for layer, part in keys:
+        if (layer, part) not in known:
+            known[layer, part] = block_memory(shape, layer, layout, loads, device, part)
+    blocks, head = [known[key] for key in keys], head_memory(shape, layout, device)
     moments = [*_passes(blocks, head, shape, states, layout), _reduce(states, layout), _update(states, layout)]
     name, most = max(moments, key=lambda moment: sum(moment[1].values()))
     parts = {part: steady.get(part, 0.0) + most.get(part, 0.0) for part in PARTS}
@@ -123,10 +125,9 @@ def _passes(
     blocks: list[BlockMemory], head: HeadMemory, shape: ModelShape, states: ModelStates, layout: Layout
 ) -> list[tuple[str, dict[str, float]]]:
     """List the moments of a pass with their bytes: the loss, and the backward pass of every block."""
-    kept = [block.input if layout.recomputes else block.saved for block in blocks]
     held = _gradients_before(states, layout)
     live = {"weights": float(states.gathered)}
-    below = sum(kept)
+    below = sum(block.kept for block in blocks)
     loss = {"activations": below + head.saved, "logits": head.logits + head.forward_work, **live}
     # With recomputation, the forward pass of a block also needs temporary memory: as much as its backward pass, which
     # is counted below.
@@ -138,11 +139,11 @@ def _passes(
     found.append((_LOSS, _sum(parts, held, bucket, _gradients_made(elements, states, layout))))
     for number, block in reversed(list(enumerate(blocks))):
         elements += block.elements
-        again = block.saved if layout.recomputes else 0.0
-        parts = {"activations": below + again + block.work, "all_to_all": block.buffers, **live}
+        below -= block.kept
         made = _gradients_made(elements, states, layout)
-        found.append((f"backward of block {number}", _sum(parts, held, bucket, made)))
-        below -= kept[number]
+        for activations, buffers in block.in_backward:
+            parts = {"activations": below + activations, "all_to_all": buffers, **live}
+            found.append((f"backward of block {number}", _sum(parts, held, bucket, made)))
     return found
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_train.model.block import NO_RECOMPUTE
 from moe_train.plan.layout import Layout
 from moe_train.plan.planner import Plan
 from moe_train.plan.search import Candidate
@@ -92,8 +93,8 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
 
 def _savings(layout: Layout) -> list[str]:
     """List how a layout saves memory of its devices."""
-    ways = {"recomputation": layout.recomputes, "offload": layout.offloads}
-    return [name for name, is_taken in ways.items() if is_taken]
+    found = [] if layout.recompute == NO_RECOMPUTE else [f"recompute {layout.recompute}"]
+    return [*found, "offload"] if layout.offloads else found
 
 
 def _show_memory(plan: Plan, console: Console) -> None:

@@ -1,6 +1,6 @@
 """Search for the fastest layout of a configuration that fits; every candidate is planned by arithmetic.
 
-The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute_activations, offload_optimizer,
+The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute, recompute_every, offload_optimizer,
 dispatch and chunks. The global batch stays the same, so that every candidate takes the same steps; so does
 context_parallel_size. Memory is planned first: a layout that does not fit is not timed. Recomputation and offloading
 are tried only where they are needed, one of them before both.
@@ -8,10 +8,13 @@ are tried only where they are needed, one of them before both.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from moe_train.config.machine import Machine
 from moe_train.config.registry import load_part, part_names
 from moe_train.config.root import Config
+from moe_train.config.run import RecomputedPart
+from moe_train.model.block import NO_RECOMPUTE, Recompute
 from moe_train.model.moe.dispatch.base import DispatcherKind
 from moe_train.plan.layout import Layout, plan_layout
 from moe_train.plan.loads import RowLoads, row_loads
@@ -22,7 +25,7 @@ from moe_train.plan.shapes import ModelShape, model_shape
 from moe_train.plan.step import Step, plan_step
 from moe_train.train.engine.optimizers.base import OptimizerKind
 
-_CHUNKS = (1, 2, 4)
+_CHUNKS, _RECOMPUTE_EVERY = (1, 2, 4), (1, 2, 4)
 _LARGEST_MICRO_BATCH, _MOST_MICRO_BATCHES = 64, 16  # bounds of the micro-batches that are tried
 
 
@@ -81,7 +84,7 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
         return loads[key], plan_memory(shape, layout, loads[key], machine.device, question.decoding)
 
     for spread in _spreads(shape, base, config.train.compile):
-        for savings in _savings(spread, machine):
+        for savings in _savings(spread, shape, machine):
             fitted = False
             for layout in (way for saving in savings for way in _ways(saving, shape)):
                 own_loads, memory = planned(layout)
@@ -138,7 +141,8 @@ def apply_layout(config: Config, layout: Layout) -> Config:
     train = {
         "micro_batch_size": layout.micro_batch,
         "global_batch_size": batch,
-        "recompute_activations": layout.recomputes,
+        "recompute": layout.recompute.part,
+        "recompute_every": layout.recompute.every,
     }
     return config.model_copy(
         update={
@@ -163,14 +167,20 @@ def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout
                 yield replace(base, ep_size=size, zero_stage=stage, micro_batch=micro, accumulation=share // micro)
 
 
-def _savings(layout: Layout, machine: Machine) -> tuple[tuple[Layout, ...], ...]:
+def _savings(layout: Layout, shape: ModelShape, machine: Machine) -> tuple[list[Layout], ...]:
     """List the ways to save memory in a layout: each is tried if nothing before it fits."""
-    again = replace(layout, recomputes=True)
+    again = [replace(layout, recompute=each) for each in _recomputations(shape)]
     optimizer: OptimizerKind = load_part("optimizers", layout.optimizer)
     # A CPU has one memory, and of other hosts nothing is known.
     if machine.host is None or not optimizer.works_on_host:
-        return (layout,), (again,)
-    return (layout,), (again, replace(layout, offloads=True)), (replace(again, offloads=True),)
+        return [layout], again
+    return [layout], [*again, replace(layout, offloads=True)], [replace(each, offloads=True) for each in again]
+
+
+def _recomputations(shape: ModelShape) -> list[Recompute]:
+    """List the ways to recompute something."""
+    parts = [part for part in get_args(RecomputedPart) if part != NO_RECOMPUTE.part]
+    return [Recompute(part, every) for part in parts for every in _RECOMPUTE_EVERY if every <= len(shape.layers)]
 
 
 def _ways(layout: Layout, shape: ModelShape) -> Iterator[Layout]:

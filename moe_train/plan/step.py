@@ -5,7 +5,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from moe_train.plan.compute import NOTHING, BlockWork, Pass, around_operations, attention_work, block_work, head_work
+from moe_train.plan.compute import BlockWork, Pass, around_operations, attention_work, block_work, head_work
 from moe_train.plan.host import copy_seconds, update_seconds
 from moe_train.plan.layout import Layout
 from moe_train.plan.loads import RowLoads
@@ -20,6 +20,7 @@ from moe_train.plan.traffic import (
     key_value_exchange,
     latency,
     layer_traffic,
+    moe_layers_again,
     send_seconds,
     small_reductions,
     weight_gathers,
@@ -105,15 +106,17 @@ def step_traffic(shape: ModelShape, layout: Layout, loads: RowLoads, states: Mod
         loads: Rows at the experts of a rank.
         states: Model states of the rank.
     """
-    layer, number = layer_traffic(shape, layout, loads), shape.num_moe_layers * layout.accumulation
-    again = 2 if layout.recomputes else 1
+    moe, number = layer_traffic(shape, layout, loads), shape.num_moe_layers
     parts = {
-        "all_to_all_forward": layer.forward * (again * number),
-        "all_to_all_backward": layer.backward * number,
+        "all_to_all_forward": moe.forward * ((number + moe_layers_again(shape, layout)) * layout.accumulation),
+        "all_to_all_backward": moe.backward * (number * layout.accumulation),
     }
-    forward, backward = key_value_exchange(shape, layout)
+    exchanged: list[Reduction] = []
+    for index, layer in enumerate(shape.layers):
+        forward, backward = key_value_exchange(layer.mixer, layout)
+        exchanged += forward * (1 + layout.recompute.repeats("attention", index)) + backward
     lists = {
-        "key_value_exchange": (forward * again + backward) * layout.accumulation,
+        "key_value_exchange": exchanged * layout.accumulation,
         "gradient_reduction": gradient_reductions(states, layout),
         "weight_gathering": weight_gathers(states, layout),
         "small_reductions": small_reductions(shape, states, layout),
@@ -141,24 +144,24 @@ def plan_step(shape: ModelShape, layout: Layout, loads: RowLoads, states: ModelS
     host = around_operations(rates)
     device = head_work(shape, layout, rates)
     times["head_and_loss"] = device.forward + device.backward
-    for layer in shape.layers:
-        work = works[layer]
+    for index, layer in enumerate(shape.layers):
+        work, part = works[layer], layout.recompute.in_layer(index)
         whole = work.mixer + work.feed_forward + work.router + work.experts
-        device, host = device + whole, host + work.operations
+        device, host = device + whole, host + work.mixer_operations + work.feed_forward_operations
         times["attention"] += _both(work.mixer)
         times["dense_feed_forward"] += _both(work.feed_forward)
         times["router"] += _both(work.router)
         times["experts"] += _both(work.experts)
-        if layout.recomputes:
-            times["recomputation"] += whole.forward
-            device, host = device + Pass(0.0, whole.forward), host + Pass(0.0, work.operations.forward)
+        seconds, operations = work.forward(part)
+        times["recomputation"] += seconds
+        device, host = device + Pass(0.0, seconds), host + Pass(0.0, operations)
+        times["key_value_exchange"] += _meet(layer, layout, rates, layout.recompute.repeats("attention", index))
         if layer.is_moe and layout.ep_size > 1:
-            shown, behind = _exchange(traffic, work, layout, rates)
+            is_again = layout.recompute.repeats("experts", index)
+            shown, behind = _exchange(traffic, work, layout, rates, is_again)
             exchanged, hidden = exchanged + shown, hidden + behind
-            again = work.experts.forward if layout.recomputes else 0.0
-            varying += _both(work.experts) + again + shown
-    times["all_to_all"], times["key_value_exchange"] = exchanged, _meet(shape, layout, rates)
-    times["operations"] = _both(host)
+            varying += _both(work.experts) + is_again * work.experts.forward + shown
+    times["all_to_all"], times["operations"] = exchanged, _both(host)
     times = {name: seconds * layout.accumulation for name, seconds in times.items()}
     varying, hidden = varying * layout.accumulation, hidden * layout.accumulation
     _add_reductions(times, shape, layout, states, rates)
@@ -187,11 +190,16 @@ def _both(work: Pass) -> float:
     return work.forward + work.backward
 
 
-def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rates) -> tuple[float, float]:
-    """Compute the seconds of a layer's all-to-alls in one micro-batch: not hidden by other work, and hidden."""
+def _exchange(
+    traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rates, is_again: bool
+) -> tuple[float, float]:
+    """Compute the seconds of a layer's all-to-alls in one micro-batch: not hidden by other work, and hidden.
+
+    If the layer is computed again, they are those of two forward passes and a backward pass.
+    """
     group = layout.expert_parallel
     passes = [(traffic.forward, traffic.forward_operations, work.experts.forward, work.feed_forward.forward)]
-    if layout.recomputes:
+    if is_again:
         passes *= 2
     passes.append((traffic.backward, traffic.backward_operations, work.experts.backward, work.feed_forward.backward))
     shown = behind = 0.0
@@ -216,16 +224,15 @@ def _exchange(traffic: LayerTraffic, work: BlockWork, layout: Layout, rates: Rat
     return shown, behind
 
 
-def _meet(shape: ModelShape, layout: Layout, rates: Rates) -> float:
-    """Compute the seconds in which keys and values of shared sequences travel, in one micro-batch, and nothing else."""
-    forward, backward = key_value_exchange(shape, layout)
+def _meet(layer: LayerShape, layout: Layout, rates: Rates, is_again: bool) -> float:
+    """Compute the seconds in which a layer's keys and values travel, in one micro-batch, and nothing else happens."""
+    forward, backward = key_value_exchange(layer.mixer, layout)
     moving = [sum(each.seconds(rates.machine) for each in found) for found in (forward, backward)]
-    if layout.context_exchange == "ring" and not rates.is_cpu:  # each block but the last hides a hop
-        works = [layer.mixer.attention for layer in shape.layers if layer.mixer.exchanged and layer.mixer.attention]
-        behind = sum((attention_work(each, layout, rates) for each in works), NOTHING)
+    if layout.context_exchange == "ring" and layer.mixer.attention and not rates.is_cpu:
+        behind = attention_work(layer.mixer.attention, layout, rates)  # each block but the last hides a hop
         share = (layout.context_size - 1) / layout.context_size
         moving = [max(0.0, moving[0] - share * behind.forward), max(0.0, moving[1] - share * behind.backward)]
-    return moving[0] * (2 if layout.recomputes else 1) + moving[1]
+    return moving[0] * (1 + is_again) + moving[1]
 
 
 def _add_reductions(
@@ -262,7 +269,9 @@ def _zero_operations(shape: ModelShape, layout: Layout, rates: Rates) -> dict[st
     fixed = {"gradient_reduction": rates.operations(_OPERATIONS_OF_A_TENSOR * len(shape.tensors)) * passes}
     if layout.zero_stage == 3:
         modules = len({tensor.name.rpartition(".")[0] for tensor in shape.tensors})
-        again = 3 if layout.recomputes else 2
+        # Passes over a module: forward, backward, and forward again in the parts that are recomputed.
+        parts = [layout.recompute.in_layer(number) for number in range(len(shape.layers))]
+        again = 2 + sum({"none": 0.0, "block": 1.0}.get(part, 0.5) for part in parts) / len(parts)
         fixed["weight_gathering"] = rates.operations(_OPERATIONS_OF_A_GATHER * modules * again) * layout.accumulation
     return fixed
 

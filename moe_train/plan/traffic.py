@@ -10,6 +10,7 @@ Legend: T tokens per rank, K top_k, E experts, x experts on a rank of the group,
 from dataclasses import dataclass
 
 from moe_train.config.machine import Link, Machine, Network
+from moe_train.model.cost import MixerCost
 from moe_train.model.moe.balance.build import balance_kinds, needed_sums
 from moe_train.plan.activations import payload_bytes
 from moe_train.plan.layout import Layout, RankGroup, dispatch_hops
@@ -155,31 +156,38 @@ def layer_traffic(shape: ModelShape, layout: Layout, loads: RowLoads) -> LayerTr
     return LayerTraffic(passed + counts, passed, (forward[0], forward[1]), (operations[0], operations[1]))
 
 
-def key_value_exchange(shape: ModelShape, layout: Layout) -> tuple[list[Reduction], list[Reduction]]:
-    """List how keys and values of shared sequences travel in a micro-batch: in a forward pass, and in a backward pass.
-
-    With X bytes of a rank's keys and values in a layer, a forward pass sends (P - 1) X. A backward pass sends as much
-    again, unless they were gathered once, and (P - 1) X' for their fp32 gradients, or P X' in a ring, which takes them
-    home.
+def moe_layers_again(shape: ModelShape, layout: Layout) -> int:
+    """Count the MoE layers that a backward pass computes again, and whose rows it sends again.
 
     Args:
         shape: Sizes of the model.
         layout: Layout of the run.
     """
+    return sum(layer.is_moe and layout.recompute.repeats("experts", n) for n, layer in enumerate(shape.layers))
+
+
+def key_value_exchange(mixer: MixerCost, layout: Layout) -> tuple[list[Reduction], list[Reduction]]:
+    """List how a layer's keys and values of shared sequences travel in a micro-batch: forward, and backward.
+
+    With X bytes of a rank's keys and values, a forward pass sends (P - 1) X. A backward pass sends as much again,
+    unless they were gathered once, and (P - 1) X' for their fp32 gradients, or P X' in a ring, which takes them home.
+
+    Args:
+        mixer: Cost of the layer's mixer.
+        layout: Layout of the run.
+    """
     size, ranks, is_once = layout.context_size, layout.context, layout.context_exchange == "gather_once"
-    mixers = [layer.mixer for layer in shape.layers]
-    # Gathered once: by the layers that hand them up.
-    elements = [mixer.exchanged for mixer in mixers if mixer.exchanged and (mixer.handed_up or not is_once)]
-    if size == 1 or not elements:
+    # Gathered once: by the layers that make them.
+    if size == 1 or not mixer.exchanged or (is_once and not mixer.owns_exchanged):
         return [], []
-    own, number = float(layout.tokens * sum(elements)), len(elements)
+    own = float(layout.tokens * mixer.exchanged)
     is_ring = layout.context_exchange == "ring"
     hops = size - 1 if is_ring else 1
     kind = "ring" if is_ring else "all_gather"
-    keys = Reduction(kind, ranks, size * own * layout.dtype_bytes, hops * number)
+    keys = Reduction(kind, ranks, size * own * layout.dtype_bytes, hops)
     # A reduction of B bytes sends (P - 1)/P B. In a ring, gradients make P hops.
     whole = own * _SUM_BYTES * size * (size / (size - 1) if is_ring else 1)
-    return [keys], [*([] if is_once else [keys]), Reduction(kind, ranks, whole, (size if is_ring else 1) * number)]
+    return [keys], [*([] if is_once else [keys]), Reduction(kind, ranks, whole, size if is_ring else 1)]
 
 
 def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
@@ -250,7 +258,8 @@ def small_reductions(shape: ModelShape, states: ModelStates, layout: Layout) -> 
         found.append(Reduction("all_reduce", layout.world, float(size), 1))  # once per step
     needed = needed_sums(moe) if shape.num_moe_layers else frozenset()
     if layout.context_size > 1 and "sequence_balance" in needed:  # counts and probabilities of every sequence
-        times = (3 if layout.recomputes else 2) * layout.accumulation * shape.num_moe_layers
+        passes = 2 * shape.num_moe_layers + moe_layers_again(shape, layout)
+        times = passes * layout.accumulation
         size = 2 * _SUM_BYTES * layout.micro_batch * moe.num_experts
         found.append(Reduction("all_reduce", layout.context, float(times * size), times))
     norms = len(states.groups) + 2

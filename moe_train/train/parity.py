@@ -226,7 +226,8 @@ def own_model(config: Config, layers: int | None) -> dict[str, Any]:
                 model[name] = [layer for layer in model[name] if layer < layers]
             elif isinstance(model[name], int):
                 model[name] = min(model[name], layers)
-    kept = {name: train[name] for name in ("precision", "recompute_activations", "compile")}
+    kept = {name: train[name] for name in ("precision", "recompute", "recompute_every", "compile")}
+    kept["recompute_every"] = min(kept["recompute_every"], model["num_layers"])
     kept |= {"run_dir": train["run_dir"], "sequence_length": min(train["sequence_length"], _OWN_SEQUENCE_LENGTH)}
     parallel = {"payload": values["parallel"]["payload"]}
     return {"model": model, "train": kept, "parallel": parallel, "deepspeed": values["deepspeed"]}

@@ -13,6 +13,7 @@ from moe_train.config.base import field_values
 from moe_train.config.errors import UsageError
 from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import ResolvedConfig
+from moe_train.config.root import Config
 from moe_train.data.identity import SourceIdentity, data_changes
 from moe_train.model.build import mixer_of
 from moe_train.model.moe.balance.build import split_settings
@@ -179,6 +180,18 @@ def _accumulation(manifest: Manifest) -> int | None:
 
 def changed_fields(manifest: Manifest, config: ResolvedConfig) -> list[str]:
     """List the fields that differ from the checkpoint's configuration, such as "train.seed: 0 -> 1"."""
-    before, now = dict(field_values(manifest.config)), dict(field_values(config.model_dump(mode="json")))
+    before, now = _fields_before(manifest), dict(field_values(config.model_dump(mode="json")))
     changed = [name for name in now if name not in _UNREMARKABLE and before.get(name) != now[name]]
     return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]
+
+
+def _fields_before(manifest: Manifest) -> dict[str, Any]:
+    """Return a checkpoint's fields by their present names, with the defaults of fields that are new.
+
+    They are as they were written if another version of this program wrote them, and they mean nothing to this one.
+    """
+    try:
+        values = Config.model_validate(manifest.config).model_dump(mode="json")
+    except (ValidationError, UsageError):
+        values = manifest.config
+    return dict(field_values(values))

@@ -19,7 +19,7 @@ FORMAT_3 = Path(__file__).parent / "written_before" / "format_3"
     ("ranks", "options"),
     [
         (1, ["--parallel.expert_parallel_size=1", "--parallel.zero_stage=1", "--train.micro_batch_size=4"]),
-        (2, ["--parallel.expert_parallel_size=2", "--parallel.zero_stage=3"]),
+        (2, ["--parallel.expert_parallel_size=2", "--parallel.zero_stage=3", "--train.recompute=experts"]),
     ],
 )
 def test_a_run_goes_on_with_the_same_losses(ranks: int, options: list[str], tmp_path: Path) -> None:
@@ -30,6 +30,8 @@ def test_a_run_goes_on_with_the_same_losses(ranks: int, options: list[str], tmp_
     result = train_forked(ranks, *given)
     assert result.returncode == 0, result
     assert "going on from" in result.stdout and "step_00000003" in result.stdout
+    assert "recompute_activations" not in result.stdout  # no change: it has another name now
+    assert ("train.recompute: none -> experts" in result.stdout) is (ranks == 2)
     expected, found = (read_records(folder / "metrics.jsonl")[-2:] for folder in (FORMAT_3, run))
     assert [record["step"] for record in found] == [4, 5]
     for ours, theirs in zip(found, expected, strict=True):

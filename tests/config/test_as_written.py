@@ -285,6 +285,23 @@ def test_a_switch_without_a_value_is_named(load, option: str) -> None:
             load(RUN, *arguments)
 
 
+def test_two_names_of_a_field_are_refused_together_and_replace_each_other_in_layers(load) -> None:
+    earlier = "train: {run_dir: r, recompute_activations: true}\n"
+    assert load(earlier).train.recompute == "block"
+    assert load(earlier, "--train.recompute=experts").train.recompute == "experts"
+    assert (
+        load("train: {run_dir: r, recompute: experts}\n", "--train.recompute_activations=no").train.recompute == "none"
+    )
+    for text, options in (
+        ("train: {run_dir: r, recompute_activations: true, recompute: experts}\n", ()),
+        (RUN, ("--train.recompute_activations=true", "--train.recompute=experts")),
+    ):
+        with pytest.raises(UsageError, match=r"recompute \('experts'\) and recompute_activations \([tT]rue\)"):
+            load(text, *options)
+    with pytest.raises(UsageError, match=r"--train\.recompute_activations \('maybe'\): must be true or false"):
+        load(RUN, "--train.recompute_activations=maybe")
+
+
 def test_several_files_are_merged_in_order_and_said(tmp_path: Path) -> None:
     files = {
         "base": "train: {run_dir: r, steps: 10}\noptim: {beta1: 0.5}\nmodel: {moe: {num_experts: 4}}\n",

@@ -33,6 +33,11 @@ def make(**sections):
             id="compiled under ZeRO-3",
         ),
         pytest.param(
+            {"train": {"recompute": "block", "recompute_every": 5}},
+            ["train.recompute_every (5)", "model.num_layers (4)"],
+            id="the fifth of four blocks",
+        ),
+        pytest.param(
             {"model": {"moe_every": 0}, "parallel": {"dispatch": "unique"}},
             ["parallel.dispatch (unique)", "no MoE layer"],
             id="no MoE layer to dispatch to",

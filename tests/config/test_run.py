@@ -22,6 +22,27 @@ from moe_train.config.run import CheckpointConfig, OptimConfig, ParallelConfig, 
         pytest.param(ParallelConfig, {"zero_stage": 4}, ["zero_stage"], id="zero stage"),
         pytest.param(ParallelConfig, {"expert_parallel_size": 0}, ["expert_parallel_size"], id="no ranks"),
         pytest.param(TrainConfig, {"run_dir": "r", "precision": "fp8"}, ["precision"], id="precision"),
+        pytest.param(
+            TrainConfig,
+            {"run_dir": "r", "recompute_every": 2},
+            ["recompute_every (2)", "recompute ('none')"],
+            id="every block of none",
+        ),
+        pytest.param(
+            TrainConfig,
+            {"run_dir": "r", "recompute": "experts", "recompute_activations": True},
+            ["recompute ('experts')", "recompute_activations (True)", "'block'"],
+            id="two parts",
+        ),
+        pytest.param(
+            TrainConfig,
+            {"run_dir": "r", "recompute": "block", "recompute_activations": False},
+            ["recompute ('block')", "recompute_activations (False)", "'none'"],
+            id="block and none",
+        ),
+        pytest.param(
+            TrainConfig, {"run_dir": "r", "recompute_activations": 7}, ["recompute_activations", "7"], id="no switch"
+        ),
         pytest.param(CheckpointConfig, {"keep_last": 0}, ["keep_last"], id="keeps none"),
         pytest.param(TelemetryConfig, {"every": 0}, ["every"], id="never writes"),
         pytest.param(
@@ -83,6 +104,22 @@ def test_values_that_are_refused(section, values, words):
 def test_values_that_are_right(section, values):
     config = section(**values)
     assert {name: config.model_dump(mode="json")[name] for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({}, "none"),
+        ({"recompute_activations": True}, "block"),
+        ({"recompute_activations": "no"}, "none"),
+        ({"recompute_activations": True, "recompute": "block"}, "block"),
+        ({"recompute_activations": None, "recompute": "attention"}, "attention"),
+    ],
+)
+def test_the_earlier_form_of_recompute_is_read(values, part):
+    config = TrainConfig(run_dir="r", **values)
+    assert (config.recompute, config.recompute_activations) == (part, None)
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_single_source_is_a_mixture_of_one():

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.run import RecomputedPart
+from moe_train.model.block import Recompute
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.moe.steps import RoutingSums
@@ -34,14 +36,14 @@ def small_model(
     config: ModelConfig,
     seed: int = 0,
     placement: ExpertPlacement | None = None,
-    recompute: bool = False,
+    recompute: RecomputedPart = "none",
+    recompute_every: int = 1,
     dtype: torch.dtype = torch.float64,
     measures: bool = True,
 ) -> Transformer:
     """A model with values; routers, which start at zero, get some too."""
-    model = build_model(
-        config, VOCAB, seed=seed, placement=placement, recompute_activations=recompute, measures=measures
-    )
+    again = Recompute(recompute, recompute_every)
+    model = build_model(config, VOCAB, seed=seed, placement=placement, recompute=again, measures=measures)
     materialize(model, seed=seed, dtype=dtype, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(99)
     for name, parameter in model.named_parameters():

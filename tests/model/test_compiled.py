@@ -30,7 +30,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def make(recompute=False, **changes):
+def make(recompute="none", **changes):
     return small_model(small_config(**{**CONFIG, **changes}), recompute=recompute)
 
 
@@ -60,10 +60,11 @@ def num_graphs():
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.parametrize("recompute", ["block", "attention", "experts"])
 # aot_eager splits a graph into forward and backward as inductor does, and runs both without half a minute of g++.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_numbers_gradients_and_names_stay(backend):
-    expected, model, recomputing = run(make()), make(), make(recompute=True)
+def test_numbers_gradients_and_names_stay(backend, recompute):
+    expected, model, recomputing = run(make()), make(), make(recompute=recompute)
     names = list(model.state_dict())
     compile_dense_parts(model, backend)
     compile_dense_parts(recomputing, backend)

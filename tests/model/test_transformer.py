@@ -1,5 +1,6 @@
 """The decoder and its losses: recomputation, the stream hook, sums, and layouts of experts."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -45,13 +46,14 @@ def run_objective(model, tokens, targets, group=None):
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_recomputation_changes_nothing(changes, packed):
+@pytest.mark.parametrize(("part", "every"), [("attention", 1), ("experts", 1), ("block", 1), ("block", 2)])
+def test_recomputation_changes_nothing(changes, packed, part, every):
     ids, targets = random_ids(BATCH, LENGTH), random_ids(BATCH, LENGTH, seed=1)
     documents = torch.tensor([[0] * 3 + [1] * 4]).expand(BATCH, LENGTH) if packed else None
     config = small_config(**changes)
     results = []
-    for recompute in (False, True):
-        model = small_model(config, recompute=recompute)
+    for recompute in ("none", part):
+        model = small_model(config, recompute=recompute, recompute_every=every)
         results.append(run_objective(model, tokens_of(ids, documents_BS=documents, step=2), targets))
     (plain, grads), (recomputed, recomputed_grads) = results
     torch.testing.assert_close(recomputed.total, plain.total, rtol=0, atol=0)
@@ -65,21 +67,31 @@ def test_recomputation_changes_nothing(changes, packed):
         assert grad.abs().max() > 1e-8, name
 
 
-def test_recomputation_keeps_less_and_runs_blocks_twice():
-    calls = {False: 0, True: 0}
-    for recompute in calls:
-        model = small_model(small_config(), recompute=recompute)
-
-        def count(*_, recompute=recompute):
-            calls[recompute] += 1
-
-        model.blocks[1].register_forward_hook(count)
-        ids = random_ids(BATCH, LENGTH)
-        run_objective(model, tokens_of(ids), ids)
-        with torch.no_grad():
-            model(tokens_of(ids))
-        model.eval()(tokens_of(ids))
-    assert calls == {False: 3, True: 4}  # only in training, only with gradients
+@pytest.mark.parametrize(
+    ("part", "every", "mixers", "feed_forwards"),
+    [
+        ("none", 1, [3, 3, 3, 3], [3, 3, 3, 3]),
+        ("attention", 1, [4, 4, 4, 4], [3, 3, 3, 3]),
+        ("experts", 1, [3, 3, 3, 3], [4, 4, 4, 4]),
+        ("block", 1, [4, 4, 4, 4], [4, 4, 4, 4]),
+        ("block", 3, [3, 3, 4, 3], [3, 3, 4, 3]),
+    ],
+)
+def test_what_is_recomputed_runs_twice(part, every, mixers, feed_forwards):
+    """Only in training, only with gradients."""
+    model = small_model(small_config(), recompute=part, recompute_every=every)
+    calls = Counter()
+    for layer, block in enumerate(model.blocks):
+        for name in ("mixer_norm", "mixer", "feed_forward_norm", "feed_forward"):
+            getattr(block, name).register_forward_hook(lambda *_, key=(name, layer): calls.update([key]))
+    ids = random_ids(BATCH, LENGTH)
+    run_objective(model, tokens_of(ids), ids)
+    with torch.no_grad():
+        model(tokens_of(ids))
+    model.eval()(tokens_of(ids))
+    for name, expected in (("mixer", mixers), ("feed_forward", feed_forwards)):
+        for module in (name, f"{name}_norm"):
+            assert [calls[module, layer] for layer in range(4)] == expected, module
 
 
 def test_losses_add_up():
@@ -175,7 +187,7 @@ class Repeat:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "attention", "experts", "block"])
 def test_stream_hook_expands_below_and_contracts_above_the_blocks(packed, recompute):
     model = small_model(small_config(kv_layers=2), recompute=recompute)
     ids = random_ids(BATCH, LENGTH)
@@ -215,7 +227,7 @@ def run_share(rank, world_size, ep_size, recompute):
 
 
 @pytest.mark.parametrize(("world_size", "ep_size"), [(2, 2), (4, 4), (4, 2)])
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "attention", "experts", "block"])
 def test_every_layout_equals_one_process(world_size, ep_size, recompute, request):
     total, cross_entropy, counts, grads, _ = run_share(0, 1, 1, recompute)
     results = request.getfixturevalue(f"pool{world_size}").run(run_share, ep_size, recompute, timeout=60)

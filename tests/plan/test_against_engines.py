@@ -24,12 +24,12 @@ from tests.ranks import RankPool
 from tests.resolved import resolve_for
 
 CPU = DEVICES["h100"].model_copy(update={"device": "cpu"})
-LONG = {"train.sequence_length": 1024, "train.micro_batch_size": 1, "train.recompute_activations": True}
+LONG = {"train.sequence_length": 1024, "train.micro_batch_size": 1, "train.recompute": "block"}
 OFFLOADS = {"parallel.offload_optimizer": "cpu"}
 CASES = [
     (1, {"parallel.zero_stage": 1}),
     (1, {"parallel.zero_stage": 2, "train.global_batch_size": 8, "train.precision": "bf16"}),
-    (1, {"parallel.zero_stage": 3, "train.recompute_activations": True, "train.micro_batch_size": 8}),
+    (1, {"parallel.zero_stage": 3, "train.recompute": "block", "train.micro_batch_size": 8}),
     (2, {"parallel.zero_stage": 1, "parallel.expert_parallel_size": 2, "train.global_batch_size": 16}),
     (2, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 1, "train.precision": "bf16"}),
     (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "parallel.dispatch": "unique"}),
@@ -42,7 +42,7 @@ CASES = [
             "parallel.expert_parallel_size": 4,
             "parallel.dispatch": "two_level",
             "parallel.ranks_per_node": 2,
-            "train.recompute_activations": True,
+            "train.recompute": "block",
         },
     ),
     (2, {"parallel.context_parallel_size": 2, "parallel.expert_parallel_size": 1, **LONG}),
@@ -58,12 +58,22 @@ CASES = [
     (2, {"parallel.zero_stage": 1, "train.global_batch_size": 16, "train.precision": "bf16", **OFFLOADS}),
     (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, **OFFLOADS}),
     (4, {"parallel.zero_stage": 3, "train.global_batch_size": 32, "train.precision": "bf16", **OFFLOADS}),
+    (4, {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 2, "train.recompute": "block", **OFFLOADS}),
     (
-        4,
-        {"parallel.zero_stage": 2, "parallel.expert_parallel_size": 2, "train.recompute_activations": True, **OFFLOADS},
+        2,
+        {
+            "parallel.context_parallel_size": 2,
+            "parallel.context_exchange": "ring",
+            **LONG,
+            "train.recompute": "attention",
+        },
     ),
+    (1, {"train.precision": "bf16", "train.micro_batch_size": 16, "model.moe_every": 1, "train.recompute": "experts"}),
+    (1, {"train.micro_batch_size": 16, "model.kv_layers": 2, "train.recompute": "block", "train.recompute_every": 2}),
+    (1, {"train.micro_batch_size": 16, "train.recompute": "attention", "train.recompute_every": 2}),
+    (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute": "experts"}),
 ]
-ALWAYS = (3, 13)  # by `make test`; the others, of each stage and number of ranks, take a minute
+ALWAYS = (3, 13, len(CASES) - 1)  # by `make test`; the others, of each stage and number of ranks, take a minute
 
 
 def run_steps(rank: int, world_size: int, given: list[str]) -> dict[str, int]:
@@ -203,10 +213,13 @@ ZERO_CASES = [
         {"parallel.zero_stage": 1, "parallel.expert_parallel_size": 2, "train.precision": "bf16"} | ACCUMULATES,
         marks=pytest.mark.slow,
     ),
-    pytest.param(
-        2,
-        {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute_activations": True},
-        marks=pytest.mark.slow,
+    *(
+        pytest.param(
+            2,
+            {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute": part},
+            marks=pytest.mark.slow,
+        )
+        for part in ("attention", "experts", "block")
     ),
 ]
 

@@ -104,9 +104,11 @@ def test_one_busy_layer_counts_for_what_one_block_needs() -> None:
     assert loads.busiest_arriving / loads.busiest_rows == pytest.approx(loads.most_arriving / loads.most_rows)
 
 
-@pytest.mark.parametrize(("recomputes", "grows"), [(True, False), (False, True)])
-def test_rows_over_all_layers_count_only_for_what_stays(recomputes: bool, grows: bool) -> None:
-    plan = planned(parallel__expert_parallel_size=8, train__recompute_activations=recomputes)
+@pytest.mark.parametrize(
+    ("recompute", "grows"), [("block", False), ("experts", False), ("attention", True), ("none", True)]
+)
+def test_rows_over_all_layers_count_only_for_what_stays(recompute: str, grows: bool) -> None:
+    plan = planned(parallel__expert_parallel_size=8, train__recompute=recompute)
 
     def total(**changes: float) -> float:
         return plan_memory(plan.shape, plan.layout, replace(plan.loads, **changes), "cuda").total

@@ -1,10 +1,13 @@
 """What must hold of any plan: more of something costs no less; a faster machine takes no longer."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_train.config.machine import Product
+from moe_train.config.run import RecomputedPart
 from moe_train.model.count import count_parameters
 from moe_train.plan.devices import DEVICES
 from moe_train.plan.host import HOST_PARTS
@@ -21,7 +24,7 @@ LAYOUTS = st.fixed_dictionaries(
         "parallel__expert_parallel_size": st.sampled_from([1, 4, 8, 32]),
         "parallel__zero_stage": st.sampled_from([1, 2, 3]),
         "parallel__dispatch": st.sampled_from(["flat", "unique"]),
-        "train__recompute_activations": st.booleans(),
+        "train__recompute": st.sampled_from(get_args(RecomputedPart)),
     }
 )
 
@@ -46,9 +49,14 @@ def test_larger_micro_batches_take_more_memory(layout: dict) -> None:
 @RELAXED
 @given(LAYOUTS)
 def test_recomputation_saves_activations_and_costs_time(layout: dict) -> None:
-    without, again = (planned(**(layout | {"train__recompute_activations": value})) for value in (False, True))
-    assert again.memory.total <= without.memory.total
-    assert again.step.seconds > without.step.seconds
+    plans = {part: planned(**(layout | {"train__recompute": part})) for part in get_args(RecomputedPart)}
+    seconds = {part: plan.step.seconds for part, plan in plans.items()}
+    for part in ("attention", "experts"):
+        assert plans["block"].memory.total <= plans[part].memory.total <= plans["none"].memory.total
+        assert seconds["none"] < seconds[part] < seconds["block"]
+        half = planned(**(layout | {"train__recompute": part}), train__recompute_every=2)
+        assert plans[part].memory.total <= half.memory.total <= plans["none"].memory.total
+        assert half.step.seconds == pytest.approx((seconds["none"] + seconds[part]) / 2, rel=0.01)
 
 
 @RELAXED

@@ -1,11 +1,14 @@
 """The search: what it proposes fits, is no slower than what was asked, keeps the global batch and can be loaded."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import yaml
 
 from moe_train.config.load import dump_yaml, validate_config
+from moe_train.config.run import RecomputedPart
+from moe_train.model.block import Recompute
 from moe_train.plan.devices import DEVICES
 from moe_train.plan.layout import Cluster
 from moe_train.plan.planner import Question, make_plan
@@ -16,7 +19,7 @@ from tests.resolved import resolve_for
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (4, 8), (2, 4)])
 def test_the_best_is_fast_fits_and_loads(nodes: int, gpus: int) -> None:
-    config = config_of(LARGE, parallel__zero_stage=3, train__recompute_activations=True)
+    config = config_of(LARGE, parallel__zero_stage=3, train__recompute="block")
     question = Question(Cluster(nodes, gpus, DEVICES["h100"]), margin=0.05)
     found = search(config, 32000, question)
     chosen = apply_layout(config, found.best[0].layout)
@@ -46,10 +49,10 @@ def test_no_layout_is_faster_than_the_best() -> None:
     best = search(config, 32000, question).best[0]
     times = []
     for size, stage, micro, again, dispatch in itertools.product(
-        (1, 8, 16), (1, 3), (1, 4), (False, True), ("flat", "unique")
+        (1, 8, 16), (1, 3), (1, 4), get_args(RecomputedPart), ("flat", "unique")
     ):
         changes = {"expert_parallel_size": size, "zero_stage": stage, "dispatch": dispatch, "chunks": 1}
-        train = {"micro_batch_size": micro, "recompute_activations": again}
+        train = {"micro_batch_size": micro, "recompute": again}
         parallel = config.parallel.model_copy(update=changes)
         tried = config.model_copy(update={"parallel": parallel, "train": config.train.model_copy(update=train)})
         plan = make_plan(tried, 32000, question)
@@ -65,6 +68,17 @@ def test_micro_batches_are_all_divisors_and_a_payload_goes_with_its_traffic() ->
     assert apply_layout(config, alone).parallel.payload == "model"
     shared = next(each.layout for each in found.best if each.layout.ep_size == 8)
     assert apply_layout(config, shared).parallel.payload == "fp8"
+
+
+def test_no_more_is_recomputed_than_must_be() -> None:
+    config = config_of(LARGE, train__global_batch_size=64, parallel__zero_stage=1)
+    parts = {}
+    for margin in (0.0, 0.4):
+        found = search(config, 32000, Question(Cluster(1, 8, DEVICES["h100"]), margin=margin))
+        parts[margin] = {each.layout.recompute for each in found.best}
+    assert Recompute("none") in parts[0.0]
+    for way in (Recompute("attention", 2), Recompute("experts"), Recompute("experts", 4), Recompute("block")):
+        assert way in parts[0.4], way
 
 
 def test_every_candidate_fits_with_its_margin() -> None:

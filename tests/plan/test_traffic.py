@@ -52,9 +52,26 @@ def test_fewer_bytes_across_nodes_the_more_a_row_serves() -> None:
 def test_payload_and_recomputation() -> None:
     plain = planned(parallel__expert_parallel_size=8).traffic.parts
     narrow = planned(parallel__expert_parallel_size=8, parallel__payload="fp8").traffic.parts
-    again = planned(parallel__expert_parallel_size=8, train__recompute_activations=True).traffic.parts
+    again = planned(parallel__expert_parallel_size=8, train__recompute="block").traffic.parts
     assert narrow["all_to_all_backward"].total == pytest.approx(plain["all_to_all_backward"].total / 2, rel=0.01)
     assert again["all_to_all_forward"].total == pytest.approx(2 * plain["all_to_all_forward"].total)
+
+
+@pytest.mark.parametrize(
+    ("part", "every", "times"), [("attention", 1, 1.0), ("experts", 1, 2.0), ("experts", 4, 1.25), ("block", 2, 1.5)]
+)
+def test_rows_travel_again_where_experts_are_recomputed(part: str, every: int, times: float) -> None:
+    plain = planned(parallel__expert_parallel_size=8)
+    changes = {"train__recompute": part, "train__recompute_every": every}
+    again = planned(parallel__expert_parallel_size=8, **changes)
+    assert again.traffic.parts["all_to_all_forward"].total == pytest.approx(
+        times * plain.traffic.parts["all_to_all_forward"].total
+    )
+    assert again.traffic.parts["all_to_all_backward"] == plain.traffic.parts["all_to_all_backward"]
+    if part == "attention":
+        assert again.step.terms["all_to_all"] == pytest.approx(plain.step.terms["all_to_all"])
+    else:
+        assert again.step.terms["all_to_all"] > plain.step.terms["all_to_all"]
 
 
 def test_rings_pass_each_byte_across_nodes_once_for_the_ranks_of_a_node() -> None:
@@ -84,8 +101,10 @@ def test_keys_and_values_of_shared_sequences() -> None:
     assert plan.traffic.parts["key_value_exchange"].total == once * (there + (size - 1) * keys * 4)
     assert ring.traffic.parts["key_value_exchange"].total == once * (there + size * keys * 4)  # gradients go home
     assert plan.traffic.parts["key_value_exchange"].inter_node == 0  # eight ranks a node
-    again = planned(**changes, train__recompute_activations=True).traffic.parts["key_value_exchange"].total
+    again = planned(**changes, train__recompute="block").traffic.parts["key_value_exchange"].total
     assert again == plan.traffic.parts["key_value_exchange"].total + once * (size - 1) * keys * 2
+    experts = planned(**changes, train__recompute="experts").traffic.parts["key_value_exchange"]
+    assert experts == plan.traffic.parts["key_value_exchange"]
     assert ring.step.terms["key_value_exchange"] < plan.step.terms["key_value_exchange"]  # hidden behind blocks
     alone = planned(train__micro_batch_size=16 // size)
     assert alone.traffic.parts["key_value_exchange"].total == alone.step.terms["key_value_exchange"] == 0

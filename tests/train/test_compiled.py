@@ -13,15 +13,15 @@ TOLERANCE = 1e-4  # relative: fp32, other ranks, sums in another order
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-def test_two_compiled_ranks_train_as_one_that_is_not(tmp_path: Path, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "attention", "experts", "block"])
+def test_two_compiled_ranks_train_as_one_that_is_not(tmp_path: Path, recompute: str) -> None:
     base = [*SMALL, *LAYERS, "--train.validate_every=2", "--train.validation_sequences=8"]
     alone = [*base, "--train.micro_batch_size=4", "--train.steps=6"]  # balance is a matter of all ranks' micro-batches
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     result = train_forked(1, *alone, f"--train.run_dir={plain}")
     assert result.returncode == 0, result
     # ZeRO-2 and expert parallelism, then on from its checkpoint without: the names in it are those of every run.
-    options = ["--train.compile=true", f"--train.recompute_activations={recompute}", "--parallel.zero_stage=2"]
+    options = ["--train.compile=true", f"--train.recompute={recompute}", "--parallel.zero_stage=2"]
     result = train_under_torchrun(2, *base, *options, "--train.steps=4", f"--train.run_dir={compiled}", timeout=300)
     assert result.returncode == 0, result
     result = train_forked(1, *alone, f"--train.run_dir={compiled}")

@@ -25,7 +25,7 @@ class Layout:
     expert_parallel_size: int
     zero_stage: int
     exchange: str = "all_gather"
-    recompute: bool = False
+    recompute: str = "none"
 
     @property
     def options(self) -> list[str]:
@@ -35,7 +35,7 @@ class Layout:
             f"--parallel.expert_parallel_size={self.expert_parallel_size}",
             f"--parallel.zero_stage={self.zero_stage}",
             f"--train.micro_batch_size={GLOBAL_BATCH * size // self.world_size}",
-            f"--train.recompute_activations={self.recompute}",
+            f"--train.recompute={self.recompute}",
             *([f"--parallel.context_exchange={self.exchange}"] if size > 1 else []),
         ]
 
@@ -43,8 +43,8 @@ class Layout:
 LAYOUTS = (
     Layout(1, 1, 1, 1),
     Layout(2, 2, 1, 2),
-    Layout(4, 2, 2, 3, exchange="gather_once", recompute=True),
-    Layout(4, 4, 2, 1, exchange="ring", recompute=True),
+    Layout(4, 2, 2, 3, exchange="gather_once", recompute="attention"),
+    Layout(4, 4, 2, 1, exchange="ring", recompute="block"),
     Layout(4, 2, 4, 1, exchange="ring"),
 )
 

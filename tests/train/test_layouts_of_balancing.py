@@ -51,7 +51,7 @@ class Layout:
     expert_parallel_size: int
     zero_stage: int
     micro_batch_size: int
-    recompute: bool
+    recompute: str
 
     @property
     def options(self) -> list[str]:
@@ -59,15 +59,15 @@ class Layout:
             f"--parallel.expert_parallel_size={self.expert_parallel_size}",
             f"--parallel.zero_stage={self.zero_stage}",
             f"--train.micro_batch_size={self.micro_batch_size}",
-            f"--train.recompute_activations={self.recompute}",
+            f"--train.recompute={self.recompute}",
         ]
 
 
 LAYOUTS = (
-    Layout(1, 1, 1, 8, recompute=False),
-    Layout(1, 1, 1, 2, recompute=True),
-    Layout(2, 2, 2, 2, recompute=False),
-    Layout(4, 2, 3, 1, recompute=True),
+    Layout(1, 1, 1, 8, recompute="none"),
+    Layout(1, 1, 1, 2, recompute="block"),
+    Layout(2, 2, 2, 2, recompute="none"),
+    Layout(4, 2, 3, 1, recompute="experts"),
 )
 
 

@@ -35,7 +35,7 @@ PARTITIONED = (
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [ALL, PARTITIONED], ids=["all", "partitioned"])
 def test_they_train_alike_in_every_layout(model: tuple[str, ...]) -> None:
-    changes = [f"--train.steps={STEPS}", "--train.recompute_activations=true", "--telemetry.every=1"]
+    changes = [f"--train.steps={STEPS}", "--train.recompute=block", "--telemetry.every=1"]
     # One process; EP 2; EP 2 with ZeRO 3 on four ranks. The code is 1, for parity asks for more steps.
     command = [sys.executable, "-m", "moe_train", "parity", "--layouts=1,3", "--json"]
     result = run_process([*command, *model, *changes], timeout=500, env=CPU)

@@ -20,7 +20,7 @@ def test_two_ranks_train_as_one_and_go_on_in_another_layout(tmp_path: Path, qk_n
     result = train_forked(1, *base, *one, f"--train.run_dir={alone}")
     assert result.returncode == 0, result
     # Experts and all else in parts, weights gathered where they are needed; then on from those parts without.
-    two = ["--parallel.expert_parallel_size=2", "--parallel.zero_stage=3", "--train.recompute_activations=true"]
+    two = ["--parallel.expert_parallel_size=2", "--parallel.zero_stage=3", "--train.recompute=block"]
     result = train_forked(2, *base, *two, "--train.steps=4", f"--train.run_dir={shared}")
     assert result.returncode == 0, result
     result = train_forked(1, *base, *one, f"--train.run_dir={shared}")

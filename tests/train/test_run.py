@@ -100,7 +100,7 @@ def test_documents_isolated_post_norm_layernorm_recomputed_and_mlkv_train(tmp_pa
         "--model.norm_position=post",
         "--model.kv_layers=1",
         "--model.tie_embeddings=true",
-        "--train.recompute_activations=true",
+        "--train.recompute=block",
         "--train.precision=bf16",
         "--parallel.zero_stage=3",
         "--train.steps=16",

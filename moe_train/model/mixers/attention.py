@@ -74,6 +74,9 @@ class AttentionMixer(Mixer):
         q_BHSd = apply_rotary(q_BHSd, *context.rotary_angles(self.head_dim, self.rope_theta, x_BSD.dtype))
         # A cache may be narrower than the model. It has many keys, so the queries are cast, not the keys.
         mixed_BHSd = self._attend(q_BHSd.to(shared["keys"].dtype), shared, context).to(x_BSD.dtype)
+        if self.key is not None and len(self.reader_windows) == 1:
+            # No other layer reads them, and a layer that is recomputed keeps what is handed up to it.
+            shared = without_key_value(shared)
         batch, _, length, _ = mixed_BHSd.shape
         mixed_BSM = mixed_BHSd.transpose(1, 2).reshape(batch, length, -1)  # (B, H, S, d) -> (B, S, H*d)
         return self.output(mixed_BSM), shared
@@ -210,11 +213,12 @@ def _cost(spec: MixerSpec) -> MixerCost:
         kept=model.hidden_size + 3 * queries + 2 * keys,
         kept_fp32=model.num_heads,  # logsumexp
         normed=rotated if model.qk_norm != "none" else 0,
-        handed_up=2 * keys if owns_key_value else 0,
+        handed_up=2 * keys if owns_key_value and len(model.reader_windows(spec.layer)) > 1 else 0,
         work=3 * queries,
         elementwise=(Elementwise(rotated, *_ROTARY_BYTES),),
         attention=Attention(model.num_heads, model.attention_head_dim, model.layer_windows[spec.layer], hidden_keys),
         exchanged=2 * keys,
+        owns_exchanged=owns_key_value,
     )
 
 

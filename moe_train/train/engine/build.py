@@ -10,6 +10,7 @@ from moe_train.distributed.mesh import ParallelMesh, create_mesh
 from moe_train.distributed.observer import CommObserver
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.host.precision import torch_dtype
+from moe_train.model.block import Recompute
 from moe_train.model.build import ExpertPlacement, build_model
 from moe_train.model.compiled import compile_dense_parts
 from moe_train.model.moe.balance.build import make_balance_terms, make_bias_rule
@@ -78,7 +79,7 @@ def make_engine(
             meter,
             flight_recorder,
         ),
-        recompute_activations=config.train.recompute_activations,
+        recompute=Recompute(config.train.recompute, config.train.recompute_every),
         measures=config.telemetry.experts,
         loss_chunk=config.train.loss_chunk_tokens,
     )

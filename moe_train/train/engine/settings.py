@@ -22,7 +22,7 @@ _REFUSED_SECTIONS = {
     "optimizer": "the optim section",
     "scheduler": "the optim section",
     "tensorboard": "the telemetry section",
-    "activation_checkpointing": "train.recompute_activations",
+    "activation_checkpointing": "train.recompute",
     "expert_parallel": "parallel.expert_parallel_size",
     "sequence_parallel_size": "parallel.context_parallel_size",
     "checkpoint": "the checkpoint section",

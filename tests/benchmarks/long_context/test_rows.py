@@ -1,5 +1,6 @@
 """The long_context benchmark's rows: documents, claims, and one small measurement."""
 
+from benchmarks.long_context.recompute import RecomputeRow, recompute_claims
 from benchmarks.long_context.rows import (
     DOCUMENTS,
     KINDS,
@@ -26,6 +27,17 @@ def test_claims_follow_the_bytes() -> None:
 
     assert all(claim["holds"] for claim in claims_of(points(1.0, 16_384 * 5), 1.3))
     assert [claim["holds"] for claim in claims_of(points(1.2, 16_384), 1.4)] == [False] * 6
+
+
+def test_claims_of_recomputation() -> None:
+    def rows(block: int, seconds: float, experts: int = 70) -> list[RecomputeRow]:
+        found = [("none", 100, 1.0), ("attention", 80, 1.1), ("experts", experts, 1.1), ("block", block, seconds)]
+        return [RecomputeRow(*each) for each in found]
+
+    assert all(claim["holds"] for claim in recompute_claims(rows(30, 1.4)))
+    assert [claim["holds"] for claim in recompute_claims(rows(40, 1.4))] == [False, True]
+    assert [claim["holds"] for claim in recompute_claims(rows(30, 1.6))] == [False, True]
+    assert [claim["holds"] for claim in recompute_claims(rows(30, 1.4, experts=101))] == [True, False]
 
 
 def test_a_mask_takes_more() -> None:

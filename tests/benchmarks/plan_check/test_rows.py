@@ -17,7 +17,7 @@ def test_settings_are_of_all_kinds_and_can_be_planned() -> None:
     plans = [plan_setting(setting, CPU) for setting in SETTINGS]
     assert {plan.layout.zero_stage for plan in plans} == {1, 2, 3}
     assert {plan.layout.ep_size for plan in plans} == {1, 2, 4}
-    assert {plan.layout.recomputes for plan in plans} == {True, False}
+    assert {plan.layout.recompute.part for plan in plans} == {"none", "attention", "experts", "block"}
     linked = [plan for plan, setting in zip(plans, SETTINGS) if setting.nodes > 1]
     assert {plan.traffic.total.inter_node > 0 for plan in linked} == {True}
 

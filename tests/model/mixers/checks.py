@@ -5,12 +5,13 @@ whatever the mixer counts by.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from moe_train.config.run import RecomputedPart
 from moe_train.model.decode_state import Cache
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.token_index import document_offsets
@@ -22,7 +23,7 @@ CLOSE = {"rtol": 0, "atol": 1e-10}  # fp64; another split changes the order of s
 KEPT = {"rtol": 0, "atol": 1e-12}  # of the first tokens of some that came together: nearly the same operations
 
 
-def make(changes: dict[str, Any], recompute: bool = False) -> Transformer:
+def make(changes: dict[str, Any], recompute: RecomputedPart = "none") -> Transformer:
     """A model whose parameters all matter: those that begin at zero get values too."""
     model = small_model(small_config(**changes), recompute=recompute)
     generator = torch.Generator().manual_seed(17)
@@ -176,21 +177,23 @@ def gradients(model: Transformer, run: Callable[[], Tensor]) -> dict[str, Tensor
 
 
 def check_recomputation(changes: dict[str, Any], length: int) -> None:
-    """Outputs and gradients are the same to the last bit."""
+    """Outputs and gradients are the same to the last bit, whichever part is computed again."""
     ids = random_ids(BATCH, length)
     upstream = torch.randn(BATCH, length, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     results = []
-    for recompute in (False, True):
+    for recompute in get_args(RecomputedPart):
         model = make(changes, recompute)
         tokens = index_of(ids, packed_documents(length))
         logits = model(tokens).logits_BSV
         grads = gradients(model, lambda model=model, tokens=tokens: (model(tokens).logits_BSV * upstream).sum())
         results.append((logits.detach(), grads))
-    (plain, grads), (recomputed, recomputed_grads) = results
-    assert torch.equal(recomputed, plain) and grads.keys() == recomputed_grads.keys()
-    for name, grad in grads.items():
-        assert torch.equal(recomputed_grads[name], grad), name
-        assert grad.abs().max() > 1e-8, name
+    (plain, grads), *others = results
+    assert len(others) == 3
+    for recomputed, recomputed_grads in others:
+        assert torch.equal(recomputed, plain) and grads.keys() == recomputed_grads.keys()
+        for name, grad in grads.items():
+            assert torch.equal(recomputed_grads[name], grad), name
+            assert grad.abs().max() > 1e-8, name
 
 
 def check_packing(changes: dict[str, Any], length: int) -> None:

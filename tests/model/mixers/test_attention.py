@@ -277,7 +277,7 @@ def dense_attention(documents, windows):
     return attend
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
 @pytest.mark.parametrize("kv", [{"num_kv_heads": 4}, {"num_kv_heads": 1}, {"kv_layers": 2}, {"kv_layers": 1}], ids=str)
 @pytest.mark.parametrize("windows", [{}, {"sliding_window": 40}, {"window_pattern": [90, 20, None, 7]}], ids=str)
 def test_packed_rows_equal_one_dense_mask_with_all_gradients(monkeypatch, windows, kv, recompute):
@@ -286,7 +286,7 @@ def test_packed_rows_equal_one_dense_mask_with_all_gradients(monkeypatch, window
     documents = (torch.rand(2, 230, generator=torch.Generator().manual_seed(3)) < 0.02).long().cumsum(1)
     found = []
     for is_dense in (False, True):
-        model = small_model(config, recompute=recompute and not is_dense).train()
+        model = small_model(config, recompute="none" if is_dense else recompute).train()
         if is_dense:
             monkeypatch.setattr(attention, "attend_blocks", dense_attention(documents, config.layer_windows))
         model(tokens_of(ids, documents_BS=documents), targets_BS=ids.roll(-1, 1)).total.backward()

@@ -27,7 +27,7 @@ class Watching(Mixer):
         return torch.zeros_like(x_BSD), context.shared | {f"of layer {context.layer}": x_BSD.sum(-1)}
 
 
-def watched(recompute=False):
+def watched(recompute="none"):
     model = small_model(small_config(num_layers=4, moe_every=2), recompute=recompute)
     for block in model.blocks:
         block.mixer = Watching()
@@ -51,8 +51,9 @@ def test_every_part_of_the_context_arrives():
     assert contexts[3].shared["of layer 0"] is contexts[1].shared["of layer 0"]  # handed on as it is
 
 
-def test_recomputation_knows_no_name():
-    model, ids = watched(recompute=True), random_ids(2, LENGTH)
+@pytest.mark.parametrize("recompute", ["attention", "block"])
+def test_recomputation_knows_no_name(recompute):
+    model, ids = watched(recompute), random_ids(2, LENGTH)
     model(tokens_of(ids)).logits_BSV.sum().backward()
     assert all(len(block.mixer.seen) == 2 for block in model.blocks)
     for first, second in (block.mixer.seen for block in model.blocks):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_train.config.run import RecomputedPart
 from moe_train.distributed.collectives import all_reduce_sum
 from moe_train.distributed.context import ContextRanks
 from moe_train.distributed.mesh import create_mesh
@@ -31,7 +32,7 @@ def scopes(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(
-    rank: int, world_size: int, changes: dict[str, Any], has_documents: bool, exchange: Any, recompute: bool
+    rank: int, world_size: int, changes: dict[str, Any], has_documents: bool, exchange: Any, recompute: RecomputedPart
 ) -> tuple[float, float]:
     """Largest differences of this rank's logits and of the sum of all ranks' gradients from those of whole rows."""
     group = create_mesh(1, 60, context_size=world_size).context
@@ -64,9 +65,13 @@ def differences(
 @pytest.mark.parametrize("size", [2, 4])
 def test_all_is_that_of_whole_rows(pattern, size, pool2, pool4):
     pool = {2: pool2, 4: pool4}[size]
-    ways = [(False, "all_gather", False), (pattern != "infini", "ring", True)]  # documents and infini: refused
+    ways = [
+        (False, "all_gather", "none"),
+        (pattern != "infini", "ring", "block"),
+        (False, "ring", "attention"),
+    ]  # documents and infini: refused
     if "kv_layers" in PATTERNS[pattern]:
-        ways += [(True, "gather_once", False), (True, "gather_once", True)]
+        ways += [(True, "gather_once", part) for part in ("none", "attention", "experts", "block")]
     for has_documents, exchange, recompute in ways:
         arguments = (PATTERNS[pattern], has_documents, exchange, recompute)
         for outputs, gradients in pool.run(differences, *arguments, timeout=120):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe_train.config.run import RecomputedPart
 from moe_train.distributed.collectives import world_group
 from moe_train.distributed.mesh import create_mesh
 from moe_train.model.build import ExpertPlacement, build_model
@@ -17,10 +18,15 @@ from moe_train.ops.payload import Payload
 from tests.model.small import random_ids, small_config, small_model, tokens_of
 
 CONFIG = small_config(moe_every=1, moe={"num_experts": 8, "top_k": 3, "num_shared_experts": 1})
-WAYS = (("flat", 1, False), ("two_level", 3, True), ("unique", 5, True), ("two_level", 1, False))
+WAYS: tuple[tuple[str, int, RecomputedPart], ...] = (
+    ("flat", 1, "none"),
+    ("two_level", 3, "block"),
+    ("unique", 5, "experts"),
+    ("two_level", 1, "none"),
+)
 
 
-def gradients(rank: int, dispatch: str, num_chunks: int, recompute: bool) -> list[torch.Tensor]:
+def gradients(rank: int, dispatch: str, num_chunks: int, recompute: RecomputedPart) -> list[torch.Tensor]:
     """Of two micro-batches; then an evaluation without gradients, in which all ranks have to meet too."""
     mesh = create_mesh(4, 60, node_size=2 if dispatch == "two_level" else None)
     placement = ExpertPlacement(mesh.expert.rank, 4, mesh.dispatch_groups, dispatch, num_chunks)

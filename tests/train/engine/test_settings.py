@@ -85,7 +85,7 @@ def test_additions_that_contradict_a_field(additions, words):
         ("optimizer", "optim"),
         ("scheduler", "optim"),
         ("tensorboard", "telemetry"),
-        ("activation_checkpointing", "train.recompute_activations"),
+        ("activation_checkpointing", "train.recompute"),
         ("expert_parallel", "parallel.expert_parallel_size"),
         ("checkpoint", "checkpoint"),
     ],
