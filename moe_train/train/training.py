@@ -41,7 +41,7 @@ from moe_train.train.engine.build import make_engine, sharing_ranks
 from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.loop import Run, TrainResult, train
 from moe_train.train.preparation import PreparedRun
-from moe_train.train.progress import Progress
+from moe_train.train.progress import Progress, describe_new_length, progress_at
 from moe_train.train.rank_log import RankLog
 from moe_train.train.recovery import Recovery
 from moe_train.train.remarks import remarks
@@ -238,7 +238,17 @@ def _build(
         step_control=step_control,
         saver=saver,
         recovery=Recovery(
-            engine, step_control, saver, recorder, console, plan, folder.checkpoints, layers, group, point.manifest
+            engine,
+            step_control,
+            saver,
+            recorder,
+            console,
+            plan,
+            train.sequence_length,
+            folder.checkpoints,
+            layers,
+            group,
+            point.manifest,
         ),
         watchdog=health.watchdog,
         tracer=StepTracer(folder.profile(world.rank), config.train.profile_steps, device.type == "cuda", console.say),
@@ -270,9 +280,11 @@ def _restore(
         console.say(f"  changed since: {change}")
     if config.optim.name != manifest.optimizer:
         console.say(f"  the moments of {config.optim.name} start at zero")
+    for line in describe_new_length(manifest, config):
+        console.say(f"  {line}")
     for change in changed_data(manifest, prepared.data.sources):
         console.say(f"  data changed since: {change}")
-    return Progress(manifest.step, manifest.consumed_sequences)
+    return progress_at(manifest, config.train.sequence_length)
 
 
 def _open_metrics(
