@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.long_context.rows import HEAD_DIM, HEADS, KINDS, KV_HEADS, MASKED, STEPPED, WINDOW, Point
+from benchmarks.long_context.documents import WINDOW
+from benchmarks.long_context.rows import HEAD_DIM, HEADS, KINDS, KV_HEADS, MASKED, SHARED, STEPPED, Point
 from benchmarks.runner.results import claim_lines, machine_words, markdown_table, new_figure, png_of
 
-_SHOWN = (*KINDS, MASKED, STEPPED)
+_SHOWN = (*KINDS, MASKED, STEPPED, *SHARED.values())
 
 
 def markdown_report(points: Sequence[Point], claims: Sequence[dict[str, Any]], figures: dict[str, Any]) -> str:
@@ -29,7 +30,9 @@ def markdown_report(points: Sequence[Point], claims: Sequence[dict[str, Any]], f
         f"One row, forward and backward. Attention: {HEADS} query heads, {KV_HEADS} key heads of {HEAD_DIM}. Documents "
         f"have Zipf lengths from 16 tokens to the whole row, the same in every kind; the window is {WINDOW:,} "
         "positions. MiB: most bytes at one time beside inputs and weights, counted allocation by allocation. A step: "
-        "two layers of width 32, 4 experts, cross-entropy.",
+        "two layers of width 32, 4 experts, cross-entropy, every other layer with the window. On several "
+        "ranks they share the row (`parallel.context_parallel_size`), and blocks are recomputed; bytes and CPU time are "
+        "those of the rank with most, the time is the median of the rounds.",
         "",
         *claim_lines(claims),
         "",
