@@ -30,9 +30,9 @@ def markdown_report(points: Sequence[Point], claims: Sequence[dict[str, Any]], f
         f"One row, forward and backward. Attention: {HEADS} query heads, {KV_HEADS} key heads of {HEAD_DIM}. Documents "
         f"have Zipf lengths from 16 tokens to the whole row, the same in every kind; the window is {WINDOW:,} "
         "positions. MiB: most bytes at one time beside inputs and weights, counted allocation by allocation. A step: "
-        "two layers of width 32, 4 experts, cross-entropy, every other layer with the window. On several "
-        "ranks they share the row (`parallel.context_parallel_size`), and blocks are recomputed; bytes and CPU time are "
-        "those of the rank with most, the time is the median of the rounds.",
+        "two layers of width 32, 4 experts, every other layer with the window, cross-entropy. The wider one has width "
+        "128, and ranks share the row (`parallel.context_parallel_size`): bytes and CPU time are those of the rank "
+        "with most, the time is the median of 3.",
         "",
         *claim_lines(claims),
         "",

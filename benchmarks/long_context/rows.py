@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.long_context.documents import WINDOW, zipf_starts
-from benchmarks.long_context.step import make_step, measure
+from benchmarks.long_context.step import NARROW, make_step, measure
 from benchmarks.runner.processes import rank_places, run_ranks
 from benchmarks.runner.results import say
 from benchmarks.runner.rounds import median_ratio, run_rounds
@@ -32,6 +32,7 @@ ROW, NUM_DOCUMENTS = 8192, 8  # of the row that is compared with its documents a
 LONG = 4096  # tokens from which on memory must be linear
 RANKS = (1, 2, 4)  # that share a row
 LEAST_SHARED = 1.6  # times less memory on two ranks than on one
+_STEP_ROUNDS = 3  # times that a step on ranks is timed
 _RANKS_SECONDS = 1800  # most time of the ranks at all lengths
 _CPU = torch.device("cpu")
 
@@ -60,7 +61,9 @@ KINDS = (DOCUMENTS, WINDOWED, Kind("documents and window", True, WINDOW))
 MASKED = Kind("SDPA with a mask, documents", True, is_masked=True)
 STEPPED = Kind("a step, documents, every other layer with the window", True, is_step=True)
 
-SHARED = {ranks: Kind(f"a recomputed step, {ranks} rank{'s' * (ranks > 1)}", True, is_step=True) for ranks in RANKS}
+SHARED = {
+    ranks: Kind(f"a wider, recomputed step on {ranks} rank{'s' * (ranks > 1)}", True, is_step=True) for ranks in RANKS
+}
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,17 @@ def measure_points(lengths: Sequence[int], seed: int) -> list[Point]:
     return points
 
 
-def measure_shared(lengths: Sequence[int], rounds: int, seed: int) -> list[Point]:
+def measure_shared(lengths: Sequence[int], seed: int) -> list[Point]:
     """Measure a recomputed step on 1, 2 and 4 ranks that share the row; of the ranks, most bytes and most time count.
 
     Args:
         lengths: S, tokens of a row; multiples of twice the ranks.
-        rounds: Number of times that a step is timed.
         seed: Seed of documents and tokens.
     """
     points = []
     for num_ranks, kind in SHARED.items():
         with tempfile.TemporaryDirectory() as name, rank_places(num_ranks) as places:
-            program = ["-m", "benchmarks.long_context.step", name, str(seed), str(rounds), *map(str, lengths)]
+            program = ["-m", "benchmarks.long_context.step", name, str(seed), str(_STEP_ROUNDS), *map(str, lengths)]
             run_ranks(kind.name, program, places, Path(name), _RANKS_SECONDS)
             found = [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
         for length, of_ranks in zip(lengths, zip(*found, strict=True), strict=True):
@@ -185,15 +187,19 @@ def _claims_of_sharing(points: Sequence[Point]) -> list[dict[str, Any]]:
         return []
     one, two, four = (bytes_of[SHARED[ranks].name, max(lengths)] for ranks in RANKS)
     claim = (
-        f"a recomputed step at {max(lengths):,} tokens: {one / two:.2f} times less memory on each of 2 ranks than on "
-        f"one, {one / four:.2f} times less on each of 4 (at least {LEAST_SHARED} and {LEAST_SHARED**2:.2f})"
+        f"a wider, recomputed step at {max(lengths):,} tokens: {one / two:.2f} times less memory on each of 2 ranks "
+        f"than on one, {one / four:.2f} times less on each of 4 (at least {LEAST_SHARED} and {LEAST_SHARED**2:.2f})"
     )
     return [{"claim": claim, "holds": one >= LEAST_SHARED * two and one >= LEAST_SHARED**2 * four}]
 
 
 def _measure(kind: Kind, length: int, seed: int) -> Point:
     starts = zipf_starts(length, seed) if kind.is_packed else None
-    run = make_step(length, starts or (0, length), seed) if kind.is_step else _attention(kind, length, starts, seed)
+    run = (
+        make_step(NARROW, length, starts or (0, length), seed)
+        if kind.is_step
+        else _attention(kind, length, starts, seed)
+    )
     return Point(kind.name, length, *measure(run))
 
 

@@ -30,23 +30,34 @@ _END_OF_DOCUMENT = 256
 _VOCAB_SIZE = 257
 _TIMEOUT_SECONDS = 600
 _CPU = torch.device("cpu")
-_MODEL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 32,
-    "window_pattern": [WINDOW, None],
-    "moe": {"num_experts": 4, "top_k": 2},
-}
+# Of ranks that share a row the wider one, as the activations of a narrow one are small beside what attention and loss
+# need for a moment.
+NARROW, WIDE = (
+    {
+        "hidden_size": width,
+        "num_layers": 2,
+        "num_heads": heads,
+        "num_kv_heads": heads // 2,
+        "intermediate_size": width,
+        "window_pattern": [WINDOW, None],
+        "moe": {"num_experts": 4, "top_k": 2},
+    }
+    for width, heads in ((32, 2), (128, 4))
+)
 
 
 def make_step(
-    length: int, starts: Sequence[int], seed: int, context: ContextRanks | None = None, recomputes: bool = False
+    model_fields: dict[str, Any],
+    length: int,
+    starts: Sequence[int],
+    seed: int,
+    context: ContextRanks | None = None,
+    recomputes: bool = False,
 ) -> Callable[[], None]:
     """Make a function that runs the model forward and backward.
 
     Args:
+        model_fields: NARROW or WIDE.
         length: S, tokens of the row.
         starts: First columns of the row's documents, and S.
         seed: Seed of weights and tokens.
@@ -54,7 +65,7 @@ def make_step(
         recomputes: Whether blocks are computed again in the backward pass.
     """
     model: Transformer = build_model(
-        ModelConfig.model_validate(_MODEL), _VOCAB_SIZE, recompute_activations=recomputes, measures=False
+        ModelConfig.model_validate(model_fields), _VOCAB_SIZE, recompute_activations=recomputes, measures=False
     )
     materialize(model, seed=seed, dtype=torch.float32, device=_CPU)
     ids_1S = np.random.default_rng(seed).integers(0, _END_OF_DOCUMENT, (1, length))
@@ -111,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
         assert group is not None, "a mesh with a context size has this group"
         context = ContextRanks(group.group, group.rank, group.size)
     found = [
-        measure(make_step(length, zipf_starts(length, seed), seed, context, recomputes=True), rounds)
+        measure(make_step(WIDE, length, zipf_starts(length, seed), seed, context, recomputes=True), rounds)
         for length in lengths
     ]
     (folder / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")

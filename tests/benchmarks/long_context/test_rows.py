@@ -1,9 +1,14 @@
 """The long_context benchmark's rows: documents, claims, and one small measurement."""
 
+import math
+
+import pytest
+
 from benchmarks.long_context.documents import zipf_starts
 from benchmarks.long_context.rows import (
     DOCUMENTS,
     KINDS,
+    LEAST_SHARED,
     MASKED,
     SHARED,
     STEPPED,
@@ -12,6 +17,10 @@ from benchmarks.long_context.rows import (
     measure_points,
     measure_shared,
 )
+from benchmarks.long_context.step import NARROW, WIDE, make_step, measure
+from moe_train.distributed.context import ContextRanks
+from moe_train.distributed.mesh import create_mesh
+from tests.ranks import RankPool
 
 
 def test_documents_fill_the_row() -> None:
@@ -39,17 +48,30 @@ def test_ranks_must_share_the_memory_too() -> None:
     assert claim(500, 300) and not claim(700, 300) and not claim(500, 400)
 
 
-def test_ranks_that_share_a_row_keep_less() -> None:
-    """Bytes, not time: of a recomputed step with documents, each of two ranks keeps 1.6 times less than one rank."""
-    points = measure_shared([4096], rounds=1, seed=0)
-    assert [point.kind for point in points] == [kind.name for kind in SHARED.values()]
-    (sharing,) = [each for each in claims_of(points, 1.0) if "each of 2 ranks" in each["claim"]]
-    assert sharing["holds"], sharing
+def peak_of_step(rank: int, world_size: int, length: int) -> int:
+    """Most bytes of a rank in a recomputed step on a row with documents, which the ranks share."""
+    context = None
+    if world_size > 1:
+        group = create_mesh(1, 60, context_size=world_size).context
+        context = ContextRanks(group.group, group.rank, group.size)
+    return measure(make_step(WIDE, length, zipf_starts(length, 0), 0, context, recomputes=True))[0]
+
+
+def test_ranks_that_share_a_row_keep_less(pool1: RankPool, pool2: RankPool) -> None:
+    (alone,) = pool1.run(peak_of_step, 4096, timeout=100)
+    assert alone >= LEAST_SHARED * max(pool2.run(peak_of_step, 4096, timeout=100))
 
 
 def test_memory_of_a_step_is_linear_in_the_length() -> None:
-    points = [point for point in measure_points([4096, 8192, 16_384], seed=0) if point.kind == STEPPED.name]
-    assert exponent(points, STEPPED) <= 1.1
+    short, long = (measure(make_step(NARROW, length, zipf_starts(length, 0), 0))[0] for length in (4096, 8192))
+    assert math.log2(long / short) <= 1.1
+
+
+@pytest.mark.slow  # seven interpreters
+def test_all_numbers_of_ranks_are_measured() -> None:
+    points = measure_shared([2048], seed=0)
+    assert [point.kind for point in points] == [kind.name for kind in SHARED.values()]
+    assert points[0].peak_bytes > points[1].peak_bytes > points[2].peak_bytes and all(p.cpu_seconds > 0 for p in points)
 
 
 def test_a_mask_takes_more() -> None:
