@@ -96,13 +96,14 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
         tried: Number of layouts that were planned.
         console: Console to print to.
     """
-    columns = ("EP", "ZeRO", "batch", "saves by", "dispatch", "GiB", "step", "p99", "largest term")
+    columns = ("EP", "CP", "ZeRO", "batch", "saves by", "dispatch", "GiB", "step", "p99", "largest term")
     title = f"the fastest of {tried:,} layouts"
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for candidate in best:
         layout, step = candidate.layout, candidate.step
         table.add_row(
             str(layout.ep_size),
+            str(layout.context_size),
             str(layout.zero_stage),
             f"{layout.micro_batch} x {layout.accumulation}",
             ", ".join(_savings(layout)) or "-",
