@@ -50,7 +50,7 @@ def draw_chart(points: Sequence[Point]) -> bytes:
         right.loglog(lengths, [point.cpu_seconds for point in own], style, marker="o", label=kind.name)
     left.set(xlabel="tokens of a row", ylabel="MiB, forward and backward", title="Memory")
     right.set(xlabel="tokens of a row", ylabel="CPU seconds, forward and backward", title="Time of one thread")
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return png_of(figure)
