@@ -1,6 +1,6 @@
 """Checks of a run that resumes from a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moe_train.data.identity import SourceIdentity, data_changes
 from moe_train.model.build import mixer_of
 from moe_train.model.moe.balance.build import split_settings
 from moe_train.model.moe.routers.build import router_shapes
+from moe_train.train.progress import describe_new_length
 
 # Fields whose changes since the checkpoint are not reported.
 _UNREMARKABLE = ("train.run_dir", "checkpoint.resume", "train.log_every", "parallel.threads_per_rank", "data.cache_dir")
@@ -182,3 +183,18 @@ def changed_fields(manifest: Manifest, config: ResolvedConfig) -> list[str]:
     before, now = dict(field_values(manifest.config)), dict(field_values(config.model_dump(mode="json")))
     changed = [name for name in now if name not in _UNREMARKABLE and before.get(name) != now[name]]
     return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]
+
+
+def describe_changes(manifest: Manifest, config: ResolvedConfig, sources: Sequence[SourceIdentity]) -> Iterator[str]:
+    """Yield a line for each difference between a checkpoint and the run that resumes from it, and for what follows.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        config: Configuration of this run.
+        sources: Sources of data of this run.
+    """
+    yield from (f"changed since: {change}" for change in changed_fields(manifest, config))
+    if config.optim.name != manifest.optimizer:
+        yield f"the moments of {config.optim.name} start at zero"
+    yield from describe_new_length(manifest, config)
+    yield from (f"data changed since: {change}" for change in changed_data(manifest, sources))

@@ -41,11 +41,11 @@ from moe_train.train.engine.build import make_engine, sharing_ranks
 from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.loop import Run, TrainResult, train
 from moe_train.train.preparation import PreparedRun
-from moe_train.train.progress import Progress, describe_new_length, progress_at
+from moe_train.train.progress import Progress, progress_at
 from moe_train.train.rank_log import RankLog
 from moe_train.train.recovery import Recovery
 from moe_train.train.remarks import remarks
-from moe_train.train.resume import changed_data, changed_fields, check_resumable, check_same_meaning, split_warnings
+from moe_train.train.resume import check_resumable, check_same_meaning, describe_changes, split_warnings
 from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
 from moe_train.train.run_lock import RunLock, acquire_together
 from moe_train.train.saving import Saver
@@ -276,14 +276,8 @@ def _restore(
         console.say(line)
     left = config.train.steps - manifest.step
     console.say(f"going on from {manifest.folder}: {manifest.step} steps done, {left} to do")
-    for change in changed_fields(manifest, config):
-        console.say(f"  changed since: {change}")
-    if config.optim.name != manifest.optimizer:
-        console.say(f"  the moments of {config.optim.name} start at zero")
-    for line in describe_new_length(manifest, config):
+    for line in describe_changes(manifest, config, prepared.data.sources):
         console.say(f"  {line}")
-    for change in changed_data(manifest, prepared.data.sources):
-        console.say(f"  data changed since: {change}")
     return progress_at(manifest, config.train.sequence_length)
 
 
