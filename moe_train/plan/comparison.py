@@ -17,7 +17,16 @@ from moe_train.plan.whole_run import WholeRun
 
 _GIB = 2**30
 _LEAST_SHARE = 1e-3  # of memory or time, for a row of its own
-_COMPARED = ("memory", "memory_total", "traffic", "traffic_by_part", "step", "mfu", "run")  # of a plan's JSON
+_COMPARED = (
+    "memory",
+    "host_memory",
+    "memory_total",
+    "traffic",
+    "traffic_by_part",
+    "step",
+    "mfu",
+    "run",
+)  # of a plan's JSON
 
 
 @dataclass(frozen=True)
