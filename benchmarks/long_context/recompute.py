@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.long_context.rows import peak_of, training_step, zipf_starts
+from benchmarks.long_context.documents import zipf_starts
+from benchmarks.long_context.step import make_step, peak_of
 from benchmarks.runner.results import say
 from benchmarks.runner.rounds import median_ratio, run_rounds
 from moe_train.model.block import NO_RECOMPUTE, Recompute
@@ -54,7 +55,7 @@ def measure_recompute(rounds: int, seed: int) -> list[RecomputeRow]:
     """
     torch.set_num_threads(1)
     starts = zipf_starts(LENGTH, seed)
-    steps = {str(way): training_step(MODEL, LENGTH, starts, seed, way) for way in WAYS}
+    steps = {str(way): make_step(MODEL, LENGTH, starts, seed, recompute=way) for way in WAYS}
 
     def pass_over(step: Callable[[], None]) -> float:
         began = time.process_time()

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.long_context.documents import WINDOW
 from benchmarks.long_context.recompute import LENGTH, MODEL, RecomputeRow
-from benchmarks.long_context.rows import HEAD_DIM, HEADS, KINDS, KV_HEADS, MASKED, STEPPED, WINDOW, Point
+from benchmarks.long_context.rows import HEAD_DIM, HEADS, KINDS, KV_HEADS, MASKED, SHARED, STEPPED, Point
 from benchmarks.runner.results import claim_lines, machine_words, markdown_table, new_figure, png_of
 
-_SHOWN = (*KINDS, MASKED, STEPPED)
+_SHOWN = (*KINDS, MASKED, STEPPED, *SHARED.values())
 
 
 def markdown_report(
@@ -35,7 +36,9 @@ def markdown_report(
         f"One row, forward and backward. Attention: {HEADS} query heads, {KV_HEADS} key heads of {HEAD_DIM}. Documents "
         f"have Zipf lengths from 16 tokens to the whole row, the same in every kind; the window is {WINDOW:,} "
         "positions. MiB: most bytes at one time beside inputs and weights, counted allocation by allocation. A step: "
-        "two layers of width 32, 4 experts, cross-entropy.",
+        "two layers of width 32, 4 experts, every other layer with the window, cross-entropy. The wider one has width "
+        "128, and ranks share the row (`parallel.context_parallel_size`): bytes and CPU time are those of the rank "
+        "with most, the time is the median of 3.",
         "",
         *markdown_table(
             ["`train.recompute`", "MiB", "CPU time, none = 1"],
@@ -63,7 +66,7 @@ def draw_chart(points: Sequence[Point]) -> bytes:
         right.loglog(lengths, [point.cpu_seconds for point in own], style, marker="o", label=kind.name)
     left.set(xlabel="tokens of a row", ylabel="MiB, forward and backward", title="Memory")
     right.set(xlabel="tokens of a row", ylabel="CPU seconds, forward and backward", title="Time of one thread")
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return png_of(figure)

@@ -4,44 +4,36 @@ Legend: H query heads, G key/value heads, S tokens of a row, d head size, V voca
 """
 
 import itertools
+import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.runner.peak import STEP, peak_bytes
+from benchmarks.long_context.documents import WINDOW, zipf_starts
+from benchmarks.long_context.step import NARROW, make_step, measure
+from benchmarks.runner.processes import rank_places, run_ranks
 from benchmarks.runner.results import say
 from benchmarks.runner.rounds import median_ratio, run_rounds
-from moe_train.config.model import ModelConfig
-from moe_train.model.block import NO_RECOMPUTE, Recompute
-from moe_train.model.build import build_model
-from moe_train.model.parameters import materialize
-from moe_train.model.transformer import LossOutput, Tokens, Transformer
 from moe_train.ops.attention import visible_keys
 from moe_train.ops.attention_blocks import attend_blocks, rows_of_documents
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-WINDOW = 1024
 MOST_MASKED = 16_384  # tokens of a row for which a mask of all pairs is formed: 1 GiB in fp32
 ROW, NUM_DOCUMENTS = 8192, 8  # of the row that is compared with its documents alone
 LONG = 4096  # tokens from which on memory must be linear
-_VOCAB_SIZE = 257
-_MODEL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 32,
-    "window_pattern": [WINDOW, None],
-    "moe": {"num_experts": 4, "top_k": 2},
-}
+RANKS = (1, 2, 4)  # that share a row
+LEAST_SHARED = 1.6  # times less memory on two ranks than on one
+_STEP_ROUNDS = 3  # times that a step on ranks is timed
+_RANKS_SECONDS = 1800  # most time of the ranks at all lengths
 _CPU = torch.device("cpu")
 
 
@@ -69,6 +61,10 @@ KINDS = (DOCUMENTS, WINDOWED, Kind("documents and window", True, WINDOW))
 MASKED = Kind("SDPA with a mask, documents", True, is_masked=True)
 STEPPED = Kind("a step, documents, every other layer with the window", True, is_step=True)
 
+SHARED = {
+    ranks: Kind(f"a wider, recomputed step on {ranks} rank{'s' * (ranks > 1)}", True, is_step=True) for ranks in RANKS
+}
+
 
 @dataclass(frozen=True)
 class Point:
@@ -87,23 +83,6 @@ class Point:
     cpu_seconds: float
 
 
-def zipf_starts(length: int, seed: int) -> tuple[int, ...]:
-    """Cut a row into documents, whose lengths follow a Zipf law from 16 tokens to the whole row.
-
-    Args:
-        length: S, tokens of the row.
-        seed: Seed of the lengths.
-
-    Returns:
-        First columns of the documents, and S.
-    """
-    draws, starts = np.random.default_rng(seed), [0]
-    while starts[-1] < length:
-        size = 16 * math.exp(draws.random() * math.log(length / 16))  # density 1 / size
-        starts.append(min(length, starts[-1] + int(size)))
-    return tuple(starts)
-
-
 def measure_points(lengths: Sequence[int], seed: int) -> list[Point]:
     """Measure every kind at every length.
 
@@ -118,6 +97,26 @@ def measure_points(lengths: Sequence[int], seed: int) -> list[Point]:
             if not kind.is_masked or length <= MOST_MASKED:
                 points.append(_measure(kind, length, seed))
                 say(f"{kind.name}, {length:,} tokens: {points[-1].peak_bytes / 2**20:,.1f} MiB")
+    return points
+
+
+def measure_shared(lengths: Sequence[int], seed: int) -> list[Point]:
+    """Measure a recomputed step on 1, 2 and 4 ranks that share the row; of the ranks, most bytes and most time count.
+
+    Args:
+        lengths: S, tokens of a row; multiples of twice the ranks.
+        seed: Seed of documents and tokens.
+    """
+    points = []
+    for num_ranks, kind in SHARED.items():
+        with tempfile.TemporaryDirectory() as name, rank_places(num_ranks) as places:
+            program = ["-m", "benchmarks.long_context.step", name, str(seed), str(_STEP_ROUNDS), *map(str, lengths)]
+            run_ranks(kind.name, program, places, Path(name), _RANKS_SECONDS)
+            found = [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+        for length, of_ranks in zip(lengths, zip(*found, strict=True), strict=True):
+            peaks, seconds = zip(*of_ranks, strict=True)
+            points.append(Point(kind.name, length, max(peaks), max(seconds)))
+            say(f"{kind.name}, {length:,} tokens: {max(peaks) / 2**20:,.1f} MiB")
     return points
 
 
@@ -159,7 +158,7 @@ def exponent(points: Sequence[Point], kind: Kind) -> float:
 def claims_of(points: Sequence[Point], packing: float) -> list[dict[str, Any]]:
     """List what the measurements show: claims in words, and whether they hold."""
     claims = []
-    for kind in (*KINDS, STEPPED):
+    for kind in (*KINDS, STEPPED, *SHARED.values()):
         lengths = [point.length for point in points if point.kind == kind.name and point.length >= LONG]
         if len(lengths) > 1:
             power = exponent(points, kind)
@@ -173,6 +172,7 @@ def claims_of(points: Sequence[Point], packing: float) -> list[dict[str, Any]]:
         saved = bytes_of[MASKED.name, MOST_MASKED] / bytes_of[DOCUMENTS.name, MOST_MASKED]
         claim = f"documents at {MOST_MASKED:,} tokens: {saved:.1f} times less memory than with a mask (at least 5)"
         claims.append({"claim": claim, "holds": saved >= 5})
+    claims += _claims_of_sharing(points)
     claim = (
         f"{NUM_DOCUMENTS} documents in a row of {ROW:,} tokens take {packing:.2f} times the CPU time of the same "
         "documents alone (at most 1.3)"
@@ -180,47 +180,45 @@ def claims_of(points: Sequence[Point], packing: float) -> list[dict[str, Any]]:
     return [*claims, {"claim": claim, "holds": packing <= 1.3}]
 
 
+def _claims_of_sharing(points: Sequence[Point]) -> list[dict[str, Any]]:
+    bytes_of = {(point.kind, point.length): point.peak_bytes for point in points}
+    lengths = [point.length for point in points if point.kind == SHARED[1].name]
+    if not lengths:
+        return []
+    one, two, four = (bytes_of[SHARED[ranks].name, max(lengths)] for ranks in RANKS)
+    claim = (
+        f"a wider, recomputed step at {max(lengths):,} tokens: {one / two:.2f} times less memory on each of 2 ranks "
+        f"than on one, {one / four:.2f} times less on each of 4 (at least {LEAST_SHARED} and {LEAST_SHARED**2:.2f})"
+    )
+    return [{"claim": claim, "holds": one >= LEAST_SHARED * two and one >= LEAST_SHARED**2 * four}]
+
+
 def _measure(kind: Kind, length: int, seed: int) -> Point:
     starts = zipf_starts(length, seed) if kind.is_packed else None
-    if kind.is_step:
-        assert starts is not None, "the row has documents"
-        run = training_step(_MODEL, length, starts, seed)
-    else:
-        run = _attention(kind, length, starts, seed)
-    peak = peak_of(run)
-    began = time.process_time()
-    run()
-    return Point(kind.name, length, peak, time.process_time() - began)
-
-
-def peak_of(run: Callable[[], None]) -> int:
-    """Count the most bytes that exist at one time while something runs, beside those that existed before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        with torch.profiler.record_function(STEP):
-            pass  # the first one does not count
-        with torch.profiler.record_function(STEP):
-            run()
-    return peak_bytes(profile)
+    run = (
+        make_step(NARROW, length, starts or (0, length), seed)
+        if kind.is_step
+        else _attention(kind, length, starts, seed)
+    )
+    return Point(kind.name, length, *measure(run))
 
 
 def _attention(kind: Kind, length: int, starts: tuple[int, ...] | None, seed: int) -> Callable[[], None]:
     """Make a function that runs one attention forward and backward."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = [
+    q, k, v = (
         torch.randn(1, heads, length, HEAD_DIM, generator=generator, requires_grad=True)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
-    ]
+    )
 
     def run() -> None:
         if kind.is_masked:
-            out = _masked(*inputs, starts, kind.window)
+            out = _masked(q, k, v, starts, kind.window)
         else:
             window = kind.window if kind.window is not None and kind.window < length else None
             blocks = rows_of_documents(length, starts, window, _CPU, torch.float32, HEAD_DIM)
-            out = attend_blocks(*inputs, blocks)
-        torch.autograd.grad(out.sum(), inputs)
+            out = attend_blocks(q, k, v, blocks)
+        torch.autograd.grad(out.sum(), (q, k, v))
 
     return run
 
@@ -233,31 +231,3 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, starts: tuple[int, ...] | None, win
         documents_1S = torch.repeat_interleave(torch.arange(len(sizes)), sizes)[None]
     mask = visible_keys(positions_1S, positions_1S, documents_1S, documents_1S, window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-def training_step(
-    values: dict[str, Any], length: int, starts: tuple[int, ...], seed: int, recompute: Recompute = NO_RECOMPUTE
-) -> Callable[[], None]:
-    """Make a function that runs a small model forward and backward, over one row.
-
-    Args:
-        values: Model section of a configuration.
-        length: S, tokens of the row.
-        starts: First columns of its documents, and S.
-        seed: Seed of weights and tokens.
-        recompute: What the backward pass computes again.
-    """
-    config = ModelConfig.model_validate(values)
-    model: Transformer = build_model(config, _VOCAB_SIZE, recompute=recompute, measures=False)
-    materialize(model, seed=seed, dtype=torch.float32, device=_CPU)
-    sizes = torch.tensor(starts).diff()
-    ids_1S = torch.randint(_VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(seed))
-    documents_1S = torch.repeat_interleave(torch.arange(len(sizes)), sizes)[None]
-    tokens = Tokens(ids_1S, torch.zeros(1, dtype=torch.int64), documents_BS=documents_1S, document_starts=starts)
-
-    def run() -> None:
-        model.zero_grad(set_to_none=False)
-        output: LossOutput = model(tokens, targets_BS=ids_1S.roll(-1, 1))
-        output.total.backward()
-
-    return run

@@ -3,28 +3,36 @@
 import argparse
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
 from moe_train.cli.params import known_vocab_size
 from moe_train.cli.paths import path_argument
-from moe_train.config.command_line import Parser
+from moe_train.config.base import merge
+from moe_train.config.command_line import Parser, read_command_line
 from moe_train.config.errors import UsageError
-from moe_train.config.load import dump_yaml, load_config
+from moe_train.config.load import dump_yaml, load_config, validate_config
 from moe_train.config.root import Config
 from moe_train.train.engine.settings import check_additions
 
 if TYPE_CHECKING:
     from moe_train.plan.planner import Plan, Question
     from moe_train.plan.search import Found
+    from moe_train.plan.whole_run import WholeRun
 
 Amount = TypeVar("Amount", int, float)
 EXIT_NOTHING_FITS = 1  # --search found no layout
 _SHOWN = 8  # layouts of a search that are printed
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}  # of a number of tokens
+_MOST_TOKENS = 10**18
+_FIELD = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=")  # a word of --compare that is no file
+_PROGRAM = "moe-train plan"
 
 DESCRIPTION = """Say what a configuration takes on a cluster: memory of a rank by part, bytes inside and across nodes,
 time of a step. Nothing is allocated and no rank is started; paths under data need not exist. Any training option may
@@ -46,20 +54,49 @@ def run(arguments: Sequence[str]) -> int:
     """
     options, rest = _parser().parse_known_args(list(arguments))
     _check_options(options)
-    rest += [f"--config={file}" for file in options.config]
-    config = load_config(rest, program="moe-train plan", defaults={"train": {"run_dir": "runs/planned"}})
-    check_additions(config)
+    config = _load(rest, options.config)
     question, size = _question(options), known_vocab_size(config)
     if options.search:
         return _search(config, size, question, options)
     from moe_train.plan.planner import make_plan
 
-    _show(make_plan(config, size, question), options)
+    second = None if options.compare is None else _second_config(config, rest, options.compare)
+    plan = make_plan(config, size, question)
+    if second is None:
+        _show(plan, options)
+    else:
+        _compare(plan, _plan_second(second, question), options)
     return 0
 
 
+def _load(rest: Sequence[str], files: Sequence[str]) -> Config:
+    arguments = [*rest, *(f"--config={file}" for file in files)]
+    config = load_config(arguments, program=_PROGRAM, defaults={"train": {"run_dir": "runs/planned"}})
+    check_additions(config)
+    return config
+
+
+def _second_config(first: Config, rest: Sequence[str], words: Sequence[str]) -> Config:
+    """Make the configuration that --compare describes: files in place of those of --config, or the same, and fields."""
+    files = [word for word in words if not _FIELD.match(word)]
+    base = _load(rest, files) if files else first
+    changes = read_command_line([f"--{word}" for word in words if _FIELD.match(word)], program=_PROGRAM)
+    config = validate_config(merge(base.model_dump(mode="json"), changes.values), origin="--compare")
+    check_additions(config)
+    return config
+
+
+def _plan_second(config: Config, question: "Question") -> "Plan":
+    from moe_train.plan.planner import make_plan
+
+    try:
+        return make_plan(config, known_vocab_size(config), question)
+    except UsageError as error:
+        raise UsageError(f"--compare: {error}") from error
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="moe-train plan", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog=_PROGRAM, description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--config", action="append", default=[], metavar="FILE", help="YAML file of the run; repeated, they are merged")
     add("--nodes", default="1", metavar="N", help="nodes (default: 1)")
@@ -80,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", default="0", metavar="N", help="of the draws of loads (default: 0)")
     add("--decode", nargs=2, metavar=("BATCH", "LENGTH"), help="keys and values of these sequences beside training")
+    add("--tokens", metavar="N", help="hours, GPU-hours and checkpoints of a run to N tokens: 15e12, 2T, 100B, 500M")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="CHANGE",
+        help="plan a second layout beside the first: SECTION.FIELD=VALUE, as many as differ, or FILE in place of "
+        "--config's files; options that name fields hold for both",
+    )
     add("--search", action="store_true", help="find the fastest layout that fits, with the same global batch")
     add("--margin", metavar="X", help="share of the memory that --search leaves free (0.05)")
     add(
@@ -107,6 +152,10 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("margin", "output"):
         if getattr(options, name) is not None and not options.search:
             raise UsageError(f"--{name} ({getattr(options, name)}) has no effect without --search")
+    if options.compare is not None and options.search:
+        raise UsageError("--compare has no effect with --search, which compares layouts itself: give one")
+    if options.tokens is not None:
+        options.tokens = _count_of_tokens(options.tokens)
     options.margin = _number("margin", "0.05" if options.margin is None else options.margin, float, 0.0)
     if options.margin >= 1:
         raise UsageError(f"--margin ({options.margin:g}) must be a share of the memory, below 1")
@@ -127,6 +176,18 @@ def _number(name: str, text: str, kind: type[Amount], least: Amount) -> Amount:
     return value
 
 
+def _count_of_tokens(text: str) -> int:
+    """Read a number of tokens: 1500, 15e12, 1_000_000, 100B, 2.5T."""
+    factor = _SUFFIXES.get(text[-1:].upper(), 1)
+    try:
+        count = Decimal(text[:-1] if factor > 1 else text) * factor
+    except InvalidOperation:
+        count = Decimal("NaN")
+    if not count.is_finite() or not 1 <= count <= _MOST_TOKENS or count != count.to_integral_value():
+        raise UsageError(f"--tokens ({text!r}) must be a whole number of tokens up to 1e18, such as 15e12, 100B or 2T")
+    return int(count)
+
+
 def _question(options: argparse.Namespace) -> "Question":
     from moe_train.plan.devices import find_device
     from moe_train.plan.layout import Cluster
@@ -144,13 +205,34 @@ def _question(options: argparse.Namespace) -> "Question":
     )
 
 
+def _run_of(plan: "Plan", options: argparse.Namespace) -> "WholeRun | None":
+    from moe_train.plan.whole_run import plan_run
+
+    return None if options.tokens is None else plan_run(plan, options.tokens)
+
+
 def _show(plan: "Plan", options: argparse.Namespace) -> None:
-    if options.json:
-        print(json.dumps(plan.as_dict()))
-        return
     from moe_train.plan.report import show_plan
 
-    show_plan(plan, _console())
+    if options.json:
+        print(json.dumps(_as_dict(plan, options)))
+    else:
+        show_plan(plan, _console(), _run_of(plan, options))
+
+
+def _as_dict(plan: "Plan", options: argparse.Namespace) -> dict[str, Any]:
+    run = _run_of(plan, options)
+    return plan.as_dict() | ({} if run is None else {"run": run.as_dict()})
+
+
+def _compare(first: "Plan", second: "Plan", options: argparse.Namespace) -> None:
+    from moe_train.plan.comparison import Side, compare, show_comparison
+
+    sides = Side(first, _run_of(first, options)), Side(second, _run_of(second, options))
+    if options.json:
+        print(json.dumps(compare(*sides)))
+    else:
+        show_comparison(*sides, _console())
 
 
 def _search(config: Config, size: int, question: "Question", options: argparse.Namespace) -> int:
@@ -171,7 +253,7 @@ def _search(config: Config, size: int, question: "Question", options: argparse.N
             raise UsageError(f"--output ({options.output}): cannot be written: {error}") from error
     plan = make_plan(chosen, size, question)
     if options.json:
-        print(json.dumps(plan.as_dict() | {"tried": found.tried, "config": chosen.model_dump(mode="json")}))
+        print(json.dumps(_as_dict(plan, options) | {"tried": found.tried, "config": chosen.model_dump(mode="json")}))
         return 0
     console = _console()
     show_candidates(found.best[:_SHOWN], found.tried, console)

@@ -24,7 +24,7 @@ from moe_train.ops.partial_attention import (
     partial_attention_backward,
 )
 
-_MOST_QUERIES = 512  # queries of a block with a mask: the mask of a block is [B, 512, s] at most
+_MOST_QUERIES = 512  # queries of a block, with documents or a window
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,9 @@ def causal_blocks(length: int, size: int, rank: int, source: int) -> tuple[Block
 def reached_blocks(length: int, size: int, rank: int, source: int, reach: Reach, window: int | None) -> Iterator[Block]:
     """Yield the blocks of a rank's queries with the keys of another, with documents or a window.
 
-    Queries are taken in turns of some hundred, and each turn meets only the keys that one of its queries may see. So
-    the work and the memory for masks grow with what is visible, not with the square of the length.
+    Queries are taken in turns of some hundred, and each turn meets only the keys that one of its queries may see. Keys
+    that all of them see need no mask. So the work grows with what is visible, not with the square of the length, and a
+    mask has some hundred queries and keys, unless documents of several rows begin at different places.
 
     Args:
         length: S, tokens of the row.
@@ -121,22 +122,53 @@ def reached_blocks(length: int, size: int, rank: int, source: int, reach: Reach,
     """
     chunk = length // (2 * size)
     for number, (begin, end) in enumerate(zigzag_spans(length, size, rank)):
-        for first in range(begin, end, _MOST_QUERIES):
-            last = min(first + _MOST_QUERIES, end) - 1
+        spans = list(enumerate(zigzag_spans(length, size, source)))
+        if source == rank:  # first the keys next to the queries: every query sees itself
+            spans.sort(key=lambda each: each[0] != number)
+        for first, last in _turns(begin, end, reach):
             queries = slice(number * chunk + first - begin, number * chunk + last - begin + 1)
             lowest = max(int(reach.first_S[first]), 0 if window is None else first - window + 1)
-            spans = list(enumerate(zigzag_spans(length, size, source)))
-            if source == rank:  # first the keys next to the queries: every query sees itself
-                spans.sort(key=lambda each: each[0] != number)
+            # All queries see keys from here to the first query.
+            clear = max(int(reach.last_first_S[last]), 0 if window is None else last - window + 1)
             for place, (start, stop) in spans:
                 low, high = max(lowest, start), min(last + 1, stop)
-                if low >= high:
-                    continue
-                is_first = source == rank and place == number
-                in_window = window is None or low > last - window
-                sees_all = high - 1 <= first and in_window and int(reach.last_first_S[last]) <= low
-                keys = slice(place * chunk + low - start, place * chunk + high - start)
-                yield Block(queries, keys, False, is_first, None if sees_all else (first, low))
+                for part, (begin_k, end_k, needs_mask) in enumerate(_parts(low, high, clear, first)):
+                    is_first = source == rank and place == number and part == 0
+                    keys = slice(place * chunk + begin_k - start, place * chunk + end_k - start)
+                    yield Block(queries, keys, False, is_first, (first, begin_k) if needs_mask else None)
+
+
+def _turns(begin: int, end: int, reach: Reach) -> Iterator[tuple[int, int]]:
+    """Cut a range of queries into turns, each as its first and last position; a long document has turns of its own."""
+    first = begin
+    while first < end:
+        last = min(first + _MOST_QUERIES, end) - 1
+        document = int(reach.first_S[first])
+        if first - document >= _MOST_QUERIES:  # else the mask of its keys is small
+            last = min(last, int(np.searchsorted(reach.first_S, document, side="right")) - 1)
+        yield first, last
+        first = last + 1
+
+
+def _parts(low: int, high: int, clear: int, first: int) -> list[tuple[int, int, bool]]:
+    """Cut a range of keys where masks begin and end to be needed, the last keys first.
+
+    Args:
+        low: First key that a query of the turn sees.
+        high: The key after the last.
+        clear: First key that all queries see.
+        first: Position of the first query, which sees no later key.
+
+    Returns:
+        First key, the key after the last, and whether a mask is needed.
+    """
+    if low >= high:
+        return []
+    begin, end = max(low, clear), min(high, first)
+    if end - begin < min(_MOST_QUERIES, high - low):  # a mask costs less than one more call
+        return [(low, high, True)]
+    parts = [(end, high, True), (begin, end, False), (low, begin, True)]
+    return [part for part in parts if part[0] < part[1]]
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train.model.block import NO_RECOMPUTE
+from moe_train.plan.amounts import show_bytes, show_seconds
 from moe_train.plan.layout import Layout
 from moe_train.plan.planner import Plan
 from moe_train.plan.search import Candidate
+from moe_train.plan.whole_run import WholeRun
 
 _COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_blue", "bright_magenta", "bright_black")
 _GIB, _WIDTH, _LEAST_SHARE = 2**30, 40, 1e-3
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print a plan to a console."""
+def show_plan(plan: Plan, console: Console, run: WholeRun | None = None) -> None:
+    """Print a plan to a console, and a run to a number of tokens if there is one."""
     count, layout = plan.shape.parameters, plan.layout
     ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
     console.print(f"parameters  {count.total:,} total, {count.active:,} active per token")
@@ -35,15 +37,38 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(_terms_table(plan))
     step = plan.step
     console.print(
-        f"step        {_time(step.seconds)} in the mean, {_time(step.p50)} p50, {_time(step.p99)} p99; "
-        f"largest term: {step.largest_term.replace('_', ' ')}",
+        f"step        {show_seconds(step.seconds)} in the mean, {show_seconds(step.p50)} p50, "
+        f"{show_seconds(step.p99)} p99; largest term: {step.largest_term.replace('_', ' ')}",
         soft_wrap=True,
     )
     console.print(f"speed       {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}")
-    ignored = [f"{name} is not planned: figures are those without it" for name in plan.not_planned]
-    for warning in (*plan.warnings, *ignored):
+    if run is not None:
+        _show_run(run, console)
+    for warning in warnings_of(plan):
         console.print(Text(f"warning     {warning}", style="yellow"), soft_wrap=True)
     console.print(Text(verdict(plan), style="green" if plan.fits else "red"), soft_wrap=True)
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """List what a plan cannot know, and the settings that make no difference to it."""
+    return [*plan.warnings, *(f"{name} is not planned: figures are those without it" for name in plan.not_planned)]
+
+
+def _show_run(run: WholeRun, console: Console) -> None:
+    kept, saved = (
+        "1 is kept" if run.checkpoints.num_kept == 1 else f"{run.checkpoints.num_kept:,} are kept",
+        run.checkpoints,
+    )
+    console.print(
+        f"run         {run.tokens:,} tokens in {run.steps:,} steps: {run.hours:,.1f} hours, {run.gpu_hours:,.1f} "
+        "GPU-hours; validation, restarts and saves that training waits for are not in it",
+        soft_wrap=True,
+    )
+    console.print(
+        f"checkpoints {show_bytes(saved.num_bytes)} each; {kept}, {show_bytes(saved.kept_bytes)}; at most "
+        f"{show_bytes(saved.most_bytes)} while one is written",
+        soft_wrap=True,
+    )
 
 
 def verdict(plan: Plan) -> str:
@@ -72,20 +97,21 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
         tried: Number of layouts that were planned.
         console: Console to print to.
     """
-    columns = ("EP", "ZeRO", "batch", "saves by", "dispatch", "GiB", "step", "p99", "largest term")
+    columns = ("EP", "CP", "ZeRO", "batch", "saves by", "dispatch", "GiB", "step", "p99", "largest term")
     title = f"the fastest of {tried:,} layouts"
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for candidate in best:
         layout, step = candidate.layout, candidate.step
         table.add_row(
             str(layout.ep_size),
+            str(layout.context_size),
             str(layout.zero_stage),
             f"{layout.micro_batch} x {layout.accumulation}",
             ", ".join(_savings(layout)) or "-",
             f"{layout.dispatch} x {layout.chunks}",
             f"{candidate.memory.total / _GIB:.1f}",
-            _time(step.seconds),
-            _time(step.p99),
+            show_seconds(step.seconds),
+            show_seconds(step.p99),
             step.largest_term.replace("_", " "),
         )
     console.print(table)
@@ -128,7 +154,7 @@ def _traffic_table(plan: Plan) -> Table:
     table = Table("bytes that a rank sends in a step", "inside of the node", "across nodes", title_justify="left")
     rows = {name.replace("_", " "): sent for name, sent in plan.traffic.parts.items()} | {"all": plan.traffic.total}
     for name, sent in rows.items():
-        table.add_row(name, _bytes(sent.intra_node), _bytes(sent.inter_node))
+        table.add_row(name, show_bytes(sent.intra_node), show_bytes(sent.inter_node))
     for column in table.columns[1:]:
         column.justify = "right"
     return table
@@ -138,21 +164,9 @@ def _terms_table(plan: Plan) -> Table:
     table = Table("seconds of a step", "", "share")
     for name, seconds in sorted(plan.step.terms.items(), key=lambda item: -item[1]):
         if seconds > _LEAST_SHARE * plan.step.seconds:
-            table.add_row(name.replace("_", " "), _time(seconds), f"{seconds / plan.step.seconds:.1%}")
+            table.add_row(name.replace("_", " "), show_seconds(seconds), f"{seconds / plan.step.seconds:.1%}")
     if plan.step.hidden:
-        table.add_row("all to all, hidden", _time(plan.step.hidden), "")
+        table.add_row("all to all, hidden", show_seconds(plan.step.hidden), "")
     for column in table.columns[1:]:
         column.justify = "right"
     return table
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -1,22 +1,26 @@
 """Search for the fastest layout of a configuration that fits; every candidate is planned by arithmetic.
 
 The search changes expert_parallel_size, zero_stage, micro_batch_size, recompute, recompute_every, offload_optimizer,
-dispatch and chunks. The global batch stays the same, so that every candidate takes the same steps; so does
-context_parallel_size. Memory is planned first: a layout that does not fit is not timed. Recomputation and offloading
-are tried only where they are needed, one of them before both.
+dispatch, chunks and context_parallel_size. The global batch stays the same, so that every candidate takes the same
+steps. Memory is planned first: a layout that does not fit is not timed. Recomputation and offloading are tried only
+where they are needed, one of them before both. More ranks share sequences only where nothing fits without
+recomputation on fewer: with sequences of their own, ranks send less.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from moe_train.config.context import check_context
+from moe_train.config.errors import UsageError
 from moe_train.config.machine import Machine
+from moe_train.config.parts import load_kinds
 from moe_train.config.registry import load_part, part_names
 from moe_train.config.root import Config
 from moe_train.config.run import RecomputedPart
 from moe_train.model.block import NO_RECOMPUTE, Recompute
 from moe_train.model.moe.dispatch.base import DispatcherKind
-from moe_train.plan.layout import Layout, plan_layout
+from moe_train.plan.layout import Cluster, Layout, plan_layout
 from moe_train.plan.loads import RowLoads, row_loads
 from moe_train.plan.memory import Memory, plan_memory
 from moe_train.plan.planner import Question
@@ -70,20 +74,21 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
     Raises:
         UsageError: If the global batch cannot be divided among the ranks.
     """
-    resolved, base = plan_layout(_open(config), question.cluster, vocab_size)
+    sizes = _context_sizes(config, question.cluster)
+    resolved, base = plan_layout(_open(config, sizes[0]), question.cluster, vocab_size)
     shape = model_shape(resolved.model, resolved.model.vocab_size, base.sequence_length)
     machine, rates = question.cluster.machine, Rates(question.cluster.machine, base.precision)
-    loads: dict[tuple[int, int, str], RowLoads] = {}
+    loads: dict[tuple[int, int, int, str], RowLoads] = {}
     found: list[Candidate] = []
     tried, smallest = 0, None
 
     def planned(layout: Layout) -> tuple[RowLoads, Memory]:
-        key = (layout.ep_size, layout.micro_batch, layout.dispatch)
+        key = (layout.context_size, layout.ep_size, layout.micro_batch, layout.dispatch)
         if key not in loads:
             loads[key] = row_loads(shape, layout, question.imbalance, question.seed, question.shares_LE)
         return loads[key], plan_memory(shape, layout, loads[key], machine.device, question.decoding)
 
-    for spread in _spreads(shape, base, config.train.compile):
+    for spread in _spreads(shape, base, config, sizes, found):
         for savings in _savings(spread, shape, machine):
             fitted = False
             for layout in (way for saving in savings for way in _ways(saving, shape)):
@@ -103,7 +108,7 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
     return Found(tuple(found), tried, smallest)
 
 
-def _open(config: Config) -> Config:
+def _open(config: Config, context_size: int) -> Config:
     """Reset the fields that are searched, because their values in the configuration may not suit the cluster."""
     parallel = {
         "expert_parallel_size": 1,
@@ -115,10 +120,36 @@ def _open(config: Config) -> Config:
     train = {} if config.train.global_batch_size is None else {"micro_batch_size": 1}
     return config.model_copy(
         update={
-            "parallel": config.parallel.model_copy(update=parallel),
+            "parallel": config.parallel.model_copy(update=parallel | _sharing(config, context_size)),
             "train": config.train.model_copy(update=train),
         }
     )
+
+
+def _sharing(config: Config, context_size: int) -> dict[str, object]:
+    """Return the fields about ranks that share sequences; the exchange is as given, if there are such ranks."""
+    exchange = config.parallel.context_exchange if context_size > 1 else "all_gather"
+    return {"context_parallel_size": context_size, "context_exchange": exchange}
+
+
+def _context_sizes(config: Config, cluster: Cluster) -> list[int]:
+    """List the numbers of ranks of a node that can share sequences.
+
+    It is the given number alone if no other can, or if the global batch follows from the ranks with own sequences.
+    """
+    world, node, batch = cluster.world_size, cluster.gpus_per_node, config.train.global_batch_size
+    own = config.parallel.context_parallel_size
+    found = []
+    for size in sorted({own, *(size for size in range(1, node + 1) if node % size == 0)}):
+        changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=_sharing(config, size))})
+        try:
+            check_context(changed, world)
+            load_kinds(changed).check(changed)
+        except UsageError:
+            continue
+        if batch is None or batch % (world // size) == 0:
+            found.append(size)
+    return found if batch is not None and found else [own]
 
 
 def apply_layout(config: Config, layout: Layout) -> Config:
@@ -137,6 +168,7 @@ def apply_layout(config: Config, layout: Layout) -> Config:
         "chunks": layout.chunks,
         "payload": layout.payload,
         "ranks_per_node": layout.ranks_per_node or "auto",
+        **_sharing(config, layout.context_size),
     }
     train = {
         "micro_batch_size": layout.micro_batch,
@@ -152,19 +184,34 @@ def apply_layout(config: Config, layout: Layout) -> Config:
     )
 
 
-def _spreads(shape: ModelShape, base: Layout, compiles: bool) -> Iterator[Layout]:
-    """Yield the layout with every expert-parallel size, ZeRO stage and micro-batch to try."""
+def _spreads(
+    shape: ModelShape, base: Layout, config: Config, sizes: list[int], found: list[Candidate]
+) -> Iterator[Layout]:
+    """Yield the layout with every context- and expert-parallel size, ZeRO stage and micro-batch to try.
+
+    A larger context-parallel size comes only if nothing of what was `found` until then fits without recomputation.
+    """
     experts, world = shape.config.moe.num_experts, base.world_size
-    sizes = [size for size in range(1, min(experts, world) + 1) if experts % size == 0 and world % size == 0]
-    share = base.micro_batch * base.accumulation  # sequences per rank and step
-    divisors = [size for size in range(1, min(share, _LARGEST_MICRO_BATCH) + 1) if share % size == 0]
-    micros = divisors[:_MOST_MICRO_BATCHES]
-    if base.micro_batch not in micros:
-        micros.append(base.micro_batch)
-    for size in sizes if shape.num_moe_layers else [1]:
-        for stage in (1, 2) if compiles else (1, 2, 3):
-            for micro in micros:
-                yield replace(base, ep_size=size, zero_stage=stage, micro_batch=micro, accumulation=share // micro)
+    expert_sizes = [size for size in range(1, min(experts, world) + 1) if experts % size == 0 and world % size == 0]
+    for context_size in sizes:
+        # Sequences per rank and step, or per ranks that share them.
+        share = base.micro_batch * base.accumulation * context_size // base.context_size
+        divisors = [size for size in range(1, min(share, _LARGEST_MICRO_BATCH) + 1) if share % size == 0]
+        micros = divisors[:_MOST_MICRO_BATCHES]
+        if context_size == base.context_size and base.micro_batch not in micros:
+            micros.append(base.micro_batch)
+        sharing = replace(
+            base,
+            context_size=context_size,
+            context_exchange=config.parallel.context_exchange if context_size > 1 else "all_gather",
+        )
+        for size in expert_sizes if shape.num_moe_layers else [1]:
+            for stage in (1, 2) if config.train.compile else (1, 2, 3):
+                for micro in micros:
+                    accumulation = share // micro
+                    yield replace(sharing, ep_size=size, zero_stage=stage, micro_batch=micro, accumulation=accumulation)
+        if any(candidate.layout.recompute == NO_RECOMPUTE for candidate in found):
+            return
 
 
 def _savings(layout: Layout, shape: ModelShape, machine: Machine) -> tuple[list[Layout], ...]:

@@ -13,6 +13,7 @@ from moe_train.config.model import MIXER_FIELDS
 from moe_train.config.parts import MixerLike, load_kinds
 from moe_train.config.registry import is_part, load_part
 from moe_train.config.root import Config
+from moe_train.train.small_model import cut_patterns, narrow_windows
 from moe_train.train.telemetry.records import Record
 
 LOSS_TOLERANCE = 1e-4  # relative, at every step: fp32 sums in another order, grown by 20 steps of training
@@ -205,6 +206,8 @@ _OWN_SEQUENCE_LENGTH = 64  # tokens at most
 def own_model(config: Config, layers: int | None) -> dict[str, Any]:
     """Take from a configuration what decides the numbers of its model, for a short run on synthetic tokens.
 
+    Windows as long as the short sequences, or longer, become half as long as these.
+
     Args:
         config: Configuration as loaded.
         layers: Number of layers instead of the configuration's; None: all.
@@ -226,9 +229,12 @@ def own_model(config: Config, layers: int | None) -> dict[str, Any]:
                 model[name] = [layer for layer in model[name] if layer < layers]
             elif isinstance(model[name], int):
                 model[name] = min(model[name], layers)
+        cut_patterns(model, layers)
     kept = {name: train[name] for name in ("precision", "recompute", "recompute_every", "compile")}
     kept["recompute_every"] = min(kept["recompute_every"], model["num_layers"])
-    kept |= {"run_dir": train["run_dir"], "sequence_length": min(train["sequence_length"], _OWN_SEQUENCE_LENGTH)}
+    length = min(train["sequence_length"], _OWN_SEQUENCE_LENGTH)
+    narrow_windows(model, length)
+    kept |= {"run_dir": train["run_dir"], "sequence_length": length}
     parallel = {"payload": values["parallel"]["payload"]}
     return {"model": model, "train": kept, "parallel": parallel, "deepspeed": values["deepspeed"]}
 

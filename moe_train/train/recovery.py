@@ -11,7 +11,7 @@ from moe_train.train.batches import BatchPlan
 from moe_train.train.console import RunConsole
 from moe_train.train.diagnosis import diagnose, summarize, write_diagnosis
 from moe_train.train.engine.engine import TrainEngine
-from moe_train.train.progress import Progress
+from moe_train.train.progress import Progress, progress_at
 from moe_train.train.saving import Saver
 from moe_train.train.step_control import StepControl
 from moe_train.train.step_result import StepResult
@@ -29,6 +29,7 @@ class Recovery:
         recorder: StepRecorder,
         console: RunConsole,
         plan: BatchPlan,
+        sequence_length: int,
         checkpoints: Path,
         layers: tuple[int, ...],
         group: Group | None,
@@ -43,6 +44,7 @@ class Recovery:
             recorder: Recorder, which drops the steps that are taken again.
             console: Console for messages.
             plan: Sizes of a batch and this rank's place in it.
+            sequence_length: Tokens per sequence; a checkpoint may have been written with another.
             checkpoints: Folder of the run's checkpoints; the diagnosis is written beside it.
             layers: Index in the model of each MoE layer.
             group: Group of the checkpoint writer, which is idle when a checkpoint is read.
@@ -51,6 +53,7 @@ class Recovery:
         self._group, self._origin = group, origin
         self._engine, self._step_control, self._saver, self._recorder = engine, step_control, saver, recorder
         self._console, self._plan, self._checkpoints, self._layers = console, plan, checkpoints, layers
+        self._sequence_length = sequence_length
         self._gone_back_from: int | None = None  # step, from 0, that the last return was for
 
     def go_back(self, progress: Progress, result: StepResult) -> Progress:
@@ -93,9 +96,10 @@ class Recovery:
         load_checkpoint(self._engine, manifest, self._group)
         self._step_control.restore(manifest.step_control)
         self._recorder.rewind(manifest.step)
+        first = progress_at(manifest, self._sequence_length).consumed_sequences
         passed = progress.consumed_sequences + self._plan.global_batch_size
         self._console.say(
             f"step {progress.step + 1:6d}  {summary}; going back to {manifest.folder}, and on with sequence {passed}: "
-            f"{passed - manifest.consumed_sequences} are passed over"
+            f"{passed - first} are passed over"
         )
         return Progress(manifest.step, passed)

@@ -1,6 +1,6 @@
 """Checks of a run that resumes from a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moe_train.data.identity import SourceIdentity, data_changes
 from moe_train.model.build import mixer_of
 from moe_train.model.moe.balance.build import split_settings
 from moe_train.model.moe.routers.build import router_shapes
+from moe_train.train.progress import describe_new_length
 
 # Fields whose changes since the checkpoint are not reported.
 _UNREMARKABLE = ("train.run_dir", "checkpoint.resume", "train.log_every", "parallel.threads_per_rank", "data.cache_dir")
@@ -195,3 +196,18 @@ def _fields_before(manifest: Manifest) -> dict[str, Any]:
     except (ValidationError, UsageError):
         values = manifest.config
     return dict(field_values(values))
+
+
+def describe_changes(manifest: Manifest, config: ResolvedConfig, sources: Sequence[SourceIdentity]) -> Iterator[str]:
+    """Yield a line for each difference between a checkpoint and the run that resumes from it, and for what follows.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        config: Configuration of this run.
+        sources: Sources of data of this run.
+    """
+    yield from (f"changed since: {change}" for change in changed_fields(manifest, config))
+    if config.optim.name != manifest.optimizer:
+        yield f"the moments of {config.optim.name} start at zero"
+    yield from describe_new_length(manifest, config)
+    yield from (f"data changed since: {change}" for change in changed_data(manifest, sources))

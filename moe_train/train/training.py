@@ -41,11 +41,11 @@ from moe_train.train.engine.build import make_engine, sharing_ranks
 from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.loop import Run, TrainResult, train
 from moe_train.train.preparation import PreparedRun
-from moe_train.train.progress import Progress
+from moe_train.train.progress import Progress, progress_at
 from moe_train.train.rank_log import RankLog
 from moe_train.train.recovery import Recovery
 from moe_train.train.remarks import remarks
-from moe_train.train.resume import changed_data, changed_fields, check_resumable, check_same_meaning, split_warnings
+from moe_train.train.resume import check_resumable, check_same_meaning, describe_changes, split_warnings
 from moe_train.train.run_folder import RunFolder, save_config, save_tokenizer
 from moe_train.train.run_lock import RunLock, acquire_together
 from moe_train.train.saving import Saver
@@ -238,7 +238,17 @@ def _build(
         step_control=step_control,
         saver=saver,
         recovery=Recovery(
-            engine, step_control, saver, recorder, console, plan, folder.checkpoints, layers, group, point.manifest
+            engine,
+            step_control,
+            saver,
+            recorder,
+            console,
+            plan,
+            train.sequence_length,
+            folder.checkpoints,
+            layers,
+            group,
+            point.manifest,
         ),
         watchdog=health.watchdog,
         tracer=StepTracer(folder.profile(world.rank), config.train.profile_steps, device.type == "cuda", console.say),
@@ -266,13 +276,9 @@ def _restore(
         console.say(line)
     left = config.train.steps - manifest.step
     console.say(f"going on from {manifest.folder}: {manifest.step} steps done, {left} to do")
-    for change in changed_fields(manifest, config):
-        console.say(f"  changed since: {change}")
-    if config.optim.name != manifest.optimizer:
-        console.say(f"  the moments of {config.optim.name} start at zero")
-    for change in changed_data(manifest, prepared.data.sources):
-        console.say(f"  data changed since: {change}")
-    return Progress(manifest.step, manifest.consumed_sequences)
+    for line in describe_changes(manifest, config, prepared.data.sources):
+        console.say(f"  {line}")
+    return progress_at(manifest, config.train.sequence_length)
 
 
 def _open_metrics(

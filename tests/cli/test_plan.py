@@ -113,6 +113,59 @@ def test_a_machine_out_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("15e12", 15 * 10**12), ("2T", 2 * 10**12), ("100B", 10**11), ("1.5b", 15 * 10**8), ("500M", 5 * 10**8)]
+    + [("3k", 3000), ("1_000_000", 10**6), ("4097", 4097)],
+)
+def test_tokens_of_a_run(text: str, tokens: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, *CONFIG, *CLUSTER, "--tokens", text)
+    run, step = found["run"], found["step"]
+    in_a_step = 1024 * 4096
+    assert run["tokens"] == tokens and (run["steps"] - 1) * in_a_step < tokens <= run["steps"] * in_a_step
+    assert run["hours"] == pytest.approx(run["steps"] * step["seconds"] / 3600)
+    assert run["gpu_hours"] == pytest.approx(32 * run["hours"])
+    assert run["tokens_per_second"] == step["tokens_per_second"]
+    assert run["checkpoint_bytes"] == 12 * found["parameters"]["total"]  # fp32 weights and two moments
+
+
+def test_a_run_is_shown_and_planned_for_what_a_search_finds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *CONFIG, *CLUSTER, "--tokens", "2T"]) == 0
+    text = capsys.readouterr().out
+    assert "2,000,000,000,000 tokens in 476,838 steps" in text and "checkpoints 560 GB each; 2 are kept" in text
+    found = plan_json(capsys, *CONFIG, *CLUSTER, "--search", "--tokens", "2T")
+    assert found["run"]["hours"] == pytest.approx(476_838 * found["step"]["seconds"] / 3600)
+
+
+def test_two_layouts_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"parallel.zero_stage": 2, "train.micro_batch_size": 4}
+    words = [f"{name}={value}" for name, value in changes.items()]
+    found = plan_json(capsys, *CONFIG, *CLUSTER, "--tokens=1T", "--compare", *words)
+    assert found["first"] == plan_json(capsys, *CONFIG, *CLUSTER, "--tokens=1T")
+    assert found["second"] == plan_json(capsys, *CONFIG, *CLUSTER, "--tokens=1T", *(f"--{word}" for word in words))
+    assert {name: found["changes"][name][1] for name in changes} == changes
+    first, second, ratio = found["first"], found["second"], found["ratio"]
+    assert ratio["memory_total"] == second["memory_total"] / first["memory_total"]
+    assert ratio["traffic"]["inter_node"] == second["traffic"]["inter_node"] / first["traffic"]["inter_node"]
+    assert ratio["step"]["tokens_per_second"] == pytest.approx(1 / ratio["step"]["seconds"])
+    assert ratio["run"]["gpu_hours"] == pytest.approx(ratio["step"]["seconds"])
+    assert ratio["memory"]["kv_cache"] is None  # nothing in both
+
+
+def test_a_comparison_is_shown_with_its_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *CONFIG, *CLUSTER, "--tokens=1T", "--compare", "parallel.zero_stage=1"]) == 0
+    text = capsys.readouterr().out
+    assert "parallel.zero_stage: 3 -> 1" in text and "memory of a rank" in text and "GPU-hours" in text
+    assert "first       fits" in text and "second      does not fit" in text
+
+
+def test_another_file_is_compared_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    other = str(ROOT / "configs" / "deepseek_moe_16b.yaml")
+    found = plan_json(capsys, *CONFIG, *CLUSTER, "--compare", other, "parallel.zero_stage=2")
+    alone = plan_json(capsys, "--config", other, *CLUSTER, "--parallel.zero_stage=2")
+    assert found["second"] == alone and found["first"] == plan_json(capsys, *CONFIG, *CLUSTER)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([*CONFIG], "--device is missing"),
@@ -127,6 +180,15 @@ def test_a_machine_out_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: P
         ([*CONFIG, "--device", "h100", "--decode", "1"], "--decode: expected 2 arguments"),
         ([*CONFIG, "--device", "h100", "--gpus-per-node", "9"], "--gpus-per-node (9): a node of NVIDIA H100"),
         ([*CONFIG, "--device", "h100", "--inter-node-gbps", "9"], "--inter-node-gbps (9) has no effect with --nodes"),
+        ([*CONFIG, *CLUSTER, "--tokens", "2X"], "--tokens ('2X') must be a whole number of tokens"),
+        ([*CONFIG, *CLUSTER, "--tokens", "0"], "--tokens ('0') must be a whole number of tokens"),
+        ([*CONFIG, *CLUSTER, "--tokens", "1.0001k"], "--tokens ('1.0001k') must be a whole number of tokens"),
+        ([*CONFIG, *CLUSTER, "--tokens", "infT"], "--tokens ('infT') must be a whole number of tokens"),
+        ([*CONFIG, *CLUSTER, "--search", "--compare", "a.b=1"], "--compare has no effect with --search"),
+        ([*CONFIG, *CLUSTER, "--compare", "parallel.zero=1"], "unknown option --parallel.zero (value '1')"),
+        ([*CONFIG, *CLUSTER, "--compare", "parallel.zero_stage=5"], "--compare: parallel.zero_stage (5)"),
+        ([*CONFIG, *CLUSTER, "--compare", "train.global_batch_size=7"], "--compare: train.global_batch_size (7)"),
+        ([*CONFIG, *CLUSTER, "--compare", "nowhere.yaml"], "nowhere.yaml"),
         ([*CONFIG, *CLUSTER, "--parallel.device=cpu"], "parallel.device (cpu) contradicts the machine"),
         (
             [*CONFIG, *CLUSTER, "--imbalance", "1.8"],

@@ -8,7 +8,7 @@ import yaml
 
 from moe_train.config.load import dump_yaml, validate_config
 from moe_train.config.run import RecomputedPart
-from moe_train.model.block import Recompute
+from moe_train.model.block import NO_RECOMPUTE, Recompute
 from moe_train.plan.devices import DEVICES
 from moe_train.plan.layout import Cluster
 from moe_train.plan.planner import Question, make_plan
@@ -98,3 +98,46 @@ def test_nothing_fits() -> None:
     small = DEVICES["h100"].model_copy(update={"memory_bytes": 2**30})
     found = search(config_of(LARGE), 32000, Question(Cluster(1, 8, small)))
     assert found.best == () and found.smallest.total > 2**30
+
+
+LONG = {"train__sequence_length": 131072, "train__global_batch_size": 8}
+
+
+def test_ranks_share_sequences_only_where_too_little_fits_without() -> None:
+    question = Question(Cluster(1, 8, DEVICES["h100"]))
+    assert {each.layout.context_size for each in search(config_of(LARGE), 32000, question).best} == {1}
+    config = config_of(LARGE, **LONG)
+    found = search(config, 32000, question)
+    sizes = {each.layout.context_size for each in found.best}
+    assert len(sizes) > 1 and found.best[0].layout.context_size > 1
+    plain = {each.layout.context_size for each in found.best if each.layout.recompute == NO_RECOMPUTE}
+    assert plain == {max(sizes)}  # the smallest that needs no recomputation is the last that is tried
+    chosen = apply_layout(config, found.best[0].layout)
+    plan = make_plan(validate_config(yaml.safe_load(dump_yaml(chosen))), 32000, question)
+    assert plan.config.train.global_batch_size == 8 and plan.fits
+    assert plan.step.seconds == pytest.approx(found.best[0].step.seconds)
+
+
+def test_fewer_sequences_than_ranks_are_shared() -> None:
+    config = config_of(LARGE, train__sequence_length=32768, train__global_batch_size=2, parallel__zero_stage=3)
+    found = search(config, 32000, Question(Cluster(1, 8, DEVICES["h100"])))
+    assert found.best and {each.layout.context_size for each in found.best} <= {4, 8}
+    assert all(
+        each.layout.micro_batch * each.layout.accumulation * 8 // each.layout.context_size == 2 for each in found.best
+    )
+
+
+def test_a_model_that_cannot_share_sequences_does_not() -> None:
+    config = config_of(LARGE, **LONG, model__moe__capacity_factor=1.5)
+    found = search(config, 32000, Question(Cluster(1, 8, DEVICES["h200"])))
+    assert {each.layout.context_size for each in found.best} <= {1}
+
+
+def test_a_given_exchange_goes_with_ranks_that_share() -> None:
+    changes = {"parallel__context_parallel_size": 2, "parallel__context_exchange": "ring"}
+    question = Question(Cluster(1, 8, DEVICES["h100"]))
+    long, short = config_of(LARGE, **LONG, **changes), config_of(LARGE, **changes)
+    shared = next(each for each in search(long, 32000, question).best if each.layout.context_size > 1)
+    assert apply_layout(long, shared.layout).parallel.context_exchange == "ring"
+    alone = apply_layout(short, search(short, 32000, question).best[0].layout)
+    assert alone.parallel.context_parallel_size == 1 and alone.parallel.context_exchange == "all_gather"

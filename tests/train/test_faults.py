@@ -58,6 +58,18 @@ def test_a_run_of_bad_numbers_goes_back_and_passes_over_the_data(tmp_path: Path)
     assert manifest.step == manifest.optimizer_step == 12 and manifest.consumed_sequences == 68
 
 
+def test_going_back_to_a_checkpoint_of_shorter_sequences_counts_in_longer_ones(tmp_path: Path) -> None:
+    first = train_forked(1, *BASE, f"--train.run_dir={tmp_path / 'short'}", "--train.steps=4")  # 8 of 32 tokens
+    assert first.returncode == 0, first
+    options = [*BASE, f"--train.run_dir={tmp_path / 'long'}", f"--checkpoint.resume={tmp_path / 'short'}"]
+    options += ["--train.sequence_length=64", "--train.steps=8", "--train.max_skipped_steps=2"]
+    (result,) = train_faulty(1, {"poison": [[4, 7, NAN]]}, *options)
+    assert result.returncode == 0, result
+    assert "8 sequences of 32 tokens are 4 of 64" in result.stdout
+    assert "step_00000004, and on with sequence 8: 4 are passed over" in result.stdout
+    assert [line["train/tokens"] // 64 for line in records(tmp_path / "long")] == [10, 12, 14, 16]
+
+
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_if_it_happens_again_the_run_ends_with_a_diagnosis(tmp_path: Path, zero_stage: int) -> None:
     options = [*BASE, f"--train.run_dir={tmp_path}", "--train.steps=30", "--checkpoint.every=4"]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from moe_train.checkpoint.folders import list_checkpoints
 from moe_train.checkpoint.manifest import read_manifest
 from moe_train.config.errors import UsageError
-from moe_train.config.load import load_config
+from moe_train.config.load import load_config, validate_config
 from moe_train.config.registry import load_part, part_names
 from moe_train.model.moe.balance.build import balance_kinds
 from moe_train.train.parity import (
@@ -178,6 +178,16 @@ def test_the_users_model_keeps_its_shapes_precision_and_terms() -> None:
     assert "data" not in values and "optim" not in values
     with pytest.raises(UsageError, match=r"--layers \(99\).*num_layers"):
         own_model(config, layers=99)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 6, 8])
+def test_patterns_over_layers_are_cut_and_windows_matter(layers: int) -> None:
+    options = ["--config=configs/qwen3_30b_a3b.yaml", "--train.run_dir=r", "--model.window_pattern=[4096,null,8,null]"]
+    options += ["--model.mixers=attention,infini", "--model.infini.segment_length=16"]
+    values = own_model(load_config(options, program="t"), layers)
+    model = validate_config(values).model
+    assert model.layer_windows == ((32, None, 8, None) * 2)[:layers]
+    assert model.layer_mixers == (("attention", "infini") * 4)[:layers]
 
 
 @pytest.mark.slow

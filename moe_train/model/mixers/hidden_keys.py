@@ -15,9 +15,8 @@ from moe_train.config.model import HiddenCopiesConfig
 from moe_train.model.decode_state import CacheSpec
 from moe_train.model.mixers.base import MixerContext, Shared
 from moe_train.model.mixers.key_value import KeyValue, KeyValueMark, KeyValueState
-from moe_train.model.mixers.visibility import attention_mask, visible_hidden_keys
+from moe_train.model.mixers.visibility import attend_held, attention_mask, visible_hidden_keys
 from moe_train.model.token_index import CopiesLayout, TokenIndex
-from moe_train.ops.attention import attend, visible_keys
 from moe_train.ops.hidden_attention import hidden_attention
 from moe_train.ops.partial_attention import additive, merge_attention, partial_attention
 
@@ -125,15 +124,14 @@ def attend_with_copies(q_BHNd: Tensor, shared: Shared, context: MixerContext, wi
     if f"{_PREFIX}keys" not in shared and copies.num_positions > 0:
         return _attend_whole_rows(q_BHNd, held, context, window)
     length, positions = copies.num_originals, copies.num_positions
-    mask_B1tC = attention_mask(own, held, window)
     if positions == 0:
-        return attend(q_BHNd, held.k_BGCd, held.v_BGCd, mask_B1tC)
+        return attend_held(q_BHNd, own, held, window)
+    last_B1sC = attention_mask(own.columns(slice(length - positions, None)), held, window)
     if positions == length:  # the keys are read once for all copies
-        out_BHnsd, lse_BHns = _over_originals(q_BHNd.unflatten(2, (copies.number, length)), held, mask_B1tC)
+        out_BHnsd, lse_BHns = _over_originals(q_BHNd.unflatten(2, (copies.number, length)), held, last_B1sC)
         first_BHsd, out_BHcsd, lse_BHcs = out_BHnsd[:, :, 0], out_BHnsd[:, :, 1:], lse_BHns[:, :, 1:]
     else:
-        first_BHsd = attend(q_BHNd[:, :, :length], held.k_BGCd, held.v_BGCd, mask_B1tC)
-        last_B1sC = _last_rows(mask_B1tC, own, held, positions)
+        first_BHsd = attend_held(q_BHNd[:, :, :length], own, held, window)
         q_BHcsd = q_BHNd[:, :, length:].unflatten(2, (copies.number - 1, positions))
         out_BHcsd, lse_BHcs = _over_originals(q_BHcsd, held, last_B1sC)
     near, near_lse = _over_hidden(q_BHNd[:, :, length:], shared, own, context)
@@ -158,15 +156,6 @@ def _over_originals(q_BHnsd: Tensor, held: KeyValue, mask_B1sC: Tensor | None) -
         mask = None if mask_B1sC is None else additive(mask_B1sC, q.dtype).expand(-1, -1, q.shape[2], -1)
     out, lse = partial_attention(q, held.k_BGCd, held.v_BGCd, mask, is_causal)
     return out.reshape(q_BHnsd.shape), lse.reshape(q_BHnsd.shape[:4])
-
-
-def _last_rows(mask_B1tC: Tensor | None, own: TokenIndex, held: KeyValue, count: int) -> Tensor | None:
-    """Return the mask of the last queries; without a mask, the queries are those of the keys' last positions."""
-    if mask_B1tC is not None:
-        return mask_B1tC[:, :, -count:]
-    queries_BS = own.positions_BS[:, -count:]
-    places_C = torch.arange(1 - held.k_BGCd.shape[2], 1, device=queries_BS.device)
-    return visible_keys(queries_BS, queries_BS[:, -1:] + places_C, None, None)
 
 
 def _over_hidden(q_BHMd: Tensor, shared: Shared, own: TokenIndex, context: MixerContext) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_train.model.flops import training_flops_per_token
+from moe_train.model.mixers import visibility
 from moe_train.model.mixers.base import MixerContext
 from moe_train.model.stream.hidden_copies import HiddenCopies
 from moe_train.model.transformer import Tokens
@@ -142,6 +143,27 @@ def test_a_prefill_computes_the_least_hidden_positions(changes, padded):
     if max(reach) > 0:
         found = prefill(model, replace(tokens, hidden_from=wanted + 1), half)
         assert (found[:, 0] - expected[:, 0]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("changes", [{"hidden_copies": PHD}, MODELS["swa, sliding window"]], ids=["phd", "window"])
+@torch.no_grad()
+def test_a_prefill_with_documents_forms_no_mask_of_all_pairs(changes, monkeypatch):
+    config, length, masks = small_config(**changes, isolate_documents=True), 2 * LENGTH, []
+    model = small_model(config)
+    tokens = model.for_prefill(checks.index_of(random_ids(2, length), checks.packed_documents(length)))
+    whole = model(tokens, cache=model.new_cache(2, length)).logits_BSV
+    make = visibility.visible_keys
+
+    def noting(queries, keys, *rest):
+        masks.append((queries.shape[1], keys.shape[1]))
+        return make(queries, keys, *rest)
+
+    monkeypatch.setattr(visibility, "MOST_QUERIES", 4)
+    monkeypatch.setattr(visibility, "visible_keys", noting)
+    parts = model(tokens, cache=model.new_cache(2, length)).logits_BSV
+    torch.testing.assert_close(parts, whole, **CLOSE)
+    hidden = length - (tokens.hidden_from or 0)
+    assert masks and all(queries <= max(4, hidden) for queries, _ in masks)
 
 
 @torch.no_grad()
