@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_train.config.errors import UsageError
@@ -29,6 +30,7 @@ from moe_train.distributed.missing_ranks import say_error
 from moe_train.distributed.rendezvous import join_group, open_store, wait_for_ranks
 from moe_train.distributed.world import (
     LOOPBACK,
+    TRUE_LOCAL_RANK,
     Launcher,
     Manager,
     World,
@@ -40,11 +42,13 @@ from moe_train.distributed.world import (
     require_equal,
 )
 from moe_train.host.cores import usable_cores
+from moe_train.host.gpus import DEV, PCI_DEVICES, gpu_nodes, near_cores
 
 if TYPE_CHECKING:
     import torch
 
 _SETTLE_SECONDS = 0.5  # on two hosts, 24 of 24 starts ended well with this pause, and 13 of 26 without
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
@@ -161,7 +165,7 @@ def _agree_on_address(environ: Mapping[str, str], world: Any, is_leader: bool, n
 
 
 def choose_device(
-    setting: Literal["auto", "cpu", "cuda"], world: World, environ: Mapping[str, str] = os.environ
+    setting: Literal["auto", "cpu", "cuda"], world: World, environ: Mapping[str, str] = os.environ, dev: Path = DEV
 ) -> torch.device:
     """Choose the device of this rank: the CUDA device of its local rank, the only device that it sees, or the CPU.
 
@@ -169,9 +173,11 @@ def choose_device(
         setting: parallel.device; auto: cuda if a device is visible, unless DS_ACCELERATOR is cpu.
         world: Place of this process among the ranks.
         environ: Environment variables.
+        dev: Folder of device nodes.
 
     Raises:
-        UsageError: If the setting is cuda without a visible device, or a host has more ranks than devices.
+        UsageError: If the setting is cuda without a visible device, if it is auto and the host has GPUs that torch
+            cannot use, or if a host has more ranks than devices.
     """
     import torch
 
@@ -181,10 +187,16 @@ def choose_device(
     elif accelerator and accelerator != setting:
         raise UsageError(f"parallel.device ({setting}) contradicts DS_ACCELERATOR ({accelerator})")
     count = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
-    if setting == "cpu" or (setting == "auto" and count == 0):
-        return torch.device("cpu")
     variable = next((name for name in VISIBLE_DEVICES if name in environ), None)
     restriction = None if variable is None else environ[variable]
+    if setting == "auto" and count == 0 and restriction is None and (nodes := gpu_nodes(dev)):
+        raise UsageError(
+            f"parallel.device is auto and this host has a GPU ({nodes[0]}), but torch {torch.__version__} cannot use "
+            f"it: {_why_no_cuda()}; install the build of torch for this driver (make setup chooses it), or give "
+            "--parallel.device=cpu to train on the CPU"
+        )
+    if setting == "cpu" or (setting == "auto" and count == 0):
+        return torch.device("cpu")
     if count == 0:
         seen = "" if restriction is None else f" ({variable} is {restriction!r})"
         raise UsageError(f"parallel.device is cuda, but no CUDA device is visible to torch {torch.__version__}{seen}")
@@ -195,6 +207,46 @@ def choose_device(
             "one process per device"
         )
     return torch.device("cuda", 0 if own_device else world.local_rank)
+
+
+def _why_no_cuda() -> str:
+    """Return torch's reason why it has no CUDA, in one line."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # a CPU build raises AssertionError
+        return " ".join(str(error).split())
+    return "torch finds no device"
+
+
+def bind_near_gpu(device: torch.device, pci_devices: Path = PCI_DEVICES) -> set[int]:
+    """Bind this process to the cores near its GPU; those of another socket reach its memory more slowly.
+
+    It changes nothing on the CPU, nor where the process may not use all cores of the host: then a launcher, a
+    control group or the user has chosen cores already. Call it after `set_threads`, which counts the host's cores.
+
+    Args:
+        device: Device of this rank.
+        pci_devices: Folder of PCI devices.
+
+    Returns:
+        The cores; empty if nothing was changed.
+    """
+    import torch
+
+    allowed = os.sched_getaffinity(0)
+    if device.type != "cuda" or len(allowed) < (os.cpu_count() or 1):
+        return set()
+    found = torch.cuda.get_device_properties(device)
+    domain, bus, number = (getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+    if domain is None or bus is None or number is None:  # not in every torch
+        return set()
+    cores = near_cores(domain, bus, number, pci_devices) & allowed
+    if not cores or cores == allowed:
+        return set()
+    os.sched_setaffinity(0, cores)
+    return cores
 
 
 def set_threads(setting: int | Literal["auto"], world: World, environ: Mapping[str, str] = os.environ) -> int:
@@ -248,6 +300,9 @@ def export_world(
     # DeepSpeed takes LOCAL_RANK as the device index: 0 if the launcher shows each rank only one device.
     index = device.index if device is not None and device.type == "cuda" else None
     environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
+    environ[TRUE_LOCAL_RANK] = str(world.local_rank)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # DeepSpeed (0.19.8) asserts that both are the same
+        environ["OMPI_COMM_WORLD_LOCAL_RANK"] = environ["LOCAL_RANK"]
     environ["LOCAL_WORLD_SIZE"] = str(world.local_world_size)
     environ["MASTER_ADDR"] = world.master_addr
     environ["MASTER_PORT"] = str(world.master_port)
@@ -257,6 +312,9 @@ def export_world(
             environ.setdefault(name, interface_value(name, interface))
     if device is not None and device.type == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
+    if device is not None and device.type == "cuda" and not any(name in environ for name in ALLOCATOR_SETTINGS):
+        # Read when CUDA starts. The sizes of routed rows differ from step to step, and would cut the memory to pieces.
+        environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def init_process_group(
@@ -328,7 +386,7 @@ def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, s
         one_thread: Whether it gets one CPU thread, because several ranks share few cores.
         environ: Environment variables of this process.
     """
-    launchers = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
+    launchers = (TRUE_LOCAL_RANK, "OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
     kept = {name: value for name, value in environ.items() if not name.startswith(launchers)}
     kept |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.world_size), "LOCAL_RANK": str(world.local_rank)}
     kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size)}

@@ -127,10 +127,10 @@ def load_model(trained: Trained) -> Transformer:
     config, world, manifest = trained.config, trained.world, trained.manifest
     parallel, placement = config.parallel, ExpertPlacement()
     if world.world_size > 1:
-        init_process_group(world, trained.device, parallel.timeout_seconds)
+        init_process_group(world, trained.device, config.collective_seconds(trained.device.type))
         # In one hop and one chunk: for few tokens latency counts. The payload is that of training.
         size = parallel.expert_parallel_size
-        mesh = create_mesh(size, parallel.timeout_seconds)
+        mesh = create_mesh(size, config.collective_seconds(trained.device.type))
         placement = ExpertPlacement(
             mesh.expert.rank, size, mesh.dispatch_groups, parallel.dispatch, payload=parallel.payload
         )

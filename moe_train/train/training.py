@@ -91,7 +91,7 @@ def train_prepared(prepared: PreparedRun, log: RankLog, sample: Sampler) -> Trai
         with contextlib.suppress(OSError):  # nobody may read it any more
             print(text, file=log.errors, flush=True)
 
-    init_process_group(world, prepared.device, config.parallel.timeout_seconds, warn)
+    init_process_group(world, prepared.device, config.collective_seconds(prepared.device.type), warn)
     if config.train.compile:
         run_on_all_ranks(lambda: check_compiler(prepared.device))
     lock = RunLock(prepared.folder.root)
