@@ -107,7 +107,22 @@ def test_the_users_index_has_the_last_word(setup: Setup) -> None:
 def test_a_missing_compiler_is_said(setup: Setup) -> None:
     programs = setup.folder / "programs"
     programs.mkdir()
-    for name in ("sh", "cat", "cksum", "cp", "date", "dirname", "find", "flock", "grep", "mkdir", "rm", "sed", "tail", "uname"):
+    for name in (
+        "sh",
+        "cat",
+        "cksum",
+        "cp",
+        "date",
+        "dirname",
+        "find",
+        "flock",
+        "grep",
+        "mkdir",
+        "rm",
+        "sed",
+        "tail",
+        "uname",
+    ):
         found = shutil.which(name)
         if found:
             (programs / name).symlink_to(found)

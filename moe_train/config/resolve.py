@@ -123,7 +123,6 @@ class ResolvedConfig(Config):
         num_readers = self.world_size // self.parallel.context_parallel_size
         return self.train.global_batch_size // (self.train.micro_batch_size * num_readers)
 
-
     def collective_seconds(self, device_type: str) -> int:
         """Return the time limit of a collective operation: on CUDA later than the watchdog's, which reports first.
 

@@ -63,8 +63,8 @@ class ParallelConfig(Section):
     """Network interface of every host through which ranks reach each other, for gloo and NCCL, such as eth0 or ib0.
     None: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if set, else the interface of the route to rank 0's host."""
     timeout_seconds: PositiveInt = 600
-    """Seconds after which a collective operation that is not complete counts as an error. On CUDA at least 120 more than
-    train.step_timeout_seconds: NCCL ends a process without a report, and so comes after the watchdog."""
+    """Seconds after which a collective operation that is not complete counts as an error. On CUDA they are at least 120
+    more than train.step_timeout_seconds: NCCL ends a process without a report, and so comes after the watchdog."""
     peer_timeout_seconds: int = Field(20, ge=5)
     """Seconds without a heartbeat after which a rank counts as lost: the others name it and end with exit code 70. A
     separate thread sends the heartbeats, also while the rank computes."""

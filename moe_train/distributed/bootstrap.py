@@ -42,13 +42,12 @@ from moe_train.distributed.world import (
     require_equal,
 )
 from moe_train.host.cores import usable_cores
-from moe_train.host.gpus import DEV, PCI_DEVICES, gpu_nodes, near_cores
+from moe_train.host.gpus import DEV, prefer_growing_segments, refuse_unusable_gpu
 
 if TYPE_CHECKING:
     import torch
 
 _SETTLE_SECONDS = 0.5  # on two hosts, 24 of 24 starts ended well with this pause, and 13 of 26 without
-ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
@@ -176,8 +175,8 @@ def choose_device(
         dev: Folder of device nodes.
 
     Raises:
-        UsageError: If the setting is cuda without a visible device, if it is auto and the host has GPUs that torch
-            cannot use, or if a host has more ranks than devices.
+        UsageError: If the setting is cuda without a visible device, or auto where torch cannot use the host's GPUs, or
+            if a host has more ranks than devices.
     """
     import torch
 
@@ -189,12 +188,8 @@ def choose_device(
     count = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
     variable = next((name for name in VISIBLE_DEVICES if name in environ), None)
     restriction = None if variable is None else environ[variable]
-    if setting == "auto" and count == 0 and restriction is None and (nodes := gpu_nodes(dev)):
-        raise UsageError(
-            f"parallel.device is auto and this host has a GPU ({nodes[0]}), but torch {torch.__version__} cannot use "
-            f"it: {_why_no_cuda()}; install the build of torch for this driver (make setup chooses it), or give "
-            "--parallel.device=cpu to train on the CPU"
-        )
+    if setting == "auto" and count == 0 and restriction is None:
+        refuse_unusable_gpu(dev)
     if setting == "cpu" or (setting == "auto" and count == 0):
         return torch.device("cpu")
     if count == 0:
@@ -207,46 +202,6 @@ def choose_device(
             "one process per device"
         )
     return torch.device("cuda", 0 if own_device else world.local_rank)
-
-
-def _why_no_cuda() -> str:
-    """Return torch's reason why it has no CUDA, in one line."""
-    import torch
-
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # a CPU build raises AssertionError
-        return " ".join(str(error).split())
-    return "torch finds no device"
-
-
-def bind_near_gpu(device: torch.device, pci_devices: Path = PCI_DEVICES) -> set[int]:
-    """Bind this process to the cores near its GPU; those of another socket reach its memory more slowly.
-
-    It changes nothing on the CPU, nor where the process may not use all cores of the host: then a launcher, a
-    control group or the user has chosen cores already. Call it after `set_threads`, which counts the host's cores.
-
-    Args:
-        device: Device of this rank.
-        pci_devices: Folder of PCI devices.
-
-    Returns:
-        The cores; empty if nothing was changed.
-    """
-    import torch
-
-    allowed = os.sched_getaffinity(0)
-    if device.type != "cuda" or len(allowed) < (os.cpu_count() or 1):
-        return set()
-    found = torch.cuda.get_device_properties(device)
-    domain, bus, number = (getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
-    if domain is None or bus is None or number is None:  # not in every torch
-        return set()
-    cores = near_cores(domain, bus, number, pci_devices) & allowed
-    if not cores or cores == allowed:
-        return set()
-    os.sched_setaffinity(0, cores)
-    return cores
 
 
 def set_threads(setting: int | Literal["auto"], world: World, environ: Mapping[str, str] = os.environ) -> int:
@@ -291,30 +246,24 @@ def export_world(
 
     Args:
         world: Place of this process among the ranks.
-        device: Device of this rank. For the CPU, DS_ACCELERATOR tells DeepSpeed so; call this before deepspeed is
-            imported.
+        device: Device of this rank. For the CPU, DS_ACCELERATOR tells DeepSpeed so, when it is imported later.
         environ: Environment variables to write to.
     """
-    environ["RANK"] = str(world.rank)
-    environ["WORLD_SIZE"] = str(world.world_size)
     # DeepSpeed takes LOCAL_RANK as the device index: 0 if the launcher shows each rank only one device.
-    index = device.index if device is not None and device.type == "cuda" else None
-    environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
-    environ[TRUE_LOCAL_RANK] = str(world.local_rank)
+    index = device.index if device is not None and device.type == "cuda" else world.local_rank
+    environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(index))
+    environ.update(MASTER_ADDR=world.master_addr, MASTER_PORT=str(world.master_port))
+    environ.update({"LOCAL_WORLD_SIZE": str(world.local_world_size), TRUE_LOCAL_RANK: str(world.local_rank)})
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # DeepSpeed (0.19.8) asserts that both are the same
         environ["OMPI_COMM_WORLD_LOCAL_RANK"] = environ["LOCAL_RANK"]
-    environ["LOCAL_WORLD_SIZE"] = str(world.local_world_size)
-    environ["MASTER_ADDR"] = world.master_addr
-    environ["MASTER_PORT"] = str(world.master_port)
     interface = route_interface(world.master_addr) if world.num_nodes > 1 else None
     if interface is not None:  # gloo's default is the host's name, which may not resolve, or resolve to loopback
         for name in SOCKET_INTERFACES:
             environ.setdefault(name, interface_value(name, interface))
     if device is not None and device.type == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
-    if device is not None and device.type == "cuda" and not any(name in environ for name in ALLOCATOR_SETTINGS):
-        # Read when CUDA starts. The sizes of routed rows differ from step to step, and would cut the memory to pieces.
-        environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+    elif device is not None:
+        prefer_growing_segments(environ)
 
 
 def init_process_group(
@@ -386,10 +335,10 @@ def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, s
         one_thread: Whether it gets one CPU thread, because several ranks share few cores.
         environ: Environment variables of this process.
     """
-    launchers = (TRUE_LOCAL_RANK, "OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
+    launchers = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
     kept = {name: value for name, value in environ.items() if not name.startswith(launchers)}
     kept |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.world_size), "LOCAL_RANK": str(world.local_rank)}
-    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size)}
+    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size), TRUE_LOCAL_RANK: str(world.local_rank)}
     kept |= {"MASTER_ADDR": world.master_addr, "MASTER_PORT": str(world.master_port)}
     return kept | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
 
@@ -399,10 +348,3 @@ def local_rank_environments(num_ranks: int, environ: Mapping[str, str] = os.envi
     port = free_port()
     worlds = [World(r, num_ranks, r, num_ranks, 1, 0, LOOPBACK, port, "environment") for r in range(num_ranks)]
     return [child_environment(w, one_thread=True, environ=environ) | {"DS_ACCELERATOR": "cpu"} for w in worlds]
-
-
-def num_devices(device_type: str) -> int | None:
-    """Count the CUDA devices that this process sees; None for the CPU, which can run any number of ranks."""
-    import torch
-
-    return torch.cuda.device_count() if device_type == "cuda" else None

@@ -15,8 +15,7 @@ from moe_train.distributed.slurm import derive_port, expand_nodelist, expand_tas
 
 LOOPBACK = "127.0.0.1"
 MAX_PORT = 65535
-# The rank on the host, for a later look at the world in the same process: LOCAL_RANK becomes the number of the device.
-TRUE_LOCAL_RANK = "MOE_TRAIN_LOCAL_RANK"
+TRUE_LOCAL_RANK = "MOE_TRAIN_LOCAL_RANK"  # of this process, whose LOCAL_RANK becomes the number of the device
 
 Launcher = Literal["deepspeed", "torchrun", "mpirun", "srun", "single", "environment"]
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KERNEL_CAPABILITIES = (9, 10)  # major compute capabilities for which torch 2.13 has a grouped kernel, in bf16
-_FIRST_WITH_GARBAGE = 10  # major compute capability whose kernel leaves an empty expert's gradient unset (pytorch#172439)
+_FIRST_WITH_GARBAGE = (
+    10  # major compute capability whose kernel leaves an empty expert's gradient unset (pytorch#172439)
+)
 _ALIGNMENT = 16  # bytes of which a row must have a multiple
 
 

@@ -18,14 +18,9 @@ from moe_train.config.resolve import ResolvedConfig, resolve, resolve_sizes
 from moe_train.config.root import Config
 from moe_train.data import PreparedData, check_data, prepare_data
 from moe_train.distributed.addresses import choose_interface
-from moe_train.distributed.bootstrap import (
-    bind_near_gpu,
-    choose_device,
-    environment,
-    export_world,
-    set_threads,
-)
+from moe_train.distributed.bootstrap import choose_device, environment, export_world, set_threads
 from moe_train.distributed.world import World
+from moe_train.host.gpus import bind_near_gpu
 from moe_train.host.memory import keep_freed_memory
 from moe_train.host.precision import describe_device
 from moe_train.train.engine.settings import check_sizes

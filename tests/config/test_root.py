@@ -161,8 +161,8 @@ def test_chunks_on_a_gpu_are_few_and_large(tokens, chunks):
 
 def test_nccl_ends_a_process_after_the_watchdog():
     """NCCL's own end is SIGABRT, which would hide the report and exit code 70."""
-    for given, step, on_cpu, on_cuda in ((600, 600, 600, 720), (60, 600, 60, 720), (3600, 600, 3600, 3600)):
-        config = make(parallel={"timeout_seconds": given}, train={"step_timeout_seconds": step})
+    for seconds, step, on_cpu, on_cuda in ((600, 600, 600, 720), (60, 600, 60, 720), (3600, 600, 3600, 3600)):
+        config = make(parallel={"timeout_seconds": seconds}, train={"step_timeout_seconds": step})
         resolved = resolve_for(config, 1)
         assert resolved.collective_seconds("cpu") == on_cpu
         assert resolved.collective_seconds("cuda") == on_cuda

@@ -19,9 +19,23 @@ OWN = (os.path.join(ROOT, "moe_train"), HERE)
 STANDS = (os.path.abspath(__file__), os.path.join(HERE, "fake_cuda.py"))
 # Operations that launch nothing: views, memory without values, questions about a tensor.
 FREE = frozenset(
-    "alias as_strided chunk detach device diagonal empty empty_like empty_strided expand is_pinned lift_fresh new_empty "
-    "new_empty_strided permute record_stream resize_ select set_ slice split split_with_sizes squeeze t transpose unbind "
-    "unfold unsqueeze view view_as_real _has_compatible_shallow_copy_type _reshape_alias _unsafe_view".split()
+    (
+        *(
+            "alias",
+            "as_strided",
+            "chunk",
+            "detach",
+            "device",
+            "diagonal",
+            "empty",
+            "empty_like",
+            "empty_strided",
+            "expand",
+        ),
+        *("is_pinned", "lift_fresh", "new_empty", "new_empty_strided", "permute", "record_stream", "resize_", "select"),
+        *("set_", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze"),
+        *("view", "view_as_real", "_has_compatible_shallow_copy_type", "_reshape_alias", "_unsafe_view"),
+    )
 )
 # Operations that launch several kernels (torch 2.13, by reading; a sort: its radix passes). All others launch one.
 LAUNCHES = {

@@ -149,7 +149,13 @@ def _read_list(tensor: FakeTensor) -> Any:
 
 
 def _attention(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **options: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
 ) -> Any:
     """The kernel that CUDA would take: flash without a mask, else the memory-efficient one."""
     if options.get("enable_gqa") and query.shape[1] != key.shape[1]:  # a view: the kernel does not copy

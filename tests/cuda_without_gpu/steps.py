@@ -24,7 +24,11 @@ from moe_train.model.step_size import StepSize
 from tests.cuda_without_gpu.counting import DeviceWork
 
 SEQUENCE, MICRO_BATCH, VOCABULARY, DOCUMENT = 512, 2, 4096, 128
-STEPS = {1: 2, 2: 2, 3: 3}  # by ZeRO stage: the first makes the optimizer's state, in the second 3 follows the parameters
+STEPS = {
+    1: 2,
+    2: 2,
+    3: 3,
+}  # by ZeRO stage: the first makes the optimizer's state, in the second 3 follows the parameters
 DEVICE = torch.device("cuda", 0)
 
 

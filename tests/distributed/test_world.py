@@ -4,7 +4,6 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from hypothesis import strategies as st
 
 from moe_train.config.errors import UsageError
 from moe_train.distributed.addresses import accepts_connections, free_port, interface_addresses, route_interface
-from moe_train.distributed.bootstrap import bind_near_gpu, choose_device, discover_world, export_world, set_threads
-from moe_train.distributed.rendezvous import join_group
+from moe_train.distributed.bootstrap import choose_device, discover_world, export_world, set_threads
 from moe_train.distributed.mesh import expert_data_parallel_ranks, expert_parallel_ranks
+from moe_train.distributed.rendezvous import join_group
 from moe_train.distributed.slurm import derive_port, expand_nodelist, expand_tasks_per_node
 from moe_train.distributed.world import World
 from moe_train.host.cores import cpu_quotas, usable_cores
@@ -230,13 +229,13 @@ def test_world_of_a_rank_with_one_visible_gpu_is_found_again() -> None:
 
 def test_gpu_memory_grows_in_segments_unless_told() -> None:
     world = discover_world({})
-    for device, given, expected in (
+    for device, before, expected in (
         ("cuda:0", {}, "expandable_segments:True"),
         ("cuda:0", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
         ("cuda:0", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
         ("cpu", {}, None),
     ):
-        environ = dict(given)
+        environ = dict(before)
         export_world(world, torch.device(device), environ)
         assert environ.get("PYTORCH_ALLOC_CONF") == expected
 
@@ -345,26 +344,6 @@ def test_auto_refuses_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: p
         choose_device("auto", local_world(0, 1), {}, tmp_path)
     for setting, environ in (("cpu", {}), ("auto", {"DS_ACCELERATOR": "cpu"}), ("auto", {"CUDA_VISIBLE_DEVICES": ""})):
         assert choose_device(setting, local_world(0, 1), environ, tmp_path).type == "cpu"
-
-
-def test_a_rank_is_bound_near_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "0001:3b:00.0"
-    folder.mkdir()
-    (folder / "local_cpulist").write_text("0-1,4\n")
-    allowed, bound = set(range(8)), []
-    properties = SimpleNamespace(pci_domain_id=1, pci_bus_id=0x3B, pci_device_id=0)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: allowed)
-    monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: bound.append(cores))
-    assert bind_near_gpu(torch.device("cuda", 0), tmp_path) == {0, 1, 4}
-    assert bind_near_gpu(torch.device("cpu"), tmp_path) == set()
-    properties.pci_bus_id = 0x3C  # of which the system tells nothing
-    assert bind_near_gpu(torch.device("cuda", 0), tmp_path) == set()
-    properties.pci_bus_id = 0x3B
-    allowed.remove(7)  # somebody has chosen cores already
-    assert bind_near_gpu(torch.device("cuda", 0), tmp_path) == set()
-    assert bound == [{0, 1, 4}]
 
 
 @pytest.mark.parametrize(("world_size", "is_bound"), [(1, False), (2, True)])
