@@ -32,6 +32,18 @@ def kernels_for(*tensors: Tensor) -> ModuleType | None:
     return triton_kernels
 
 
+def token_kernels_for(*tensors: Tensor) -> ModuleType | None:
+    """Return the module moe_train.ops.triton_tokens if its kernels take all of the tensors, else None.
+
+    In code that torch compiles they are not taken: the compiler makes such kernels itself.
+    """
+    if torch.compiler.is_compiling() or not all(can_run(tensor) for tensor in tensors):
+        return None
+    from moe_train.ops import triton_tokens
+
+    return triton_tokens
+
+
 def linear_scan_kernels_for(q_BnHbf: Tensor) -> ModuleType | None:
     """Return the module moe_train.ops.triton_ttt if it takes such queries: fp32, within its limits; else None."""
     if q_BnHbf.dtype != torch.float32 or not can_run(q_BnHbf):

@@ -6,6 +6,7 @@ attention takes, and numbers that the host reads.
 
 import contextlib
 import ctypes
+import importlib
 import os
 from collections import Counter
 from types import SimpleNamespace
@@ -17,13 +18,19 @@ import torch  # noqa: E402  (after the guard)
 import torch._dynamo  # noqa: E402  (it looks at functions that are replaced below)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 
+from tests.cuda_without_gpu.ceilings import REGISTERS  # noqa: E402
 from tests.cuda_without_gpu.counting import DeviceWork  # noqa: E402
 
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, gcnArchName=""
 )
 MEMORY_SIZES = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
-KERNELS = ("_gather_kernel", "_sum_kernel", "_swiglu_kernel", "_swiglu_gradients_kernel")
+KERNELS = {name: tuple(kernels) for name, kernels in REGISTERS.items()}
+
+
+def note_launch(name: str, count: int = 1) -> None:
+    if DeviceWork.active is not None:
+        DeviceWork.active.note_launch(name, count)
 
 
 def note_wait(kind: str) -> None:
@@ -91,8 +98,7 @@ class FakeKernel:
             wrong = [tensor.device for tensor in tensors if tensor.device.type != "cuda"]
             assert not wrong, f"{self.name} got a tensor on {wrong[0]}"
             assert all(tensor.stride(-1) == 1 for tensor in tensors), f"{self.name}: rows are not contiguous"
-            if DeviceWork.active is not None:
-                DeviceWork.active.note_launch(f"triton {self.name}")
+            note_launch(f"triton {self.name}")
 
         return launch
 
@@ -123,10 +129,12 @@ def install() -> None:
         setattr(torch.cuda, name, value)
     torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _returns(None), _returns(None)
     torch.Tensor.record_stream = _returns(None)
+    torch.Tensor.pin_memory = lambda tensor, *args: tensor  # the fake form is not there
     torch.nn.Module._apply = lambda self, fn, recurse=True: self  # weights are where they belong
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # whatever torch.cuda says
     FakeTensor.tolist = _read_list
     torch.nn.functional.scaled_dot_product_attention = _attention
+    torch.nn.functional.rms_norm = _rms_norm
     torch.nn.functional.grouped_mm = _grouped_mm(torch.nn.functional.grouped_mm)
     _stand_for_triton()
 
@@ -146,6 +154,27 @@ def _read_list(tensor: FakeTensor) -> Any:
     for size in reversed(tensor.shape):
         number = [number] * size
     return number
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The kernel that torch takes for RMSNorm on CUDA; its CPU build makes ten operations of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any) -> Any:
+        assert x.dtype == weight.dtype, "with another dtype of the weight torch does not take its kernel"
+        ctx.save_for_backward(x, weight)
+        note_launch("_fused_rms_norm")
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, Any]:
+        x, weight = ctx.saved_tensors
+        note_launch("_fused_rms_norm_backward", 2)
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+    return _FusedNorm.apply(x, weight)
 
 
 def _attention(
@@ -191,8 +220,9 @@ def _grouped_mm(real: Any) -> Any:
 
 
 def _stand_for_triton() -> None:
-    from moe_train.ops import kernels, triton_kernels
+    from moe_train.ops import kernels
 
-    for name in KERNELS:
-        setattr(triton_kernels, name, FakeKernel(name))
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(importlib.import_module(f"moe_train.ops.{module}"), name, FakeKernel(name))
     kernels._has_triton.cache_clear()

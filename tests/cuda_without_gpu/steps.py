@@ -6,7 +6,6 @@ The engine, DeepSpeed included, is the real one. `main` prints what it counted i
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tests.cuda_without_gpu import fake_cuda  # before torch
@@ -21,6 +20,7 @@ from moe_train.config.load import validate_config
 from moe_train.config.parts import load_kinds
 from moe_train.config.resolve import Device, Ranks, ResolvedConfig, resolve
 from moe_train.model.step_size import StepSize
+from tests.cuda_without_gpu.ceilings import Layout
 from tests.cuda_without_gpu.counting import DeviceWork
 
 SEQUENCE, MICRO_BATCH, VOCABULARY, DOCUMENT = 512, 2, 4096, 128
@@ -30,37 +30,6 @@ STEPS = {
     3: 3,
 }  # by ZeRO stage: the first makes the optimizer's state, in the second 3 follows the parameters
 DEVICE = torch.device("cuda", 0)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a run is like.
-
-    Attributes:
-        world: GPUs.
-        experts: Ranks that share the experts.
-        stage: ZeRO stage; 0: decoding.
-        accumulation: Micro-batches of a step.
-        dispatch: parallel.dispatch.
-        precision: train.precision.
-        recompute: train.recompute_activations.
-        documents: Whether documents are isolated.
-        router: model.moe.router.
-        node: GPUs of a node.
-        plant: A mistake that is made on purpose, from PLANTS.
-    """
-
-    world: int
-    experts: int
-    stage: int = 1
-    accumulation: int = 1
-    dispatch: str = "flat"
-    precision: str = "bf16"
-    recompute: bool = False
-    documents: bool = False
-    router: str = "softmax_topk"
-    node: int = 8
-    plant: str = ""
 
 
 def resolved(layout: Layout) -> ResolvedConfig:
