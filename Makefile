@@ -29,7 +29,8 @@ help:
 	@echo
 	@echo 'For the set-up, also as part of another target:'
 	@echo '  PYTHON=python3.12       interpreter (default: python3, else python3.13, python3.12, python3.11; 3.11 or newer)'
-	@echo '  TORCH_INDEX_URL=URL     where torch comes from. Default: with an NVIDIA GPU, or not on Linux, what pip finds;'
+	@echo '  TORCH_INDEX_URL=URL     where torch comes from. Default: with an NVIDIA GPU the build for its driver; not on'
+	@echo '                          Linux what pip finds;'
 	@echo '                          otherwise the small CPU build (pip, then https://download.pytorch.org/whl/cpu).'
 	@echo '                          On a login node without a GPU: TORCH_INDEX_URL=https://pypi.org/simple'
 	@echo '  PIP_ARGS="..."          further arguments of pip install'
