@@ -1,6 +1,6 @@
 # Everything a newcomer runs. `make` alone lists the targets; requirements/setup.sh keeps .venv current for all of them.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint docs venv
+.PHONY: help setup train test test-gpu lint docs venv
 
 PYTHON ?=
 TORCH_INDEX_URL ?=
@@ -22,13 +22,15 @@ help:
 	@echo '                          ARGS="--train.steps=50 --train.run_dir=runs/x" changes fields of the configuration'
 	@echo '                          CONFIG=configs/NAME.yaml   LAUNCH_ARGS="--num_gpus 4" (any option of deepspeed)'
 	@echo 'make test [ARGS="..."]    run the tests; ARGS="-k router -x" goes to pytest'
+	@echo 'make test-gpu             run the tests that need an NVIDIA GPU, on it'
 	@echo 'make lint                 ruff check, ruff format --check, mypy'
 	@echo 'make docs                 build the pages of docs/ into build/docs; every warning is an error'
 	@echo 'make help                 this list'
 	@echo
 	@echo 'For the set-up, also as part of another target:'
 	@echo '  PYTHON=python3.12       interpreter (default: python3, else python3.13, python3.12, python3.11; 3.11 or newer)'
-	@echo '  TORCH_INDEX_URL=URL     where torch comes from. Default: with an NVIDIA GPU, or not on Linux, what pip finds;'
+	@echo '  TORCH_INDEX_URL=URL     where torch comes from. Default: with an NVIDIA GPU the build for its driver; not on'
+	@echo '                          Linux what pip finds;'
 	@echo '                          otherwise the small CPU build (pip, then https://download.pytorch.org/whl/cpu).'
 	@echo '                          On a login node without a GPU: TORCH_INDEX_URL=https://pypi.org/simple'
 	@echo '  PIP_ARGS="..."          further arguments of pip install'
@@ -45,10 +47,16 @@ train: venv
 	exec .venv/bin/python -m moe_train.launch.local --parent $$PPID -- \
 	    $(LAUNCH_ARGS) launch/train.py --config $(CONFIG) $(ARGS)
 
+# On the CPU, also where there are GPUs: the tests fork processes, which CUDA does not survive.
 # Two files of tests at once, with one thread each; with -m slow one, for those tests start several ranks and hosts each.
 WORKERS ?= $(if $(findstring slow,$(ARGS)),0,2)
 test: venv
-	@$(ACTIVATE); export OMP_NUM_THREADS=1; .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(ACTIVATE); export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=; \
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# One file after the other: each takes the GPU.
+test-gpu: venv
+	@$(ACTIVATE); DS_ACCELERATOR=cuda .venv/bin/python -m pytest -n 0 -m gpu $(ARGS)
 
 lint: venv
 	@status=0; \

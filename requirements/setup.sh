@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes .venv hold what pyproject.toml and constraints.txt ask for; returns at once, silently, when it already does.
 # The Makefile calls it with PYTHON, TORCH_INDEX_URL and PIP_ARGS (see `make help`) and GPU=1 where an NVIDIA GPU is seen.
+# NVIDIA_VERSION names the file that holds the driver's version.
 set -eu
 cd "$(dirname "$0")/.."
 root=$(pwd -P)
@@ -9,9 +10,10 @@ constraints=requirements/constraints.txt
 log=$venv/setup.log              # of the last call of pip
 stamp=$venv/.setup-stamp         # written last, removed first
 torch_record=$venv/.torch-source # where torch came from: "cpu", "default" or an index URL
+torch_indexes=https://download.pytorch.org/whl
 lock=$venv/.setup-lock
-cpu_index=https://download.pytorch.org/whl/cpu
-: "${PYTHON:=}" "${TORCH_INDEX_URL:=}" "${PIP_ARGS:=}" "${GPU:=}"
+cpu_index=$torch_indexes/cpu
+: "${PYTHON:=}" "${TORCH_INDEX_URL:=}" "${PIP_ARGS:=}" "${GPU:=}" "${NVIDIA_VERSION:=/sys/module/nvidia/version}"
 
 die() {
     echo "setup: $*" >&2
@@ -54,12 +56,33 @@ fingerprint() { # the directory is part of it because scripts in .venv/bin name 
     echo "$(cat pyproject.toml "$constraints" requirements/setup.sh | cksum) $(version_of "$venv/bin/python") $root"
 }
 
-torch_source() { # what was chosen before stays, except that a CPU build gives way where a GPU has appeared
+gpu_source() { # the build of torch for the driver: PyPI's is for CUDA 13, which needs R580; CUDA 12 runs from R525 on
+    driver=$(cat "$NVIDIA_VERSION" 2>/dev/null || true) # 570.124.06; nothing in an image that is built without a GPU
+    major=${driver%%.*}
+    case $major in '' | *[!0-9]*) echo default; return ;; esac
+    if [ "$major" -ge 580 ]; then echo default
+    elif [ "$major" -ge 570 ]; then echo "$torch_indexes/cu128"
+    elif [ "$major" -ge 525 ]; then echo "$torch_indexes/cu126"
+    else echo "too old: $driver"; fi
+}
+
+torch_source() { # what was chosen before stays, except that it gives way where a GPU or its driver needs another build
     recorded=$(cat "$torch_record" 2>/dev/null || true)
     if [ -n "$TORCH_INDEX_URL" ]; then echo "$TORCH_INDEX_URL"
-    elif [ -n "$recorded" ] && { [ "$recorded" != cpu ] || [ -z "$GPU" ]; }; then echo "$recorded"
-    elif [ -z "$GPU" ] && [ "$(uname -s)" = Linux ]; then echo cpu
+    elif [ -n "$GPU" ] && { [ -z "$recorded" ] || [ "$recorded" = cpu ] || [ "$recorded" = default ]; }; then gpu_source
+    elif [ -n "$recorded" ]; then echo "$recorded"
+    elif [ "$(uname -s)" = Linux ]; then echo cpu
     else echo default; fi
+}
+
+warn_of_compiler() { # Triton compiles a launcher at run time; without it training takes the slower path
+    [ -n "$GPU" ] || return 0
+    header=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+    missing=
+    [ -f "$header" ] || missing="$header (Debian and Ubuntu: apt install python3-dev)"
+    command -v "${CC:-gcc}" >/dev/null 2>&1 || command -v clang >/dev/null 2>&1 ||
+        missing="${missing:+$missing and }a C compiler (apt install gcc)"
+    [ -z "$missing" ] || echo "setup: warning: Triton's kernels need $missing: without it the GPU runs slower ones" >&2
 }
 
 is_current() {
@@ -90,6 +113,8 @@ pip_install() { # shows the end of what pip said if it fails
 install_torch() {
     torch_version=$(sed -n 's/^torch==//p' "$constraints")
     source=$(torch_source)
+    case $source in 'too old: '*) die "the NVIDIA driver is too old for torch ($source): R525 or newer is needed;" \
+        "for the CPU alone, GPU= make setup TORCH_INDEX_URL=$cpu_index" ;; esac
     recorded=$(cat "$torch_record" 2>/dev/null || true)
     again=
     [ -z "$recorded" ] || [ "$recorded" = "$source" ] || again=--force-reinstall # versions differ in the local tag only
@@ -128,6 +153,7 @@ update() {
     echo "Installing moe-train, its dependencies and the test tools"
     pip_install -c "$constraints" --no-deps setuptools # builds the line below, so that nothing else is downloaded for it
     pip_install -c "$constraints" --no-build-isolation -e '.[test]'
+    warn_of_compiler
     fingerprint >"$stamp"
     echo "Installed in $(($(date +%s) - started)) s"
 }

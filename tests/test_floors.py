@@ -44,7 +44,7 @@ DOORS = {
     "lm_eval": ("moe_train/interop/",),
     "datasets": ("moe_train/data/",),
     "tokenizers": ("moe_train/data/",),
-    "triton": ("moe_train/ops/triton_kernels.py", "moe_train/ops/triton_ttt.py"),
+    "triton": ("moe_train/ops/triton_kernels.py", "moe_train/ops/triton_tokens.py", "moe_train/ops/triton_ttt.py"),
 }
 ENVIRONMENT_READERS = ("moe_train/distributed/bootstrap.py", "moe_train/host/", "moe_train/launch/", "launch/")
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

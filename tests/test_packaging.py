@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TARGETS = ("setup", "train", "test", "lint", "docs", "help")
+TARGETS = ("setup", "train", "test", "test-gpu", "lint", "docs", "help")
 
 
 def constraints() -> dict[str, Requirement]:
@@ -92,6 +92,13 @@ def test_make_train_passes_its_arguments():
 def test_make_test_passes_its_arguments():
     assert "pytest -n 2 --dist loadfile -k router -x" in make("-n", "test", "ARGS=-k router -x").stdout
     assert "pytest -n 0 --dist loadfile -m slow" in make("-n", "test", "ARGS=-m slow").stdout
+
+
+def test_make_test_leaves_gpus_alone_and_test_gpu_takes_them():
+    """The tests fork processes, which CUDA does not survive."""
+    assert "DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=;" in make("-n", "test").stdout
+    on_gpu = make("-n", "test-gpu", "ARGS=-x").stdout
+    assert "DS_ACCELERATOR=cuda .venv/bin/python -m pytest -n 0 -m gpu -x" in on_gpu
 
 
 def old_python(folder: Path) -> Path:

@@ -38,6 +38,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self._is_pinned = False
 
     def take(self, state: ShardedState) -> Snapshot:
         """Copy this rank's state. The previous snapshot must be written by now.
@@ -48,9 +49,10 @@ class HostMemory:
         fragments, kinds = list(state.fragments()), ("weight", *state.moments)
         needed = sum(len(fragment.states) * fragment.numel for fragment in fragments)
         if self._memory is None or self._memory.numel() < needed:
-            # With pinned memory, copies from a CUDA device run without the host.
-            is_pinned = bool(fragments) and fragments[0].states["weight"].is_cuda
-            self._memory = torch.empty(needed, dtype=torch.float32, pin_memory=is_pinned)
+            self._unpin()
+            self._memory = torch.empty(needed, dtype=torch.float32)
+            if fragments and fragments[0].states["weight"].is_cuda:
+                self._pin(self._memory)
         tensors: dict[str, Tensor] = {}
         place = 0
         for kind in kinds:
@@ -62,7 +64,7 @@ class HostMemory:
                 tensors[f"{kind}/{fragment.tensor.name}"] = copy
                 place += fragment.numel
         buffers = {name: buffer.tolist() for name, buffer in state.buffers().items()}
-        if self._memory.is_pinned():
+        if self._is_pinned:
             torch.cuda.synchronize()  # the copies must hold the state of this step, before training changes it
         return Snapshot(
             tensors=tensors,
@@ -78,3 +80,16 @@ class HostMemory:
                 if len(fragment.states) < len(kinds)
             },
         )
+
+    def _pin(self, memory: Tensor) -> None:
+        """Pin memory that exists, so that copies from a CUDA device run without the host.
+
+        torch's own pinned memory has the size of the next power of two: up to twice that of the state.
+        """
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        self._is_pinned = code == 0  # otherwise, as where too little memory may be locked, the copies are slower
+
+    def _unpin(self) -> None:
+        if self._memory is not None and self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._is_pinned = False

@@ -208,7 +208,7 @@ def _own_options(options: argparse.Namespace, extra: list[str], scratch: Path) -
 
 
 def _rank_limit(wanted: int | None, world: World, device_type: str) -> int:
-    from moe_train.distributed.bootstrap import num_devices
+    from moe_train.host.gpus import num_devices
 
     available = world.world_size if world.world_size > 1 else num_devices(device_type)
     if wanted is not None and available is not None and wanted > available:

@@ -17,9 +17,12 @@ from moe_train.config.run import OptimConfig, ParallelConfig, TrainConfig
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
-MOST_CHUNKS = 4  # parallel.chunks auto: of n chunks, 1/n of the traffic is not hidden
+AFTER_WATCHDOG_SECONDS = 120  # for reports, before NCCL ends the process by SIGABRT
+# parallel.chunks auto, by device type: of n chunks, 1/n of the traffic is not hidden. On a GPU each chunk adds the
+# launches of its kernels, about 160 for a layer, which takes longer than a third chunk hides.
+MOST_CHUNKS = {"cpu": 4, "cuda": 2}
 # parallel.chunks auto: with fewer rows, of all experts or of one, a chunk's own work costs more than it hides.
-ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT = 16384, 256
+ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT = {"cpu": 16384, "cuda": 32768}, 256
 # optim.router_lr_factor auto: how far one update may move a logit if the CV^2 terms lag by a step; measured by
 # `python -m benchmarks.balance_scope`.
 MOST_LOGIT_MOVE = 0.05
@@ -119,6 +122,15 @@ class ResolvedConfig(Config):
         """Micro-batches of one rank in one optimizer step."""
         num_readers = self.world_size // self.parallel.context_parallel_size
         return self.train.global_batch_size // (self.train.micro_batch_size * num_readers)
+
+    def collective_seconds(self, device_type: str) -> int:
+        """Return the time limit of a collective operation: on CUDA later than the watchdog's, which reports first.
+
+        Args:
+            device_type: cpu or cuda.
+        """
+        least = self.train.step_timeout_seconds + AFTER_WATCHDOG_SECONDS if device_type == "cuda" else 0
+        return max(self.parallel.timeout_seconds, least)
 
 
 @dataclass(frozen=True)
@@ -223,7 +235,7 @@ def resolve_sizes(config: Config, world: WorldSize, device: Device, kinds: Kinds
     if chunks == "auto":
         copies = config.model.hidden_copies.copies
         tokens = micro * config.train.sequence_length * copies // config.parallel.context_parallel_size
-        chunks = _number_of_chunks(config, size, tokens)
+        chunks = _number_of_chunks(config, size, tokens, device.type)
     return Sizes(size, per_node, node_size, chunks, micro, batch, precision)
 
 
@@ -275,19 +287,20 @@ def _batch_sizes(config: Config, world_size: int) -> tuple[int, int]:
     return micro, batch
 
 
-def _number_of_chunks(config: Config, size: int, tokens: int) -> int:
+def _number_of_chunks(config: Config, size: int, tokens: int, device_type: str) -> int:
     """Choose the number of chunks: each has enough rows, and no more chunks than hide most of the traffic.
 
     Args:
         config: Configuration as loaded.
         size: Number of ranks that share the experts.
         tokens: Number of tokens of a micro-batch, hidden copies included.
+        device_type: cpu or cuda.
     """
     if size == 1:
         return 1
     rows = tokens * config.model.moe.top_k
-    least = max(ROWS_OF_A_CHUNK, ROWS_OF_AN_EXPERT * config.model.moe.num_experts // size)
-    return max(1, min(MOST_CHUNKS, rows // least))
+    least = max(ROWS_OF_A_CHUNK[device_type], ROWS_OF_AN_EXPERT * config.model.moe.num_experts // size)
+    return max(1, min(MOST_CHUNKS[device_type], rows // least))
 
 
 def _largest_expert_parallel_size(config: Config, world: WorldSize, passes_nodes: bool) -> int:

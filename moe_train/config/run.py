@@ -58,14 +58,16 @@ class ParallelConfig(Section):
     from rank to rank while attention computes, so that a rank holds those of two ranks at a time. The numbers are the
     same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cpu (gloo) or cuda (NCCL); auto: cuda if a device is visible."""
+    """cpu (gloo) or cuda (NCCL); auto: cuda if a device is visible. A host with NVIDIA GPUs that torch cannot use is
+    refused; DS_ACCELERATOR=cpu or cpu trains on its CPU."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of one rank; auto: the cores of the node, divided among its ranks."""
     network_interface: str | None = None
     """Network interface of every host through which ranks reach each other, for gloo and NCCL, such as eth0 or ib0.
     None: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if set, else the interface of the route to rank 0's host."""
     timeout_seconds: PositiveInt = 600
-    """Seconds after which a collective operation that is not complete counts as an error."""
+    """Seconds after which a collective operation that is not complete counts as an error. On CUDA they are at least 120
+    more than train.step_timeout_seconds: NCCL ends a process without a report, and so comes after the watchdog."""
     peer_timeout_seconds: int = Field(20, ge=5)
     """Seconds without a heartbeat after which a rank counts as lost: the others name it and end with exit code 70. A
     separate thread sends the heartbeats, also while the rank computes."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_train.config.errors import UsageError
@@ -29,6 +30,7 @@ from moe_train.distributed.missing_ranks import say_error
 from moe_train.distributed.rendezvous import join_group, open_store, wait_for_ranks
 from moe_train.distributed.world import (
     LOOPBACK,
+    TRUE_LOCAL_RANK,
     Launcher,
     Manager,
     World,
@@ -40,6 +42,7 @@ from moe_train.distributed.world import (
     require_equal,
 )
 from moe_train.host.cores import usable_cores
+from moe_train.host.gpus import DEV, prefer_growing_segments, refuse_unusable_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +164,7 @@ def _agree_on_address(environ: Mapping[str, str], world: Any, is_leader: bool, n
 
 
 def choose_device(
-    setting: Literal["auto", "cpu", "cuda"], world: World, environ: Mapping[str, str] = os.environ
+    setting: Literal["auto", "cpu", "cuda"], world: World, environ: Mapping[str, str] = os.environ, dev: Path = DEV
 ) -> torch.device:
     """Choose the device of this rank: the CUDA device of its local rank, the only device that it sees, or the CPU.
 
@@ -169,9 +172,11 @@ def choose_device(
         setting: parallel.device; auto: cuda if a device is visible, unless DS_ACCELERATOR is cpu.
         world: Place of this process among the ranks.
         environ: Environment variables.
+        dev: Folder of device nodes.
 
     Raises:
-        UsageError: If the setting is cuda without a visible device, or a host has more ranks than devices.
+        UsageError: If the setting is cuda without a visible device, or auto where torch cannot use the host's GPUs, or
+            if a host has more ranks than devices.
     """
     import torch
 
@@ -181,10 +186,12 @@ def choose_device(
     elif accelerator and accelerator != setting:
         raise UsageError(f"parallel.device ({setting}) contradicts DS_ACCELERATOR ({accelerator})")
     count = torch.cuda.device_count() if setting != "cpu" and torch.cuda.is_available() else 0
-    if setting == "cpu" or (setting == "auto" and count == 0):
-        return torch.device("cpu")
     variable = next((name for name in VISIBLE_DEVICES if name in environ), None)
     restriction = None if variable is None else environ[variable]
+    if setting == "auto" and count == 0 and restriction is None:
+        refuse_unusable_gpu(dev)
+    if setting == "cpu" or (setting == "auto" and count == 0):
+        return torch.device("cpu")
     if count == 0:
         seen = "" if restriction is None else f" ({variable} is {restriction!r})"
         raise UsageError(f"parallel.device is cuda, but no CUDA device is visible to torch {torch.__version__}{seen}")
@@ -239,24 +246,24 @@ def export_world(
 
     Args:
         world: Place of this process among the ranks.
-        device: Device of this rank. For the CPU, DS_ACCELERATOR tells DeepSpeed so; call this before deepspeed is
-            imported.
+        device: Device of this rank. For the CPU, DS_ACCELERATOR tells DeepSpeed so, when it is imported later.
         environ: Environment variables to write to.
     """
-    environ["RANK"] = str(world.rank)
-    environ["WORLD_SIZE"] = str(world.world_size)
     # DeepSpeed takes LOCAL_RANK as the device index: 0 if the launcher shows each rank only one device.
-    index = device.index if device is not None and device.type == "cuda" else None
-    environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
-    environ["LOCAL_WORLD_SIZE"] = str(world.local_world_size)
-    environ["MASTER_ADDR"] = world.master_addr
-    environ["MASTER_PORT"] = str(world.master_port)
+    index = device.index if device is not None and device.type == "cuda" else world.local_rank
+    environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(index))
+    environ.update(MASTER_ADDR=world.master_addr, MASTER_PORT=str(world.master_port))
+    environ.update({"LOCAL_WORLD_SIZE": str(world.local_world_size), TRUE_LOCAL_RANK: str(world.local_rank)})
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # DeepSpeed (0.19.8) asserts that both are the same
+        environ["OMPI_COMM_WORLD_LOCAL_RANK"] = environ["LOCAL_RANK"]
     interface = route_interface(world.master_addr) if world.num_nodes > 1 else None
     if interface is not None:  # gloo's default is the host's name, which may not resolve, or resolve to loopback
         for name in SOCKET_INTERFACES:
             environ.setdefault(name, interface_value(name, interface))
     if device is not None and device.type == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
+    elif device is not None:
+        prefer_growing_segments(environ)
 
 
 def init_process_group(
@@ -331,7 +338,7 @@ def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, s
     launchers = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
     kept = {name: value for name, value in environ.items() if not name.startswith(launchers)}
     kept |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.world_size), "LOCAL_RANK": str(world.local_rank)}
-    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size)}
+    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size), TRUE_LOCAL_RANK: str(world.local_rank)}
     kept |= {"MASTER_ADDR": world.master_addr, "MASTER_PORT": str(world.master_port)}
     return kept | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
 
@@ -341,10 +348,3 @@ def local_rank_environments(num_ranks: int, environ: Mapping[str, str] = os.envi
     port = free_port()
     worlds = [World(r, num_ranks, r, num_ranks, 1, 0, LOOPBACK, port, "environment") for r in range(num_ranks)]
     return [child_environment(w, one_thread=True, environ=environ) | {"DS_ACCELERATOR": "cpu"} for w in worlds]
-
-
-def num_devices(device_type: str) -> int | None:
-    """Count the CUDA devices that this process sees; None for the CPU, which can run any number of ranks."""
-    import torch
-
-    return torch.cuda.device_count() if device_type == "cuda" else None

@@ -116,7 +116,9 @@ def join_group(store: Any, world: World, device: torch.device, timeout: timedelt
     options: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+        options = {"backend": "cpu:gloo,cuda:nccl"}
+        if world.world_size > 1:  # bound, every further group would split a communicator of one rank (DeepSpeed#8248)
+            options["device_id"] = device
     dist.init_process_group(rank=world.rank, world_size=world.world_size, store=store, timeout=timeout, **options)
 
 

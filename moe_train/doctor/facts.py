@@ -18,8 +18,10 @@ import torch
 from moe_train.distributed.addresses import route_interface
 from moe_train.distributed.world import World
 from moe_train.host.cores import usable_cores
+from moe_train.host.infiniband import infiniband_obstacles
 from moe_train.host.memory import host_memory
 from moe_train.host.versions import PACKAGES, software
+from moe_train.ops.kernels import try_kernel
 
 # Variables that change what training computes, or how fast. Variables that each rank sets for itself are left out.
 _PREFIXES = (
@@ -67,6 +69,8 @@ class Facts:
         open_files: Files that this process may have open.
         interface, interface_mbit: Network interface to the other hosts, and its speed according to the system, in
             megabits per second.
+        kernel_failure: Why Triton's kernels do not run here; "": they do, or are not needed.
+        infiniband_obstacles: What keeps NCCL from the host's InfiniBand; empty: nothing, or there is none.
         busy_cores: Cores of the host that other work uses; known on the first rank of each host only.
     """
 
@@ -94,6 +98,8 @@ class Facts:
     open_files: int
     interface: str | None
     interface_mbit: int | None
+    kernel_failure: str = ""
+    infiniband_obstacles: list[str] = field(default_factory=list)
     busy_cores: float | None = field(default=None)
 
     def as_dict(self) -> dict[str, Any]:
@@ -161,7 +167,19 @@ def collect_facts(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         interface=interface if world.num_nodes > 1 else None,
         interface_mbit=_interface_mbit(interface) if interface and world.num_nodes > 1 else None,
+        kernel_failure=_kernel_failure(device),
+        infiniband_obstacles=infiniband_obstacles() if device.type == "cuda" and world.num_nodes > 1 else [],
     )
+
+
+def _kernel_failure(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    try:
+        try_kernel(device)
+    except Exception as error:  # whatever Triton raises: it is the finding
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def chosen_variables(environ: Mapping[str, str]) -> dict[str, str]:

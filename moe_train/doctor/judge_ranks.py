@@ -195,6 +195,10 @@ def _judge_devices(facts: Sequence[Facts]) -> Judgement:
             message = f"{taken / 2**30:.1f} GiB of the GPU's memory are taken already"
             remedy = "end what else runs there (nvidia-smi shows it)"
             warnings.append(Finding("device", place_ranks([fact.rank], hosts), message, remedy))
+        if fact.kernel_failure:
+            message = f"Triton's kernels do not run ({fact.kernel_failure}): all ranks will take slower ones"
+            remedy = "install triton, a C compiler and Python.h (Debian and Ubuntu: apt install gcc python3-dev)"
+            warnings.append(Finding("device", place_ranks([fact.rank], hosts), message, remedy))
     return problems, warnings
 
 
@@ -209,6 +213,13 @@ def _judge_hosts(facts: Sequence[Facts]) -> Judgement:
     for fact, host in zip(facts, hosts, strict=True):
         if fact.local_rank != 0:
             continue
+        if fact.infiniband_obstacles:
+            message = f"NCCL will take TCP, not InfiniBand: {', '.join(fact.infiniband_obstacles)}"
+            remedy = (
+                "install libibverbs1, ibverbs-providers and librdmacm1; in a container pass /dev/infiniband, "
+                "--cap-add IPC_LOCK and --ulimit memlock=-1"
+            )
+            warnings.append(Finding("host", host, message, remedy))
         num_threads = sum(other.threads for other, name in zip(facts, hosts, strict=True) if name == host)
         if num_threads > fact.cores and fact.device["kind"] == "cpu":
             message = f"{counts[host]} ranks have {num_threads} threads for {fact.cores} cores"

@@ -10,8 +10,8 @@ import torch
 
 from moe_train.host.precision import Precision, torch_dtype
 
-ROWS = (16, 64, 256, 1024, 2048)
-WIDTHS = (64, 256, 1024, 2048)
+ROWS = {"cpu": (16, 64, 256, 1024, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
+WIDTHS = {"cpu": (64, 256, 1024, 2048), "cuda": (64, 256, 1024, 2048, 4096, 8192, 16384)}
 _LONGEST_SECONDS = 2.0  # longer products are left out
 _ROUNDS = 5
 _SHORT_SECONDS = 1e-3  # shorter operations run several times in a row
@@ -83,7 +83,10 @@ def measure_products(device: torch.device, precision: Precision, budget_seconds:
     Returns:
         Tuples of rows, width and operations per second.
     """
-    shapes = sorted(((rows, width) for width in WIDTHS for rows in ROWS), key=lambda shape: shape[0] * shape[1] ** 2)
+    widths, row_counts = WIDTHS[device.type], ROWS[device.type]
+    shapes = sorted(
+        ((rows, width) for width in widths for rows in row_counts), key=lambda shape: shape[0] * shape[1] ** 2
+    )
     began, found, slowest = time.perf_counter(), list[tuple[int, int, float]](), 0.0
     for rows, width in shapes:
         flops = 2 * rows * width**2
@@ -91,8 +94,10 @@ def measure_products(device: torch.device, precision: Precision, budget_seconds:
         left = budget_seconds - (time.perf_counter() - began)
         if expected > _LONGEST_SECONDS or (found and 3 * expected > left):
             continue
-        left_matrix = torch.ones(rows, width, dtype=torch_dtype(precision), device=device)
-        right_matrix = torch.ones(width, width, dtype=torch_dtype(precision), device=device)
+        # Random: a GPU draws less power for equal numbers, and keeps a clock that it does not have in training.
+        left_matrix, right_matrix = (
+            torch.randn(height, width, device=device).to(torch_dtype(precision)) for height in (rows, width)
+        )
         seconds = _median_seconds(lambda a=left_matrix, b=right_matrix: torch.mm(a, b), device, left)  # type: ignore[misc]
         found.append((rows, width, flops / seconds))
         if flops > 2**24:  # the time of smaller products does not come from their operations

@@ -1,7 +1,10 @@
 """Host memory for training on CPU: how much this process may use, and how the C library keeps freed blocks."""
 
+import contextlib
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.host.control_groups import MEMBERSHIP, ROOT, control_groups
@@ -30,6 +33,20 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _TOP_PAD_BYTES))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+@contextlib.contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Leave all objects that exist now out of Python's garbage collection, which otherwise looks at them in many steps.
+
+    A model and its libraries are millions of objects: one look at them takes as long as hundreds of kernel launches.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def host_memory(

@@ -7,15 +7,28 @@ import torch
 
 from moe_train.host.precision import Precision, torch_dtype
 
-# Dense matrix products in bf16 and fp16, operations per second, from NVIDIA's and AMD's data sheets. By part of a name.
+# Dense matrix products in bf16 and fp16, operations per second, from NVIDIA's and AMD's data sheets. The first entry
+# counts whose words are all in the name: a card has fewer units, or less power, than a module of the same generation.
 _PUBLISHED = {
+    "GB200": 2.5e15,
     "B200": 2.25e15,
+    "GH200": 9.89e14,
+    "H200 NVL": 8.35e14,
     "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100 NVL": 8.35e14,
     "H100": 9.89e14,
+    "H800 PCIe": 7.56e14,
+    "H800": 9.89e14,
+    "H20": 1.48e14,
     "A100": 3.12e14,
+    "A800": 3.12e14,
+    "L40S": 3.62e14,
     "MI300X": 1.307e15,
+    "MI325X": 1.307e15,
 }
-_SIZES = (256, 512, 1024, 4096)  # sizes of the multiplied matrices: larger ones come closer to the peak
+# Sizes of the multiplied matrices: larger ones come closer to the peak.
+_SIZES = {"cpu": (256, 512, 1024, 4096), "cuda": (1024, 4096, 8192, 16384)}
 _LONG_SECONDS = 0.01  # a product that takes this long is large enough
 _ROUNDS = 5
 
@@ -32,15 +45,17 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
     """
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
-        for part, flops in _PUBLISHED.items():
-            if part in name:
+        words = set(name.replace("-", " ").replace("_", " ").split())  # NVIDIA A100-SXM4-80GB
+        for known, flops in _PUBLISHED.items():
+            if words.issuperset(known.split()):
                 return flops
     return _measured(device, torch_dtype(precision))
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    for size in _SIZES:
-        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    for size in _SIZES[device.type]:
+        # Random: a GPU draws less power for equal numbers, and keeps a clock that it does not have in training.
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         _seconds_of_product(a, b)  # the first run sets up
         if _seconds_of_product(a, b) >= _LONG_SECONDS:
             break

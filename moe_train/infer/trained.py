@@ -20,7 +20,9 @@ from moe_train.data import ByteTokenizer, Tokenizer, find_tokenizer, load_tokeni
 from moe_train.distributed.bootstrap import choose_device, export_world, init_process_group, set_threads
 from moe_train.distributed.consensus import run_on_all_ranks
 from moe_train.distributed.context import ContextRanks
+from moe_train.distributed.kernel_agreement import agree_on_kernels
 from moe_train.distributed.mesh import create_context_group, create_mesh
+from moe_train.distributed.missing_ranks import say_error
 from moe_train.distributed.world import World
 from moe_train.host.memory import keep_freed_memory
 from moe_train.host.precision import describe_device, resolve_precision, torch_dtype
@@ -127,13 +129,14 @@ def load_model(trained: Trained) -> Transformer:
     config, world, manifest = trained.config, trained.world, trained.manifest
     parallel, placement = config.parallel, ExpertPlacement()
     if world.world_size > 1:
-        init_process_group(world, trained.device, parallel.timeout_seconds)
+        init_process_group(world, trained.device, config.collective_seconds(trained.device.type))
         # In one hop and one chunk: for few tokens latency counts. The payload is that of training.
         size = parallel.expert_parallel_size
-        mesh = create_mesh(size, parallel.timeout_seconds)
+        mesh = create_mesh(size, config.collective_seconds(trained.device.type))
         placement = ExpertPlacement(
             mesh.expert.rank, size, mesh.dispatch_groups, parallel.dispatch, payload=parallel.payload
         )
+    agree_on_kernels(trained.device, say_error if world.rank == 0 else lambda text: None)
     model = build_model(
         config.model,
         config.model.vocab_size,

@@ -5,6 +5,11 @@ Legend: B batch, H query heads, G key/value heads, S queries, C keys (context), 
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Without cuDNN, which CUDA prefers on new GPUs: with a mask its gradients can be NaN (pytorch#196678), and on Blackwell
+# it decodes wrongly with fewer than 8 key heads (pytorch#193893).
+_SAFE_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def visible_keys(
@@ -59,6 +64,7 @@ def attend(q_BHSd: Tensor, k_BGCd: Tensor, v_BGCd: Tensor, mask_B1SC: Tensor | N
     if mask_B1SC is not None and groups > 1:
         # (B, 1, S, C) -> (B, 1, r, S, C) -> (B, 1, r*S, C)
         mask_B1SC = mask_B1SC.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    mixed_BGsd = F.scaled_dot_product_attention(q_BGsd, k_BGCd, v_BGCd, attn_mask=mask_B1SC)
+    with sdpa_kernel(_SAFE_KERNELS):
+        mixed_BGsd = F.scaled_dot_product_attention(q_BGsd, k_BGCd, v_BGCd, attn_mask=mask_B1SC)
     # (B, G, r*S, d) -> (B, G*r, S, d); not a view, because the memory-efficient kernel returns another memory order.
     return mixed_BGsd.reshape(q_BHSd.shape)

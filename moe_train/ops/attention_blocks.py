@@ -98,7 +98,7 @@ def rows_of_documents(
         row = end
     sizes = [end - first for first, end in pairwise(starts)]
     # A document's id is its number, so that every run of equal ids is a document of its own.
-    documents_T = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    documents_T = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes), output_size=starts[-1])
     documents_BS = documents_T.view(len(rows), length).to(device, non_blocking=True)
     starts_N = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True) if is_varlen else None
     longest = max(sizes) if is_varlen else 0

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_train.ops.kernels import token_kernels_for
+
 IGNORED_TARGET = -100  # target of padding, which has loss 0 and no gradient
 CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 _LOGITS_BYTES = 1 << 28  # of a chunk of logits, if they are cut; up to twice as many are not
@@ -30,6 +32,8 @@ class _TokenCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (slope_NV,) = ctx.saved_tensors
         grad_NV = torch.empty_like(slope_NV, dtype=ctx.dtype)
+        if slope_NV.is_cuda:  # one kernel, without temporary tensors; rounded once, as below
+            return torch.mul(slope_NV, grads[0].unsqueeze(1), out=grad_NV), None
         rows = _chunk_rows(slope_NV, grads[0].dtype)
         for start in range(0, slope_NV.shape[0], rows):
             here = slice(start, start + rows)
@@ -53,7 +57,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), chunk):
             here = slice(start, start + chunk)
             x_nD, slope_nV = x_ND[here], None
-            losses_N[here], slope_nV = _losses_and_slope(x_nD @ weight_VD.t(), targets_N[here], needs_x or needs_weight)
+            logits_nV, needs_slope = x_nD @ weight_VD.t(), needs_x or needs_weight
+            losses_N[here], slope_nV = _losses_and_slope(logits_nV, targets_N[here], needs_slope, overwrites=True)
             if slope_nV is not None and dx_ND is not None:
                 torch.mm(slope_nV, weight_VD.to(kept), out=dx_ND[here])
             if slope_nV is not None and dweight_VD is not None:
@@ -75,14 +80,24 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return *found, None, None
 
 
-def _losses_and_slope(logits_NV: Tensor, targets_N: Tensor, needs_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Compute the losses, fp32 or wider, and softmax - one-hot: the gradient of a loss with respect to its logits."""
+def _losses_and_slope(
+    logits_NV: Tensor, targets_N: Tensor, needs_slope: bool, overwrites: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the losses, fp32 or wider, and softmax - one-hot: the gradient of a loss with respect to its logits.
+
+    `overwrites`: the logits are not needed afterwards; where one kernel computes all, the slope takes their memory.
+    """
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    losses_N = torch.empty(logits_NV.shape[0], dtype=wide, device=logits_NV.device)
     # The slope is in [-1, 1]. bf16 loses no more than the gradient of the logits loses anyway. In fp16, small
     # probabilities would become zero before the loss scale is applied.
     kept = torch.float32 if logits_NV.dtype == torch.float16 else logits_NV.dtype
+    kernels = token_kernels_for(logits_NV)
+    if kernels is not None and overwrites and needs_slope and kept == logits_NV.dtype:
+        return kernels.cross_entropy(logits_NV, targets_N, IGNORED_TARGET, logits_NV), logits_NV
     slope_NV = torch.empty_like(logits_NV, dtype=kept) if needs_slope else None
+    if kernels is not None:
+        return kernels.cross_entropy(logits_NV, targets_N, IGNORED_TARGET, slope_NV), slope_NV
+    losses_N = torch.empty(logits_NV.shape[0], dtype=wide, device=logits_NV.device)
     rows = _chunk_rows(logits_NV, wide)
     for start in range(0, logits_NV.shape[0], rows):
         here = slice(start, start + rows)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_train.ops.grouped_product import ExpertRows, rows_product, takes_grouped_products, weights_product
 from moe_train.ops.kernels import kernels_for
 from moe_train.ops.row_map import RowMap
 from moe_train.ops.threads import run_side_by_side
@@ -47,7 +48,7 @@ def routed_swiglu(
         [N, D] in the dtype of the rows; zero for a row without an assignment.
     """
     # On CPU the rows of one expert fit the cache, and stay in it when experts are computed one after the other.
-    by_expert = rows_ND.device.type == "cpu" or not _has_grouped_mm(rows_ND, gate_up_eDG)
+    by_expert = rows_ND.device.type == "cpu" or not takes_grouped_products(rows_ND, gate_up_eDG)
     function = _SequentialExperts if by_expert else _GroupedExperts
     return function.apply(rows_ND, gates_R, row_map, counts_e, gate_up_eDG, down_eFD)
 
@@ -102,30 +103,30 @@ class _SequentialExperts(torch.autograd.Function):
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """Grouped matrix products of all experts, without counts on the host; Triton kernels do the rest where they run."""
+    """Grouped matrix products of all experts; Triton kernels do the rest where they run."""
 
     @staticmethod
     def forward(
         ctx: Any, rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
-        offsets_e = counts_e.cumsum(0).to(torch.int32)
-        hidden_RG = F.grouped_mm(row_map.gather(rows_ND), gate_up, offs=offsets_e)
-        output_RD = F.grouped_mm(_fused_activation(hidden_RG, gates_R), down, offs=offsets_e)
-        ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e)
-        ctx.row_map = row_map
+        rows = ExpertRows.of(counts_e, rows_ND.dtype)
+        hidden_RG = rows_product(row_map.gather(rows_ND), gate_up, rows)
+        output_RD = rows_product(_fused_activation(hidden_RG, gates_R), down, rows)
+        ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down)
+        ctx.row_map, ctx.rows = row_map, rows
         return row_map.sum_rows(output_RD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, gates_R, hidden_RG, gate_up, down, offsets_e = ctx.saved_tensors
+        rows_ND, gates_R, hidden_RG, gate_up, down = ctx.saved_tensors
         grad_RD = ctx.row_map.gather(grads[0])
-        slope_RF = F.grouped_mm(grad_RD, down.transpose(1, 2), offs=offsets_e)
+        slope_RF = rows_product(grad_RD, down.transpose(1, 2), ctx.rows)
         grad_hidden_RG, active_RF, grad_gates_R = _fused_activation_gradients(hidden_RG, slope_RF, gates_R)
-        grad_down = F.grouped_mm(active_RF.t(), grad_RD, offs=offsets_e)
+        grad_down = weights_product(active_RF, grad_RD, ctx.rows)
         del grad_RD, active_RF
-        grad_gate_up = F.grouped_mm(ctx.row_map.gather(rows_ND).t(), grad_hidden_RG, offs=offsets_e)
-        grad_rows_RD = F.grouped_mm(grad_hidden_RG, gate_up.transpose(1, 2), offs=offsets_e)
+        grad_gate_up = weights_product(ctx.row_map.gather(rows_ND), grad_hidden_RG, ctx.rows)
+        grad_rows_RD = rows_product(grad_hidden_RG, gate_up.transpose(1, 2), ctx.rows)
         return ctx.row_map.sum_rows(grad_rows_RD), grad_gates_R, None, None, grad_gate_up, grad_down
 
 
@@ -251,10 +252,3 @@ def _fused_activation_gradients(hidden_RG: Tensor, slope_RF: Tensor, gates_R: Te
         return kernels.gated_swiglu_gradients(hidden_RG, slope_RF, gates_R)
     grad_gates_R = torch.empty_like(gates_R)
     return *_activation_gradients(hidden_RG, slope_RF, gates_R, grad_gates_R), grad_gates_R
-
-
-def _has_grouped_mm(rows_RM: Tensor, weight_eMN: Tensor) -> bool:
-    # torch 2.13 refuses fp64, and rows whose size is not a multiple of 16 bytes. F.grouped_mm is public since 2.10.
-    if not hasattr(F, "grouped_mm") or rows_RM.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    return all(width * rows_RM.element_size() % 16 == 0 for width in weight_eMN.shape[1:])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.ops.kernels import kernels_for
-from moe_train.ops.permute import invert_order
+from moe_train.ops.permute import invert_order, sort_keys
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RowMap:
         def group_places() -> tuple[Tensor, Tensor]:
             counts_N = torch.zeros(num_sources, dtype=torch.int64, device=source_R.device)
             counts_N.scatter_add_(0, source_R, torch.ones_like(source_R))  # bincount reads its maximum on the host
-            return torch.argsort(source_R, stable=True), counts_N.cumsum(0) - counts_N
+            return torch.argsort(sort_keys(source_R, num_sources), stable=True), counts_N.cumsum(0) - counts_N
 
         return RowMap(source_R, num_sources, group_places)
 

@@ -220,5 +220,5 @@ def head_memory(shape: ModelShape, layout: Layout, device: str) -> HeadMemory:
 
 
 def _norm_bytes(e: int, device: str) -> int:
-    """Compute the bytes per element that a norm keeps: its input in fp32, and on a CPU the normed input too."""
-    return _WIDE if device == "cuda" else 2 * _WIDE
+    """Compute the bytes per element that a norm keeps: its input, on a CPU in fp32 and with the normed input."""
+    return e if device == "cuda" else 2 * _WIDE

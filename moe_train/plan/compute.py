@@ -24,10 +24,13 @@ _ROUTER_BYTES = 8  # of an element that a router reads and writes
 _MIXER, _FEED_FORWARD = (55, 83), (20, 47)
 _MOE, _EXPERT, _DISPATCH, _CHUNK = (110, 90), (9, 13), (90, 40), (40, 30)
 _AROUND = (80, 60)  # embedding, head, loss and balance terms
-_LOSS_PASSES = (6, 3)  # passes over [T, V] in fp32 that do not fit a cache, forward and backward
+_LOSS_PASSES = (
+    6,
+    3,
+)  # passes over [T, V] in fp32 that do not fit a cache, forward and backward; on CUDA one kernel each
 _CPU_KEY_BLOCK = 512  # keys per block of torch's attention on CPU
 _SOFTMAX_PASSES = 4  # passes over the scores in fp32
-_NORM = {"cpu": (28, 50), "cuda": (8, 16)}  # bytes per element in fp32, forward and backward
+_NORM = {"cpu": (28, 50), "cuda": (8, 16)}  # bytes per element in fp32, forward and backward; on CUDA in any dtype
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ def head_work(shape: ModelShape, layout: Layout, rates: Rates) -> Pass:
     work = _linear(rates, tokens, hidden, shape.vocab_size) + _elementwise(rates, tokens * hidden, _norm(rates, e))
     forward, backward = _LOSS_PASSES
     wide = (2 * e + _WIDE * forward, 2 * e + _WIDE * backward)
+    if rates.machine.device == "cuda":
+        wide = (4 * e, 2 * e)  # the head's write, two reads and the slope; the slope and its product
     work += _elementwise(rates, tokens * shape.vocab_size, wide)
     # The gradient of the embedding is dense, as large as the embedding.
     work += Pass(rates.moving(2 * e * tokens * hidden), rates.moving(e * hidden * (2 * tokens + shape.vocab_size)))
@@ -219,8 +224,10 @@ def _swiglu(rates: Rates, tokens: float, hidden: int, inner: int, e: int) -> Pas
 
 
 def _norm(rates: Rates, e: int) -> tuple[float, float]:
-    casts = 2 * (e + _WIDE) if e < _WIDE else 0
     forward, backward = _NORM[rates.machine.device]
+    if rates.machine.device == "cuda":
+        return forward * e / _WIDE, backward * e / _WIDE
+    casts = 2 * (e + _WIDE) if e < _WIDE else 0
     return forward + casts, backward + casts
 
 

@@ -31,7 +31,7 @@ PARTS = (
 )
 _FP32 = 4
 _NORM_BYTES = 8  # bytes per element: gradients are cast to fp64 for their norm, one tensor at a time
-_CUDA_FRAMEWORK = int(1.5 * 2**30)  # bytes of the CUDA context, NCCL buffers and workspaces of kernels
+_CUDA_FRAMEWORK = int(3.5 * 2**30)  # bytes of the CUDA context, NCCL buffers and workspaces of kernels
 _CUDA_FRAGMENTATION = 0.03  # share of the allocated bytes that the allocator holds in addition, unused
 _UPDATE, _LOSS, _REDUCE = "update", "loss", "reduce"
 

@@ -100,13 +100,18 @@ def make_tokens(
     """
     documents_BS = None if end_of_document is None else torch.from_numpy(document_ids(ids_BS, end_of_document))
     whole = Tokens(
-        torch.from_numpy(np.ascontiguousarray(ids_BS)).to(device),
-        torch.from_numpy(sequences_B).to(device),
+        _send(torch.from_numpy(np.ascontiguousarray(ids_BS)), device),
+        _send(torch.from_numpy(sequences_B), device),
         step,
-        documents_BS=None if documents_BS is None else documents_BS.to(device),
+        documents_BS=None if documents_BS is None else _send(documents_BS, device),
         document_starts=None if documents_BS is None else starts_of_documents(documents_BS),  # on the host: no wait
     )
     return whole if context is None else _own_part(whole, documents_BS, context)
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device. From pinned memory the host need not wait for what the device still does."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _own_part(whole: Tokens, documents_BS: Tensor | None, context: ContextRanks) -> Tokens:
@@ -119,14 +124,14 @@ def _own_part(whole: Tokens, documents_BS: Tensor | None, context: ContextRanks)
         reach = Reach.of(offsets_BS.numpy())  # on the host, so that attention asks the device nothing
 
     def own(x_BS: Tensor) -> Tensor:
-        return x_BS[:, columns.to(x_BS.device)].to(device)
+        return _send(x_BS[:, columns], device) if x_BS.device.type == "cpu" else x_BS[:, _send(columns, device)]
 
     return replace(
         whole,
         ids_BS=own(whole.ids_BS),
-        positions_BS=positions_1S.to(device),
+        positions_BS=_send(positions_1S, device),
         documents_BS=None if documents_BS is None else own(documents_BS),
-        offsets_BS=positions_1S.to(device) if offsets_BS is None else own(offsets_BS),
+        offsets_BS=_send(positions_1S, device) if offsets_BS is None else own(offsets_BS),
         document_starts=None,  # they are of whole rows
         shard=ContextShard(context, length, whole.documents_BS, reach),
     )
@@ -135,7 +140,7 @@ def _own_part(whole: Tokens, documents_BS: Tensor | None, context: ContextRanks)
 def own_targets(targets_BS: np.ndarray, context: ContextRanks | None, device: torch.device) -> Tensor:
     """Take this rank's columns of the targets of whole rows; all of them, if it has whole rows."""
     mine_BS = targets_BS if context is None else targets_BS[:, context.columns(targets_BS.shape[1])]
-    return torch.from_numpy(np.ascontiguousarray(mine_BS)).to(device)
+    return _send(torch.from_numpy(np.ascontiguousarray(mine_BS)), device)
 
 
 def micro_batches(

@@ -20,6 +20,7 @@ from moe_train.data import PreparedData, check_data, prepare_data
 from moe_train.distributed.addresses import choose_interface
 from moe_train.distributed.bootstrap import choose_device, environment, export_world, set_threads
 from moe_train.distributed.world import World
+from moe_train.host.gpus import bind_near_gpu
 from moe_train.host.memory import keep_freed_memory
 from moe_train.host.precision import describe_device
 from moe_train.train.engine.settings import check_sizes
@@ -74,6 +75,7 @@ def prepare_run(config: Config, world: World, check_room: RoomCheck) -> Prepared
     check_room(resolve(config, world, described, config.model.vocab_size or 1, kinds), world, device)
     folder = open_run_folder(config.train.run_dir)
     set_threads(config.parallel.threads_per_rank, world)
+    bind_near_gpu(device)
     if device.type == "cpu":
         keep_freed_memory()
     data = prepare_data(

@@ -25,9 +25,11 @@ from moe_train.config.run import TelemetryConfig, TrainConfig
 from moe_train.distributed.bootstrap import init_process_group
 from moe_train.distributed.collectives import Group, barrier
 from moe_train.distributed.consensus import run_on_all_ranks
+from moe_train.distributed.kernel_agreement import agree_on_kernels
 from moe_train.distributed.mesh import create_background_group
 from moe_train.distributed.traffic import TrafficMeter
 from moe_train.distributed.world import check_nodes
+from moe_train.host.memory import frozen_garbage
 from moe_train.host.peak import peak_flops
 from moe_train.host.versions import versions
 from moe_train.liveness.health import Health, connect
@@ -91,7 +93,8 @@ def train_prepared(prepared: PreparedRun, log: RankLog, sample: Sampler) -> Trai
         with contextlib.suppress(OSError):  # nobody may read it any more
             print(text, file=log.errors, flush=True)
 
-    init_process_group(world, prepared.device, config.parallel.timeout_seconds, warn)
+    init_process_group(world, prepared.device, config.collective_seconds(prepared.device.type), warn)
+    agree_on_kernels(prepared.device, console.say)
     if config.train.compile:
         run_on_all_ranks(lambda: check_compiler(prepared.device))
     lock = RunLock(prepared.folder.root)
@@ -140,7 +143,8 @@ def _train_watched(
                     f"{point.manifest.step} steps (train.steps) while this start waited for it; nothing is left to do"
                 )
             run, first = _build(prepared, lock, point, health, signals, console, group)
-            result = train(run, first)
+            with frozen_garbage():
+                result = train(run, first)
         except BaseException:
             signals.ignore()  # this rank has yet to say why it ends
             raise

@@ -156,6 +156,23 @@ def test_chunks_where_rows_travel_and_are_many(size, experts, tokens, given, chu
     assert resolve_for(config, 4, 4).parallel.chunks == chunks
 
 
+@pytest.mark.parametrize(("tokens", "chunks"), [(2**13, 1), (2**14, 1), (2**15, 2), (2**20, 2)])
+def test_chunks_on_a_gpu_are_few_and_large(tokens, chunks):
+    """Each launches its own kernels: 32k rows a chunk, and at most two."""
+    train = {"sequence_length": tokens // 8, "micro_batch_size": 8}
+    config = make(parallel={"expert_parallel_size": 4}, train=train, model={"moe": {"num_experts": 8, "top_k": 2}})
+    assert resolve_for(config, 4, 4, device="cuda").parallel.chunks == chunks
+
+
+def test_nccl_ends_a_process_after_the_watchdog():
+    """NCCL's own end is SIGABRT, which would hide the report and exit code 70."""
+    for seconds, step, on_cpu, on_cuda in ((600, 600, 600, 720), (60, 600, 60, 720), (3600, 600, 3600, 3600)):
+        config = make(parallel={"timeout_seconds": seconds}, train={"step_timeout_seconds": step})
+        resolved = resolve_for(config, 1)
+        assert resolved.collective_seconds("cpu") == on_cpu
+        assert resolved.collective_seconds("cuda") == on_cuda
+
+
 def test_auto_is_one_without_moe_layers():
     assert resolve_for(make(model={"moe_every": 0}), 8, 8).parallel.expert_parallel_size == 1
 

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +15,7 @@ from moe_train.config.errors import UsageError
 from moe_train.distributed.addresses import accepts_connections, free_port, interface_addresses, route_interface
 from moe_train.distributed.bootstrap import choose_device, discover_world, export_world, set_threads
 from moe_train.distributed.mesh import expert_data_parallel_ranks, expert_parallel_ranks
+from moe_train.distributed.rendezvous import join_group
 from moe_train.distributed.slurm import derive_port, expand_nodelist, expand_tasks_per_node
 from moe_train.distributed.world import World
 from moe_train.host.cores import cpu_quotas, usable_cores
@@ -212,6 +216,30 @@ def test_exported_world_is_found_again(environ: dict[str, str]) -> None:
     assert exported["MASTER_PORT"] == str(world.master_port)
 
 
+def test_world_of_a_rank_with_one_visible_gpu_is_found_again() -> None:
+    """DeepSpeed takes LOCAL_RANK as the device's number, and asserts that Open MPI's is the same."""
+    environ = OPEN_MPI | MAPPED
+    world = discover_world(environ)
+    assert world.local_rank == 1
+    exported = dict(environ)
+    export_world(world, torch.device("cuda", 0), exported)
+    assert exported["LOCAL_RANK"] == exported["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"
+    assert discover_world(exported) == world
+
+
+def test_gpu_memory_grows_in_segments_unless_told() -> None:
+    world = discover_world({})
+    for device, before, expected in (
+        ("cuda:0", {}, "expandable_segments:True"),
+        ("cuda:0", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+        ("cuda:0", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ("cpu", {}, None),
+    ):
+        environ = dict(before)
+        export_world(world, torch.device(device), environ)
+        assert environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
 @pytest.mark.parametrize(
     ("nodelist", "hosts"),
     [
@@ -303,6 +331,32 @@ def test_device_that_cannot_be_had(
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
     with pytest.raises(UsageError, match=message):
         choose_device(setting, local_world(2, 3), environ)
+
+
+def test_auto_refuses_a_gpu_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise an old driver, or a torch for the CPU, would train on the CPU without a word."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in ("nvidiactl", "nvidia-uvm"):  # without a GPU of its own
+        (tmp_path / name).touch()
+    assert choose_device("auto", local_world(0, 1), {}, tmp_path).type == "cpu"
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(UsageError, match=r"auto .*nvidia0.* cannot use it: .*; install .* --parallel.device=cpu"):
+        choose_device("auto", local_world(0, 1), {}, tmp_path)
+    for setting, environ in (("cpu", {}), ("auto", {"DS_ACCELERATOR": "cpu"}), ("auto", {"CUDA_VISIBLE_DEVICES": ""})):
+        assert choose_device(setting, local_world(0, 1), environ, tmp_path).type == "cpu"
+
+
+@pytest.mark.parametrize(("world_size", "is_bound"), [(1, False), (2, True)])
+def test_only_several_ranks_are_bound_to_their_device(
+    world_size: int, is_bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound, one rank would split a communicator of its own for each group (DeepSpeed#8248)."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda **options: given.update(options))
+    join_group(None, local_world(0, world_size), torch.device("cuda", 0), timedelta(seconds=1))
+    assert given["backend"] == "cpu:gloo,cuda:nccl"
+    assert ("device_id" in given) == is_bound
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,18 @@ def storage() -> Iterator[dict[str, str]]:
                     run_process(["buildah", *kind], timeout=COMMAND_SECONDS, env=environment)
 
 
+def test_the_image_for_gpus_can_use_infiniband():
+    """Without the libraries, the devices and locked memory NCCL takes TCP, and does not say so."""
+    libraries = re.search(r'\$\(\[ "\$\{DEVICE\}" = cpu \] \|\| echo ([^)]*)\)', DOCKERFILE)
+    assert libraries is not None
+    assert set(libraries[1].split()) == {"ibverbs-providers", "libibverbs1", "librdmacm1"}
+    services = yaml.safe_load((DOCKER / "compose.infiniband.yaml").read_text())["services"]
+    assert services.keys() == yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"].keys()
+    for service in services.values():
+        assert service["devices"] == ["/dev/infiniband"]
+        assert service["cap_add"] == ["IPC_LOCK"] and service["ulimits"] == {"memlock": -1}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(BUILD_SECONDS + TEST_SECONDS + 6 * COMMAND_SECONDS)
 @pytest.mark.skipif(why_no_build() is not None, reason=str(why_no_build()))

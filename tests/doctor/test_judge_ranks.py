@@ -136,3 +136,16 @@ def test_clocks() -> None:
 )
 def test_groups(nodes: list[int], expected: dict) -> None:
     assert group_ranks(nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "words"),
+    [
+        ({"kernel_failure": "CalledProcessError: gcc"}, "device", ["Triton's kernels", "gcc", "python3-dev"]),
+        ({"infiniband_obstacles": ["no libibverbs.so"]}, "host", ["TCP, not InfiniBand", "libibverbs1", "IPC_LOCK"]),
+    ],
+)
+def test_what_makes_gpus_slow_without_a_word(values: dict, kind: str, words: list[str]) -> None:
+    problems, (warning,) = judge_facts(changed(2, **values))
+    assert problems == [] and warning.kind == kind
+    assert all(word in f"{warning.message} {warning.remedy}" for word in words)

@@ -13,7 +13,20 @@ def test_a_cpu_is_measured():
 
 
 @pytest.mark.parametrize(
-    ("name", "flops"), [("NVIDIA H200", 9.89e14), ("NVIDIA A100-SXM4-80GB", 3.12e14), ("AMD Instinct MI300X", 1.307e15)]
+    ("name", "flops"),
+    [
+        ("NVIDIA H200", 9.89e14),
+        ("NVIDIA H200 NVL", 8.35e14),
+        ("NVIDIA H100 80GB HBM3", 9.89e14),
+        ("NVIDIA H100 PCIe", 7.56e14),
+        ("NVIDIA H100 NVL", 8.35e14),
+        ("NVIDIA GH200 480GB", 9.89e14),
+        ("NVIDIA H20", 1.48e14),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA A100-SXM4-80GB", 3.12e14),
+        ("AMD Instinct MI300X", 1.307e15),
+    ],
 )
 def test_a_known_gpu_is_looked_up(monkeypatch, name, flops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)

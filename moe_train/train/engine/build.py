@@ -20,11 +20,16 @@ from moe_train.train.engine.engine import TrainEngine
 from moe_train.train.engine.settings import deepspeed_settings
 
 
-def make_mesh(config: ResolvedConfig) -> ParallelMesh:
-    """Create the process groups that a configuration asks for. Collective: all ranks."""
-    parallel = config.parallel
+def make_mesh(config: ResolvedConfig, device_type: str = "cpu") -> ParallelMesh:
+    """Create the process groups that a configuration asks for. Collective: all ranks.
+
+    Args:
+        config: Resolved configuration.
+        device_type: cpu or cuda.
+    """
+    parallel, seconds = config.parallel, config.collective_seconds(device_type)
     context_size = parallel.context_parallel_size if parallel.context_parallel_size > 1 else None
-    return create_mesh(parallel.expert_parallel_size, parallel.timeout_seconds, parallel.node_size, context_size)
+    return create_mesh(parallel.expert_parallel_size, seconds, parallel.node_size, context_size)
 
 
 def sharing_ranks(
@@ -64,7 +69,7 @@ def make_engine(
     Collective: All ranks.
     """
     model, parallel = config.model, config.parallel
-    mesh = make_mesh(config)
+    mesh = make_mesh(config, device.type)
     transformer = build_model(
         model,
         model.vocab_size,
@@ -89,4 +94,6 @@ def make_engine(
     objective = TrainingObjective(
         transformer, make_balance_terms(model.moe), world_group(), make_bias_rule(model.moe), config.optim.warmup_steps
     )
-    return TrainEngine(objective, mesh, config.optim, deepspeed_settings(config), flight_recorder)
+    layer_numel = max(sum(parameter.numel() for parameter in block.parameters()) for block in transformer.blocks)
+    settings = deepspeed_settings(config, device.type, layer_numel)
+    return TrainEngine(objective, mesh, config.optim, settings, flight_recorder)

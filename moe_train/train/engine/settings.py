@@ -29,11 +29,13 @@ _REFUSED_SECTIONS = {
 }
 
 
-def deepspeed_settings(config: ResolvedConfig) -> dict[str, Any]:
+def deepspeed_settings(config: ResolvedConfig, device_type: str = "cpu", layer_numel: int = 0) -> dict[str, Any]:
     """Make DeepSpeed's configuration.
 
     Args:
         config: Resolved configuration.
+        device_type: cpu or cuda.
+        layer_numel: Parameters of the largest block on this rank, which ZeRO-3 fetches ahead on CUDA.
 
     Returns:
         DeepSpeed's configuration.
@@ -44,6 +46,10 @@ def deepspeed_settings(config: ResolvedConfig) -> dict[str, Any]:
     train = config.train
     batch, micro = train.global_batch_size, train.micro_batch_size
     ours = _from_fields(config, train.precision, batch, micro, config.accumulation)
+    if config.parallel.zero_stage == 3 and device_type == "cuda":
+        # The next block's weights arrive while this one computes. Stages 1 and 2 gain nothing: their buckets would be
+        # reduced beside the all-to-alls of the backward pass, in the same links.
+        ours["zero_optimization"] |= {"overlap_comm": True, "stage3_prefetch_bucket_size": layer_numel}
     check_additions(config, ours)
     return merge(ours, config.deepspeed)
 
@@ -79,6 +85,7 @@ def _from_fields(
         "zero_allow_untested_optimizer": True,  # what works is what an OptimizerKind promises
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in each micro-batch
     }
     if config.parallel.offload_optimizer == "cpu":
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

@@ -41,6 +41,19 @@ def test_micro_batches_add_up_in_fp32(precision, world, expected):
     assert settings["bf16"]["enabled"] == (precision == "bf16")
 
 
+@pytest.mark.parametrize(
+    ("stage", "device", "overlaps"), [(1, "cuda", False), (2, "cuda", False), (3, "cuda", True), (3, "cpu", False)]
+)
+def test_weights_are_fetched_ahead_by_blocks_under_zero_3_on_gpus(stage, device, overlaps):
+    zero = deepspeed_settings(make(2, parallel={"zero_stage": stage}), device, 1234)["zero_optimization"]
+    assert zero["overlap_comm"] == overlaps
+    assert zero.get("stage3_prefetch_bucket_size") == (1234 if overlaps else None)
+
+
+def test_no_timer_of_deepspeed_waits_for_the_device():
+    assert deepspeed_settings(make())["timers"] == {"throughput": {"enabled": False}}
+
+
 def test_additions_are_merged_in():
     additions = {
         "zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": True},

@@ -25,6 +25,7 @@ from moe_train.model.moe.dispatch.base import (
 )
 from moe_train.model.moe.steps import Assignments, Routing
 from moe_train.ops.pending import Pending, start_host_copy
+from moe_train.ops.permute import sort_keys
 from moe_train.ops.row_map import RowMap, gather_rows, scatter_add_rows
 
 
@@ -86,7 +87,7 @@ def _arrive(chunk: Chunk, rows: Pending[Tensor], gates: Pending[Tensor]) -> Disp
     experts_Pe = torch.arange(num_local, device=chunk.received_Pe.device).expand_as(chunk.received_Pe)
     # Rows arrive by source rank, then by expert. output_size spares repeat_interleave a host synchronisation.
     expert_R = experts_Pe.reshape(-1).repeat_interleave(chunk.received_Pe.reshape(-1), output_size=num_received)
-    order_R = torch.argsort(expert_R, stable=True)
+    order_R = torch.argsort(sort_keys(expert_R, num_local), stable=True)
     rows_RD, gates_R = rows.wait(), gates.wait()[:, 0].gather(0, order_R)
     row_map = RowMap.of_order(order_R, copies=1)
     return Dispatched(rows_RD, Assignments(row_map, gates_R, chunk.received_Pe.sum(0)), chunk)

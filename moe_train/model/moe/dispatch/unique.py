@@ -32,6 +32,7 @@ from moe_train.model.moe.dispatch.token_counts import (
 )
 from moe_train.model.moe.steps import Assignments, Routing
 from moe_train.ops.pending import Pending
+from moe_train.ops.permute import sort_keys
 from moe_train.ops.row_map import RowMap, gather_rows, scatter_add_rows
 
 
@@ -194,7 +195,7 @@ def _order_by_expert(received_Px: Tensor, num_assignments: int) -> Tensor:
     experts_Px = torch.arange(received_Px.shape[1], device=received_Px.device).expand_as(received_Px)
     # output_size spares repeat_interleave a host synchronisation.
     expert_R = experts_Px.reshape(-1).repeat_interleave(received_Px.reshape(-1), output_size=num_assignments)
-    return torch.argsort(expert_R, stable=True)
+    return torch.argsort(sort_keys(expert_R, received_Px.shape[1]), stable=True)
 
 
 ROUTING_BYTES = 8  # of an assignment: its gate, fp32, and its token's place, int32

@@ -19,6 +19,7 @@ from moe_train.model.cost import RouterCost
 from moe_train.model.moe.routers.last_step import LAST_STEP_BUFFERS, add_buffers
 from moe_train.model.moe.steps import Routing, RoutingSums
 from moe_train.model.parameters import Constant, InitialValue
+from moe_train.ops.kernels import token_kernels_for
 from moe_train.ops.keyed_random import combine, make_key, uniform
 
 _TIE_KEY = make_key("router_tie_break")
@@ -196,6 +197,9 @@ def choose_experts(scores_TE: Tensor, token_keys_T: Tensor, top_k: int, tie_key:
     Returns:
         int64 [T, K].
     """
+    kernels = token_kernels_for(scores_TE)
+    if kernels is not None and scores_TE.dtype == torch.float32 and scores_TE.shape[1] <= kernels.MOST_EXPERTS:
+        return kernels.choose(scores_TE.detach(), token_keys_T, tie_key, top_k)  # one launch in place of thirty
     keys_TE = expert_keys(token_keys_T, tie_key, scores_TE.shape[1])
     if scores_TE.dtype == torch.float32:
         return _ranks_of(scores_TE.detach(), keys_TE).topk(top_k, dim=1).indices
