@@ -70,7 +70,7 @@ TAKEN = [
 def way(request, monkeypatch):
     """Both are tried wherever they can be; on CPU only the first is taken otherwise."""
     if request.param == "together":
-        monkeypatch.setattr(routed_mlp, "_SequentialExperts", routed_mlp._GroupedExperts)
+        monkeypatch.setattr(routed_mlp, "_is_by_expert", lambda rows, weight: False)
     return request.param
 
 
@@ -176,6 +176,37 @@ def test_sums_over_many_blocks_are_rounded_once(monkeypatch):
     exact, at_once, in_blocks = found.values()
     for want, once, blocks in zip(exact, at_once, in_blocks, strict=True):
         assert (blocks - want).norm() <= 1.5 * (once - want).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_of_any_count_meet_few_shapes(monkeypatch, dtype):
+    """oneDNN compiles for each: the first product of 300 counts up to 1,200 has 45 shapes at most."""
+    shapes, product = set(), torch.mm
+
+    def note(left, right, **options):
+        shapes.add((left.shape, right.shape))
+        return product(left, right, **options)
+
+    monkeypatch.setattr(routed_mlp.torch, "mm", note)
+    for count in range(1, 1200, 4):
+        tensors, source = inputs([count], dtype)
+        with torch.no_grad():
+            call(tensors, source, [count])
+    assert len(shapes) <= 2 * 45  # and as many of the last product
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 17, 16], [500, 0, 33, 1]], ids=str)
+def test_rounded_counts_change_no_result(monkeypatch, counts):
+    """Rows that are added have gate 0: output and gradients are those without them, within rounding of bf16."""
+    found = []
+    for dtypes in (routed_mlp._COMPILED_BY_SHAPE, ()):
+        monkeypatch.setattr(routed_mlp, "_COMPILED_BY_SHAPE", dtypes)
+        tensors, source = inputs(counts, torch.bfloat16)
+        output = call(tensors, source, counts)
+        output.backward(output.detach().cos())
+        found.append([output, *(tensor.grad for tensor in tensors)])
+    for rounded, plain in zip(*found, strict=True):
+        assert (rounded - plain).float().norm() <= 2.0**-8 * plain.float().norm()
 
 
 @both_ways
