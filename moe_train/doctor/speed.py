@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_train.host.precision import Precision, torch_dtype
+from moe_train.ops.products import mm
 
 ROWS = (16, 64, 256, 1024, 2048)
 WIDTHS = (64, 256, 1024, 2048)
@@ -93,7 +94,7 @@ def measure_products(device: torch.device, precision: Precision, budget_seconds:
             continue
         left_matrix = torch.ones(rows, width, dtype=torch_dtype(precision), device=device)
         right_matrix = torch.ones(width, width, dtype=torch_dtype(precision), device=device)
-        seconds = _median_seconds(lambda a=left_matrix, b=right_matrix: torch.mm(a, b), device, left)  # type: ignore[misc]
+        seconds = _median_seconds(lambda a=left_matrix, b=right_matrix: mm(a, b), device, left)  # type: ignore[misc]
         found.append((rows, width, flops / seconds))
         if flops > 2**24:  # the time of smaller products does not come from their operations
             slowest = max(slowest / 2, seconds / flops)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_train.ops.kernels import kernels_for
+from moe_train.ops.products import compiles_by_shape, mm, widened
 from moe_train.ops.row_map import RowMap
 from moe_train.ops.threads import run_side_by_side
 
@@ -30,7 +31,6 @@ from moe_train.ops.threads import run_side_by_side
 BLOCK_ROWS, NUM_BLOCKS = 384, 6
 _BLOCK_UNIT = 64  # the ends of an expert's blocks are multiples of it, the last one excepted
 LEAST_GRANULE = 16  # rows of a tile of AMX
-_COMPILED_BY_SHAPE = (torch.bfloat16, torch.float16)  # dtypes whose products oneDNN computes on CPU
 
 
 def routed_swiglu(
@@ -52,7 +52,7 @@ def routed_swiglu(
     if not _is_by_expert(rows_ND, gate_up_eDG):
         return _GroupedExperts.apply(rows_ND, gates_R, row_map, counts_e, gate_up_eDG, down_eFD)
     counts = counts_e.tolist()  # host synchronisation: slices need numbers
-    if rows_ND.device.type == "cpu" and rows_ND.dtype in _COMPILED_BY_SHAPE:
+    if compiles_by_shape(rows_ND):
         gates_R, row_map, counts = _round_up_counts(gates_R, row_map, counts)
     return _SequentialExperts.apply(rows_ND, gates_R, row_map, counts, gate_up_eDG, down_eFD)
 
@@ -100,9 +100,9 @@ class _SequentialExperts(torch.autograd.Function):
 
         def compute(_: _Block, source_r: Tensor, gates_r: Tensor, hidden_rG: Tensor, *parts: Tensor) -> None:
             output_rD, gate_up_DG, down_FD = parts
-            torch.mm(rows_ND.index_select(0, source_r), gate_up_DG, out=hidden_rG)
-            gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
-            torch.mm(_gate_(F.silu(gate_rF).mul_(up_rF), gates_r), down_FD, out=output_rD)
+            product_rG = mm(widened(rows_ND.index_select(0, source_r)), gate_up_DG, out=hidden_rG)
+            gate_rF, up_rF = product_rG.chunk(2, dim=-1)
+            mm(_gate_(F.silu(gate_rF).mul_(up_rF), gates_r), down_FD, out=output_rD)
 
         _for_all_blocks(counts, compute, (source_R, gates_R, hidden_RG, output_RD), (gate_up, down))
         ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down)
@@ -123,12 +123,12 @@ class _SequentialExperts(torch.autograd.Function):
 
         def compute(block: _Block, source_r: Tensor, gates_r: Tensor, hidden_rG: Tensor, *parts: Tensor) -> None:
             grad_gates_r, grad_rows_rD, gate_up_DG, down_FD, grad_gate_up_DG, grad_down_FD = parts
-            grad_rD = grads[0].index_select(0, source_r)
-            slope_rF = torch.mm(grad_rD, down_FD.t())
-            grad_hidden_rG, active_rF = _activation_gradients(hidden_rG, slope_rF, gates_r, grad_gates_r)
+            grad_rD = widened(grads[0].index_select(0, source_r))
+            slope_rF = mm(grad_rD, down_FD.t())
+            grad_hidden_rG, active_rF = _activation_gradients(widened(hidden_rG), slope_rF, gates_r, grad_gates_r)
             sums.add(grad_down_FD, active_rF.t(), grad_rD, block)
-            sums.add(grad_gate_up_DG, rows_ND.index_select(0, source_r).t(), grad_hidden_rG, block)
-            torch.mm(grad_hidden_rG, gate_up_DG.t(), out=grad_rows_rD)
+            sums.add(grad_gate_up_DG, widened(rows_ND.index_select(0, source_r)).t(), grad_hidden_rG, block)
+            mm(grad_hidden_rG, gate_up_DG.t(), out=grad_rows_rD)
 
         by_row = (source_R, gates_R, hidden_RG, grad_gates_R, grad_rows_RD)
         _for_all_blocks(ctx.counts, compute, by_row, (gate_up, down, grad_gate_up, grad_down))
@@ -228,12 +228,12 @@ class _BlockSums:
         """Add the product left @ right of a block; after the last block of the expert, `out` holds the sum."""
         is_narrow = out.dtype != torch.promote_types(out.dtype, torch.float32)
         if is_narrow and not (block.is_first and block.is_last):
-            product = torch.mm(left, right).to(torch.float32)
+            product = mm(left, right).to(torch.float32)
             self._sums[out.data_ptr()] = product if block.is_first else self._sums[out.data_ptr()].add_(product)
             if block.is_last:
                 out.copy_(self._sums.pop(out.data_ptr()))
         elif block.is_first:
-            torch.mm(left, right, out=out)
+            mm(left, right, out=out)
         else:
             out.addmm_(left, right)
 
