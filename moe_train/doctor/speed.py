@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_train.host.precision import Precision, torch_dtype
+from moe_train.ops.products import mm
 
 ROWS = {"cpu": (16, 64, 256, 1024, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
 WIDTHS = {"cpu": (64, 256, 1024, 2048), "cuda": (64, 256, 1024, 2048, 4096, 8192, 16384)}
@@ -98,7 +99,7 @@ def measure_products(device: torch.device, precision: Precision, budget_seconds:
         left_matrix, right_matrix = (
             torch.randn(height, width, device=device).to(torch_dtype(precision)) for height in (rows, width)
         )
-        seconds = _median_seconds(lambda a=left_matrix, b=right_matrix: torch.mm(a, b), device, left)  # type: ignore[misc]
+        seconds = _median_seconds(lambda a=left_matrix, b=right_matrix: mm(a, b), device, left)  # type: ignore[misc]
         found.append((rows, width, flops / seconds))
         if flops > 2**24:  # the time of smaller products does not come from their operations
             slowest = max(slowest / 2, seconds / flops)

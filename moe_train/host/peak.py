@@ -6,6 +6,7 @@ import time
 import torch
 
 from moe_train.host.precision import Precision, torch_dtype
+from moe_train.ops.products import mm
 
 # Dense matrix products in bf16 and fp16, operations per second, from NVIDIA's and AMD's data sheets. The first entry
 # counts whose words are all in the name: a card has fewer units, or less power, than a module of the same generation.
@@ -66,7 +67,7 @@ def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     began = time.perf_counter()
-    torch.mm(a, b)
+    mm(a, b)
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     return time.perf_counter() - began

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_train.model.parameters import Constant, InitialValue, Normal, OptimRule
 from moe_train.ops.cross_entropy import loss_chunk, summed_cross_entropy, token_cross_entropy
 from moe_train.ops.norms import layer_norm, rms_norm
+from moe_train.ops.products import linear
 from moe_train.ops.swiglu import swiglu
 
 
@@ -37,6 +38,9 @@ class Linear(nn.Linear):
     def optim_rules(self) -> dict[str, OptimRule]:
         return {"weight": OptimRule(matrices=self.beside)}
 
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
 
 class Head(Linear):
     """The map from hidden states to logits; with targets, to losses, without keeping all logits."""
@@ -58,13 +62,13 @@ class Head(Linear):
             [B, S, V] logits; with targets the sum of the losses, a scalar, and the losses [B, S] without a gradient.
         """
         if targets_BS is None:
-            return F.linear(x_BSD, self.weight)
+            return linear(x_BSD, self.weight)
         (vocab_size, hidden_size), tokens = self.weight.shape, targets_BS.numel()
         chunk = loss_chunk(tokens, vocab_size, hidden_size, self.weight.element_size(), chunk)
         if chunk < tokens:
             total, losses_T = summed_cross_entropy(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), chunk)
         else:
-            logits_BSV = F.linear(x_BSD, self.weight)
+            logits_BSV = linear(x_BSD, self.weight)
             losses_T = token_cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
             total = losses_T.sum()
         return total, losses_T.detach().view(targets_BS.shape)

@@ -3,13 +3,19 @@
 Legend: B batch, H query heads, G key/value heads, S queries, C keys (context), d head size.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Without cuDNN, which CUDA prefers on new GPUs: with a mask its gradients can be NaN (pytorch#196678), and on Blackwell
 # it decodes wrongly with fewer than 8 key heads (pytorch#193893).
+from moe_train.ops.products import widens
+
 _SAFE_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+SHORT = 256  # queries; on a Sapphire Rapids with AMX the kernels are equally fast at about this length
 
 
 def visible_keys(
@@ -55,6 +61,9 @@ def attend(q_BHSd: Tensor, k_BGCd: Tensor, v_BGCd: Tensor, mask_B1SC: Tensor | N
     """
     batch, heads, length, size = q_BHSd.shape
     kv_heads = k_BGCd.shape[1]
+    if _is_faster_in_fp32(q_BHSd):
+        q, k, v = q_BHSd.float(), k_BGCd.float(), v_BGCd.float()
+        return attend(q, k, v, mask_B1SC).to(q_BHSd.dtype)
     if mask_B1SC is None and length > 1:
         return F.scaled_dot_product_attention(q_BHSd, k_BGCd, v_BGCd, is_causal=True, enable_gqa=kv_heads != heads)
     # The query heads of a group become further queries of one head. So its keys and values are read once and not
@@ -68,3 +77,15 @@ def attend(q_BHSd: Tensor, k_BGCd: Tensor, v_BGCd: Tensor, mask_B1SC: Tensor | N
         mixed_BGsd = F.scaled_dot_product_attention(q_BGsd, k_BGCd, v_BGCd, attn_mask=mask_B1SC)
     # (B, G, r*S, d) -> (B, G*r, S, d); not a view, because the memory-efficient kernel returns another memory order.
     return mixed_BGsd.reshape(q_BHSd.shape)
+
+
+def _is_faster_in_fp32(q_BHSd: Tensor) -> bool:
+    """Return whether the kernel for bf16 is slower than casts and the kernel for fp32.
+
+    It is where sequences are short, because of its backward pass, and at any length on a CPU that multiplies fp32
+    faster. A single query reads a cache once, which is not copied.
+    """
+    length = q_BHSd.shape[2]
+    if q_BHSd.device.type != "cpu" or q_BHSd.dtype != torch.bfloat16 or length == 1:
+        return False
+    return length <= SHORT or widens(q_BHSd)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_train.ops.kernels import token_kernels_for
+from moe_train.ops.products import mm
 
 IGNORED_TARGET = -100  # target of padding, which has loss 0 and no gradient
 CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -57,12 +58,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), chunk):
             here = slice(start, start + chunk)
             x_nD, slope_nV = x_ND[here], None
-            logits_nV, needs_slope = x_nD @ weight_VD.t(), needs_x or needs_weight
+            logits_nV, needs_slope = mm(x_nD, weight_VD.t()), needs_x or needs_weight
             losses_N[here], slope_nV = _losses_and_slope(logits_nV, targets_N[here], needs_slope, overwrites=True)
             if slope_nV is not None and dx_ND is not None:
-                torch.mm(slope_nV, weight_VD.to(kept), out=dx_ND[here])
+                mm(slope_nV, weight_VD.to(kept), out=dx_ND[here])
             if slope_nV is not None and dweight_VD is not None:
-                dweight_VD += slope_nV.t() @ x_nD.to(kept)
+                dweight_VD += mm(slope_nV.t(), x_nD.to(kept))
         ctx.save_for_backward(dx_ND, dweight_VD)
         ctx.dtypes = x_ND.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(losses_N)

@@ -23,12 +23,15 @@ from torch.autograd.function import once_differentiable
 
 from moe_train.ops.grouped_product import ExpertRows, rows_product, takes_grouped_products, weights_product
 from moe_train.ops.kernels import kernels_for
+from moe_train.ops.products import compiles_by_shape, mm, widened
 from moe_train.ops.row_map import RowMap
 from moe_train.ops.threads import run_side_by_side
 
 # An expert computes a block of rows at once, whose temporary tensors fit the cache or are small beside what is kept:
 # BLOCK_ROWS of them, or more where all rows would be more than NUM_BLOCKS blocks.
 BLOCK_ROWS, NUM_BLOCKS = 384, 6
+_BLOCK_UNIT = 64  # the ends of an expert's blocks are multiples of it, the last one excepted
+LEAST_GRANULE = 16  # rows of a tile of AMX
 
 
 def routed_swiglu(
@@ -47,10 +50,42 @@ def routed_swiglu(
     Returns:
         [N, D] in the dtype of the rows; zero for a row without an assignment.
     """
+    if not _is_by_expert(rows_ND, gate_up_eDG):
+        return _GroupedExperts.apply(rows_ND, gates_R, row_map, counts_e, gate_up_eDG, down_eFD)
+    counts = counts_e.tolist()  # host synchronisation: slices need numbers
+    if compiles_by_shape(rows_ND):
+        gates_R, row_map, counts = _round_up_counts(gates_R, row_map, counts)
+    return _SequentialExperts.apply(rows_ND, gates_R, row_map, counts, gate_up_eDG, down_eFD)
+
+
+def _is_by_expert(rows_ND: Tensor, gate_up_eDG: Tensor) -> bool:
     # On CPU the rows of one expert fit the cache, and stay in it when experts are computed one after the other.
-    by_expert = rows_ND.device.type == "cpu" or not takes_grouped_products(rows_ND, gate_up_eDG)
-    function = _SequentialExperts if by_expert else _GroupedExperts
-    return function.apply(rows_ND, gates_R, row_map, counts_e, gate_up_eDG, down_eFD)
+    return rows_ND.device.type == "cpu" or not takes_grouped_products(rows_ND, gate_up_eDG)
+
+
+def _round_up_counts(gates_R: Tensor, row_map: RowMap, counts: list[int]) -> tuple[Tensor, RowMap, list[int]]:
+    """Give every expert further assignments with gate 0 and without a source, so that counts take few values.
+
+    oneDNN compiles each product of 16-bit numbers for its shape. A shape that it has not met takes 2 to 5 ms, where the
+    product of 256 rows takes 0.2 ms; and the code of thousands of shapes takes hundreds of MiB.
+
+    Returns:
+        Gates, map and counts with the further assignments; gradients are those of the given gates.
+    """
+    rounded = [_round_up(count) for count in counts]
+    if rounded == counts:
+        return gates_R, row_map, counts
+    further = [more - count for more, count in zip(rounded, counts, strict=True)]
+    shifts_e = torch.tensor(list(itertools.accumulate(further[:-1], initial=0)))
+    shifts_R = shifts_e.repeat_interleave(torch.tensor(counts), output_size=len(gates_R))
+    places_R, total = torch.arange(len(gates_R)) + shifts_R, sum(rounded)
+    return gates_R.new_zeros(total).index_copy(0, places_R, gates_R), row_map.moved_to(places_R, total), rounded
+
+
+def _round_up(count: int) -> int:
+    """Round up to a multiple of 16 or, for many rows, of at most a sixteenth of them."""
+    granule = max(LEAST_GRANULE, (1 << count.bit_length()) // 32)
+    return -(-count // granule) * granule
 
 
 class _SequentialExperts(torch.autograd.Function):
@@ -58,18 +93,17 @@ class _SequentialExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts_e: Tensor, gate_up: Tensor, down: Tensor
+        ctx: Any, rows_ND: Tensor, gates_R: Tensor, row_map: RowMap, counts: list[int], gate_up: Tensor, down: Tensor
     ) -> Tensor:
-        counts = counts_e.tolist()  # host synchronisation: slices need numbers
         source_R = row_map.source_R
         hidden_RG = rows_ND.new_empty(source_R.numel(), gate_up.shape[2])
         output_RD = rows_ND.new_empty(source_R.numel(), rows_ND.shape[1])
 
         def compute(_: _Block, source_r: Tensor, gates_r: Tensor, hidden_rG: Tensor, *parts: Tensor) -> None:
             output_rD, gate_up_DG, down_FD = parts
-            torch.mm(rows_ND.index_select(0, source_r), gate_up_DG, out=hidden_rG)
-            gate_rF, up_rF = hidden_rG.chunk(2, dim=-1)
-            torch.mm(_gate_(F.silu(gate_rF).mul_(up_rF), gates_r), down_FD, out=output_rD)
+            product_rG = mm(widened(rows_ND.index_select(0, source_r)), gate_up_DG, out=hidden_rG)
+            gate_rF, up_rF = product_rG.chunk(2, dim=-1)
+            mm(_gate_(F.silu(gate_rF).mul_(up_rF), gates_r), down_FD, out=output_rD)
 
         _for_all_blocks(counts, compute, (source_R, gates_R, hidden_RG, output_RD), (gate_up, down))
         ctx.save_for_backward(rows_ND, gates_R, hidden_RG, gate_up, down)
@@ -90,12 +124,12 @@ class _SequentialExperts(torch.autograd.Function):
 
         def compute(block: _Block, source_r: Tensor, gates_r: Tensor, hidden_rG: Tensor, *parts: Tensor) -> None:
             grad_gates_r, grad_rows_rD, gate_up_DG, down_FD, grad_gate_up_DG, grad_down_FD = parts
-            grad_rD = grads[0].index_select(0, source_r)
-            slope_rF = torch.mm(grad_rD, down_FD.t())
-            grad_hidden_rG, active_rF = _activation_gradients(hidden_rG, slope_rF, gates_r, grad_gates_r)
+            grad_rD = widened(grads[0].index_select(0, source_r))
+            slope_rF = mm(grad_rD, down_FD.t())
+            grad_hidden_rG, active_rF = _activation_gradients(widened(hidden_rG), slope_rF, gates_r, grad_gates_r)
             sums.add(grad_down_FD, active_rF.t(), grad_rD, block)
-            sums.add(grad_gate_up_DG, rows_ND.index_select(0, source_r).t(), grad_hidden_rG, block)
-            torch.mm(grad_hidden_rG, gate_up_DG.t(), out=grad_rows_rD)
+            sums.add(grad_gate_up_DG, widened(rows_ND.index_select(0, source_r)).t(), grad_hidden_rG, block)
+            mm(grad_hidden_rG, gate_up_DG.t(), out=grad_rows_rD)
 
         by_row = (source_R, gates_R, hidden_RG, grad_gates_R, grad_rows_RD)
         _for_all_blocks(ctx.counts, compute, by_row, (gate_up, down, grad_gate_up, grad_down))
@@ -179,9 +213,9 @@ def _for_all_blocks(
 
 
 def _blocks(count: int, most_rows: int) -> list[_Block]:
-    """Divide the assignments of an expert into blocks of nearly the same size."""
-    num_blocks = -(-count // most_rows)
-    ends = [number * count // num_blocks for number in range(num_blocks + 1)]
+    """Divide the assignments of an expert into blocks of nearly the same size, and of few sizes."""
+    num_blocks, unit = -(-count // most_rows), max(1, min(_BLOCK_UNIT, most_rows // 4))
+    ends = [-(-(number * count // num_blocks) // unit) * unit for number in range(num_blocks)] + [count]
     return [_Block(end - begin, is_first=begin == 0, is_last=end == count) for begin, end in itertools.pairwise(ends)]
 
 
@@ -195,12 +229,12 @@ class _BlockSums:
         """Add the product left @ right of a block; after the last block of the expert, `out` holds the sum."""
         is_narrow = out.dtype != torch.promote_types(out.dtype, torch.float32)
         if is_narrow and not (block.is_first and block.is_last):
-            product = torch.mm(left, right).to(torch.float32)
+            product = mm(left, right).to(torch.float32)
             self._sums[out.data_ptr()] = product if block.is_first else self._sums[out.data_ptr()].add_(product)
             if block.is_last:
                 out.copy_(self._sums.pop(out.data_ptr()))
         elif block.is_first:
-            torch.mm(left, right, out=out)
+            mm(left, right, out=out)
         else:
             out.addmm_(left, right)
 

@@ -95,6 +95,22 @@ class RowMap:
         source_PN = torch.arange(num_sources, device=is_place_PN.device).expand_as(is_place_PN)
         return RowMap(_pick(source_PN, is_place_PN, num_places), num_sources, group_places)
 
+    def moved_to(self, place_R: Tensor, num_places: int) -> "RowMap":
+        """Make a map with the same copies at other places.
+
+        The places between them are copies of source 0 in a gather, and are in no sum.
+
+        Args:
+            place_R: int64, the new place of every place, each of them another.
+            num_places: Number of places of the new map.
+        """
+
+        def group_places() -> tuple[Tensor, Tensor]:
+            return place_R.index_select(0, self.places_R), self.offsets_N
+
+        source = self.source_R.new_zeros(num_places).index_copy_(0, place_R, self.source_R)
+        return RowMap(source, self.num_sources, group_places)
+
     def gather(self, rows_ND: Tensor) -> Tensor:
         """Copy to every place the row of its source, [N, D] -> [R, D], without gradient."""
         if kernels := kernels_for(rows_ND):

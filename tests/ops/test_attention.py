@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from moe_train.ops import products
 from moe_train.ops.attention import attend, visible_keys
 
 
@@ -76,3 +77,31 @@ def test_an_output_in_another_order_in_memory_is_taken(monkeypatch, kv_heads):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other_order)
     assert torch.equal(attend(q, k, v, mask), expected)
+
+
+@pytest.mark.parametrize("length", [2, 255, 256, 300])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("multiplies_faster", [False, True])
+def test_bf16_computed_in_fp32_is_no_further_from_fp64(monkeypatch, length, is_masked, multiplies_faster):
+    """Nor are its gradients, but for the rounding of one element: 2^-8."""
+    monkeypatch.setattr(products, "_multiplies_bf16_faster", lambda: multiplies_faster)
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2, heads, length, 16, generator=generator).bfloat16() for heads in (4, 2, 2))
+    positions = torch.arange(length).unsqueeze(0)
+    mask = visible_keys(positions, positions, None, None, window=17) if is_masked else None
+    found = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        tensors = [each.to(dtype).requires_grad_() for each in (q, k, v)]
+        output = attend(*tensors, mask)
+        assert output.dtype == dtype
+        found[dtype] = [output, *torch.autograd.grad(output, tensors, torch.ones_like(output))]
+    for ours, exact in zip(found[torch.bfloat16], found[torch.float64], strict=True):
+        assert (ours.double() - exact).norm() <= 2.0**-8 * max(exact.norm(), 1.0)
+
+
+def test_a_single_query_copies_no_cache(monkeypatch):
+    """One step of decoding reads its keys and values as they are."""
+    monkeypatch.setattr(products, "_multiplies_bf16_faster", lambda: False)
+    q, k, v = (torch.randn(1, heads, length, 16).bfloat16() for heads, length in ((4, 1), (2, 64), (2, 64)))
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: pytest.fail(f"a copy of {tuple(tensor.shape)}"))
+    assert attend(q, k, v, None).dtype == torch.bfloat16

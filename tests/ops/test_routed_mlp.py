@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_train.ops import routed_mlp
+from moe_train.ops import products, routed_mlp
 from moe_train.ops.routed_mlp import routed_swiglu
 from moe_train.ops.row_map import RowMap
 
@@ -70,7 +70,7 @@ TAKEN = [
 def way(request, monkeypatch):
     """Both are tried wherever they can be; on CPU only the first is taken otherwise."""
     if request.param == "together":
-        monkeypatch.setattr(routed_mlp, "_SequentialExperts", routed_mlp._GroupedExperts)
+        monkeypatch.setattr(routed_mlp, "_is_by_expert", lambda rows, weight: False)
     return request.param
 
 
@@ -176,6 +176,46 @@ def test_sums_over_many_blocks_are_rounded_once(monkeypatch):
     exact, at_once, in_blocks = found.values()
     for want, once, blocks in zip(exact, at_once, in_blocks, strict=True):
         assert (blocks - want).norm() <= 1.5 * (once - want).norm()
+
+
+def test_experts_of_any_count_meet_few_shapes(monkeypatch):
+    """oneDNN compiles for each."""
+    sizes = {
+        block.num_rows
+        for count in map(routed_mlp._round_up, range(1, 2000))
+        for block in routed_mlp._blocks(count, routed_mlp.BLOCK_ROWS)
+    }
+    assert len(sizes) <= 25 and max(sizes) <= routed_mlp.BLOCK_ROWS + 64
+    assert all(count <= routed_mlp._round_up(count) < count + max(16, count / 8) for count in range(1, 5000))
+
+    shapes, product = set(), torch.mm
+
+    def note(left, right, **options):
+        shapes.add((left.shape, right.shape))
+        return product(left, right, **options)
+
+    monkeypatch.setattr(products, "_multiplies_bf16_faster", lambda: True)
+    monkeypatch.setattr(torch, "mm", note)
+    for count in range(1, 49):
+        tensors, source = inputs([count], torch.bfloat16)
+        with torch.no_grad():
+            call(tensors, source, [count])
+    assert len(shapes) == 2 * 3  # two products of 16, 32 and 48 rows
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 17, 16], [500, 0, 33, 1]], ids=str)
+def test_rounded_counts_change_no_result(monkeypatch, counts):
+    """Rows that are added have gate 0: output and gradients are those without them, within rounding of bf16."""
+    found = []
+    monkeypatch.setattr(products, "_multiplies_bf16_faster", lambda: True)
+    for is_rounded in (True, False):
+        monkeypatch.setattr(routed_mlp, "compiles_by_shape", lambda rows, rounds=is_rounded: rounds)
+        tensors, source = inputs(counts, torch.bfloat16)
+        output = call(tensors, source, counts)
+        output.backward(output.detach().cos())
+        found.append([output, *(tensor.grad for tensor in tensors)])
+    for rounded, plain in zip(*found, strict=True):
+        assert (rounded - plain).float().norm() <= 2.0**-8 * plain.float().norm()
 
 
 @both_ways

@@ -17,6 +17,7 @@ from moe_train.model.objective import TrainingObjective
 from moe_train.model.parameters import LogicalTensor, logical_tensor, optim_rules
 from moe_train.model.step_size import StepSize
 from moe_train.model.transformer import LossOutput, Tokens, Transformer
+from moe_train.train.engine.direct_gradients import DirectGradients
 from moe_train.train.engine.fragments import MappedState, PartitionedState, ZeroState
 from moe_train.train.engine.groups import ExpertEngine, join_process_groups, mark_experts, parameter_groups
 from moe_train.train.engine.optimizers.base import OptimizerKind
@@ -72,6 +73,8 @@ class TrainEngine:
         self._zero = self._engine.optimizer
         state_of = PartitionedState if stage == 3 else MappedState
         self._state: ZeroState = state_of(self._zero, parameters, self._kind, matrices)
+        if isinstance(self._state, MappedState) and not self._zero.cpu_offload:
+            self._state.divide_gradients(DirectGradients(self._zero).divisor)
         self._gate = UpdateGate(self._zero, self._state, stage)
 
     @property

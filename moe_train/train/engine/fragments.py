@@ -5,7 +5,7 @@ parameter, the last ones padded.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,11 @@ class MappedState(ZeroState):
     """State of ZeRO stages 1 and 2."""
 
     _places: dict[int, int] | None = None
+    _divisor: Callable[[int], float] | None = None
+
+    def divide_gradients(self, divisor: Callable[[int], float]) -> None:
+        """Divide each gradient by what its parameter group's gradients have yet to be divided by."""
+        self._divisor = divisor
 
     def forget_gradients(self) -> None:
         # With offload, DeepSpeed (0.19.8) keeps the fp32 sums of a skipped step, and adds the next step to them.
@@ -176,7 +181,7 @@ class MappedState(ZeroState):
         gradient: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
         if gradient.numel() == parameter.numel():  # bf16 keeps a buffer of the whole on each rank
             gradient = gradient.narrow(0, place.start, place.numel)
-        return gradient
+        return gradient if self._divisor is None else gradient / self._divisor(mapping.param_group_index)
 
 
 class PartitionedState(ZeroState):
