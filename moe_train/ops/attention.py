@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Without cuDNN, which CUDA prefers on new GPUs: with a mask its gradients can be NaN (pytorch#196678), and on Blackwell
-# it decodes wrongly with fewer than 8 key heads (pytorch#193893).
 from moe_train.ops.products import widens
 
+# Without cuDNN, which CUDA prefers on new GPUs: with a mask its gradients can be NaN (pytorch#196678), and on Blackwell
+# it decodes wrongly with fewer than 8 key heads (pytorch#193893).
 _SAFE_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 SHORT = 256  # queries; on a Sapphire Rapids with AMX the kernels are equally fast at about this length
 
 
