@@ -32,3 +32,9 @@ def orthogonalize(x_nAB: Tensor, epsilon: float = 1e-7, dtype: torch.dtype = tor
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
     return (x.mT if is_tall else x).to(x_nAB.dtype)
+
+
+def products(rows: int, columns: int) -> list[tuple[int, int, int]]:
+    """List the products of `orthogonalize` for one matrix, as (m, k, n) of [m, k] x [k, n]."""
+    short, long = min(rows, columns), max(rows, columns)
+    return [(short, long, short), (short, short, short), (short, short, long)] * STEPS

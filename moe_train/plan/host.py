@@ -115,11 +115,12 @@ def update_seconds(states: ModelStates, layout: Layout, rates: Rates) -> float:
         layout: Layout of the run.
         rates: Speed of the machine; its host is known.
     """
-    moved = _UPDATE_BYTES + _CLIP_BYTES + _MOMENT_BYTES * layout.num_moments + _FP32 + layout.dtype_bytes
+    per_element = _UPDATE_BYTES + _CLIP_BYTES + _FP32 + layout.dtype_bytes
+    moved = per_element * states.partition_elements + _MOMENT_BYTES * states.moment_elements
     if rates.is_cpu:
-        return rates.moving(moved * states.partition_elements)
+        return rates.moving(moved)
     assert rates.machine.host is not None, "the layout was checked"
-    return moved * states.partition_elements / rates.machine.host.memory_bytes_per_second
+    return moved / rates.machine.host.memory_bytes_per_second
 
 
 def _adds_on_host(layout: Layout) -> bool:

@@ -158,10 +158,9 @@ class Layout:
         return 4 if self.accumulation > 1 else self.dtype_bytes
 
     @property
-    def num_moments(self) -> int:
-        """State tensors of the optimizer."""
-        kind: OptimizerKind = load_part("optimizers", self.optimizer)
-        return len(kind.moments)
+    def optimizer_kind(self) -> OptimizerKind:
+        """Description of the optimizer."""
+        return load_part("optimizers", self.optimizer)
 
     @property
     def edp_size(self) -> int:

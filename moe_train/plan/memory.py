@@ -229,7 +229,10 @@ def _update(states: ModelStates, layout: Layout) -> tuple[str, dict[str, float]]
         flat = (size + (_FP32 if narrow else 0)) * largest
     else:
         flat = 0  # they are already one fp32 tensor
-    return _UPDATE, _sum(held, {"zero_buffers": float(max(flat, _norm_bytes(states)))})
+    matrices = [group for group in states.groups if group.is_matrix]
+    # Momentum and gradient of a group, and a bucket of whole matrices with its updates.
+    whole = max((g.partition + 2 * min(g.numel, layout.optimizer_kind.bucket_elements) for g in matrices), default=0)
+    return _UPDATE, _sum(held, {"zero_buffers": float(max(flat, _norm_bytes(states)) + _FP32 * whole)})
 
 
 def _sum(*parts: dict[str, float]) -> dict[str, float]:

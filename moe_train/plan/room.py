@@ -11,7 +11,7 @@ from moe_train.host.memory import host_memory
 from moe_train.plan.host import host_parts
 from moe_train.plan.layout import layout_of
 from moe_train.plan.shapes import model_shape
-from moe_train.plan.states import model_states
+from moe_train.plan.states import model_states, state_elements
 
 _GIB = 2**30
 _STATES_SHARE = 0.5  # of a device's memory, in the layout that is offered; the rest is for activations and gradients
@@ -46,7 +46,7 @@ def check_room(config: ResolvedConfig, world: World, device: torch.device) -> No
     if needed <= memory:
         return
     parameters = sum(tensor.global_numel for tensor in shape.tensors)
-    everything = parameters * (layout.dtype_bytes + 4 * (1 + layout.num_moments))
+    everything = parameters * layout.dtype_bytes + 4 * state_elements(shape, layout)
     ranks = max(world.world_size + 1, math.ceil(everything / (_STATES_SHARE * memory)))
     nodes = 2 ** math.ceil(math.log2(max(1, ranks / _RANKS_PER_NODE)))  # batches and experts are powers of two, mostly
     raise UsageError(

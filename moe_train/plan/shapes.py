@@ -3,14 +3,14 @@
 Legend: D hidden_size, H query heads, G key/value heads, d head size, F inner width, E experts, K top_k, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_train.config.model import ModelConfig
 from moe_train.model.build import build_model, feed_forward_of, mixer_of
 from moe_train.model.cost import FeedForwardCost, MixerCost
 from moe_train.model.count import ParameterCount
 from moe_train.model.flops import training_flops_per_token
-from moe_train.model.parameters import LogicalTensor, logical_tensors
+from moe_train.model.parameters import LogicalTensor, logical_tensors, optim_rules
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class ModelShape:
         outside: Elements outside the blocks: embedding, final norm, head.
         tensors: All logical tensors.
         flops_per_token: Operations per token that training needs.
+        matrices: Tensors that are linear maps of the blocks, with the number of maps side by side in each.
     """
 
     config: ModelConfig
@@ -54,6 +55,7 @@ class ModelShape:
     outside: int
     tensors: tuple[LogicalTensor, ...]
     flops_per_token: float
+    matrices: dict[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> ParameterCount:
@@ -87,7 +89,9 @@ def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> M
         vocab_size: V, rows of the embedding.
         sequence_length: Tokens per sequence.
     """
-    tensors = logical_tensors(build_model(config, vocab_size)).values()
+    model = build_model(config, vocab_size)
+    tensors = logical_tensors(model).values()
+    matrices = {name: rule.matrices for name, rule in optim_rules(model).items() if rule.matrices}
     dense, experts, outside = [0] * config.num_layers, [0] * config.num_layers, 0
     for tensor in tensors:
         parts = tensor.name.split(".")
@@ -105,4 +109,4 @@ def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> M
         for layer in range(config.num_layers)
     )
     flops = training_flops_per_token(config, vocab_size, sequence_length)
-    return ModelShape(config, vocab_size, layers, outside, tuple(tensors), flops)
+    return ModelShape(config, vocab_size, layers, outside, tuple(tensors), flops, matrices)

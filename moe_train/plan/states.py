@@ -30,6 +30,8 @@ class Group:
         ranks: Number of ranks that share the group.
         is_expert: Whether the tensors are experts.
         largest: Elements of its largest tensor on this rank before ZeRO.
+        num_moments: State tensors that the optimizer has for it.
+        is_matrix: Whether the optimizer treats its tensors as whole matrices.
     """
 
     numel: int
@@ -37,6 +39,8 @@ class Group:
     ranks: int
     is_expert: bool
     largest: int
+    num_moments: int = 2
+    is_matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,17 @@ class ModelStates:
         """Elements that this rank updates."""
         return sum(group.partition for group in self.groups)
 
+    @property
+    def moment_elements(self) -> int:
+        """Elements of the optimizer's moments on this rank."""
+        return sum(group.num_moments * group.partition for group in self.groups)
+
+
+def state_elements(shape: ModelShape, layout: Layout) -> int:
+    """Count the elements of the fp32 master weights and moments of the whole model, as a checkpoint has them."""
+    kind = layout.optimizer_kind
+    return sum((1 + len(kind.moments_of(t.name in shape.matrices))) * t.global_numel for t in shape.tensors)
+
 
 def model_states(shape: ModelShape, layout: Layout) -> ModelStates:
     """Compute the model states of one rank.
@@ -96,12 +111,16 @@ def model_states(shape: ModelShape, layout: Layout) -> ModelStates:
     """
     dense = [tensor for tensor in shape.tensors if not tensor.is_expert]
     experts = [tensor for tensor in shape.tensors if tensor.is_expert]
-    matrices = [tensor for tensor in dense if len(tensor.shape) > 1]
+    whole = shape.matrices if layout.optimizer_kind.matrix_moments is not None else {}
+    maps = [tensor for tensor in dense if tensor.name in whole]
+    tables = [tensor for tensor in dense if len(tensor.shape) > 1 and tensor.name not in whole]
     vectors = [tensor for tensor in dense if len(tensor.shape) == 1]
-    listed = [(matrices, False), (vectors, False), *((part, True) for part in _divided(experts, layout))]
-    groups = tuple(_group(tensors, is_expert, layout) for tensors, is_expert in listed if tensors)
+    listed = [(maps, False), (tables, False), (vectors, False), *((part, True) for part in _divided(experts, layout))]
+    groups = tuple(
+        _group(tensors, is_expert, layout, tensors[0].name in whole) for tensors, is_expert in listed if tensors
+    )
     updated = sum(group.partition for group in groups)
-    optimizer_states = _FP32_BYTES * (1 + layout.num_moments) * updated
+    optimizer_states = _FP32_BYTES * sum((1 + group.num_moments) * group.partition for group in groups)
     if layout.zero_stage < 3:
         weights = sum(group.partition * group.ranks for group in groups) * layout.dtype_bytes
         return ModelStates(weights, optimizer_states, groups, 0)
@@ -134,13 +153,14 @@ def _divided(experts: list[LogicalTensor], layout: Layout) -> list[list[LogicalT
     return parts
 
 
-def _group(tensors: list[LogicalTensor], is_expert: bool, layout: Layout) -> Group:
+def _group(tensors: list[LogicalTensor], is_expert: bool, layout: Layout, is_matrix: bool) -> Group:
     numels, ranks = [_numel(tensor, layout) for tensor in tensors], _ranks(is_expert, layout)
     if layout.zero_stage == 3:
         partition = sum(-(-numel // ranks) for numel in numels)
     else:
         partition = math.ceil(sum(numels) / (_ALIGNMENT * ranks)) * _ALIGNMENT
-    return Group(sum(numels), partition, ranks, is_expert, max(numels))
+    num_moments = len(layout.optimizer_kind.moments_of(is_matrix))
+    return Group(sum(numels), partition, ranks, is_expert, max(numels), num_moments, is_matrix)
 
 
 def _numel(tensor: LogicalTensor, layout: Layout) -> int:

@@ -20,6 +20,7 @@ from moe_train.plan.traffic import (
     key_value_exchange,
     latency,
     layer_traffic,
+    matrix_reductions,
     moe_layers_again,
     send_seconds,
     small_reductions,
@@ -117,7 +118,7 @@ def step_traffic(shape: ModelShape, layout: Layout, loads: RowLoads, states: Mod
         exchanged += forward * (1 + layout.recompute.repeats("attention", index)) + backward
     lists = {
         "key_value_exchange": exchanged * layout.accumulation,
-        "gradient_reduction": gradient_reductions(states, layout),
+        "gradient_reduction": gradient_reductions(states, layout) + matrix_reductions(states, layout),
         "weight_gathering": weight_gathers(states, layout),
         "small_reductions": small_reductions(shape, states, layout),
     }
@@ -259,8 +260,28 @@ def _add_reductions(
         times["optimizer"] = rates.moving(_NORM_BYTES * own) + update_seconds(states, layout, rates)
         times["host_copies"] = copy_seconds(states, layout, rates)
         return
-    updated = _UPDATE_BYTES + _NORM_BYTES + _MOMENT_BYTES * layout.num_moments
-    times["optimizer"] = rates.moving((updated + 3 * size + 4 + layout.dtype_bytes) * own)
+    per_element = _UPDATE_BYTES + _NORM_BYTES + 3 * size + 4 + layout.dtype_bytes
+    times["optimizer"] = rates.moving(per_element * own + _MOMENT_BYTES * states.moment_elements)
+    times["optimizer"] += seconds(matrix_reductions(states, layout)) + _matrix_seconds(shape, layout, rates)
+
+
+def _matrix_seconds(shape: ModelShape, layout: Layout, rates: Rates) -> float:
+    """Compute the seconds of the products of an optimizer that treats matrices as a whole, spread over the ranks."""
+    products = layout.optimizer_kind.matrix_products
+    if products is None:
+        return 0.0
+    total = 0.0
+    for tensor in shape.tensors:
+        beside = shape.matrices.get(tensor.name, 0)
+        if not beside:
+            continue
+        ranks = layout.edp_size if tensor.is_expert else layout.world_size
+        rows, columns = tensor.shape[-2:]
+        rows, columns = (rows, columns // beside) if tensor.is_expert else (rows // beside, columns)
+        count = beside * (tensor.shape[0] // layout.ep_size if tensor.is_expert else 1)
+        each = sum(rates.product(*sizes, precision="fp32") for sizes in products(rows, columns))
+        total += each * count / ranks
+    return total
 
 
 def _zero_operations(shape: ModelShape, layout: Layout, rates: Rates) -> dict[str, float]:

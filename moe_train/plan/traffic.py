@@ -7,6 +7,7 @@ all-reduce. If a group has m ranks on a node, each of them sends 1/m of this acr
 Legend: T tokens per rank, K top_k, E experts, x experts on a rank of the group, P ranks, C chunks.
 """
 
+import math
 from dataclasses import dataclass
 
 from moe_train.config.machine import Link, Machine, Network
@@ -18,7 +19,7 @@ from moe_train.plan.loads import RowLoads
 from moe_train.plan.shapes import ModelShape
 from moe_train.plan.states import ModelStates
 
-_COUNT_BYTES, _SUM_BYTES, _WIDE_BYTES = 8, 4, 8
+_COUNT_BYTES, _SUM_BYTES, _WIDE_BYTES, _FP32_BYTES = 8, 4, 8, 4
 _STEP_SUMS = 4  # of an expert over a step: importance, load, probability, count
 
 
@@ -208,6 +209,22 @@ def gradient_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
         numel = sum(group.numel for group in states.groups if group.is_expert is is_expert)
         if numel:
             found.append(Reduction(kind, ranks, float(times * e * numel), times * buckets))
+    return found
+
+
+def matrix_reductions(states: ModelStates, layout: Layout) -> list[Reduction]:
+    """List the reductions of an optimizer that treats matrices as a whole: it gathers them, and spreads the updates.
+
+    Args:
+        states: Model states of the rank.
+        layout: Layout of the run.
+    """
+    found = []
+    for group in states.groups:
+        if group.is_matrix:
+            ranks = layout.expert_data_parallel if group.is_expert else layout.world
+            buckets = math.ceil(group.numel / layout.optimizer_kind.bucket_elements)
+            found.append(Reduction("all_reduce", ranks, 2.0 * _FP32_BYTES * group.numel, 2.0 * buckets))
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_train.config.run import CheckpointConfig
 from moe_train.plan.planner import Plan
+from moe_train.plan.states import state_elements
 
 _FP32_BYTES = 4  # a checkpoint has fp32 master weights and moments, whatever the precision of the run
 
@@ -91,7 +92,7 @@ def plan_run(plan: Plan, tokens: int) -> WholeRun:
     """
     tokens_of_step = plan.config.train.global_batch_size * plan.layout.sequence_length
     steps = math.ceil(tokens / tokens_of_step)
-    num_bytes = _FP32_BYTES * (1 + plan.layout.num_moments) * plan.shape.parameters.total
+    num_bytes = _FP32_BYTES * state_elements(plan.shape, plan.layout)
     return WholeRun(
         tokens,
         steps,

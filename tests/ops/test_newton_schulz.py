@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from moe_train.ops.newton_schulz import orthogonalize
+from moe_train.ops.newton_schulz import orthogonalize, products
 
 
 def scalar(value: float) -> float:
@@ -34,3 +35,10 @@ def test_zero_gives_zero_and_scale_does_not_matter() -> None:
     assert orthogonalize(torch.zeros(2, 3, 4)).abs().max() == 0
     x = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(orthogonalize(1e3 * x), orthogonalize(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_products_are_those_that_run(shape: tuple[int, int]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.ones(1, *shape))
+    assert counter.get_total_flops() == sum(2 * m * k * n for m, k, n in products(*shape))

@@ -72,6 +72,9 @@ CASES = [
     (1, {"train.micro_batch_size": 16, "model.kv_layers": 2, "train.recompute": "block", "train.recompute_every": 2}),
     (1, {"train.micro_batch_size": 16, "train.recompute": "attention", "train.recompute_every": 2}),
     (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "train.recompute": "experts"}),
+    (1, {"parallel.zero_stage": 1, "optim.name": "muon"}),
+    (2, {"parallel.zero_stage": 2, "train.precision": "bf16", "optim.name": "muon"}),
+    (2, {"parallel.zero_stage": 3, "parallel.expert_parallel_size": 2, "optim.name": "muon"}),
 ]
 ALWAYS = (3, 13, len(CASES) - 1)  # by `make test`; the others, of each stage and number of ranks, take a minute
 

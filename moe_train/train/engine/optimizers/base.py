@@ -72,6 +72,9 @@ class OptimizerKind:
         fields: Fields among beta1, beta2 and epsilon that it reads; the others are refused if they are changed.
         section: Class of its own settings, written under optim.NAME; None: its settings are fields of optim.
         matrix_moments: Names of the state tensors of matrices, some of `moments`; None: it treats all parameters alike.
+        matrix_products: Function that lists the products (m, k, n) of the update of a matrix, from its rows and
+            columns; None: there are none.
+        bucket_elements: Elements of whole matrices that are in memory at a time, beside as many of updates.
     """
 
     build: Callable[[list[dict[str, Any]], OptimConfig, Any], torch.optim.Optimizer]
@@ -80,6 +83,8 @@ class OptimizerKind:
     fields: frozenset[str] = frozenset()
     section: type[Section] | None = None
     matrix_moments: tuple[str, ...] | None = None
+    matrix_products: Callable[[int, int], list[tuple[int, int, int]]] | None = None
+    bucket_elements: int = 1
 
     @property
     def works_on_host(self) -> bool:

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 from moe_train.config.base import Section
 from moe_train.config.run import OptimConfig
 from moe_train.distributed.collectives import Group, all_reduce_sum, group_rank, group_size
-from moe_train.ops.newton_schulz import orthogonalize
+from moe_train.ops.newton_schulz import orthogonalize, products
 from moe_train.train.engine.optimizers.base import FlatPart, OptimizerKind
 
 _BUCKET_ELEMENTS = 1 << 25  # gathered at a time: 128 MiB
@@ -223,4 +223,6 @@ MUON = OptimizerKind(
     fields=frozenset({"beta1", "beta2", "epsilon"}),
     section=MuonConfig,
     matrix_moments=("exp_avg",),
+    matrix_products=products,
+    bucket_elements=_BUCKET_ELEMENTS,
 )
