@@ -27,10 +27,10 @@ from moe_train.distributed.addresses import (
     route_interface,
 )
 from moe_train.distributed.missing_ranks import say_error
+from moe_train.distributed.own_local_rank import remember_local_rank
 from moe_train.distributed.rendezvous import join_group, open_store, wait_for_ranks
 from moe_train.distributed.world import (
     LOOPBACK,
-    TRUE_LOCAL_RANK,
     Launcher,
     Manager,
     World,
@@ -241,8 +241,7 @@ def export_world(
 ) -> None:
     """Write the world into the environment, where DeepSpeed reads it and so does not ask MPI.
 
-    On several hosts it also sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface of the route to rank 0, if
-    they are not set.
+    On several hosts, unless they are set, GLOO_ and NCCL_SOCKET_IFNAME become the interface of the route to rank 0.
 
     Args:
         world: Place of this process among the ranks.
@@ -253,7 +252,8 @@ def export_world(
     index = device.index if device is not None and device.type == "cuda" else world.local_rank
     environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(index))
     environ.update(MASTER_ADDR=world.master_addr, MASTER_PORT=str(world.master_port))
-    environ.update({"LOCAL_WORLD_SIZE": str(world.local_world_size), TRUE_LOCAL_RANK: str(world.local_rank)})
+    environ["LOCAL_WORLD_SIZE"] = str(world.local_world_size)
+    remember_local_rank(environ, world.local_rank)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # DeepSpeed (0.19.8) asserts that both are the same
         environ["OMPI_COMM_WORLD_LOCAL_RANK"] = environ["LOCAL_RANK"]
     interface = route_interface(world.master_addr) if world.num_nodes > 1 else None
@@ -338,8 +338,8 @@ def child_environment(world: World, *, one_thread: bool, environ: Mapping[str, s
     launchers = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "GROUP_", "CROSS_", "ROLE_", "LOCAL_", "MPI_")
     kept = {name: value for name, value in environ.items() if not name.startswith(launchers)}
     kept |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.world_size), "LOCAL_RANK": str(world.local_rank)}
-    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size), TRUE_LOCAL_RANK: str(world.local_rank)}
-    kept |= {"MASTER_ADDR": world.master_addr, "MASTER_PORT": str(world.master_port)}
+    kept |= {"LOCAL_WORLD_SIZE": str(world.local_world_size), "MASTER_ADDR": world.master_addr}
+    kept["MASTER_PORT"] = str(world.master_port)
     return kept | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
 
 

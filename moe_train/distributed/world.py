@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_train.config.errors import UsageError
+from moe_train.distributed.own_local_rank import has_own_local_rank, with_own_local_rank
 from moe_train.distributed.slurm import derive_port, expand_nodelist, expand_tasks_per_node, is_step_task
 
 LOOPBACK = "127.0.0.1"
 MAX_PORT = 65535
-TRUE_LOCAL_RANK = "MOE_TRAIN_LOCAL_RANK"  # of this process, whose LOCAL_RANK becomes the number of the device
 
 Launcher = Literal["deepspeed", "torchrun", "mpirun", "srun", "single", "environment"]
 
@@ -190,7 +190,7 @@ def check_manager(environ: Mapping[str, str], manager: Manager) -> None:
         return
     require_equal(world_size, manager.size)
     require_equal(read_integer(environ, "RANK"), manager.rank)
-    if TRUE_LOCAL_RANK not in environ:
+    if not has_own_local_rank(environ):
         require_equal(read_integer(environ, "LOCAL_RANK"), manager.local_rank)
 
 
@@ -250,7 +250,7 @@ def read_world(environ: Mapping[str, str], managers: list[Manager]) -> World | N
 
 def _read_local(environ: Mapping[str, str], managers: list[Manager], world_size: Variable) -> tuple[Variable, Variable]:
     """Read rank and number of ranks on this host, from the manager if the launcher does not set them."""
-    local_rank = read_integer(environ, TRUE_LOCAL_RANK, "LOCAL_RANK")
+    local_rank = read_integer(with_own_local_rank(environ), "LOCAL_RANK")
     local_size = read_integer(environ, "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     if managers and not _is_agent_rank(environ):
         local_rank = local_rank or managers[0].local_rank

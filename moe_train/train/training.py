@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from moe_train.checkpoint.folders import Retention, remove_leftovers
 from moe_train.checkpoint.reader import load_checkpoint
@@ -19,9 +18,7 @@ from moe_train.config.errors import RunFailed, UsageError
 from moe_train.config.load import dump_yaml
 from moe_train.config.parts import read_section
 from moe_train.config.registry import load_part
-from moe_train.config.resolve import ResolvedConfig
-from moe_train.config.root import Config
-from moe_train.config.run import TelemetryConfig, TrainConfig
+from moe_train.config.run import TelemetryConfig
 from moe_train.distributed.bootstrap import init_process_group
 from moe_train.distributed.collectives import Group, barrier
 from moe_train.distributed.consensus import run_on_all_ranks
@@ -53,6 +50,7 @@ from moe_train.train.run_lock import RunLock, acquire_together
 from moe_train.train.saving import Saver
 from moe_train.train.step_control import StepControl
 from moe_train.train.summary import make_summary, show_summary, write_summary
+from moe_train.train.telemetry.compared_fields import compared_fields
 from moe_train.train.telemetry.load_alarms import Bounds, LoadAlarms
 from moe_train.train.telemetry.recorder import FlopsReference, StepRecorder
 from moe_train.train.telemetry.records import read_records
@@ -294,28 +292,11 @@ def _open_metrics(
         save_tokenizer(folder, prepared.data.tokenizer)
         sinks = open_sinks(config.telemetry, folder, first_step)
         writer = MetricsWriter(folder.root, first_step, sinks, console.say, lock.writing)
-    writer.describe(layers if config.telemetry.experts else (), _compared_fields(config), dump_yaml(config))
+    writer.describe(layers if config.telemetry.experts else (), compared_fields(config), dump_yaml(config))
     if not (config.telemetry.experts and layers):
         return writer, None
     bounds = Bounds.of(config.telemetry, config.model.moe, config.optim.warmup_steps)
     return writer, LoadAlarms(layers, bounds, read_records(folder.metrics))
-
-
-def _compared_fields(config: ResolvedConfig) -> dict[str, Any]:
-    """Return the fields for the comparison of runs, those that differ from the defaults first.
-
-    They are without the run's folder, and without fields that are None.
-    """
-    defaults = dict(field_values(Config(train=TrainConfig(run_dir=config.train.run_dir)).model_dump(mode="json")))
-    fields = {
-        name: value
-        for name, value in field_values(config.model_dump(mode="json"))
-        if name.startswith(("model.", "optim.", "parallel.", "train."))
-        and name != "train.run_dir"
-        and value is not None
-    }
-    chosen = [name for name, value in fields.items() if defaults.get(name) not in (value, "auto")]
-    return {name: fields[name] for name in dict.fromkeys([*chosen, *fields])}
 
 
 def open_sinks(telemetry: TelemetryConfig, folder: RunFolder, first_step: int) -> dict[str, Sink]:

@@ -10,7 +10,6 @@ import pytest
 from moe_train.checkpoint.manifest import read_manifest
 from moe_train.cli.main import main
 from moe_train.config.load import read_yaml
-from moe_train.interop import convert_attention as conversion
 from tests.interop.test_convert_attention import make_source
 from tests.train.runs import SMALL, losses, train_forked
 
@@ -113,7 +112,7 @@ def test_a_run_that_is_not_there_and_a_full_disk(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(conversion, "write_tensor_file", fail)
+    monkeypatch.setattr("moe_train.checkpoint.tensor_files.write_tensor_file", fail)
     assert convert(source, tmp_path / "new", "--num-kv-heads", "1") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

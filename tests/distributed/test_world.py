@@ -1,5 +1,6 @@
 """Rank discovery as a table of environments: what each launcher sets, and every contradiction with both its sides."""
 
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -15,6 +16,7 @@ from moe_train.config.errors import UsageError
 from moe_train.distributed.addresses import accepts_connections, free_port, interface_addresses, route_interface
 from moe_train.distributed.bootstrap import choose_device, discover_world, export_world, set_threads
 from moe_train.distributed.mesh import expert_data_parallel_ranks, expert_parallel_ranks
+from moe_train.distributed.own_local_rank import OWN_LOCAL_RANK
 from moe_train.distributed.rendezvous import join_group
 from moe_train.distributed.slurm import derive_port, expand_nodelist, expand_tasks_per_node
 from moe_train.distributed.world import World
@@ -431,3 +433,11 @@ def test_discovery_needs_no_torch() -> None:
         "sys.exit(bool({'torch', 'mpi4py'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+def test_a_local_rank_that_was_written_is_that_of_its_process_alone() -> None:
+    environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert discover_world(environ | {OWN_LOCAL_RANK: f"0 {os.getppid()}"}).local_rank == 1
+    assert discover_world(environ | {OWN_LOCAL_RANK: "0"}).local_rank == 1
+    assert discover_world(environ | {OWN_LOCAL_RANK: f"0 {os.getpid()}"}).local_rank == 0

@@ -117,7 +117,7 @@ def waits_of_a_step(rank: int, world_size: int, is_recorded: bool, moe: dict[str
     recorder = StepRecorder(some_config(), BatchPlan(2, 4, rank, world_size), RunConsole(None), meter, None, None)
     ids, size = random_ids(2, 8), StepSize(2 * world_size, 32 * world_size, 32 * world_size)
     # The experts as a CUDA device computes them; on CPU, where counts need no waiting for, they are read.
-    as_on_cuda = unittest.mock.patch.object(routed_mlp, "_SequentialExperts", routed_mlp._GroupedExperts)
+    as_on_cuda = unittest.mock.patch.object(routed_mlp, "_is_by_expert", lambda *_: False)
     with as_on_cuda, counted_waits() as found:
         for step in range(2):
             with recorder.step():
