@@ -97,23 +97,27 @@ def show_candidates(best: Sequence[Candidate], tried: int, console: Console) -> 
         tried: Number of layouts that were planned.
         console: Console to print to.
     """
-    columns = ("EP", "CP", "ZeRO", "batch", "saves by", "dispatch", "GiB", "step", "p99", "largest term")
+    shares = any(candidate.layout.context_size > 1 for candidate in best)  # else that column says nothing
     title = f"the fastest of {tried:,} layouts"
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for candidate in best:
         layout, step = candidate.layout, candidate.step
-        table.add_row(
-            str(layout.ep_size),
-            str(layout.context_size),
-            str(layout.zero_stage),
-            f"{layout.micro_batch} x {layout.accumulation}",
-            ", ".join(_savings(layout)) or "-",
-            f"{layout.dispatch} x {layout.chunks}",
-            f"{candidate.memory.total / _GIB:.1f}",
-            show_seconds(step.seconds),
-            show_seconds(step.p99),
-            step.largest_term.replace("_", " "),
-        )
+        row = {
+            "EP": str(layout.ep_size),
+            **({"CP": str(layout.context_size)} if shares else {}),
+            "ZeRO": str(layout.zero_stage),
+            "batch": f"{layout.micro_batch} x {layout.accumulation}",
+            "saves by": ", ".join(_savings(layout)) or "-",
+            "dispatch": f"{layout.dispatch} x {layout.chunks}",
+            "GiB": f"{candidate.memory.total / _GIB:.1f}",
+            "step": show_seconds(step.seconds),
+            "p99": show_seconds(step.p99),
+            "largest term": step.largest_term.replace("_", " "),
+        }
+        if not table.columns:
+            for name in row:
+                table.add_column(name)
+        table.add_row(*row.values())
     console.print(table)
 
 

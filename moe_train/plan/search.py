@@ -30,6 +30,7 @@ from moe_train.plan.step import Step, plan_step
 from moe_train.train.engine.optimizers.base import OptimizerKind
 
 _CHUNKS, _RECOMPUTE_EVERY = (1, 2, 4), (1, 2, 4)
+_MOST = Recompute("block")  # that can be recomputed
 _LARGEST_MICRO_BATCH, _MOST_MICRO_BATCHES = 64, 16  # bounds of the micro-batches that are tried
 
 
@@ -90,18 +91,22 @@ def search(config: Config, vocab_size: int, question: Question) -> Found:
 
     for spread in _spreads(shape, base, config, sizes, found):
         for savings in _savings(spread, shape, machine):
-            fitted = False
-            for layout in (way for saving in savings for way in _ways(saving, shape)):
-                own_loads, memory = planned(layout)
-                tried += 1
-                if smallest is None or memory.total < smallest.total:
-                    smallest = memory
-                if not question.fits(memory):
+            before, hopeless = len(found), set[bool]()  # with and without offloading: all blocks again do not help
+            for saving in savings:
+                if saving.offloads in hopeless:
                     continue
-                fitted = True
-                step = plan_step(shape, layout, own_loads, memory.states, rates)
-                found.append(Candidate(layout, memory, step))
-            if fitted:
+                before_saving = len(found)
+                for layout in _ways(saving, shape):
+                    own_loads, memory = planned(layout)
+                    tried += 1
+                    if smallest is None or memory.total < smallest.total:
+                        smallest = memory
+                    if question.fits(memory):
+                        step = plan_step(shape, layout, own_loads, memory.states, rates)
+                        found.append(Candidate(layout, memory, step))
+                if saving.recompute == _MOST and len(found) == before_saving:
+                    hopeless.add(saving.offloads)
+            if len(found) > before:
                 break
     assert smallest is not None, "the configuration's own layout is a candidate"
     found.sort(key=lambda candidate: (candidate.step.seconds, candidate.memory.total))
@@ -225,9 +230,10 @@ def _savings(layout: Layout, shape: ModelShape, machine: Machine) -> tuple[list[
 
 
 def _recomputations(shape: ModelShape) -> list[Recompute]:
-    """List the ways to recompute something."""
+    """List the ways to recompute something, first the one that saves most."""
     parts = [part for part in get_args(RecomputedPart) if part != NO_RECOMPUTE.part]
-    return [Recompute(part, every) for part in parts for every in _RECOMPUTE_EVERY if every <= len(shape.layers)]
+    ways = [Recompute(part, every) for part in parts for every in _RECOMPUTE_EVERY if every <= len(shape.layers)]
+    return [_MOST, *(way for way in ways if way != _MOST)]
 
 
 def _ways(layout: Layout, shape: ModelShape) -> Iterator[Layout]:

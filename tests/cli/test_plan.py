@@ -128,6 +128,7 @@ def test_tokens_of_a_run(text: str, tokens: int, capsys: pytest.CaptureFixture[s
     assert run["checkpoint_bytes"] == 12 * found["parameters"]["total"]  # fp32 weights and two moments
 
 
+@pytest.mark.slow  # a whole search
 def test_a_run_is_shown_and_planned_for_what_a_search_finds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *CONFIG, *CLUSTER, "--tokens", "2T"]) == 0
     text = capsys.readouterr().out

@@ -84,6 +84,7 @@ def test_offload_is_not_taken_where_it_is_not_needed() -> None:
     assert not any(each.layout.offloads for each in found.best)
 
 
+@pytest.mark.slow  # a whole search
 def test_a_host_that_is_too_small(offloading: Config) -> None:
     host = DEVICES["h100"].host
     assert host is not None
@@ -95,6 +96,7 @@ def test_a_host_that_is_too_small(offloading: Config) -> None:
     assert not any(each.layout.offloads for each in search(QWEN3, VOCABULARY, question).best)
 
 
+@pytest.mark.slow  # a whole search
 def test_a_host_of_which_nothing_is_known() -> None:
     unknown = DEVICES["h100"].model_copy(update={"host": None})
     with pytest.raises(
@@ -107,6 +109,7 @@ def test_a_host_of_which_nothing_is_known() -> None:
     assert found.best == () and found.tried > 0
 
 
+@pytest.mark.slow  # a whole search
 def test_muon_stays_on_the_devices() -> None:
     with pytest.raises(
         UsageError, match=r"parallel\.offload_optimizer \(cpu\) does not work with optim\.name \('muon'\)"
