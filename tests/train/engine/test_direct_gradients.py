@@ -10,10 +10,10 @@ import torch
 
 from moe_train.config.load import validate_config
 from moe_train.train.batches import BatchPlan, make_tokens
-from moe_train.train.engine import engine as engine_module
 from moe_train.train.engine.build import make_engine
 from tests.ranks import RankPool
 from tests.resolved import resolve_for
+from tests.train.engine.long_way import long_way
 
 LENGTH, VOCABULARY = 16, 64
 MODEL = {
@@ -26,16 +26,6 @@ MODEL = {
 }
 # Of fp32, the order of a sum; of 16 bits, a gradient's rounding before or after its division by the ranks.
 TOLERANCE = {"fp32": 1e-6, "bf16": 5e-3, "fp16": 1e-3}
-
-
-class LongWay:
-    """In place of DirectGradients: DeepSpeed moves the gradients."""
-
-    def __init__(self, zero: Any) -> None:
-        del zero
-
-    def divisor(self, group: int) -> float:
-        return 1.0
 
 
 def train(world_size: int, rank: int, parallel: dict[str, Any], precision: str, accumulation: int, bad: bool) -> Any:
@@ -75,11 +65,8 @@ def train(world_size: int, rank: int, parallel: dict[str, Any], precision: str, 
 
 def compare(rank: int, world_size: int, parallel: dict[str, Any], precision: str, accumulation: int) -> None:
     ours = train(world_size, rank, parallel, precision, accumulation, False)
-    short, engine_module.DirectGradients = engine_module.DirectGradients, LongWay  # type: ignore[misc,assignment]
-    try:
+    with long_way():
         theirs = train(world_size, rank, parallel, precision, accumulation, False)
-    finally:
-        engine_module.DirectGradients = short  # type: ignore[misc]
     close = TOLERANCE[precision]
     assert ours[0] == pytest.approx(theirs[0], rel=close) and min(ours[0]) > 0.5  # all are clipped
     assert math.isfinite(ours[0][1])  # fp16 may have overflowed before
