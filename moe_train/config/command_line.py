@@ -30,6 +30,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises UsageError with one message, instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
+        # A word may have any character; a message is one line.
+        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message)
         option, _, rest = message.removeprefix("argument ").partition(": ")
         if rest.startswith("expected one argument"):
             option = option.partition("/")[0]

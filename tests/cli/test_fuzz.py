@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moe_train.cli.main import SUBCOMMANDS, main
@@ -44,6 +44,7 @@ def outcome(arguments: list[str]) -> tuple[int, str]:
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example("load", ["list", "\n"])
 @given(st.sampled_from(COMMANDS), st.lists(WORDS | st.text(max_size=5), max_size=5))
 def test_any_words_after_a_subcommand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: list[str]
