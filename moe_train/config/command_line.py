@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from moe_train.config.base import field_values, merge
-from moe_train.config.errors import UsageError
+from moe_train.config.errors import UsageError, one_line
 from moe_train.config.part_options import nested, take_part_options
 from moe_train.config.registry import PartName
 from moe_train.config.root import Config
@@ -30,8 +30,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises UsageError with one message, instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
-        # A word may have any character; a message is one line.
-        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message)
+        message = one_line(message)
         option, _, rest = message.removeprefix("argument ").partition(": ")
         if rest.startswith("expected one argument"):
             option = option.partition("/")[0]

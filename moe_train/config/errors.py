@@ -32,3 +32,8 @@ class TrainingDiverged(RuntimeError):
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a process that an error ends: the error's own, or 1 for an error of unknown kind."""
     return int(getattr(error, "exit_code", 1))
+
+
+def one_line(text: str) -> str:
+    """Escape what cannot be printed in a message: a word or a key may have any character."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

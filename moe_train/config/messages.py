@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from moe_train.config.errors import one_line
 from moe_train.config.values import plain_types
 
 # What pydantic says of Python's types, in the words of a file.
@@ -48,7 +49,7 @@ def describe_errors(
             text, origin = f"--{text}", ""
         texts.append(f"{origin}: {text}" if origin and origin != last else text)
         last = origin
-    return "; ".join(texts)
+    return one_line("; ".join(texts))
 
 
 def _describe(error: Any, path: Sequence[str | int], section: type[BaseModel], name: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_train.config.command_line import read_command_line
@@ -110,6 +110,7 @@ def test_any_text_as_a_file(data: bytes) -> None:
 
 
 @settings(deadline=None, max_examples=80)
+@example({"model": {"\n": None}}, False)
 @given(st.dictionaries(st.sampled_from(list(Config.model_fields)), TREES, max_size=3), st.booleans())
 def test_any_tree_as_a_file(tree: object, is_flow: bool) -> None:
     check_file(yaml.safe_dump(tree, default_flow_style=is_flow, allow_unicode=True).encode("utf-8", "surrogatepass"))
