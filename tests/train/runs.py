@@ -43,47 +43,23 @@ def train_alone(*arguments: str, timeout: float = 120) -> ProcessResult:
     return run_process([sys.executable, "-m", "moe_train", "train", *arguments], timeout, env=CPU, cwd=ROOT)
 
 
+def without_own_place() -> dict[str, str | None]:
+    """What removes from an environment the place among ranks that a command in this process has written down."""
+    starts = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "CROSS_", "MASTER_", "MOE_TRAIN_", "OMPI_", "PMI", "SLURM_")
+    return {name: None for name in os.environ if name.startswith(starts)}
+
+
 def train_under_torchrun(world_size: int, *arguments: str, timeout: float = 180) -> ProcessResult:
     """Several ranks under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    # Without what a command that ran in this process has written down of its own place among ranks.
-    ours = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_",
-        "GROUP_",
-        "CROSS_",
-        "MASTER_",
-        "MOE_TRAIN_",
-        "OMPI_",
-        "PMI",
-        "SLURM_",
-        "TORCH",
-    )
-    others: dict[str, str | None] = {name: None for name in os.environ if name.startswith(ours)}
-    return run_process([*launcher, "launch/train.py", *arguments], timeout, env=others | CPU, cwd=ROOT)
+    return run_process([*launcher, "launch/train.py", *arguments], timeout, env=without_own_place() | CPU, cwd=ROOT)
 
 
 def train_under_deepspeed(world_size: int, *arguments: str, timeout: float = 180) -> ProcessResult:
     """Several ranks under DeepSpeed's launcher, as `make train` does."""
     launcher = [Path(sys.executable).parent / "deepspeed", "--log_level", "critical", "--num_gpus", str(world_size)]
     launcher += ["--master_port", str(free_port())]
-    # Without what a command that ran in this process has written down of its own place among ranks.
-    ours = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_",
-        "GROUP_",
-        "CROSS_",
-        "MASTER_",
-        "MOE_TRAIN_",
-        "OMPI_",
-        "PMI",
-        "SLURM_",
-        "TORCH",
-    )
-    others: dict[str, str | None] = {name: None for name in os.environ if name.startswith(ours)}
-    return run_process([*launcher, "launch/train.py", *arguments], timeout, env=others | CPU, cwd=ROOT)
+    return run_process([*launcher, "launch/train.py", *arguments], timeout, env=without_own_place() | CPU, cwd=ROOT)
 
 
 def train_forked(world_size: int, *arguments: str, timeout: float = 120) -> ProcessResult:
